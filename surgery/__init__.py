@@ -1,0 +1,49 @@
+"""Surgery: config-free, declarative model surgery for PyTorch.
+
+model = surgery.apply(model, rules="adapterx_ffn")
+loss = criterion(model(x), y) + 0.01 * surgery.balance_loss(model)
+surgery.save(model, "tuned.safetensors")
+"""
+
+from . import ops, parts
+from .edit import append, freeze, parallel, prepend, replace, unfreeze
+from .errors import (
+    ConflictError,
+    FileError,
+    GraftError,
+    MatchError,
+    OperationError,
+    RuleError,
+    SurgeryError,
+)
+from .operate import (
+    Routing,
+    apply,
+    balance_loss,
+    disabled,
+    parameters,
+    revert,
+    routing,
+)
+from .part import part, shared
+from .parts import QuickGELU, adapter, moa
+from .pattern import holding, inside, nearest, span, where
+from .plan import Plan, plan
+from .role import attn, block, embed, ffn, head, norm, qkv
+from .rule import Rule, at
+from .rulesets import rulesets
+from .show import anatomy, draw_loads, report
+from .state import load, load_state_dict, save, state_dict
+from .tree import Site, fingerprint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
+    "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError",
+    "adapter", "anatomy", "append", "apply", "at", "attn", "balance_loss", "block", "disabled",
+    "draw_loads", "embed", "ffn", "fingerprint", "freeze", "head", "holding", "inside", "load",
+    "load_state_dict", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part", "parts",
+    "plan", "prepend", "qkv", "replace", "report", "revert", "routing", "rulesets", "save",
+    "shared", "span", "state_dict", "unfreeze", "where",
+]  # fmt: skip

@@ -1,0 +1,71 @@
+"""What an operation does to a model, written down as plain data and shown as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TypedDict
+
+from torch import nn
+
+from .address import generalise
+from .table import Table
+
+
+class Row(TypedDict):
+    """One rule: its sites, its edits, the keys of its parts, what it unfreezes (parameters)."""
+
+    rule: str
+    paths: list[str]
+    edits: list[str]
+    keys: list[str]
+    unfrozen: int
+
+
+class Record(TypedDict):
+    """A whole operation; `data` are the rules in the form a file carries, "" where it cannot."""
+
+    rows: list[Row]
+    seed: int
+    data: str
+
+
+def count(parts: Iterable[nn.Module], trainable: bool = False) -> int:
+    """Parameters of some modules, each tensor once."""
+    tensors = {id(p): p for part in parts for p in part.parameters()}
+    return sum(p.numel() for p in tensors.values() if p.requires_grad or not trainable)
+
+
+def summary(record: Record, parts: Mapping[str, nn.Module], base: int, title: str) -> Table:
+    """A row for each rule, shared parts counted once, against `base` parameters of the model."""
+    rows: list[tuple[object, ...]] = []
+    seen: set[str] = set()
+    for row in record["rows"]:
+        new = [parts[key] for key in row["keys"] if key not in seen]
+        seen.update(row["keys"])
+        edits, names = "; ".join(row["edits"]), _names(row["keys"])
+        rows.append((_where(row["paths"]), edits, names, count(new), row["unfrozen"]))
+    columns = ("sites", "edits", "parts", "added", "unfrozen")
+    return Table(title, columns, rows, _notes(record, parts, base))
+
+
+def _where(paths: list[str]) -> str:
+    shapes = Counter(generalise(path) or "(the model)" for path in paths)
+    listed = [f"{path} x{n}" if n > 1 else path for path, n in shapes.items()]
+    return ", ".join(listed) or "nothing (optional)"
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(keys if len(keys) < 3 else [keys[0], f"... {len(keys)} in all"])
+
+
+def _notes(record: Record, parts: Mapping[str, nn.Module], base: int) -> list[str]:
+    own = (getattr(part, "note", None) for part in parts.values())
+    notes = [f"note: {note}" for note in dict.fromkeys(n for n in own if isinstance(n, str))]
+    unfrozen = sum(row["unfrozen"] for row in record["rows"])
+    trained = count(parts.values(), trainable=True) + unfrozen
+    notes.append(
+        f"added {count(parts.values()):,}, unfrozen {unfrozen:,}: {trained:,} trainable, "
+        f"{100 * trained / max(base, 1):.2f} % of the base's {base:,}"
+    )
+    return notes

@@ -1,0 +1,57 @@
+"""What can go wrong, said as rule, fact, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SurgeryError(Exception):
+    """Base of every error that Surgery raises on purpose: rule, fact, remedy, a line each.
+
+    >>> print(SurgeryError('at("x")', "it matched no module.", 'Write at("blocks.*").'))
+    at("x"): it matched no module.
+    Write at("blocks.*").
+    """
+
+    def __init__(self, rule: str, fact: str, remedy: str) -> None:
+        super().__init__(rule, fact, remedy)
+        self.rule, self.fact, self.remedy = rule, fact, remedy
+
+    def __str__(self) -> str:
+        first = f"{self.rule}: {self.fact}" if self.rule else self.fact
+        return f"{first}\n{self.remedy}"
+
+
+class RuleError(SurgeryError):
+    """A rule, pattern or part is ill-formed in itself, or does not suit the place it is put."""
+
+
+class MatchError(SurgeryError):
+    """A rule matched nothing, or not as often as it says."""
+
+
+class ConflictError(SurgeryError):
+    """Two rules ask for what cannot both be had."""
+
+
+class OperationError(SurgeryError):
+    """The model is not in the state that the call needs: operated twice, never operated, wrapped."""
+
+
+class GraftError(SurgeryError):
+    """A grafted part did not run, or did not fit what it met in a forward."""
+
+
+class FileError(SurgeryError):
+    """A file cannot be saved, or does not fit the model it is loaded into."""
+
+
+def nearest_names(word: str, known: Iterable[str], most: int = 3) -> str:
+    """The known names that look most like `word`, best first, joined by commas.
+
+    >>> nearest_names("adaptorx", ["adapterx_ffn", "full", "adapter"])
+    'adapter, adapterx_ffn'
+    """
+    close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.4)
+    return ", ".join(close)

@@ -1,0 +1,62 @@
+"""What one module alone tells of its shape: widths, feature axis, whether it is a norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Shape(NamedTuple):
+    """Features in, features out, and the axis they lie on (-1 last, 1 after the batch)."""
+
+    width: int
+    out: int
+    axis: int
+
+
+def linear(module: nn.Module) -> Shape | None:
+    """The shape of a channel-linear leaf: Linear, transposed Linear, 1x1 convolution; or None."""
+    if isinstance(module, nn.Linear):
+        return Shape(module.in_features, module.out_features, -1)
+    if isinstance(module, CONVS):
+        plain = set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
+        return Shape(module.in_channels, module.out_channels, 1) if plain else None
+    if isinstance(getattr(module, "nf", None), int) and not module._modules:  # GPT-2's Conv1D
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2:
+            return Shape(weight.shape[0], weight.shape[1], -1)
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this leaf normalises: vectors for parameters, and norm in the name of its class."""
+    if module._modules or "norm" not in type(module).__name__.lower():
+        return False
+    return all(p is None or p.dim() <= 1 for p in module._parameters.values())
+
+
+def shape(module: nn.Module) -> Shape | None:
+    """The shape of any leaf that fixes a number of features; None where it does not."""
+    if found := linear(module):
+        return found
+    if isinstance(module, nn.MultiheadAttention):
+        return Shape(module.embed_dim, module.embed_dim, -1)
+    if isinstance(module, CONVS):
+        return Shape(module.in_channels, module.out_channels, 1)
+    if is_norm(module):
+        return _norm_shape(module)
+    return None
+
+
+def _norm_shape(module: nn.Module) -> Shape | None:
+    axis = 1 if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else -1
+    for name in ("normalized_shape", "num_features", "num_channels"):
+        size = getattr(module, name, None)
+        if size is not None:
+            width = size if isinstance(size, int) else size[-1]
+            return Shape(width, width, axis)
+    weight = module._parameters.get("weight")
+    return Shape(weight.numel(), weight.numel(), axis) if weight is not None else None

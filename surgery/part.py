@@ -1,0 +1,109 @@
+"""A part as a value: what will be built at a site, before there is a site."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Generic, ParamSpec
+
+from torch import nn
+
+from .errors import RuleError
+from .term import Term, show
+from .tree import Site
+
+P = ParamSpec("P")
+Maker = Callable[[Site], nn.Module]
+
+
+@dataclass(frozen=True, repr=False)
+class Part(Term):
+    """A builder with all its arguments: call it with a site and it makes the module for it."""
+
+    build: Callable[..., nn.Module]
+    named: tuple[tuple[str, Any], ...]
+
+    @property
+    def word(self) -> str:
+        return self.build.__name__
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        known = inspect.signature(self.build).parameters
+        return (), {k: v for k, v in self.named if v != known[k].default}
+
+    def everything(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), dict(self.named)
+
+    def __call__(self, site: Site) -> nn.Module:
+        return self.build(site, **dict(self.named))
+
+
+class _Word(Generic[P]):
+    """The public face of a builder: called without the site, it gives a `Part`."""
+
+    def __init__(self, build: Callable[Concatenate[Site, P], nn.Module]) -> None:
+        functools.update_wrapper(self, build)
+        self.__name__ = build.__name__
+        self._build = build
+        parameters = list(inspect.signature(build).parameters.values())[1:]
+        self.__signature__ = inspect.Signature(parameters, return_annotation="Part")
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Part:
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return Part(self._build, tuple(bound.arguments.items()))
+
+
+def part(build: Callable[Concatenate[Site, P], nn.Module]) -> _Word[P]:
+    """Make a builder `(site, ...) -> nn.Module` into a word for rules.
+
+    The builder's first argument is the site; `site.width` is the number of features that the part
+    is given, `site.out` the number it must return, always on the last axis. What the word returns
+    prints as it was written and compares by value. A lambda does as well where that is not needed.
+
+    >>> @part
+    ... def gate(site, bias=True):
+    ...     return nn.Linear(site.width, site.out, bias=bias)
+    >>> gate(bias=False)
+    gate(bias=False)
+    """
+    return _Word(build)
+
+
+@dataclass(frozen=True, repr=False)
+class Shared(Term):
+    part: Maker
+    by: str | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+
+    def __call__(self, site: Site) -> nn.Module:
+        return self.part(site)
+
+
+def shared(part: Maker, *, by: str | None = None, name: str | None = None) -> Shared:
+    """Make `part` once and join it to every site: once per width and device.
+
+    by      the name of a `{capture}` in the rule's address: once per captured value too
+    name    tells apart two shared parts that are otherwise written the same; rules that share an
+            equal `shared(...)` share one part
+
+    Raises RuleError where `part` is not callable.
+
+    >>> shared(nn.Identity)
+    shared(nn.Identity)
+    """
+    return Shared(maker(part, "shared"), by=by, name=name)
+
+
+def maker(value: Maker, word: str) -> Maker:
+    """`value`, if it can make a part. Raises RuleError otherwise."""
+    if isinstance(value, nn.Module) or not callable(value):
+        kind = "a module" if isinstance(value, nn.Module) else f"a {type(value).__name__}"
+        raise RuleError(
+            f"{word}({show(value) if not isinstance(value, nn.Module) else type(value).__name__})",
+            f"{kind} is no part: a part is made for each site, by a function of the site.",
+            f"Write {word}(lambda site: YourModule(site.width)).",
+        )
+    return value

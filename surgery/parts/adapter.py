@@ -1,0 +1,67 @@
+"""The bottleneck adapter (Houlsby et al. 2019; Chen et al. 2022, AdaptFormer, Eq. 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..part import part
+from ..tree import Site
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of NOAH's adapters (Zhang et al. 2022)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Adapter(nn.Module):
+    """up(drop(act(down(x)))): (..., width) to (..., out) through `rank` hidden units.
+
+    `up` and the biases start at zero, so that the adapter starts by adding nothing; `down` starts
+    as nn.Linear does (Kaiming uniform, a = sqrt 5), as in AdaptFormer's and LoRA's code.
+
+    >>> Adapter(768, rank=64)(torch.randn(2, 197, 768)).shape
+    torch.Size([2, 197, 768])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int = 64,
+        *,
+        out: int | None = None,
+        activation: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, width if out is None else out)
+        self.act = activation()
+        self.drop = nn.Dropout(dropout)
+        for tensor in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.up(self.drop(self.act(self.down(x))))
+        return hidden
+
+
+@part
+def adapter(
+    site: Site, rank: int = 64, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0
+) -> nn.Module:
+    """A bottleneck adapter of the site's width: up(drop(act(down(x)))).
+
+    rank        hidden units
+    activation  a module class such as nn.ReLU, nn.GELU or QuickGELU
+    dropout     probability, on the hidden units
+
+    Starts by adding nothing. Parameters: width * rank + rank + rank * out + out.
+    Sources: Houlsby et al. 2019; Chen et al. 2022 (AdaptFormer), Eq. 2.
+
+    >>> adapter(rank=8)
+    adapter(rank=8)
+    """
+    return Adapter(site.width, rank, out=site.out, activation=activation, dropout=dropout)

@@ -1,0 +1,126 @@
+"""Sharing Mixture of Adapters (Li et al. 2024, Adapter-X, section 3.2, Eq. 2 to 6, Algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import RuleError
+from ..part import part
+from ..tree import Site
+
+
+class MixtureOfAdapters(nn.Module):
+    """Experts, each a bottleneck adapter on sub-tokens of width / heads features, and their router.
+
+    Takes (..., width) and returns `Routed(output, gates)`: output (..., width), gates
+    (sub-tokens, experts). A token is split into `heads` contiguous sub-tokens, each routed alone.
+    The router projects a sub-token to `rank` features and compares them with unit-length expert
+    embeddings. top_k=1 runs the likeliest expert, scaled by its probability (Fig. 2); top_k=None
+    mixes all of them (Algorithm 1).
+
+    Raises RuleError where heads do not divide width, or top_k is neither 1 nor None.
+
+    >>> mixture = MixtureOfAdapters(768)
+    >>> sum(p.numel() for p in mixture.parameters())
+    148992
+    >>> output, gates = mixture(torch.randn(2, 197, 768))
+    >>> output.shape, gates.shape
+    (torch.Size([2, 197, 768]), torch.Size([1182, 4]))
+    """
+
+    routes = True  # it returns gates, for balance_loss and routing
+    note: str | None = None
+
+    def __init__(
+        self,
+        width: int,
+        rank: int = 64,
+        experts: int = 4,
+        heads: int = 3,
+        *,
+        top_k: int | None = 1,
+        activation: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise RuleError(
+                f"moa(heads={heads})",
+                f"the width {width} does not divide by {heads} heads.",
+                f"Its divisors nearest to {heads}: {_listed(width, heads)}. "
+                f"Choose one, or write moa(heads={heads}, fit=True) to take the nearest.",
+            )
+        if top_k not in (1, None):
+            raise RuleError(
+                f"moa(top_k={top_k!r})",
+                "there are two mixtures: the likeliest expert, or all of them.",
+                "Write top_k=1 (the default) or top_k=None.",
+            )
+        self.heads, self.top_k = heads, top_k
+        c = width // heads
+        self.reduction = nn.Parameter(torch.empty(rank, c))
+        self.embeddings = nn.Parameter(torch.empty(experts, rank))
+        self.down = nn.Parameter(torch.empty(experts, rank, c))
+        self.down_bias = nn.Parameter(torch.zeros(experts, rank))
+        self.up = nn.Parameter(torch.zeros(experts, c, rank))
+        self.up_bias = nn.Parameter(torch.zeros(experts, c))
+        self.act = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
+        for weight in (self.reduction, self.down):  # as nn.Linear: Kaiming uniform, a = sqrt 5
+            nn.init.uniform_(weight, -(c**-0.5), c**-0.5)
+        nn.init.normal_(self.embeddings)
+
+    def forward(self, x: Tensor) -> ops.Routed:
+        u = ops.split(x, self.heads)
+        gates = ops.route(u, self.reduction, self.embeddings)
+        experts = self.down, self.down_bias, self.up, self.up_bias
+        mixed = ops.mix(u, gates, *experts, self.act, self.top_k)
+        return ops.Routed(ops.merge(mixed, x), gates)
+
+    def extra_repr(self) -> str:
+        experts, rank, c = self.down.shape
+        return f"{c * self.heads}, rank={rank}, experts={experts}, heads={self.heads}"
+
+
+@part
+def moa(
+    site: Site,
+    experts: int = 4,
+    rank: int = 64,
+    heads: int = 3,
+    top_k: int | None = 1,
+    activation: type[nn.Module] = nn.ReLU,
+    dropout: float = 0.0,
+    fit: bool = False,
+) -> nn.Module:
+    """A mixture of adapters with its router; give it to `shared` to have one for all sites.
+
+    experts     number of bottleneck adapters
+    rank        hidden units of each, and width of the router
+    heads       sub-tokens per token; must divide the width, or with `fit` the divisor nearest to
+                it is taken (of two equally near, the larger) and the report says so
+    top_k       1: the likeliest expert, scaled by its probability; None: all, mixed
+    dropout     probability, on the hidden units
+
+    Starts by adding nothing. Source: Li et al. 2024 (Adapter-X), Eq. 2 to 6 and Algorithm 1.
+
+    >>> moa(rank=16, heads=4)
+    moa(rank=16, heads=4)
+    """
+    fitting = min(_divisors(site.width), key=lambda n: (abs(n - heads), -n)) if fit else heads
+    made = MixtureOfAdapters(
+        site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout
+    )
+    if fitting != heads:
+        made.note = f"{fitting} heads: the divisor of {site.width} nearest to {heads}"
+    return made
+
+
+def _divisors(width: int) -> list[int]:
+    return [n for n in range(1, width + 1) if width % n == 0] or [1]
+
+
+def _listed(width: int, heads: int) -> str:
+    near = sorted(_divisors(width), key=lambda n: (abs(n - heads), n))[:3]
+    return ", ".join(map(str, sorted(near)))

@@ -1,0 +1,117 @@
+"""One edit at one site: what it will be called, where it will live, how it is made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .edit import Joined
+from .errors import RuleError
+from .part import Shared
+from .rule import Rule
+from .term import show
+from .tree import Site
+
+
+@dataclass(eq=False)
+class Placed:
+    """A part that one rule joins to one site, seen with the widths that the part meets there."""
+
+    rule: Rule
+    edit: Joined
+    site: Site
+    key: str = ""  # its name in the room; the same for all sites that share it
+
+    def __post_init__(self) -> None:
+        self.device, self.dtype = _surroundings(self.site)
+
+    @property
+    def spot(self) -> tuple[int, int]:
+        """The same for two edits at one site, whichever rule they come from."""
+        return id(self.site.entry.module), id(self.site.exit.module)
+
+    def make(self, seed: int) -> nn.Module:
+        """The part itself, seeded by (seed, edit, key), as its site is in device, dtype and mode."""
+        if self.device.type == "meta":
+            return self.sketch().to(dtype=self.dtype)
+        digest = hashlib.sha256(f"{seed}|{self.edit!r}|{self.key}".encode()).digest()
+        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        with torch.device("cpu"):
+            part = self._build()
+        if self.device.type != "cpu" or self.dtype != torch.get_default_dtype():
+            part.to(self.device, self.dtype)
+        return part if self.site.module.training else part.eval()
+
+    def sketch(self) -> nn.Module:
+        """The part on the meta device: shapes without memory or random numbers."""
+        with torch.device("meta"):
+            return self._build()
+
+    def _build(self) -> nn.Module:
+        part = self.edit.part(self.site)
+        if not isinstance(part, nn.Module):
+            raise RuleError(
+                self.rule.short,
+                f"{show(self.edit.part)} made a {type(part).__name__} at {self.site.path}.",
+                "A part is an nn.Module; return one.",
+            )
+        return part
+
+
+def name_all(placed: list[Placed]) -> None:
+    """Give each part its key: the path for one of its own, `shared/...` for a shared one."""
+    stems = Counter[str]()
+    groups: dict[str, set[str]] = {}
+    for p in placed:
+        if isinstance(p.edit.part, Shared):
+            groups.setdefault(_stem(p, p.edit.part), set()).add(_group(p, p.edit.part))
+    for p in placed:
+        if isinstance(p.edit.part, Shared):
+            stem, group = _stem(p, p.edit.part), _group(p, p.edit.part)
+            p.key = stem if len(groups[stem]) == 1 else f"{stem}/{_digest(group)}"
+        else:
+            stem = f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}"
+            stems[stem] += 1
+            p.key = stem if stems[stem] == 1 else f"{stem}/{stems[stem]}"
+
+
+def _stem(p: Placed, shared: Shared) -> str:
+    word = shared.name or getattr(shared.part, "word", None) or "part"
+    captured = _captured(p, shared)
+    by = f"/{shared.by}={captured}" if captured is not None else ""
+    return f"shared/{word}/{p.site.width}{by}".replace(".", "_")
+
+
+def _group(p: Placed, shared: Shared) -> str:
+    """What parts must agree in to be one."""
+    own = id(shared.part) if not hasattr(shared.part, "word") else 0
+    return f"{shared!r} {own} {tuple(p.site.shape[:2])} {p.device} {p.dtype} {_captured(p, shared)}"
+
+
+def _captured(p: Placed, shared: Shared) -> str | None:
+    if shared.by is None:
+        return None
+    if shared.by not in p.site.captures:
+        raise RuleError(
+            p.rule.short,
+            f'shared(..., by="{shared.by}") has no {{{shared.by}}} to go by.',
+            f'Capture it in the address: "layers.{{{shared.by}}}.blocks.*.mlp".',
+        )
+    return p.site.captures[shared.by]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _surroundings(site: Site) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first floating parameter in a site, or else around it."""
+    for around in (site.entry, *site.entry.above()):
+        for tensor in around.module.parameters():
+            if tensor.is_floating_point():
+                return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()

@@ -1,0 +1,69 @@
+"""A rule: where, and what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from .edit import Edit
+from .errors import RuleError
+from .part import Part, Shared
+from .pattern import Pattern, Where, plain, where
+from .term import Term, show
+
+Rules: TypeAlias = "str | Rule | list[str | Rule] | tuple[str | Rule, ...]"
+
+
+@dataclass(frozen=True, repr=False)
+class Rule(Term):
+    where: Pattern
+    rest: tuple[Edit, ...]
+    times: int | None = field(default=None, kw_only=True)
+    optional: bool = field(default=False, kw_only=True)
+
+    @property
+    def word(self) -> str:
+        return "at"
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        given, named = super().arguments()
+        return (plain(self.where), *given[1:]), named
+
+    @property
+    def short(self) -> str:
+        """The rule as errors name it: the place alone."""
+        return f"at({show(plain(self.where))}, ...)"
+
+
+def at(where_: Where, *edits: Edit, times: int | None = None, optional: bool = False) -> Rule:
+    """Do `edits` at every site that `where_` selects.
+
+    where_    an address ("blocks.*.mlp"), a role (ffn), a class, a predicate, or any mix of these
+    edits     parallel, append, prepend, replace, freeze, unfreeze; at one site in rule order
+    times     how many sites must match; None: at least one
+    optional  no match is no error
+
+    Raises RuleError where it makes no sense in itself.
+
+    >>> from torch import nn
+    >>> from surgery.edit import unfreeze
+    >>> at("blocks.*.norm2", unfreeze, times=12)
+    at('blocks.*.norm2', unfreeze, times=12)
+    """
+    rule = Rule(where(where_), edits, times=times, optional=optional)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise RuleError(rule.short, f"{show(edit)} is no edit.", _remedy(edit))
+    if not edits:
+        raise RuleError(rule.short, "it says where, but not what.", "Add unfreeze, for example.")
+    if times is not None and (isinstance(times, bool) or not isinstance(times, int) or times < 1):
+        raise RuleError(
+            rule.short, f"times={times!r} is no number of matches.", "Give an integer from 1 up."
+        )
+    return rule
+
+
+def _remedy(edit: object) -> str:
+    if isinstance(edit, (Part, Shared, type)):
+        return f"A part needs an edit that says how it meets the site: parallel({show(edit)})."
+    return "Give parallel(part), append(part), prepend(part), replace(part), freeze or unfreeze."

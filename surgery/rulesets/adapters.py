@@ -1,0 +1,35 @@
+"""Bottleneck adapters, one to a block."""
+
+from __future__ import annotations
+
+from ..edit import append, parallel, unfreeze
+from ..parts import QuickGELU
+from ..parts import adapter as bottleneck
+from ..pattern import span
+from ..role import ffn, head, norm
+from ..rule import Rule, at
+
+
+def adapter() -> list[Rule]:
+    """A serial bottleneck adapter (rank 8, QuickGELU) after every FFN, before the residual sum.
+
+    Source: Zhang et al. 2022 (NOAH), after Houlsby et al. 2019
+    """
+    return [
+        at(ffn, append(bottleneck(rank=8, activation=QuickGELU, dropout=0.1), residual=True)),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def adaptformer() -> list[Rule]:
+    """A parallel bottleneck adapter (rank 64, ReLU, scale 0.1) from each FFN's norm to its end.
+
+    It reads what the norm reads, the residual stream, and adds where the FFN ends: inside
+    drop-path and layer scale, where a model has them.
+
+    Source: Chen et al. 2022 (AdaptFormer), Eq. 2 and 3
+    """
+    return [
+        at(span(norm, ffn), parallel(bottleneck(rank=64, dropout=0.1), scale=0.1)),
+        at(head, unfreeze, optional=True),
+    ]

@@ -1,0 +1,23 @@
+"""What every method is measured against."""
+
+from __future__ import annotations
+
+from ..edit import unfreeze
+from ..role import head
+from ..rule import Rule, at
+
+
+def linear_probe() -> list[Rule]:
+    """The head alone is trained.
+
+    Source: -
+    """
+    return [at(head, unfreeze)]
+
+
+def full() -> list[Rule]:
+    """Everything is trained. Revert keeps a copy of every parameter: twice the memory.
+
+    Source: -
+    """
+    return [at("", unfreeze)]

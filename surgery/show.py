@@ -1,0 +1,105 @@
+"""Tables and pictures of what a model is made of, what was done to it, and how it routes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+
+from .account import count, summary
+from .address import generalise
+from .graft import room_of
+from .operate import Routing, _operated
+from .role import ROLES, anatomise
+from .table import Table
+from .tree import Site, Tree
+
+
+def anatomy(model: nn.Module) -> Table:
+    """What a model is made of: for each role its addresses, count, widths and feature axis.
+
+    Roles are found by structure in the module tree; nothing is run.
+
+    >>> print(anatomy(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2)))
+    Anatomy of TransformerEncoder
+    role   address                         sites  features  axis
+    block  layers.*                            2        16  last
+    norm   layers.*.norm1                      2        16  last
+    norm   layers.*.norm2                      2        16  last
+    attn   layers.*.self_attn                  2        16  last
+    ffn    layers.*.(linear1 to linear2)       2        16  last
+    """
+    tree = Tree(model)
+    rows: list[tuple[object, ...]] = []
+    for role in ROLES:
+        rows += [(role.name, *row) for row in _grouped(anatomise(tree)[role.name])]
+    notes = [] if anatomise(tree)["ffn"] else ["note: no feed-forward network was found"]
+    columns = ("role", "address", "sites", "features", "axis")
+    return Table(f"Anatomy of {type(model).__name__}", columns, rows, notes)
+
+
+def report(model: nn.Module) -> Table:
+    """What was done to a model: every rule with its sites, parts, sharing and parameter counts.
+
+    Raises OperationError on a model that was never operated.
+
+    >>> from surgery import adapter, apply, at, parallel
+    >>> print(report(apply(nn.Sequential(nn.Linear(8, 8)), at("0", parallel(adapter(rank=2))))))
+    Report on Sequential
+    sites  edits                      parts       added  unfrozen
+    *      parallel(adapter(rank=2))  0/parallel     42         0
+    added 42, unfrozen 0: 42 trainable, 58.33 % of the base's 72
+    """
+    done = _operated(model, "report(model)")
+    base = count([model]) - count([room_of(model) or nn.Module()])
+    rows: list[tuple[object, ...]] = []
+    notes: list[str] = []
+    for operation in done:
+        parts = {key: part for key, part in operation._modules.items() if part is not None}
+        table = summary(operation.record, parts, base, "")
+        named = f"{operation.name}: " if len(done) > 1 else ""
+        rows += table.rows
+        notes += [named + note for note in table.notes]
+    return Table(f"Report on {type(model).__name__}", table.columns, rows, notes)
+
+
+def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: str = "") -> Path:
+    """Draw the load of every expert at every site, as Fig. 4 (left) of Li et al. 2024.
+
+    loads  what `routing(model)` returns; a bar a site, each expert's fraction of the sub-tokens
+
+    Writes a picture (PNG, by the ending of `path`) and returns its path. Needs matplotlib.
+
+    >>> import tempfile, torch
+    >>> gates = torch.eye(4)
+    >>> site = {"blocks.0.mlp": Routing(gates, torch.full((4,), 0.25))}
+    >>> draw_loads(site, tempfile.mkdtemp() + "/loads.png").name
+    'loads.png'
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 0.9 * len(loads), 3.6), layout="constrained")
+    axes = figure.subplots()
+    bottom = [0.0] * len(loads)
+    experts = max(len(routing.load) for routing in loads.values())
+    for expert in range(experts):
+        heights = [float(routing.load[expert]) for routing in loads.values()]
+        axes.bar(range(len(loads)), heights, bottom=bottom, width=0.7, label=f"expert {expert + 1}")
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.set(ylim=(0, 1), ylabel="fraction of sub-tokens", title=title)
+    axes.set_xticks(range(len(loads)), list(loads), rotation=30, ha="right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def _grouped(sites: list[Site]) -> list[tuple[object, ...]]:
+    def row(site: Site) -> tuple[str, str, str]:
+        features = f"{site.width}" if site.width == site.out else f"{site.width} to {site.out}"
+        return generalise(site.path), features, "last" if site.axis == -1 else str(site.axis)
+
+    counts = Counter(row(site) for site in sites)
+    return [(address, n, features, axis) for (address, features, axis), n in counts.items()]

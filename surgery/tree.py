@@ -1,0 +1,196 @@
+"""A model as a tree of sites: the places where something can be joined to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .address import Step
+from .leaf import Shape, shape
+
+ROOM = "surgery"  # the one child under which all that was added lives
+
+
+class Site:
+    """A place in a model: one module, or the span from the input of one to the output of another.
+
+    path, aliases   where it is; a module under several names is one site
+    module          the module itself; for a span, the smallest module that holds it
+    entry, exit     the sites where features come in and go out (the site itself, or a span's ends)
+    width, out      number of features in and out; axis: where they lie (-1 last, 1 after batch)
+    index           position among the children of `parent`
+    captures        what `{name}` steps of the matching address stood for
+    """
+
+    def __init__(self, module: nn.Module, parent: Site | None, steps: tuple[Step, ...]) -> None:
+        self.module, self.parent, self.steps = module, parent, steps
+        self.path = ".".join(step.name for step in steps)
+        self.aliases: list[tuple[Step, ...]] = []
+        self.children: list[Site] = []
+        self.order = self.end = 0  # in the walk: this site, and one past the last site below it
+        self.entry = self.exit = self
+        self.captures: dict[str, str] = {}
+        self._shape: Shape | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.path or 'the model'}: {type(self.module).__name__}>"
+
+    @property
+    def index(self) -> int:
+        return self.steps[-1].position if self.steps else 0
+
+    @property
+    def is_span(self) -> bool:
+        return self.entry is not self.exit
+
+    @property
+    def width(self) -> int:
+        return self.shape.width
+
+    @property
+    def out(self) -> int:
+        return self.shape.out
+
+    @property
+    def axis(self) -> int:
+        return self.shape.axis
+
+    @property
+    def shape(self) -> Shape:
+        """(width, out, axis), read off the first and the last leaf that fix them."""
+        if self._shape is None:
+            first = _first_shape(self.entry)
+            last = _first_shape(self.exit, backwards=True)
+            self._shape = Shape(
+                first.width if first else 0, last.out if last else 0, first.axis if first else -1
+            )
+        return self._shape
+
+    def seen(self, *, shape: Shape, captures: dict[str, str] | None = None) -> Site:
+        """The same site as one edit sees it: with the widths that its part meets."""
+        site = Site.__new__(Site)
+        site.__dict__.update(self.__dict__)
+        site._shape, site.captures = shape, captures if captures is not None else self.captures
+        return site
+
+    def below(self) -> Iterator[Site]:
+        """Every site strictly inside this one, in the order of the walk."""
+        for child in self.children:
+            yield child
+            yield from child.below()
+
+    def above(self) -> Iterator[Site]:
+        """Every site this one is strictly inside of, nearest first."""
+        site = self.parent
+        while site is not None:
+            yield site
+            site = site.parent
+
+
+def span(entry: Site, exit: Site) -> Site:
+    """The site from the input of `entry` to the output of `exit`."""
+    above = {id(s) for s in (entry, *entry.above())}
+    owner = next(s for s in (exit, *exit.above()) if id(s) in above)
+    site = Site(owner.module, owner.parent, owner.steps)
+    a, b = entry.path[len(owner.path) :].lstrip("."), exit.path[len(owner.path) :].lstrip(".")
+    site.path = f"{owner.path}.({a} to {b})" if owner.path else f"({a} to {b})"
+    site.entry, site.exit = entry, exit
+    site.order, site.end = entry.order, exit.end
+    return site
+
+
+def _first_shape(site: Site, backwards: bool = False) -> Shape | None:
+    if found := shape(site.module):
+        return found
+    for child in reversed(site.children) if backwards else site.children:
+        if found := _first_shape(child, backwards):
+            return found
+    return None
+
+
+class Tree:
+    """All sites of a model, in order of registration, grafts left out.
+
+    `memo` keeps what was once worked out about this tree (roles, selections).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sites: list[Site] = []
+        self.memo: dict[Any, Any] = {}
+        self._known: dict[int, Site] = {}
+        self.root = self._grow(model, None, (), ())
+        self.by_module = self._known
+
+    def _grow(
+        self,
+        module: nn.Module,
+        parent: Site | None,
+        steps: tuple[Step, ...],
+        above: tuple[int, ...],
+    ) -> Site:
+        site = self._known[id(module)] = Site(module, parent, steps)
+        site.order = len(self.sites)
+        self.sites.append(site)
+        above = (*above, id(module))
+        for step, child in _children(module):
+            if (known := self._known.get(id(child))) is not None:
+                if id(child) not in above:  # a module inside itself is no second place
+                    _alias(known, (*steps, step))
+            else:
+                site.children.append(self._grow(child, site, (*steps, step), above))
+        site.end = len(self.sites)
+        return site
+
+
+def _children(module: nn.Module) -> list[tuple[Step, nn.Module]]:
+    found = [
+        (name, child)
+        for name, child in module._modules.items()
+        if child is not None and not getattr(child, "_is_surgery_room", False)
+    ]
+    return [(Step(name, i, len(found)), child) for i, (name, child) in enumerate(found)]
+
+
+def _alias(site: Site, steps: tuple[Step, ...]) -> None:
+    site.aliases.append(steps)
+    for child in site.children:
+        _alias(child, (*steps, child.steps[-1]))
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """All that surgery must leave, or bring back, bit for bit; equal dicts mean equal models.
+
+    Holds the classes, the order of children, hooks, training flags, `requires_grad`, identity,
+    place in memory and a digest of the bytes of every parameter and buffer, and the RNG state.
+    """
+    marks: dict[str, Any] = {"rng": torch.get_rng_state().numpy().tobytes()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        marks[f"{path}|module"] = (
+            id(module),
+            type(module),
+            module.training,
+            tuple(module._modules),
+            *(tuple(map(id, hooks.values())) for hooks in _hook_tables(module)),
+            "forward" in module.__dict__,
+        )
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None:
+                marks[f"{path}|{name}"] = _tensor_marks(tensor)
+    return marks
+
+
+def _hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    return [v for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and v is not None]
+
+
+def _tensor_marks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    digest = b""
+    if not tensor.is_meta:
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest = hashlib.sha256(raw.tobytes()).digest()
+    return (id(tensor), tensor.requires_grad, tensor.data_ptr(), tensor.dtype, tensor.shape, digest)

@@ -1,0 +1,22 @@
+"""The words that rules are written in: the only names that a file may call."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from . import edit, part, parts, pattern, role, rule
+
+
+@lru_cache(maxsize=1)
+def words() -> dict[str, Any]:
+    """Every public word of rules, by name."""
+    listed = {
+        edit: ("parallel", "append", "prepend", "replace", "freeze", "unfreeze"),
+        part: ("shared",),
+        parts: tuple(parts.__all__),
+        pattern: ("where", "inside", "holding", "nearest", "span"),
+        role: tuple(each.name for each in role.ROLES),
+        rule: ("at",),
+    }
+    return {name: getattr(module, name) for module, names in listed.items() for name in names}
