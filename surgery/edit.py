@@ -102,7 +102,9 @@ def parallel(part: Maker, *, scale: float = 1.0) -> Parallel:
 
 
 def append(part: Maker, *, residual: bool = False) -> Append:
-    """Run `part` on the site's output: y = part(site(x)), with `residual` y = site(x) + part(site(x)).
+    """Run `part` on the site's output: y = part(site(x)).
+
+    With `residual` it is added: y = site(x) + part(site(x)).
 
     >>> append(lambda site: nn.LayerNorm(site.width))  # doctest: +ELLIPSIS
     append(<<lambda> at ...>)
@@ -111,7 +113,9 @@ def append(part: Maker, *, residual: bool = False) -> Append:
 
 
 def prepend(part: Maker, *, residual: bool = False) -> Prepend:
-    """Run `part` on the site's input: y = site(part(x)), with `residual` y = site(x + part(x)).
+    """Run `part` on the site's input: y = site(part(x)).
+
+    With `residual` it is added: y = site(x + part(x)).
 
     >>> prepend(lambda site: nn.LayerNorm(site.width))  # doctest: +ELLIPSIS
     prepend(<<lambda> at ...>)

@@ -36,7 +36,7 @@ class ConflictError(SurgeryError):
 
 
 class OperationError(SurgeryError):
-    """The model is not in the state that the call needs: operated twice, never operated, wrapped."""
+    """The model is not as the call needs it: operated already, never operated, or wrapped."""
 
 
 class GraftError(SurgeryError):

@@ -55,7 +55,7 @@ def apply(
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     >>> model = apply(model, at(nn.Linear, parallel(adapter(rank=2))), example=torch.zeros(1, 8))
     >>> sum(p.numel() for p in parameters(model))
-    116
+    124
     """
     Plan(model, rules, seed=seed, name=name, balance=balance).apply(example)
     return model

@@ -35,7 +35,7 @@ class Placed:
         return id(self.site.entry.module), id(self.site.exit.module)
 
     def make(self, seed: int) -> nn.Module:
-        """The part itself, seeded by (seed, edit, key), as its site is in device, dtype and mode."""
+        """The part, seeded by (seed, edit, key), with its site's device, dtype and mode."""
         if self.device.type == "meta":
             return self.sketch().to(dtype=self.dtype)
         digest = hashlib.sha256(f"{seed}|{self.edit!r}|{self.key}".encode()).digest()

@@ -187,7 +187,7 @@ def plan(
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     >>> made = plan(model, at(nn.Linear, parallel(adapter(rank=2))))
     >>> len(made.sites), made.added
-    (2, 116)
+    (2, 124)
     """
     made = Plan(model, rules, seed=seed, name=name, balance=balance)
     _ = made.parts

@@ -24,12 +24,12 @@ def anatomy(model: nn.Module) -> Table:
 
     >>> print(anatomy(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2)))
     Anatomy of TransformerEncoder
-    role   address                         sites  features  axis
-    block  layers.*                            2        16  last
-    norm   layers.*.norm1                      2        16  last
-    norm   layers.*.norm2                      2        16  last
-    attn   layers.*.self_attn                  2        16  last
-    ffn    layers.*.(linear1 to linear2)       2        16  last
+    role   address                        sites  features  axis
+    block  layers.*                           2  16        last
+    norm   layers.*.norm1                     2  16        last
+    norm   layers.*.norm2                     2  16        last
+    attn   layers.*.self_attn                 2  16        last
+    ffn    layers.*.(linear1 to linear2)      2  16        last
     """
     tree = Tree(model)
     rows: list[tuple[object, ...]] = []
