@@ -271,10 +271,10 @@ class Operation(nn.Module):
             tensor = tensor_of(module, name)
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None
-            if tensor is not None and not (tensor.is_meta or value.is_meta):
-                if not same(tensor, value):
-                    with torch.no_grad():
-                        tensor.copy_(value)
+            if tensor is None or tensor.is_meta or value.is_meta or same(tensor, value):
+                continue
+            with torch.no_grad():
+                tensor.copy_(value)
 
     def _leave_room(self, model: nn.Module) -> None:
         room = room_of(model)

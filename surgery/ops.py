@@ -151,7 +151,7 @@ class _WithBalance(torch.autograd.Function):
 
     @staticmethod
     def forward(output: Tensor, gates: Tensor, coefficient: Coefficient) -> Tensor:
-        return output.view_as(output)
+        return output.clone()  # a view made here could not be changed in place afterwards
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -97,11 +97,11 @@ class _Anatomy:
         found: list[Site] = []
         for site in reversed(self.tree.sites):  # children before their parents
             shapes = [linear(s.module) for s in self.below(site)] if site.children else []
-            if 2 <= len(shapes) <= 3 and _is_ffn(shapes) and self._is_pointwise(site):
-                if not any(site.order < f.order < site.end for f in found[-1:]):
-                    found.append(site)
-                    first, last = self.below(site)[0].module, self.below(site)[-1].module
-                    site._shape = _joined(first, last)
+            fits = 2 <= len(shapes) <= 3 and _is_ffn(shapes) and self._is_pointwise(site)
+            if fits and not any(site.order < f.order < site.end for f in found[-1:]):
+                found.append(site)
+                first, last = self.below(site)[0].module, self.below(site)[-1].module
+                site._shape = _joined(first, last)
         return found[::-1]
 
     def _is_pointwise(self, site: Site) -> bool:
