@@ -73,7 +73,7 @@ def encode(value: Any, words: Mapping[str, Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return {"list": [encode(v, words) for v in value]}
     if _is_constant(value, words):
-        return {"name": getattr(value, "word", None) or value.__name__}
+        return {"name": show(value)}
     if isinstance(value, type) and getattr(nn, value.__name__, None) is value:
         return {"nn": value.__name__}
     if isinstance(value, Term) and value.word in words:

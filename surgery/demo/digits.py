@@ -1,0 +1,212 @@
+"""Adapt a small vision transformer from printed glyphs to handwritten digits, in several ways.
+
+The backbone has never seen a digit. The target is scikit-learn's set of 1,797 real digits (8x8):
+20 of each class to train on, 300 images put aside once and for all to choose learning rates, and
+the rest to test on. Test images decide nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import surgery
+from surgery.demo import glyphs
+from surgery.table import Table
+
+METHODS = ["linear_probe", "full", "adapter", "adaptformer", "adapterx_ffn"]
+PER_CLASS, VALIDATION, BATCH, EPOCHS = 20, 300, 50, 40
+BALANCE = 0.01  # weight of the load-balance loss, as usual (Li et al. 2024, Eq. 7)
+# The best of RATES on the validation images, mean of 3 seeds: `choose()` prints them all.
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATE = {
+    "linear_probe": 1e-2,
+    "full": 1e-3,
+    "adapter": 1e-2,
+    "adaptformer": 1e-2,
+    "adapterx_ffn": 1e-2,
+}
+
+
+class Images(NamedTuple):
+    """x (n, 1, 16, 16), ink 0..1; y (n,), classes 0..9."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Split(NamedTuple):
+    train: Images
+    validation: Images
+    test: Images
+
+
+class Result(NamedTuple):
+    """One run: the tuned model, trained parameters, accuracy 0..1, seconds of training."""
+
+    model: nn.Module
+    trained: int
+    accuracy: float
+    seconds: float
+
+
+def digits(seed: int) -> Split:
+    """Real digits, enlarged as the glyphs were; `seed` draws the training images only."""
+    bunch = load_digits()
+    images = Images(
+        glyphs.enlarge(torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16),
+        torch.tensor(bunch.target),
+    )
+    aside = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))
+    validation, rest = aside[:VALIDATION], aside[VALIDATION:]
+    drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed + 1))]
+    train = torch.cat([drawn[images.y[drawn] == c][:PER_CLASS] for c in range(10)])
+    test = drawn[~torch.isin(drawn, train)]
+    return Split(*(Images(images.x[i], images.y[i]) for i in (train, validation, test)))
+
+
+def tune(
+    method: str, data: Images, *, seed: int, rate: float, epochs: int, step: Callable[[], None]
+) -> nn.Module:
+    """The pretrained backbone with a fresh head, operated by `method` and trained on `data`."""
+    torch.manual_seed(seed)
+    model: nn.Module = glyphs.pretrained(num_classes=10)
+    surgery.apply(model, rules=method, seed=seed)
+    optimizer = torch.optim.AdamW(surgery.parameters(model), lr=rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=epochs * len(data.y) // BATCH, pct_start=0.1
+    )
+    model.train()
+    for x, y in _batches(data, epochs):
+        loss = F.cross_entropy(model(x), y) + BALANCE * surgery.balance_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step()
+    return model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, data: Images) -> float:
+    """Fraction of `data` named rightly."""
+    return (model(data.x).argmax(1) == data.y).float().mean().item()
+
+
+def run(
+    *,
+    methods: list[str] | None = None,
+    seeds: int = 3,
+    epochs: int | None = None,
+    pretrain: bool = False,
+    out: Path = Path("out"),
+) -> None:
+    """The whole demo: compare, then save, load and revert, and draw the load of the experts."""
+    chosen = methods or METHODS
+    for method in chosen:
+        surgery.plan(glyphs.pretrained(10), method)  # a wrong name is told before any work
+    if pretrain:
+        glyphs.pretrain()
+    print("Backbone: a ViT pretrained on printed letters and symbols. Target: real digits.")
+    results = compare(chosen, seeds, epochs or EPOCHS)
+    print(table(results, epochs or EPOCHS))
+    out.mkdir(parents=True, exist_ok=True)
+    routed = [m for m in chosen if surgery.routing(results[m][-1].model)]
+    last = routed[-1] if routed else chosen[-1]
+    prove(last, results[last][-1].model, digits(0).test, out)
+
+
+def compare(methods: list[str], seeds: int, epochs: int) -> dict[str, list[Result]]:
+    """Every method with every seed, each run from the same backbone and on the same images."""
+    results: dict[str, list[Result]] = {method: [] for method in methods}
+    splits = [digits(seed) for seed in range(seeds)]
+    steps = epochs * PER_CLASS * 10 // BATCH
+    with Progress() as progress:
+        for method in methods:
+            bar = progress.add_task(f"{method:<13}", total=seeds * steps)
+            for seed, split in enumerate(splits):
+                results[method].append(
+                    _one(method, split, seed, epochs, lambda bar=bar: progress.advance(bar))
+                )
+    return results
+
+
+def _one(method: str, split: Split, seed: int, epochs: int, step: Callable[[], None]) -> Result:
+    start = time.perf_counter()
+    rate = RATE.get(method, 3e-3)
+    model = tune(method, split.train, seed=seed, rate=rate, epochs=epochs, step=step)
+    seconds = time.perf_counter() - start
+    trained = sum(p.numel() for p in surgery.parameters(model))
+    return Result(model, trained, accuracy(model, split.test), seconds)
+
+
+def table(results: dict[str, list[Result]], epochs: int) -> Table:
+    """One row a method; the spread is the standard deviation over seeds."""
+    backbone = sum(p.numel() for p in glyphs.build(0).parameters())
+    rows: list[tuple[object, ...]] = []
+    for method, runs in results.items():
+        scores = [100 * r.accuracy for r in runs]
+        spread = f"{statistics.stdev(scores):.1f}" if len(scores) > 1 else "-"
+        mean, seconds = statistics.mean(scores), statistics.mean(r.seconds for r in runs)
+        share = f"{100 * runs[0].trained / backbone:.2f}"
+        rows.append((method, runs[0].trained, share, f"{mean:.1f}", spread, f"{seconds:.1f}"))
+    seeds = len(next(iter(results.values())))
+    notes = [
+        f"{PER_CLASS} digits a class, {epochs} epochs, {seeds} seeds; trained includes the head "
+        f"(970); backbone {backbone:,}."
+    ]
+    columns = ("method", "trained", "% of backbone", "accuracy %", "+-", "seconds a run")
+    return Table("Printed glyphs to handwritten digits", columns, rows, notes)
+
+
+def prove(method: str, model: nn.Module, test: Images, out: Path) -> None:
+    """Save, load into a fresh model, revert; draw the load of the experts where there are any."""
+    with torch.inference_mode():
+        answers = model(test.x)
+    file = surgery.save(model, out / f"{method}.safetensors")
+    again = surgery.load(glyphs.pretrained(10), file).eval()
+    with torch.inference_mode():
+        same = torch.equal(again(test.x), answers)
+    print(f"saved   {file} ({file.stat().st_size / 1024:.0f} KiB)")
+    print(f"loaded  into a fresh model: outputs equal to the last bit: {same}")
+    if loads := surgery.routing(model):
+        picture = surgery.draw_loads(loads, out / "loads.png", f"{method}: load of each expert")
+        print(f"drew    {picture}")
+    surgery.revert(model)
+    base = dict(glyphs.pretrained(10).state_dict())
+    kept = {k: v for k, v in model.state_dict().items() if k not in glyphs.HEAD}
+    equal = all(torch.equal(base[key], value) for key, value in kept.items())
+    print(f"reverted: every tensor of the backbone equal to the last bit: {equal}")
+
+
+def choose() -> None:
+    """Print the validation accuracy of every method at every rate, mean of 3 seeds."""
+    for method in METHODS:
+        for rate in RATES:
+            scores = []
+            for seed in range(3):
+                data = digits(seed)
+                model = tune(
+                    method, data.train, seed=seed, rate=rate, epochs=EPOCHS, step=lambda: None
+                )
+                scores.append(accuracy(model, data.validation))
+            print(f"{method:<13} {rate:.0e} {100 * statistics.mean(scores):.1f}", flush=True)
+
+
+def _batches(data: Images, epochs: int) -> Iterator[Images]:
+    for _ in range(epochs):
+        for rows in torch.randperm(len(data.y)).split(BATCH):
+            yield Images(data.x[rows], data.y[rows])
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,41 @@
+"""One thread, a fixed seed, and the tiny models as fixtures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import models
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return models.tiny_vit()
+
+
+@pytest.fixture
+def tv_vit() -> nn.Module:
+    return models.torchvision_vit()
+
+
+@pytest.fixture
+def hf_vit() -> nn.Module:
+    return models.hf_vit()
+
+
+@pytest.fixture
+def bert() -> nn.Module:
+    return models.hf_bert()
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    return models.encoder()

@@ -1,0 +1,95 @@
+"""Tiny models of several families, built at random from their configurations: no download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+
+def tiny_vit(**changes: Any) -> VisionTransformer:
+    """timm: width 24, depth 3, 16x16 images, 5 classes."""
+    chosen: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
+    return VisionTransformer(**{**chosen, **changes})
+
+
+def images(batch: int = 2, size: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(batch, 3, size, size, generator=generator)
+
+
+def words_in(batch: int = 2, length: int = 6, vocabulary: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, vocabulary, (batch, length), generator=generator)
+
+
+def torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer as TorchvisionViT
+
+    return TorchvisionViT(
+        image_size=16,
+        patch_size=8,
+        num_layers=3,
+        num_heads=3,
+        hidden_dim=24,
+        mlp_dim=96,
+        num_classes=5,
+    )
+
+
+_HF = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+}
+
+
+def hf_vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(**_HF, image_size=16, patch_size=8, num_labels=5)
+    return ViTForImageClassification(config).eval()
+
+
+def hf_bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(**_HF, vocab_size=32, max_position_embeddings=16, num_labels=5)
+    return BertForSequenceClassification(config).eval()
+
+
+def hf_clip_vision() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(**_HF, image_size=16, patch_size=8)).eval()
+
+
+def hf_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=24, n_layer=3, n_head=3, vocab_size=32, n_positions=16)
+    return GPT2LMHeadModel(config).eval()
+
+
+def hf_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_HF, vocab_size=32, max_position_embeddings=16)
+    return LlamaForCausalLM(config).eval()
+
+
+def encoder(**changes: Any) -> nn.TransformerEncoder:
+    """torch: width 24, two layers, batch first."""
+    chosen: dict[str, Any] = {"dim_feedforward": 48, "dropout": 0.0, "batch_first": True}
+    layer = nn.TransformerEncoderLayer(24, 3, **{**chosen, **changes})
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
