@@ -200,3 +200,7 @@ def _called(made: Any, name: str) -> Any:
             f"calling it failed: {type(error).__name__}: {error}",
             "Give a function that takes no arguments and returns a model.",
         ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -194,11 +194,13 @@ class Operation(nn.Module):
                 model.__dict__[ROOM] = room
         room.add_module(self.name, self)
 
-    def own(self, key: str, part: nn.Module) -> nn.Module:
-        """Give a part its place in the room; a part that has one keeps it."""
-        if all(part is not known for known in self._modules.values()):
-            self.add_module(key, part)
-        return part
+    def own(self, parts: dict[str, nn.Module]) -> None:
+        """Give each part its place in the room, under the first of its keys."""
+        placed: set[int] = set()
+        for key, part in parts.items():
+            if id(part) not in placed:
+                self.add_module(key, part)
+                placed.add(id(part))
 
     def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
         """Let just these parameters (by id) of the base be trained, each with a copy kept."""

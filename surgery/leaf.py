@@ -24,7 +24,7 @@ def linear(module: nn.Module) -> Shape | None:
     if isinstance(module, CONVS):
         plain = set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
         return Shape(module.in_channels, module.out_channels, 1) if plain else None
-    if isinstance(getattr(module, "nf", None), int) and not module._modules:  # GPT-2's Conv1D
+    if isinstance(vars(module).get("nf"), int) and not module._modules:  # GPT-2's Conv1D
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() == 2:
             return Shape(weight.shape[0], weight.shape[1], -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class Placed:
     edit: Joined
     site: Site
     key: str = ""  # its name in the room; the same for all sites that share it
+    said: str = ""  # its edit in words
 
     def __post_init__(self) -> None:
         self.device, self.dtype = _surroundings(self.site)
@@ -38,10 +40,13 @@ class Placed:
         """The part, seeded by (seed, edit, key), with its site's device, dtype and mode."""
         if self.device.type == "meta":
             return self.sketch().to(dtype=self.dtype)
-        digest = hashlib.sha256(f"{seed}|{self.edit!r}|{self.key}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}|{self.said}|{self.key}".encode()).digest()
         torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
-        with torch.device("cpu"):
+        if torch.empty(0).device.type == "cpu":  # the default: no context, which costs each call
             part = self._build()
+        else:
+            with torch.device("cpu"):
+                part = self._build()
         if self.device.type != "cpu" or self.dtype != torch.get_default_dtype():
             part.to(self.device, self.dtype)
         return part if self.site.module.training else part.eval()
@@ -64,12 +69,14 @@ class Placed:
 
 def name_all(placed: list[Placed]) -> None:
     """Give each part its key: the path for one of its own, `shared/...` for a shared one."""
+    said = {id(edit): repr(edit) for edit in {id(p.edit): p.edit for p in placed}.values()}
     stems = Counter[str]()
     groups: dict[str, set[str]] = {}
     for p in placed:
         if isinstance(p.edit.part, Shared):
             groups.setdefault(_stem(p, p.edit.part), set()).add(_group(p, p.edit.part))
     for p in placed:
+        p.said = said[id(p.edit)]
         if isinstance(p.edit.part, Shared):
             stem, group = _stem(p, p.edit.part), _group(p, p.edit.part)
             p.key = stem if len(groups[stem]) == 1 else f"{stem}/{_digest(group)}"
@@ -111,7 +118,8 @@ def _digest(text: str) -> str:
 def _surroundings(site: Site) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the first floating parameter in a site, or else around it."""
     for around in (site.entry, *site.entry.above()):
-        for tensor in around.module.parameters():
-            if tensor.is_floating_point():
+        own = around.module._parameters.values()  # first, and without the walk
+        for tensor in chain(own, around.module.parameters()):
+            if tensor is not None and tensor.is_floating_point():
                 return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()

@@ -117,7 +117,8 @@ class Plan:
         earlier = [p for p in self._base() if operations(self.model) and p.requires_grad]
         operation.open(self.model, modules)
         operation.train_only(modules, self.unfrozen | set(map(id, earlier)))
-        parts = {p.key: operation.own(p.key, p.make(self.seed)) for p in self._makers()}
+        parts = {p.key: p.make(self.seed) for p in self._makers()}
+        operation.own(parts)
         spots: dict[tuple[int, int], list[Placed]] = {}
         for p in self.placed:
             spots.setdefault(p.spot, []).append(p)

@@ -73,8 +73,8 @@ def encode(value: Any, words: Mapping[str, Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return {"list": [encode(v, words) for v in value]}
     if _is_constant(value, words):
-        return {"name": show(value)}
-    if isinstance(value, type) and getattr(nn, value.__name__, None) is value:
+        return {"name": show(value)}  # both of a constant term and of a class, its word
+    if isinstance(value, type) and show(value).startswith("nn."):
         return {"nn": value.__name__}
     if isinstance(value, Term) and value.word in words:
         given, named = value.everything()

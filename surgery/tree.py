@@ -151,7 +151,7 @@ def _children(module: nn.Module) -> list[tuple[Step, nn.Module]]:
     found = [
         (name, child)
         for name, child in module._modules.items()
-        if child is not None and not getattr(child, "_is_surgery_room", False)
+        if child is not None and not getattr(type(child), "_is_surgery_room", False)
     ]
     return [(Step(name, i, len(found)), child) for i, (name, child) in enumerate(found)]
 

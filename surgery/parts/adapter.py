@@ -36,16 +36,24 @@ class Adapter(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.down = nn.Linear(width, rank)
-        self.up = nn.Linear(rank, width if out is None else out)
-        self.act = activation()
-        self.drop = nn.Dropout(dropout)
-        for tensor in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(tensor)
+        bound = max(width, 1) ** -0.5
+        self.down = _linear(torch.empty(rank, width).uniform_(-bound, bound))
+        self.up = _linear(torch.zeros(width if out is None else out, rank))
+        self.act = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.up(self.drop(self.act(self.down(x))))
+        hidden: Tensor = self.up(self.act(self.down(x)))
         return hidden
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """nn.Linear around a weight, bias zero; its own `__init__` would draw a start for nothing."""
+    made = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(made)
+    made.out_features, made.in_features = weight.shape
+    made.weight = nn.Parameter(weight)
+    made.bias = nn.Parameter(torch.zeros(made.out_features))
+    return made
 
 
 @part
