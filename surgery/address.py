@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class _Position:
 
 
 _Matcher = _Name | _Any | _Position | None  # None stands for `**`
-_POSITION = re.compile(r"\[(?:(-?\d+)|(-?\d*):(-?\d*)(?::(-?\d*))?)\]")
+_POSITION = re.compile(r"\[(?:(-?\d+)|(-?\d+)?:(-?\d+)?(?::(-?0*[1-9]\d*)?)?)\]")
 
 
 @lru_cache(maxsize=1024)
@@ -157,20 +157,32 @@ def generalise(path: str) -> str:
     return ".".join("*" if step.isdigit() else step for step in path.split("."))
 
 
-def nearest(text: str, paths: Iterable[str], most: int = 3) -> list[tuple[str, int]]:
+def nearest(
+    text: str, paths: Iterable[str], preferred: Sequence[str] = (), most: int = 2
+) -> list[tuple[str, int]]:
     """The addresses that exist and look most like `text`, each with how many paths it has.
+
+    Addresses in `preferred`, first ones first, come before others that look as much like it.
 
     >>> nearest("blocks.*.feed_forward", ["blocks.0.mlp", "blocks.1.mlp", "head"], most=1)
     [('blocks.*.mlp', 2)]
     """
     counts = Counter(generalise(path) for path in paths if path)
-    steps = _steps(text)
+    steps = [step for step in generalise(text).split(".") if step != "**"]
+    anywhere = len(steps) < len(text.split("."))
+    rank = {address: i for i, address in enumerate(preferred)}
 
-    def likeness(address: str) -> float:
+    def order(address: str) -> tuple[float, int, int, str]:
         own = address.split(".")
-        whole = difflib.SequenceMatcher(None, text, address).ratio()
-        same = sum(a == b for a, b in zip(steps, own, strict=False))
-        return whole + 2 * same / max(len(steps), len(own))
+        ways = [(steps, own), (steps[::-1], own[::-1])] if anywhere else [(steps, own)]
+        alike = max(sum(map(_alike, asked, there)) for asked, there in ways)
+        likeness = alike / max(len(steps), 1 if anywhere else len(own))
+        return -round(likeness, 3), rank.get(address, len(rank)), len(own), address
 
-    ranked = sorted(counts, key=lambda address: (-likeness(address), len(address), address))
-    return [(address, counts[address]) for address in ranked[:most]]
+    return [(address, counts[address]) for address in sorted(counts, key=order)[:most]]
+
+
+def _alike(a: str, b: str) -> float:
+    """1 for the same step, less for one that may have been mistyped, else 0."""
+    ratio = difflib.SequenceMatcher(None, a, b).ratio()
+    return ratio if ratio > 0.6 else 0.0

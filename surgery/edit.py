@@ -76,7 +76,7 @@ class Append(_Serial):
     place = "after"
 
     def port(self, site: Site) -> Shape:
-        return Shape(site.out, site.out, site.exit.axis)
+        return Shape(site.shape.out, site.shape.out, site.exit.axis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +84,7 @@ class Prepend(_Serial):
     place = "before"
 
     def port(self, site: Site) -> Shape:
-        return Shape(site.width, site.width, site.axis)
+        return Shape(site.shape.width, site.shape.width, site.axis)
 
 
 @dataclass(frozen=True, repr=False)

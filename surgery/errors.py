@@ -14,12 +14,14 @@ class SurgeryError(Exception):
     Write at("blocks.*").
     """
 
+    joint = ": "  # between rule and fact
+
     def __init__(self, rule: str, fact: str, remedy: str) -> None:
         super().__init__(rule, fact, remedy)
         self.rule, self.fact, self.remedy = rule, fact, remedy
 
     def __str__(self) -> str:
-        first = f"{self.rule}: {self.fact}" if self.rule else self.fact
+        first = f"{self.rule}{self.joint}{self.fact}" if self.rule else self.fact
         return f"{first}\n{self.remedy}"
 
 
@@ -29,6 +31,8 @@ class RuleError(SurgeryError):
 
 class MatchError(SurgeryError):
     """A rule matched nothing, or not as often as it says."""
+
+    joint = " "
 
 
 class ConflictError(SurgeryError):

@@ -55,7 +55,7 @@ class Graft:
         first = next((i for i, step in enumerate(steps) if step.place == "before"), len(steps))
         besides = [i for i, step in enumerate(steps) if step.place == "beside"]
         self.remembers = bool(besides) and (site.is_span or first < besides[-1])
-        self.enters = self.remembers or first < len(steps)
+        self.enters = first < len(steps)
         self.leaves = any(step.place in ("after", "beside") for step in steps)
         self.was_forward = self.entry.__dict__.get("forward")
         self.ran = False
@@ -71,7 +71,7 @@ class Graft:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost."""
-        if not (self.enters and self.operation.enabled):
+        if not ((self.enters or self.remembers) and self.operation.enabled):
             return None
         x, put = _input(args, kwargs, self.path)
         for i, step in reversed(list(enumerate(self.steps))):
@@ -91,9 +91,18 @@ class Graft:
             if step.place == "after":
                 y = self._act(step, y, y, self.axis_out, self.axis_out)
             elif step.place == "beside":
-                x = self.inputs.pop(i) if self.remembers else _input(args, kwargs, self.path)[0]
+                x = self._remembered(i) if self.remembers else _input(args, kwargs, self.path)[0]
                 y = self._act(step, x, y, self.axis_in, self.axis_out)
         return put(y)
+
+    def _remembered(self, i: int) -> Tensor:
+        if i not in self.inputs:
+            raise GraftError(
+                f"the graft at {self.path}",
+                "its end ran without its beginning, so there is no input to run beside.",
+                "Put the rule on a module that is called whole, and revert this one.",
+            )
+        return self.inputs.pop(i)
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
@@ -176,22 +185,25 @@ class Operation(nn.Module):
         self.was_training: list[tuple[nn.Module, bool]] = []
         self.was_trainable: list[tuple[nn.Module, str, bool]] = []
         self.was_value: list[tuple[nn.Module, str, Tensor]] = []
+        self.was_buffer: list[tuple[nn.Module, str, Tensor]] = []
+        self.was_grad: list[tuple[nn.Module, str, Tensor | None]] = []
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
 
-    def open(self, model: nn.Module, modules: list[nn.Module]) -> None:
+    def open(self, model: nn.Module) -> None:
         """Make room at the root, and remember the flags and buffers of its modules."""
         self.model.append(model)
-        for module in modules:
+        for module in model.modules():
             self.was_training.append((module, module.training))
             for name, tensor in module._buffers.items():
                 if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
+                    self.was_buffer.append((module, name, tensor))
                     self.was_value.append((module, name, tensor.detach().clone()))
         room = room_of(model)
         if room is None:
-            room = Room()
-            _host(model)._modules[ROOM] = room
-            if _host(model) is not model:
+            room, host = Room(), _host(model)
+            if host is not model:
                 model.__dict__[ROOM] = room
+            host._modules[ROOM] = room
         room.add_module(self.name, self)
 
     def own(self, parts: dict[str, nn.Module]) -> None:
@@ -210,6 +222,7 @@ class Operation(nn.Module):
                     continue
                 wanted = id(tensor) in chosen
                 if wanted:
+                    self.was_grad.append((module, name, tensor.grad))
                     self.was_value.append((module, name, tensor.detach().clone()))
                 if tensor.requires_grad != wanted:
                     self.was_trainable.append((module, name, not wanted))
@@ -220,8 +233,13 @@ class Operation(nn.Module):
         graft = Graft(self, site, steps)
         self.grafts.append(graft)
         replaced = any(step.place == "instead" for step in steps)
-        if graft.enters or replaced:  # a pre-hook keeps torch's fused inference paths away
+        earlier = _grafts(graft.entry)
+        inner = any(step.place == "before" for each in earlier.values() for step in each.steps)
+        graft.remembers |= inner and any(step.place == "beside" for step in steps)
+        if graft.enters or graft.remembers or replaced:  # the last rule meets the input first
             graft.entry.register_forward_pre_hook(graft.enter, with_kwargs=True)
+            for key in earlier:
+                graft.entry._forward_pre_hooks[key] = graft.entry._forward_pre_hooks.pop(key)
         if replaced:
             graft.entry.__dict__["forward"] = graft.instead
         if graft.leaves or not replaced:
@@ -237,7 +255,8 @@ class Operation(nn.Module):
             raise GraftError(
                 ", ".join(row["rule"] for row in self.record["rows"] if row["keys"]),
                 f"{len(idle)} of {len(self.grafts)} sites never ran in a whole forward: "
-                + ", ".join(idle[:4] + ["..."] * (len(idle) > 4)),
+                + ", ".join(idle[:4] + ["..."] * (len(idle) > 4))
+                + ".",
                 "The model reads their weights without calling them, or skips them. Put the rule "
                 "on a module that is called (its parent, say), and revert this one.",
             )
@@ -262,6 +281,10 @@ class Operation(nn.Module):
             tensor = owner._parameters[name]
             if tensor is not None:
                 tensor.requires_grad_(flag)
+        for owner, name, grad in self.was_grad:
+            tensor = owner._parameters[name]
+            if tensor is not None:
+                tensor.grad = grad
         self._restore_values()
         for module, training in self.was_training:
             module.training = training
@@ -269,14 +292,15 @@ class Operation(nn.Module):
             self._leave_room(model)
 
     def _restore_values(self) -> None:
+        for module, name, tensor in self.was_buffer:
+            now = module._buffers.get(name)  # another tensor, unless it was moved or cast
+            if now is None or (now.device, now.dtype) == (tensor.device, tensor.dtype):
+                module._buffers[name] = tensor
         for module, name, value in self.was_value:
             tensor = tensor_of(module, name)
-            if isinstance(tensor, nn.Parameter):
-                tensor.grad = None
-            if tensor is None or tensor.is_meta or value.is_meta or same(tensor, value):
-                continue
-            with torch.no_grad():
-                tensor.copy_(value)
+            if tensor is not None and not (tensor.is_meta or value.is_meta or same(tensor, value)):
+                with torch.no_grad():
+                    tensor.copy_(value)
 
     def _leave_room(self, model: nn.Module) -> None:
         room = room_of(model)
@@ -325,6 +349,12 @@ def _host(model: nn.Module) -> nn.Module:
     raise OperationError(
         type(model).__name__, "it holds no module that does anything.", "Give a model."
     )
+
+
+def _grafts(module: nn.Module) -> dict[int, Graft]:
+    """The grafts that meet a module's input, by the key of their hook."""
+    owners = {k: getattr(h, "__self__", None) for k, h in module._forward_pre_hooks.items()}
+    return {key: owner for key, owner in owners.items() if isinstance(owner, Graft)}
 
 
 def _unhook(module: nn.Module, operation: Operation) -> None:

@@ -52,7 +52,8 @@ def shape(module: nn.Module) -> Shape | None:
 
 
 def _norm_shape(module: nn.Module) -> Shape | None:
-    axis = 1 if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else -1
+    first = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # and timm's LayerNorm2d
+    axis = 1 if isinstance(module, first) or type(module).__name__.endswith("2d") else -1
     for name in ("normalized_shape", "num_features", "num_channels"):
         size = getattr(module, name, None)
         if size is not None:

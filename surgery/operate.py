@@ -99,15 +99,16 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     tensor([[1., 1.]])
     """
     done = _operated(model, "disabled(model)")
-    now = [(tensor, tensor.detach().clone(), was) for tensor, was in _changed(done)]
+    now = [(tensor, tensor.detach().clone(), before) for tensor, before in _changed(done)]
+    enabled = [operation.enabled for operation in done]
     try:
         for operation in done:
             operation.enabled = False
-        _set([(tensor, was) for tensor, _, was in now])
+        _set([(tensor, before) for tensor, _, before in now])
         yield model
     finally:
-        for operation in done:
-            operation.enabled = True
+        for operation, was in zip(done, enabled, strict=True):
+            operation.enabled = was
         _set([(tensor, value) for tensor, value, _ in now])
 
 
@@ -143,14 +144,15 @@ def balance_loss(model: nn.Module) -> Tensor:
     True
     """
     done = _operated(model, "balance_loss(model)")
-    total = torch.zeros((), device=next((p.device for p in model.parameters()), None))
+    losses: list[Tensor] = []
     for operation in done:
         for graft in operation.routers:
             gates = _gates(graft, "balance_loss(model)")
             if operation.balance is None:
                 _check_gradient(graft, gates)
-            total = total + ops.balance(gates).to(total)
-    return total
+            losses.append(ops.balance(gates))
+    place = losses[0] if losses else next(model.parameters(), torch.zeros(()))
+    return sum((loss.to(place.device) for loss in losses), place.new_zeros(()))
 
 
 def routing(model: nn.Module) -> dict[str, Routing]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, TypeAlias
 
+from torch import nn
+
 from . import address
 from .errors import RuleError
 from .term import Term, show
@@ -28,7 +30,7 @@ class Pattern(Term):
 
     >>> from torch import nn
     >>> inside("blocks.[0]") & ~where(nn.Linear)
-    inside('blocks.[0]') & ~where(nn.Linear)
+    inside("blocks.[0]") & ~where(nn.Linear)
     """
 
     def find(self, tree: Tree) -> Found:
@@ -72,7 +74,7 @@ def where(what: Where) -> Pattern:
     Raises RuleError where `what` is none of these, or an address that does not parse.
 
     >>> where("blocks.*.mlp") & where(lambda site: site.width > 64)  # doctest: +ELLIPSIS
-    where('blocks.*.mlp') & where(<<lambda> at ...>)
+    where("blocks.*.mlp") & where(<<lambda> at ...>)
     """
     if isinstance(what, Pattern):
         return what
@@ -81,10 +83,10 @@ def where(what: Where) -> Pattern:
         return Address(what)
     if isinstance(what, (type, UnionType)):
         return Kind(what)
-    if callable(what):
+    if callable(what) and not isinstance(what, (nn.Module, Term)):
         return Predicate(what)
     raise RuleError(
-        f"where({what!r})",
+        f"where({type(what).__name__ if isinstance(what, nn.Module) else show(what)})",
         f"{type(what).__name__} says no place.",
         'Give an address ("blocks.*.mlp"), a role (ffn), a class, or a function of a site.',
     )
@@ -130,14 +132,19 @@ class _Infix(Pattern):
     left: Pattern
     right: Pattern
 
+    @property
+    def word(self) -> str:
+        return "&" if isinstance(self, Both) else "|"
+
     def candidates(self, tree: Tree) -> list[Site]:
         both = dict.fromkeys([*self.left.candidates(tree), *self.right.candidates(tree)])
         return sorted(both, key=lambda site: site.order)
 
     def __repr__(self) -> str:
-        sign, loose = ("&", Either) if isinstance(self, Both) else ("|", Both)
-        sides = (f"({s!r})" if isinstance(s, loose) else repr(s) for s in (self.left, self.right))
-        return f" {sign} ".join(sides)
+        loose = Either if isinstance(self, Both) else Both
+        left = f"({self.left!r})" if isinstance(self.left, loose) else repr(self.left)
+        right = f"({self.right!r})" if isinstance(self.right, _Infix) else repr(self.right)
+        return f"{left} {self.word} {right}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,6 +165,10 @@ class Either(_Infix):
 @dataclass(frozen=True, repr=False)
 class Other(Pattern):
     pattern: Pattern
+
+    @property
+    def word(self) -> str:
+        return "~"
 
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         return {} if self.pattern.test(tree, site) is None else None
@@ -255,7 +266,7 @@ def inside(pattern: Where) -> Pattern:
     """Every module strictly inside a site that `pattern` selects.
 
     >>> inside("blocks.[0]")
-    inside('blocks.[0]')
+    inside("blocks.[0]")
     """
     return Inside(where(pattern))
 
@@ -264,7 +275,7 @@ def holding(pattern: Where) -> Pattern:
     """Every module that holds, at any depth, a site that `pattern` selects.
 
     >>> holding("**.attn")
-    holding('**.attn')
+    holding("**.attn")
     """
     return Holding(where(pattern))
 
@@ -280,7 +291,7 @@ def nearest(pattern: Where, *, before: Where | None = None, after: Where | None 
     Raises RuleError unless exactly one of `before` and `after` is given.
 
     >>> nearest("**.norm2", before="**.mlp")
-    nearest('**.norm2', before='**.mlp')
+    nearest("**.norm2", before="**.mlp")
     """
     if (before is None) == (after is None):
         raise RuleError(
@@ -300,7 +311,7 @@ def span(entry: Where, exit: Where) -> Pattern:
     FFN ends: the place of AdaptFormer (Chen et al. 2022, Eq. 3).
 
     >>> span("**.norm2", "**.mlp")
-    span('**.norm2', '**.mlp')
+    span("**.norm2", "**.mlp")
     """
     return Span(where(entry), where(exit))
 

@@ -90,7 +90,7 @@ def _stem(p: Placed, shared: Shared) -> str:
     word = shared.name or getattr(shared.part, "word", None) or "part"
     captured = _captured(p, shared)
     by = f"/{shared.by}={captured}" if captured is not None else ""
-    return f"shared/{word}/{p.site.width}{by}".replace(".", "_")
+    return f"shared/{word}/{p.site.shape.width}{by}".replace(".", "_")
 
 
 def _group(p: Placed, shared: Shared) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from . import chance
 from .account import Record, Row, count, summary
 from .address import generalise, nearest
 from .edit import Joined, Trained
@@ -19,7 +17,7 @@ from .errors import ConflictError, FileError, MatchError, OperationError, RuleEr
 from .graft import Balance, Operation, Step, operations, room_of
 from .pattern import Address
 from .place import Placed, name_all
-from .role import ROLES, anatomise
+from .role import ROLES, anatomise, attn, block, embed, ffn, head, norm, qkv
 from .rule import Rule, Rules
 from .rulesets import named
 from .term import encode, show
@@ -68,7 +66,11 @@ class Plan:
     def parts(self) -> dict[str, nn.Module]:
         """Every part that would be added, sketched on the meta device."""
         if self._parts is None:
-            self._parts = {p.key: p.sketch() for p in self._makers()}
+            restore = chance.remember()
+            try:
+                self._parts = {p.key: p.sketch() for p in self._makers()}
+            finally:
+                restore()
         return self._parts
 
     @property
@@ -102,20 +104,22 @@ class Plan:
         """
         _check_model(self.model, self.name)
         operation = Operation(self.name, self.balance, self.record)
-        with _random_numbers_kept():
-            try:
-                self._carry_out(operation)
-                if example is not None:
-                    _prove(self.model, operation, example)
-            except BaseException:
-                operation.undo()
-                raise
+        restore = chance.remember()
+        try:
+            self._carry_out(operation)
+            if example is not None:
+                _prove(self.model, operation, example)
+            restore()
+        except BaseException:
+            operation.undo()
+            restore()
+            raise
         return self.model
 
     def _carry_out(self, operation: Operation) -> None:
         modules = [site.module for site in self.tree.sites]
         earlier = [p for p in self._base() if operations(self.model) and p.requires_grad]
-        operation.open(self.model, modules)
+        operation.open(self.model)
         operation.train_only(modules, self.unfrozen | set(map(id, earlier)))
         parts = {p.key: p.make(self.seed) for p in self._makers()}
         operation.own(parts)
@@ -248,13 +252,13 @@ def _matched(rule: Rule, tree: Tree) -> dict[Site, dict[str, str]]:
     found = rule.where.find(tree)
     kind = type(tree.model).__name__
     if not found and not rule.optional:
-        raise MatchError(rule.short, f"it matched no module of {kind}.", _advice(rule, tree))
+        raise MatchError(rule.short, f"matched no module of {kind}.", _advice(rule, tree))
     if found and rule.times is not None and len(found) != rule.times:
         paths = [site.path for site in found]
         listed = ", ".join(paths[:4] + ["..."] * (len(paths) > 4))
         raise MatchError(
             rule.short,
-            f"it matched {len(found)} sites of {kind}, not times={rule.times}: {listed}.",
+            f"matched {len(found)} sites of {kind}, not times={rule.times}: {listed}.",
             f"Write times={len(found)}, or a narrower or wider place.",
         )
     return found
@@ -265,11 +269,16 @@ def _advice(rule: Rule, tree: Tree) -> str:
     if not isinstance(rule.where, Address):
         known = ", ".join(f"{role} ({len(roles[role.name])})" for role in ROLES if roles[role.name])
         return f"Roles found in it: {known or 'none'}. print(surgery.anatomy(model)) shows more."
-    near = nearest(rule.where.what, (site.path for site in tree.sites))
+    asked_for = (ffn, attn, block, qkv, norm, head, embed)  # most often first
+    role_of = {generalise(s.path): role for role in asked_for[::-1] for s in roles[role.name]}
+    preferred = [generalise(s.path) for role in asked_for for s in roles[role.name][:1]]
+    near = nearest(rule.where.what, (site.path for site in tree.sites), preferred)
+    if not near:
+        return 'It has no modules below it. Write at("", ...) for the model itself.'
     listed = ", ".join(f"{path} ({n})" for path, n in near)
-    fitting = [r for r in ROLES if near[0][0] in {generalise(s.path) for s in roles[r.name]}]
-    general = f" or, for any architecture, at({fitting[0]}, ...)" if fitting else ""
-    return f'Nearest addresses: {listed}.\nWrite at("{near[0][0]}", ...){general}.'
+    best = near[0][0]
+    general = f" or, for any architecture, at({role_of[best]}, ...)" if best in role_of else ""
+    return f'Nearest addresses: {listed}.\nWrite at("{best}", ...){general}.'
 
 
 def _check_conflicts(placed: list[Placed]) -> None:
@@ -302,20 +311,6 @@ def _data(rules: list[Rule]) -> str:
         return json.dumps(encode(rules, words()))
     except FileError:
         return ""
-
-
-@contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _prove(model: nn.Module, operation: Operation, example: Any) -> None:

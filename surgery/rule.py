@@ -16,6 +16,8 @@ Rules: TypeAlias = "str | Rule | list[str | Rule] | tuple[str | Rule, ...]"
 
 @dataclass(frozen=True, repr=False)
 class Rule(Term):
+    """What `at` makes: a pattern, the edits to do where it matches, and how often it must."""
+
     where: Pattern
     rest: tuple[Edit, ...]
     times: int | None = field(default=None, kw_only=True)
@@ -48,7 +50,7 @@ def at(where_: Where, *edits: Edit, times: int | None = None, optional: bool = F
     >>> from torch import nn
     >>> from surgery.edit import unfreeze
     >>> at("blocks.*.norm2", unfreeze, times=12)
-    at('blocks.*.norm2', unfreeze, times=12)
+    at("blocks.*.norm2", unfreeze, times=12)
     """
     rule = Rule(where(where_), edits, times=times, optional=optional)
     for edit in edits:

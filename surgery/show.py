@@ -12,6 +12,7 @@ from .account import count, summary
 from .address import generalise
 from .graft import room_of
 from .operate import Routing, _operated
+from .plan import check_operable
 from .role import ROLES, anatomise
 from .table import Table
 from .tree import Site, Tree
@@ -31,6 +32,7 @@ def anatomy(model: nn.Module) -> Table:
     attn   layers.*.self_attn                 2  16        last
     ffn    layers.*.(linear1 to linear2)      2  16        last
     """
+    check_operable(model)
     tree = Tree(model)
     rows: list[tuple[object, ...]] = []
     for role in ROLES:
@@ -98,8 +100,9 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
 
 def _grouped(sites: list[Site]) -> list[tuple[object, ...]]:
     def row(site: Site) -> tuple[str, str, str]:
-        features = f"{site.width}" if site.width == site.out else f"{site.width} to {site.out}"
-        return generalise(site.path), features, "last" if site.axis == -1 else str(site.axis)
+        width, out, axis = site.shape
+        features = f"{width}" if width == out else f"{width} to {out}"
+        return generalise(site.path), features, "last" if axis == -1 else str(axis)
 
     counts = Counter(row(site) for site in sites)
     return [(address, n, features, axis) for (address, features, axis), n in counts.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,7 +89,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     """Write what an operation added and trained to one safetensors file, rules and all.
 
     The file appears whole or not at all. Rules that hold code of the user's own (a lambda, say)
-    are kept as text only, and `load` must be given them. Raises OperationError, OSError.
+    are kept as text only, and `load` must be given them. Raises OperationError, FileError, OSError.
 
     >>> from surgery import at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
@@ -97,6 +98,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     """
     operation = _operation(model, name)
     tensors = {k: t.contiguous() for k, t in state_dict(model, name=name).items()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise FileError(
+            f'save("{path}")',
+            f"this {type(model).__name__} is on the meta device: there are no values to save.",
+            'Give it memory first, model.to_empty(device="cpu"), and load or train it.',
+        )
     record = operation.record
     about = {
         "format": FORMAT,
@@ -106,14 +113,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "seed": record["seed"],
     }
     target = Path(path)
-    handle, half = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    half = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         save_file(_unshared(tensors), half, metadata={"surgery": json.dumps(about)})
         os.replace(half, target)
-    except BaseException:
-        Path(half).unlink(missing_ok=True)
-        raise
+    finally:
+        half.unlink(missing_ok=True)
     return target
 
 
@@ -142,7 +147,7 @@ def load(
     """
     about, tensors = _read(Path(path))
     chosen: Rules = rules if rules is not None else _rules(about, path)
-    apply(model, chosen, seed=int(about.get("seed", 0)), name=name, balance=balance)
+    apply(model, chosen, seed=about["seed"], name=name, balance=balance)
     try:
         _check_sites(model, about, name)
         load_state_dict(model, tensors, name=name)
@@ -170,7 +175,8 @@ def _kept(model: nn.Module, operation: Operation) -> Iterator[tuple[str, Tensor]
     for path, module in _base_modules(model):
         for name, tensor in {**module._parameters, **module._buffers}.items():
             before = was.get((id(module), name))
-            if tensor is None or before is None or id(tensor) in seen:
+            fleeting = name in module._non_persistent_buffers_set
+            if tensor is None or before is None or fleeting or id(tensor) in seen:
                 continue
             if isinstance(tensor, nn.Parameter) or not (tensor.is_meta or same(tensor, before)):
                 seen.add(id(tensor))
@@ -217,23 +223,39 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileError(
             f'load("{path}")', f"it is no whole safetensors file ({error}).", "Save it again."
         ) from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT or not _whole(about):
         raise FileError(
             f'load("{path}")',
-            "it was not written by surgery.save, or by a newer version.",
+            "it was not written by surgery.save, or by a newer version, or it is damaged.",
             "A plain checkpoint of the base model is loaded by model.load_state_dict.",
         )
     return about, tensors
 
 
+def _whole(about: dict[str, Any]) -> bool:
+    """Whether what a file says of itself is of the kinds that `save` writes."""
+    text, sites = about.get("text"), about.get("sites")
+    lists = isinstance(text, list) and isinstance(sites, list) and len(text) == len(sites)
+    kinds = isinstance(about.get("seed"), int) and isinstance(about.get("rules"), str)
+    return lists and kinds and all(isinstance(paths, list) for paths in sites or ())
+
+
 def _rules(about: dict[str, Any], path: str | os.PathLike[str]) -> Rules:
-    if not about.get("rules"):
+    if not about["rules"]:
         raise FileError(
             f'load("{path}")',
-            "its rules hold code that a file cannot carry: " + "; ".join(about.get("text", [])),
+            "its rules hold code that a file cannot carry: " + "; ".join(map(str, about["text"])),
             "Give the same rules: load(model, path, rules=[...]).",
         )
-    rules: Rules = decode(json.loads(about["rules"]), words())
+    try:
+        data = json.loads(about["rules"])
+    except (ValueError, RecursionError) as error:
+        raise FileError(
+            f'load("{path}")',
+            f"its rules are damaged ({error}).",
+            "Give them: load(..., rules=...).",
+        ) from error
+    rules: Rules = decode(data, words())
     return rules
 
 

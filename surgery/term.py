@@ -6,13 +6,15 @@ evaluates back, equality by value, and a form as plain data that a file can carr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from types import UnionType
 from typing import Any
 
 from torch import nn
 
-from .errors import FileError
+from .errors import FileError, SurgeryError
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,10 +51,14 @@ class Term:
 
 
 def show(value: object) -> str:
-    """`repr`, with classes as the user writes them (`nn.Linear`) and functions by their place."""
+    """`repr` as users write it: "strings", classes such as `nn.Linear`, functions by place."""
     if isinstance(value, type):
         known = getattr(nn, value.__name__, None) is value
         return f"nn.{value.__name__}" if known else value.__name__
+    if isinstance(value, UnionType):
+        return " | ".join(map(show, value.__args__))
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
     if callable(value) and not isinstance(value, Term):
         code = getattr(value, "__code__", None)
         where = f" at {code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}" if code else ""
@@ -94,6 +100,15 @@ def decode(data: Any, words: Mapping[str, Any]) -> Any:
     """The term that `encode` made `data` from. Only words in `words` are ever called."""
     if data is None or isinstance(data, (str, int, float, bool)):
         return data
+    try:
+        return _decoded(data, words)
+    except FileError:
+        raise
+    except (SurgeryError, TypeError, ValueError, RecursionError) as error:
+        raise _unreadable(f"{data!r:.200}, which makes no rule ({error})") from error
+
+
+def _decoded(data: Any, words: Mapping[str, Any]) -> Any:
     match data:
         case {"list": list(items)}:
             return [decode(d, words) for d in items]
@@ -104,9 +119,13 @@ def decode(data: Any, words: Mapping[str, Any]) -> Any:
         case {"word": str(word), "given": list(given), "named": dict(named)} if word in words:
             call: Callable[..., Any] = words[word]
             return call(*(decode(d, words) for d in given), **_decode_all(named, words))
-    raise FileError(
+    raise _unreadable(f"{data!r:.200}, which is no word of this version")
+
+
+def _unreadable(what: str) -> FileError:
+    return FileError(
         "load",
-        f"the rules in the file hold {data!r}, which is no word of this version.",
+        f"the rules in the file hold {what}.",
         "The file is damaged or newer than this version; give the rules: load(..., rules=...).",
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .address import Step
+from .errors import RuleError
 from .leaf import Shape, shape
 
 ROOM = "surgery"  # the one child under which all that was added lives
@@ -21,7 +22,8 @@ class Site:
     path, aliases   where it is; a module under several names is one site
     module          the module itself; for a span, the smallest module that holds it
     entry, exit     the sites where features come in and go out (the site itself, or a span's ends)
-    width, out      number of features in and out; axis: where they lie (-1 last, 1 after batch)
+    width, out      number of features in and out, 0 where nothing fixes it (an error in a part)
+    axis            where features lie: -1 last, 1 after the batch
     index           position among the children of `parent`
     captures        what `{name}` steps of the matching address stood for
     """
@@ -35,6 +37,7 @@ class Site:
         self.entry = self.exit = self
         self.captures: dict[str, str] = {}
         self._shape: Shape | None = None
+        self._handed = False  # to a part, which must know its width
 
     def __repr__(self) -> str:
         return f"<{self.path or 'the model'}: {type(self.module).__name__}>"
@@ -49,11 +52,20 @@ class Site:
 
     @property
     def width(self) -> int:
-        return self.shape.width
+        return self._known(self.shape.width)
 
     @property
     def out(self) -> int:
-        return self.shape.out
+        return self._known(self.shape.out)
+
+    def _known(self, features: int) -> int:
+        if not features and self._handed:
+            raise RuleError(
+                repr(self),
+                "nothing in it fixes a number of features, so a part cannot be made to measure.",
+                "Give the width yourself, or put the rule on a module with weights.",
+            )
+        return features
 
     @property
     def axis(self) -> int:
@@ -73,7 +85,7 @@ class Site:
     def seen(self, *, shape: Shape, captures: dict[str, str] | None = None) -> Site:
         """The same site as one edit sees it: with the widths that its part meets."""
         site = Site.__new__(Site)
-        site.__dict__.update(self.__dict__)
+        site.__dict__.update(self.__dict__, _handed=True)
         site._shape, site.captures = shape, captures if captures is not None else self.captures
         return site
 
@@ -124,7 +136,6 @@ class Tree:
         self.memo: dict[Any, Any] = {}
         self._known: dict[int, Site] = {}
         self.root = self._grow(model, None, (), ())
-        self.by_module = self._known
 
     def _grow(
         self,
@@ -167,6 +178,12 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Holds the classes, the order of children, hooks, training flags, `requires_grad`, identity,
     place in memory and a digest of the bytes of every parameter and buffer, and the RNG state.
+
+    >>> model = nn.Linear(2, 2)
+    >>> before = fingerprint(model)
+    >>> model.weight.data[0, 0] += 1
+    >>> [mark for mark, value in fingerprint(model).items() if value != before[mark]]
+    ['|weight']
     """
     marks: dict[str, Any] = {"rng": torch.get_rng_state().numpy().tobytes()}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from typing import Any
 
@@ -19,4 +20,6 @@ def words() -> dict[str, Any]:
         role: tuple(each.name for each in role.ROLES),
         rule: ("at",),
     }
-    return {name: getattr(module, name) for module, names in listed.items() for name in names}
+    signs = {"&": operator.and_, "|": operator.or_, "~": operator.invert}
+    named = {name: getattr(module, name) for module, names in listed.items() for name in names}
+    return {**named, **signs}

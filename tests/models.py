@@ -77,7 +77,15 @@ def hf_clip_vision() -> nn.Module:
 def hf_gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_embd=24, n_layer=3, n_head=3, vocab_size=32, n_positions=16)
+    config = GPT2Config(
+        n_embd=24,
+        n_layer=3,
+        n_head=3,
+        vocab_size=32,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPT2LMHeadModel(config).eval()
 
 

@@ -1,0 +1,35 @@
+"""python -m benchmarks [mixture] [operate] [overhead]: ratios as plain tables, one thread."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import warnings
+
+import torch
+
+from .measure import machine
+
+SUBJECTS = ("mixture", "operate", "overhead")
+
+
+def main() -> None:
+    """Run the named subjects, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
+    parser.add_argument("--rounds", type=int, help="rounds in each of the three runs")
+    given = parser.parse_args()
+    unknown = [name for name in given.subjects if name not in SUBJECTS]
+    if unknown:
+        parser.error(f"no subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of PEFT's imports and of timm's
+    print(machine())
+    for name in given.subjects or SUBJECTS:
+        report = importlib.import_module(f".{name}", __package__).report
+        for table in report(given.rounds) if given.rounds else report():
+            print(f"\n{table}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
