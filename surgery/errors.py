@@ -58,4 +58,4 @@ def nearest_names(word: str, known: Iterable[str], most: int = 3) -> str:
     'adapter, adapterx_ffn'
     """
     close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.4)
-    return ", ".join(close)
+    return ", ".join(sorted(close, key=lambda name: not name.startswith(word)))

@@ -71,7 +71,7 @@ class Graft:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost."""
-        if not ((self.enters or self.remembers) and self.operation.enabled):
+        if not ((self.enters or self.remembers) and self.active()):
             return None
         x, put = _input(args, kwargs, self.path)
         for i, step in reversed(list(enumerate(self.steps))):
@@ -84,7 +84,7 @@ class Graft:
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: what happens to the output, the first rule innermost."""
         self.mark()
-        if not (self.leaves and self.operation.enabled):
+        if not (self.leaves and self.active()):
             return None
         y, put = _first_tensor(output, self.path)
         for i, step in enumerate(self.steps):
@@ -108,12 +108,23 @@ class Graft:
         """The forward of a replaced module."""
         step = next(step for step in self.steps if step.place == "instead")
         self.mark()
-        return (step.part if self.operation.enabled else self._base)(*args, **kwargs)
+        return (step.part if self.active() else self._base)(*args, **kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         if self.was_forward is not None:
             return self.was_forward(*args, **kwargs)
         return type(self.entry).forward(self.entry, *args, **kwargs)
+
+    def active(self) -> bool:
+        """Whether the parts run. While disabled no gradient may be asked for: it would be wrong."""
+        if not self.operation.enabled and torch.is_grad_enabled():
+            raise GraftError(
+                "disabled(model)",
+                f"a gradient was asked for through {self.path or 'the model'}, by enable_grad or "
+                "the backward of a checkpoint: it would not be that of the model being trained.",
+                "Run forward and backward both outside of disabled(model).",
+            )
+        return self.operation.enabled
 
     def mark(self) -> None:
         if not torch.compiler.is_compiling():
@@ -255,8 +266,8 @@ class Operation(nn.Module):
             raise GraftError(
                 ", ".join(row["rule"] for row in self.record["rows"] if row["keys"]),
                 f"{len(idle)} of {len(self.grafts)} sites never ran in a whole forward: "
-                + ", ".join(idle[:4] + ["..."] * (len(idle) > 4))
-                + ".",
+                + ", ".join(idle[:4])
+                + (" and more." if len(idle) > 4 else "."),
                 "The model reads their weights without calling them, or skips them. Put the rule "
                 "on a module that is called (its parent, say), and revert this one.",
             )
@@ -273,7 +284,7 @@ class Operation(nn.Module):
         for graft in self.grafts:
             _unhook(graft.entry, self)
             _unhook(graft.exit, self)
-            if getattr(graft.entry.__dict__.get("forward"), "__self__", None) is graft:
+            if _owner(graft.entry.__dict__.get("forward")) is graft:
                 del graft.entry.__dict__["forward"]
                 if graft.was_forward is not None:
                     graft.entry.__dict__["forward"] = graft.was_forward
@@ -292,10 +303,10 @@ class Operation(nn.Module):
             self._leave_room(model)
 
     def _restore_values(self) -> None:
-        for module, name, tensor in self.was_buffer:
+        for module, name, buffer in self.was_buffer:
             now = module._buffers.get(name)  # another tensor, unless it was moved or cast
-            if now is None or (now.device, now.dtype) == (tensor.device, tensor.dtype):
-                module._buffers[name] = tensor
+            if now is None or (now.device, now.dtype) == (buffer.device, buffer.dtype):
+                module._buffers[name] = buffer
         for module, name, value in self.was_value:
             tensor = tensor_of(module, name)
             if tensor is not None and not (tensor.is_meta or value.is_meta or same(tensor, value)):
@@ -316,6 +327,11 @@ def room_of(model: nn.Module) -> Room | None:
     """The room of an operated model; None where nothing was added."""
     room = model._modules.get(ROOM) or model.__dict__.get(ROOM)
     return room if isinstance(room, Room) else None
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a part of some operation runs instead of the module."""
+    return isinstance(_owner(module.__dict__.get("forward")), Graft)
 
 
 def operations(model: nn.Module) -> list[Operation]:
@@ -351,9 +367,14 @@ def _host(model: nn.Module) -> nn.Module:
     )
 
 
+def _owner(method: Any) -> Any:
+    """The object that a hook is a method of."""
+    return getattr(method, "__self__", None)
+
+
 def _grafts(module: nn.Module) -> dict[int, Graft]:
     """The grafts that meet a module's input, by the key of their hook."""
-    owners = {k: getattr(h, "__self__", None) for k, h in module._forward_pre_hooks.items()}
+    owners = {key: _owner(hook) for key, hook in module._forward_pre_hooks.items()}
     return {key: owner for key, owner in owners.items() if isinstance(owner, Graft)}
 
 
@@ -364,7 +385,7 @@ def _unhook(module: nn.Module, operation: Operation) -> None:
     )
     for hooks, with_kwargs in tables:
         for key, hook in list(hooks.items()):
-            owner = getattr(hook, "__self__", None)
+            owner = _owner(hook)
             if isinstance(owner, (Graft, Witness)) and owner.operation is operation:
                 del hooks[key]
                 with_kwargs.pop(key, None)

@@ -90,7 +90,8 @@ def revert(model: Model, *, name: str | None = None) -> Model:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """While it lasts, the base model answers: no part runs, and unfrozen tensors are as they were.
 
-    Raises OperationError on a model that was never operated.
+    It answers without gradients, as under torch.no_grad(). Raises OperationError on a model that
+    was never operated.
 
     >>> from surgery import append, at
     >>> model = apply(nn.Sequential(nn.Identity()), at("0", append(lambda site: nn.Linear(2, 2))))
@@ -105,7 +106,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for operation in done:
             operation.enabled = False
         _set([(tensor, before) for tensor, _, before in now])
-        yield model
+        with torch.no_grad():
+            yield model
     finally:
         for operation, was in zip(done, enabled, strict=True):
             operation.enabled = was

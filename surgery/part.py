@@ -99,11 +99,29 @@ def shared(part: Maker, *, by: str | None = None, name: str | None = None) -> Sh
 
 def maker(value: Maker, word: str) -> Maker:
     """`value`, if it can make a part. Raises RuleError otherwise."""
-    if isinstance(value, nn.Module) or not callable(value):
-        kind = "a module" if isinstance(value, nn.Module) else f"a {type(value).__name__}"
+    if isinstance(value, _Word):
         raise RuleError(
-            f"{word}({show(value) if not isinstance(value, nn.Module) else type(value).__name__})",
-            f"{kind} is no part: a part is made for each site, by a function of the site.",
+            f"{word}({value.__name__})",
+            f"{value.__name__} is the word, not yet the part.",
+            f"Call it: {word}({value.__name__}()).",
+        )
+    if isinstance(value, nn.Module) or not callable(value):
+        kind = type(value).__name__
+        raise RuleError(
+            f"{word}({kind if isinstance(value, nn.Module) else show(value)})",
+            f"this {kind} is no part: a part is made for each site, by a function of the site.",
             f"Write {word}(lambda site: YourModule(site.width)).",
         )
     return value
+
+
+def positive(rule: str, **values: object) -> None:
+    """Raise RuleError unless every value is an integer from 1 up.
+
+    >>> positive("adapter", rank=8)
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RuleError(
+                f"{rule}({name}={value!r})", "it must be an integer from 1 up.", "Give one."
+            )

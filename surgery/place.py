@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -47,7 +48,7 @@ class Placed:
         else:
             with torch.device("cpu"):
                 part = self._build()
-        if self.device.type != "cpu" or self.dtype != torch.get_default_dtype():
+        if any(t.dtype != self.dtype or t.device != self.device for t in _tensors(part)):
             part.to(self.device, self.dtype)
         return part if self.site.module.training else part.eval()
 
@@ -61,7 +62,7 @@ class Placed:
         if not isinstance(part, nn.Module):
             raise RuleError(
                 self.rule.short,
-                f"{show(self.edit.part)} made a {type(part).__name__} at {self.site.path}.",
+                f"{show(self.edit.part)} gave {type(part).__name__}, no module, at {self.site!r}.",
                 "A part is an nn.Module; return one.",
             )
         return part
@@ -69,17 +70,19 @@ class Placed:
 
 def name_all(placed: list[Placed]) -> None:
     """Give each part its key: the path for one of its own, `shared/...` for a shared one."""
-    said = {id(edit): repr(edit) for edit in {id(p.edit): p.edit for p in placed}.values()}
+    edits = {id(p.edit): p.edit for p in placed}
+    said = {key: (repr(edit), repr(edit.part)) for key, edit in edits.items()}
     stems = Counter[str]()
     groups: dict[str, set[str]] = {}
     for p in placed:
+        p.said, part = said[id(p.edit)]
         if isinstance(p.edit.part, Shared):
-            groups.setdefault(_stem(p, p.edit.part), set()).add(_group(p, p.edit.part))
+            p.key = _stem(p, p.edit.part)
+            groups.setdefault(p.key, set()).add(_group(p, p.edit.part, part))
     for p in placed:
-        p.said = said[id(p.edit)]
         if isinstance(p.edit.part, Shared):
-            stem, group = _stem(p, p.edit.part), _group(p, p.edit.part)
-            p.key = stem if len(groups[stem]) == 1 else f"{stem}/{_digest(group)}"
+            if len(groups[p.key]) > 1:
+                p.key += f"/{_digest(_group(p, p.edit.part, said[id(p.edit)][1]))}"
         else:
             stem = f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}"
             stems[stem] += 1
@@ -93,10 +96,10 @@ def _stem(p: Placed, shared: Shared) -> str:
     return f"shared/{word}/{p.site.shape.width}{by}".replace(".", "_")
 
 
-def _group(p: Placed, shared: Shared) -> str:
-    """What parts must agree in to be one."""
+def _group(p: Placed, shared: Shared, said: str) -> str:
+    """What parts must agree in to be one; `said` is the shared part in words."""
     own = id(shared.part) if not hasattr(shared.part, "word") else 0
-    return f"{shared!r} {own} {tuple(p.site.shape[:2])} {p.device} {p.dtype} {_captured(p, shared)}"
+    return f"{said} {own} {tuple(p.site.shape[:2])} {p.device} {p.dtype} {_captured(p, shared)}"
 
 
 def _captured(p: Placed, shared: Shared) -> str | None:
@@ -113,6 +116,14 @@ def _captured(p: Placed, shared: Shared) -> str | None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _tensors(part: nn.Module) -> Iterator[torch.Tensor]:
+    """Its parameters and buffers, in one walk."""
+    for module in part.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
 
 
 def _surroundings(site: Site) -> tuple[torch.device, torch.dtype]:

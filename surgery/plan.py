@@ -14,7 +14,7 @@ from .account import Record, Row, count, summary
 from .address import generalise, nearest
 from .edit import Joined, Trained
 from .errors import ConflictError, FileError, MatchError, OperationError, RuleError
-from .graft import Balance, Operation, Step, operations, room_of
+from .graft import Balance, Operation, Step, is_replaced, operations, room_of
 from .pattern import Address
 from .place import Placed, name_all
 from .role import ROLES, anatomise, attn, block, embed, ffn, head, norm, qkv
@@ -34,6 +34,10 @@ class Plan:
         self, model: nn.Module, rules: Rules, *, seed: int, name: str, balance: Balance
     ) -> None:
         _check_model(model, name)
+        if balance is not None and not isinstance(balance, (int, float)) and not callable(balance):
+            raise RuleError(
+                f"balance={balance!r}", "it is no coefficient.", "Give a number such as 0.01."
+            )
         self.model, self.seed, self.name, self.balance = model, seed, name, balance
         self.rules = flatten(rules)
         self.tree = Tree(model)
@@ -219,12 +223,14 @@ def check_operable(model: nn.Module) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise OperationError(f"a {kind}", "this is no model.", "Give a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OperationError(kind, "this is TorchScript.", "Operate on the model it was made from.")
     inner = WRAPPERS & set(model._modules)
     if inner and len(model._modules) == 1 and type(model).__module__.startswith("torch."):
         raise OperationError(
             kind,
             "this is a wrapper, and what is done to it would not reach the model inside.",
-            f"Operate on .{inner.pop()}, then wrap.",
+            f"Operate on .{inner.pop()} first; wrap or compile what comes back.",
         )
 
 
@@ -255,7 +261,7 @@ def _matched(rule: Rule, tree: Tree) -> dict[Site, dict[str, str]]:
         raise MatchError(rule.short, f"matched no module of {kind}.", _advice(rule, tree))
     if found and rule.times is not None and len(found) != rule.times:
         paths = [site.path for site in found]
-        listed = ", ".join(paths[:4] + ["..."] * (len(paths) > 4))
+        listed = ", ".join(paths[:4]) + (" and more" if len(paths) > 4 else "")
         raise MatchError(
             rule.short,
             f"matched {len(found)} sites of {kind}, not times={rule.times}: {listed}.",
@@ -291,6 +297,12 @@ def _check_conflicts(placed: list[Placed]) -> None:
                 p.rule.short,
                 f"{p.site.path} runs from one module to another, and replace acts on one.",
                 "Replace the module that holds both.",
+            )
+        if is_replaced(p.site.module):
+            raise ConflictError(
+                repr(p.rule),
+                f"{p.site.path} is already replaced by an earlier operation.",
+                "Call surgery.revert(model) first.",
             )
         if other := replacing.get(id(p.site.module)):
             raise ConflictError(

@@ -108,6 +108,10 @@ class _Anatomy:
         """Whether nothing beside the linear leaves mixes positions or carries other weights."""
         return all(_is_harmless(s.module) for s in site.below() if linear(s.module) is None)
 
+    def _is_pointwise_between(self, site: Site) -> bool:
+        between = self.tree.sites[site.entry.end : site.exit.order]
+        return all(_is_harmless(s.module) for s in between if linear(s.module) is None)
+
     def _elements(self) -> list[Site]:
         """The elements of containers that hold two or more leaves not yet placed, inner first."""
         return [s for s in reversed(self.tree.sites) if _is_element(s) and len(self.below(s)) > 1]
@@ -121,8 +125,10 @@ class _Anatomy:
             ups = 0
             while exit and i - ups > 0 and _goes(leaves[i - ups - 1], exit.out, exit.width):
                 ups += 1
-            if exit and ups in (1, 2) and exit.width != exit.out:
+            if exit and ups in (1, 2) and exit.width > exit.out:
                 site = span(leaves[i - ups], down)
+                if not self._is_pointwise_between(site):
+                    continue
                 site._shape = _joined(leaves[i - ups].module, down.module)
                 found.append(site)
                 taken.update(leaves[i - ups : i + 1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from .errors import FileError, OperationError
 from .graft import Operation, operations, room_of, same
 from .operate import apply, revert
 from .plan import check_operable
-from .rule import Rules
+from .rule import Rule, Rules
 from .term import decode
 from .words import words
 
@@ -93,6 +92,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
 
     >>> from surgery import at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
+    >>> import tempfile
     >>> save(model, tempfile.mkdtemp() + "/tuned.safetensors").name
     'tuned.safetensors'
     """
@@ -113,6 +113,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "seed": record["seed"],
     }
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileError(
+            f'save("{path}")', f"there is no folder {target.parent}.", "Create it first."
+        )
     half = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         save_file(_unshared(tensors), half, metadata={"surgery": json.dumps(about)})
@@ -138,6 +142,7 @@ def load(
     executed. Raises FileError, and what `apply` raises.
 
     >>> from surgery import at, unfreeze
+    >>> import tempfile
     >>> def build():
     ...     return nn.Sequential(nn.Linear(8, 2))
     >>> tuned = apply(build(), at("0", unfreeze))
@@ -147,12 +152,14 @@ def load(
     """
     about, tensors = _read(Path(path))
     chosen: Rules = rules if rules is not None else _rules(about, path)
-    apply(model, chosen, seed=about["seed"], name=name, balance=balance)
+    earlier = len(operations(model))
     try:
+        apply(model, chosen, seed=about["seed"], name=name, balance=balance)
         _check_sites(model, about, name)
         load_state_dict(model, tensors, name=name)
     except BaseException:
-        revert(model, name=name)
+        if len(operations(model)) > earlier:
+            revert(model, name=name)
         raise
     return model
 
@@ -255,7 +262,11 @@ def _rules(about: dict[str, Any], path: str | os.PathLike[str]) -> Rules:
             f"its rules are damaged ({error}).",
             "Give them: load(..., rules=...).",
         ) from error
-    rules: Rules = decode(data, words())
+    rules = decode(data, words())
+    if not isinstance(rules, list) or not all(isinstance(rule, Rule) for rule in rules):
+        raise FileError(
+            f'load("{path}")', "what it holds are no rules.", "Give them: load(..., rules=...)."
+        )
     return rules
 
 

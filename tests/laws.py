@@ -366,8 +366,8 @@ def faults(model: nn.Module, call: Callable[[], object], chosen: list[int]) -> N
         if wire.where and not committed(wire.where):
             assert_same(before, snapshot(model), when)
             assert_same(ours, surgery.fingerprint(model), when)
-        elif wire.where:
-            surgery.revert(model)
+        else:  # the fault came too late, or not at all: it was done
+            surgery.revert(model, name="default")
 
 
 def first_and_last(lines: list[Line]) -> list[int]:

@@ -274,10 +274,13 @@ def convnext(conv_mlp: bool) -> nn.Module:
 
 
 def torchvision_vit() -> nn.Module:
-    """With a head that is not zero, as it is made: or its output would show nothing."""
+    """With a head that is not zero, as it is made, and frozen.
+
+    nn.MultiheadAttention gives other bits once its parameters are frozen, without any surgery.
+    """
     model = models.torchvision_vit()
     nn.init.normal_(model.heads.head.weight)
-    return model
+    return model.requires_grad_(False)
 
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {

@@ -498,6 +498,10 @@ def test_functions_of_nn_are_no_module_classes() -> None:
         {"word": "at", "given": [], "named": {"__class__": 1}},
         {"word": "moa", "given": [], "named": {"eval": 1}},
         {"word": "moa", "given": [], "named": {"": 1}},
+        {"word": "&", "given": [1, 2], "named": {}},
+        {"word": "~", "given": [5], "named": {}},
+        {"word": "|", "given": ["a"], "named": {}},
+        {"word": "Adapter", "given": [8], "named": {}},
         {"list": 3},
         {"name": ["ffn"]},
         {},
@@ -532,7 +536,7 @@ def test_decoding_calls_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_word_of_rules_acts_on_anything() -> None:
     harmless = {"parallel", "append", "prepend", "replace", "freeze", "unfreeze", "shared", "where"}
     harmless |= {"inside", "holding", "nearest", "span", "at", "adapter", "moa", "Adapter"}
-    harmless |= {"MixtureOfAdapters", "QuickGELU"}
+    harmless |= {"MixtureOfAdapters", "QuickGELU", "&", "|", "~"}
     harmless |= {"embed", "block", "norm", "attn", "qkv", "ffn", "head"}
     assert set(words()) == harmless, "a new word: may a file call it? then add it here"
 

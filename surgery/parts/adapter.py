@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..part import part
+from ..part import part, positive
 from ..tree import Site
 
 
@@ -76,4 +76,5 @@ def adapter(
     >>> adapter(rank=8)
     adapter(rank=8)
     """
+    positive("adapter", rank=rank)
     return Adapter(site.width, rank, out=site.out, activation=activation, dropout=dropout)

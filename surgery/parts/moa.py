@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import RuleError
-from ..part import part
+from ..part import part, positive
 from ..tree import Site
 
 
@@ -108,6 +108,7 @@ def moa(
     >>> moa(rank=16, heads=4)
     moa(rank=16, heads=4)
     """
+    positive("moa", experts=experts, rank=rank, heads=heads)
     fitting = min(_divisors(site.width), key=lambda n: (abs(n - heads), -n)) if fit else heads
     made = MixtureOfAdapters(
         site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout
