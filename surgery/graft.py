@@ -1,26 +1,24 @@
-"""Joins parts to sites, and parts them again: the only writer of modules.
+"""One grafted site: what happens to features that pass it, and how it is joined and parted.
 
-All that is added lives in one room at the root, `model.surgery`, under the name of its operation.
 Sites get hooks that are methods of plain objects, so that deep copies and pickles of the model
-carry on with their own parts. An operation writes down what it is about to change before it
-changes it; undoing it, after a fault or on request, is one and the same walk back.
+carry on with their own parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import ops
-from .account import Record
-from .errors import GraftError, OperationError
-from .tree import ROOM, Site
+from .errors import GraftError
+from .tree import Site
 
 Balance: TypeAlias = "ops.Coefficient | None"
+Kind = TypeVar("Kind")
 
 
 class Step(NamedTuple):
@@ -36,20 +34,32 @@ class Step(NamedTuple):
     scale: float | None
 
 
-class Room(nn.Module):
-    """What was added to a model, one child an operation. Calling it changes nothing."""
+class Switch(nn.Module):
+    """What all grafts of one operation obey: whether they run, and who adds the balance loss."""
 
-    _is_surgery_room = True
+    def __init__(self, balance: Balance) -> None:
+        super().__init__()
+        self.enabled, self.balance = True, balance
 
-    def forward(self, x: Any) -> Any:
-        return x
+
+class Mark(nn.Module):
+    """Whether a graft ran. A module, so that torch.compile calls its method while it traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = self.compiled = False
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def set(self, compiled: bool) -> bool:
+        self.ran, self.compiled = True, compiled
+        return True
 
 
 class Graft:
     """The steps joined to one site, in rule order, and what they saw last."""
 
-    def __init__(self, operation: Operation, site: Site, steps: list[Step]) -> None:
-        self.operation, self.path, self.steps = operation, site.path, steps
+    def __init__(self, switch: Switch, site: Site, steps: list[Step]) -> None:
+        self.switch, self.path, self.steps = switch, site.path, steps
         self.entry, self.exit = site.entry.module, site.exit.module
         self.axis_in, self.axis_out = site.entry.axis, site.exit.axis
         first = next((i for i, step in enumerate(steps) if step.place == "before"), len(steps))
@@ -58,7 +68,7 @@ class Graft:
         self.enters = first < len(steps)
         self.leaves = any(step.place in ("after", "beside") for step in steps)
         self.was_forward = self.entry.__dict__.get("forward")
-        self.ran = False
+        self.mark = Mark()
         self.forget()
 
     def forget(self) -> None:
@@ -68,6 +78,31 @@ class Graft:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "inputs": {}, "gates": None}
+
+    def join(self) -> None:
+        """Hook into the site; inputs meet the last rule first."""
+        replaces = any(step.place == "instead" for step in self.steps)
+        hooks = self.entry._forward_pre_hooks
+        earlier = hooked(hooks, Graft)
+        inner = any(step.place == "before" for graft in earlier.values() for step in graft.steps)
+        self.remembers |= inner and any(step.place == "beside" for step in self.steps)
+        if self.enters or self.remembers or replaces:
+            self.entry.register_forward_pre_hook(self.enter, with_kwargs=True)
+            for key in earlier:
+                hooks[key] = hooks.pop(key)
+        if replaces:
+            self.entry.__dict__["forward"] = self.instead
+        if self.leaves or not replaces:
+            self.exit.register_forward_hook(self.leave, with_kwargs=True)
+
+    def part(self) -> None:
+        """Take the hooks off, however many of them are there."""
+        unhook(self.entry, self)
+        unhook(self.exit, self)
+        if _owner(self.entry.__dict__.get("forward")) is self:
+            del self.entry.__dict__["forward"]
+            if self.was_forward is not None:
+                self.entry.__dict__["forward"] = self.was_forward
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost."""
@@ -83,7 +118,7 @@ class Graft:
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: what happens to the output, the first rule innermost."""
-        self.mark()
+        self.mark.set(torch.compiler.is_dynamo_compiling())
         if not (self.leaves and self.active()):
             return None
         y, put = _first_tensor(output, self.path)
@@ -107,7 +142,7 @@ class Graft:
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
         step = next(step for step in self.steps if step.place == "instead")
-        self.mark()
+        self.mark.set(torch.compiler.is_dynamo_compiling())
         return (step.part if self.active() else self._base)(*args, **kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,18 +152,14 @@ class Graft:
 
     def active(self) -> bool:
         """Whether the parts run. While disabled no gradient may be asked for: it would be wrong."""
-        if not self.operation.enabled and torch.is_grad_enabled():
+        if not self.switch.enabled and torch.is_grad_enabled():
             raise GraftError(
                 "disabled(model)",
                 f"a gradient was asked for through {self.path or 'the model'}, by enable_grad or "
                 "the backward of a checkpoint: it would not be that of the model being trained.",
                 "Run forward and backward both outside of disabled(model).",
             )
-        return self.operation.enabled
-
-    def mark(self) -> None:
-        if not torch.compiler.is_compiling():
-            self.ran = True
+        return self.switch.enabled
 
     def _act(self, step: Step, x: Tensor, base: Tensor, axis: int, axis_out: int) -> Tensor:
         """`base` with the part's answer to `x`; parts see features on the last axis."""
@@ -142,7 +173,7 @@ class Graft:
 
     def _routed(self, routed: ops.Routed, x: Tensor) -> Tensor:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
-        balance = self.operation.balance
+        balance = self.switch.balance
         if balance is None:
             self.gates = routed.gates
             return routed.output
@@ -170,228 +201,37 @@ class Graft:
         )
 
 
-class Witness:
-    """Hook on the root: after a whole forward, every graft must have run."""
-
-    def __init__(self, operation: Operation) -> None:
-        self.operation, self.done = operation, False
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.done or torch.compiler.is_compiling() or not self.operation.enabled:
-            return
-        self.operation.prove()
-        self.done = True
-
-
-class Operation(nn.Module):
-    """One application of rules to a model: its parts, its grafts, and the way back.
-
-    `was_*` hold what the model was: (module, name, value) triples, written before each change.
-    """
-
-    def __init__(self, name: str, balance: Balance, record: Record) -> None:
-        super().__init__()
-        self.name, self.balance, self.record, self.enabled = name, balance, record, True
-        self.grafts: list[Graft] = []
-        self.was_training: list[tuple[nn.Module, bool]] = []
-        self.was_trainable: list[tuple[nn.Module, str, bool]] = []
-        self.was_value: list[tuple[nn.Module, str, Tensor]] = []
-        self.was_buffer: list[tuple[nn.Module, str, Tensor]] = []
-        self.was_grad: list[tuple[nn.Module, str, Tensor | None]] = []
-        self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
-
-    def open(self, model: nn.Module) -> None:
-        """Make room at the root, and remember the flags and buffers of its modules."""
-        self.model.append(model)
-        for module in model.modules():
-            self.was_training.append((module, module.training))
-            for name, tensor in module._buffers.items():
-                if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
-                    self.was_buffer.append((module, name, tensor))
-                    self.was_value.append((module, name, tensor.detach().clone()))
-        room = room_of(model)
-        if room is None:
-            room, host = Room(), _host(model)
-            if host is not model:
-                model.__dict__[ROOM] = room
-            host._modules[ROOM] = room
-        room.add_module(self.name, self)
-
-    def own(self, parts: dict[str, nn.Module]) -> None:
-        """Give each part its place in the room, under the first of its keys."""
-        placed: set[int] = set()
-        for key, part in parts.items():
-            if id(part) not in placed:
-                self.add_module(key, part)
-                placed.add(id(part))
-
-    def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
-        """Let just these parameters (by id) of the base be trained, each with a copy kept."""
-        for module in modules:
-            for name, tensor in module._parameters.items():
-                if tensor is None:
-                    continue
-                wanted = id(tensor) in chosen
-                if wanted:
-                    self.was_grad.append((module, name, tensor.grad))
-                    self.was_value.append((module, name, tensor.detach().clone()))
-                if tensor.requires_grad != wanted:
-                    self.was_trainable.append((module, name, not wanted))
-                    tensor.requires_grad_(wanted)
-
-    def join(self, site: Site, steps: list[Step]) -> None:
-        """Graft `steps` on `site`."""
-        graft = Graft(self, site, steps)
-        self.grafts.append(graft)
-        replaced = any(step.place == "instead" for step in steps)
-        earlier = _grafts(graft.entry)
-        inner = any(step.place == "before" for each in earlier.values() for step in each.steps)
-        graft.remembers |= inner and any(step.place == "beside" for step in steps)
-        if graft.enters or graft.remembers or replaced:  # the last rule meets the input first
-            graft.entry.register_forward_pre_hook(graft.enter, with_kwargs=True)
-            for key in earlier:
-                graft.entry._forward_pre_hooks[key] = graft.entry._forward_pre_hooks.pop(key)
-        if replaced:
-            graft.entry.__dict__["forward"] = graft.instead
-        if graft.leaves or not replaced:
-            graft.exit.register_forward_hook(graft.leave, with_kwargs=True)
-
-    def watch(self, model: nn.Module) -> None:
-        model.register_forward_hook(Witness(self).leave)
-
-    def prove(self) -> None:
-        """Raise GraftError unless every graft has run."""
-        idle = [graft.path for graft in self.grafts if not graft.ran]
-        if idle:
-            raise GraftError(
-                ", ".join(row["rule"] for row in self.record["rows"] if row["keys"]),
-                f"{len(idle)} of {len(self.grafts)} sites never ran in a whole forward: "
-                + ", ".join(idle[:4])
-                + (" and more." if len(idle) > 4 else "."),
-                "The model reads their weights without calling them, or skips them. Put the rule "
-                "on a module that is called (its parent, say), and revert this one.",
-            )
-
-    @property
-    def routers(self) -> list[Graft]:
-        """The grafts with a part that routes."""
-        return [g for g in self.grafts if g.gates is not None or any(map(_routes, g.steps))]
-
-    def undo(self) -> None:
-        """Take everything off and bring everything back, however far the work had come."""
-        for model in self.model:
-            _unhook(model, self)
-        for graft in self.grafts:
-            _unhook(graft.entry, self)
-            _unhook(graft.exit, self)
-            if _owner(graft.entry.__dict__.get("forward")) is graft:
-                del graft.entry.__dict__["forward"]
-                if graft.was_forward is not None:
-                    graft.entry.__dict__["forward"] = graft.was_forward
-        for owner, name, flag in self.was_trainable:
-            tensor = owner._parameters[name]
-            if tensor is not None:
-                tensor.requires_grad_(flag)
-        for owner, name, grad in self.was_grad:
-            tensor = owner._parameters[name]
-            if tensor is not None:
-                tensor.grad = grad
-        self._restore_values()
-        for module, training in self.was_training:
-            module.training = training
-        for model in self.model:
-            self._leave_room(model)
-
-    def _restore_values(self) -> None:
-        for module, name, buffer in self.was_buffer:
-            now = module._buffers.get(name)  # another tensor, unless it was moved or cast
-            if now is None or (now.device, now.dtype) == (buffer.device, buffer.dtype):
-                module._buffers[name] = buffer
-        for module, name, value in self.was_value:
-            tensor = tensor_of(module, name)
-            if tensor is not None and not (tensor.is_meta or value.is_meta or same(tensor, value)):
-                with torch.no_grad():
-                    tensor.copy_(value)
-
-    def _leave_room(self, model: nn.Module) -> None:
-        room = room_of(model)
-        if room is None:
-            return
-        room._modules.pop(self.name, None)
-        if not room._modules:
-            _host(model)._modules.pop(ROOM, None)
-            model.__dict__.pop(ROOM, None)
-
-
-def room_of(model: nn.Module) -> Room | None:
-    """The room of an operated model; None where nothing was added."""
-    room = model._modules.get(ROOM) or model.__dict__.get(ROOM)
-    return room if isinstance(room, Room) else None
-
-
 def is_replaced(module: nn.Module) -> bool:
     """Whether a part of some operation runs instead of the module."""
     return isinstance(_owner(module.__dict__.get("forward")), Graft)
 
 
-def operations(model: nn.Module) -> list[Operation]:
-    """All operations on a model, oldest first."""
-    room = room_of(model)
-    return [op for op in room.children() if isinstance(op, Operation)] if room else []
+def hooked(hooks: Mapping[int, Any], kind: type[Kind]) -> dict[int, Kind]:
+    """The objects of a kind that hooks are methods of, by the key of the hook."""
+    owners = {key: _owner(hook) for key, hook in hooks.items()}
+    return {key: owner for key, owner in owners.items() if isinstance(owner, kind)}
 
 
-def tensor_of(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer of that name."""
-    parameter = module._parameters.get(name)
-    return parameter if parameter is not None else module._buffers.get(name)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, in dtype and in place."""
-    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
-        return False
-    return torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
-
-
-def _host(model: nn.Module) -> nn.Module:
-    """The module whose child the room is: the root, unless it calls or lists its children."""
-    for module in model.modules():
-        if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, Room)):
-            return module
-    raise OperationError(
-        type(model).__name__, "it holds no module that does anything.", "Give a model."
-    )
-
-
-def _owner(method: Any) -> Any:
-    """The object that a hook is a method of."""
-    return getattr(method, "__self__", None)
-
-
-def _grafts(module: nn.Module) -> dict[int, Graft]:
-    """The grafts that meet a module's input, by the key of their hook."""
-    owners = {key: _owner(hook) for key, hook in module._forward_pre_hooks.items()}
-    return {key: owner for key, owner in owners.items() if isinstance(owner, Graft)}
-
-
-def _unhook(module: nn.Module, operation: Operation) -> None:
+def unhook(module: nn.Module, owner: object) -> None:
+    """Take off the hooks that are methods of `owner`."""
     tables = (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     )
     for hooks, with_kwargs in tables:
-        for key, hook in list(hooks.items()):
-            owner = _owner(hook)
-            if isinstance(owner, (Graft, Witness)) and owner.operation is operation:
+        for key, found in hooked(hooks, type(owner)).items():
+            if found is owner:
                 del hooks[key]
                 with_kwargs.pop(key, None)
 
 
-def _routes(step: Step) -> bool:
+def _owner(method: Any) -> Any:
+    """The object that a method is of."""
+    return getattr(method, "__self__", None)
+
+
+def routes(step: Step) -> bool:
+    """Whether the part of a step is a router."""
     return bool(getattr(step.part, "routes", False))
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import GraftError, OperationError
-from .graft import Graft, Operation, operations, same, tensor_of
+from .graft import Graft
 from .plan import Plan, check_operable
+from .room import Operation, operations, same, tensor_of
 from .rule import Rules
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -192,14 +192,14 @@ class _Around(Pattern):
 @dataclass(frozen=True, repr=False)
 class Inside(_Around):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
-        if (self, "inner") not in tree.memo:
-            tree.memo[self, "inner"] = {
+        inner = tree.memo.get((self, "inner"))
+        if inner is None:
+            inner = tree.memo[self, "inner"] = {
                 id(module)
                 for found in self.pattern.find(tree)
                 for end in (found.entry, found.exit)
                 for module in list(end.module.modules())[0 if found.is_span else 1 :]
             }
-        inner = tree.memo[self, "inner"]
         return {} if id(site.entry.module) in inner and id(site.exit.module) in inner else None
 
 

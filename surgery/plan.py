@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from .account import Record, Row, count, summary
 from .address import generalise, nearest
 from .edit import Joined, Trained
 from .errors import ConflictError, FileError, MatchError, OperationError, RuleError
-from .graft import Balance, Operation, Step, is_replaced, operations, room_of
+from .graft import Balance, Step, is_replaced
 from .pattern import Address
 from .place import Placed, name_all
 from .role import ROLES, anatomise, attn, block, embed, ffn, head, norm, qkv
+from .room import Operation, operations, room_of
 from .rule import Rule, Rules
 from .rulesets import named
 from .term import encode, show
@@ -27,9 +30,25 @@ from .words import words
 WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Hold the garbage collector off while much is made and nothing is thrown away.
+
+    It would walk the whole growing model again and again: at 10,000 modules most of the time.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class Plan:
     """What rules would do to a model. Prints as a table; `apply()` does it."""
 
+    @no_collection()
     def __init__(
         self, model: nn.Module, rules: Rules, *, seed: int, name: str, balance: Balance
     ) -> None:
@@ -120,9 +139,10 @@ class Plan:
             raise
         return self.model
 
+    @no_collection()
     def _carry_out(self, operation: Operation) -> None:
         modules = [site.module for site in self.tree.sites]
-        earlier = [p for p in self._base() if operations(self.model) and p.requires_grad]
+        earlier = [p for p in self._base() if p.requires_grad] if operations(self.model) else []
         operation.open(self.model)
         operation.train_only(modules, self.unfrozen | set(map(id, earlier)))
         parts = {p.key: p.make(self.seed) for p in self._makers()}
@@ -333,8 +353,9 @@ def _prove(model: nn.Module, operation: Operation, example: Any) -> None:
     kwargs = example if isinstance(example, dict) else {}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    operation.proved = True
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(*args, **kwargs)
         operation.prove()
     finally:

@@ -65,13 +65,13 @@ class _Anatomy:
         self.orders = [s.order for s in self.linears]
         ffns = self._whole_ffns()
         taken = {s for f in ffns for s in self.below(f)}
-        self.rest = [s for s in self.linears if s not in taken]
+        self.rest = {s for s in self.linears if s not in taken}
         ffns += [s for b in self._elements() for s in self._split_ffns(b, taken)]
         ffns = [f for f in ffns if _element(f) is not None]
-        ends = {s for f in ffns if f.is_span for s in self.rest if f.order <= s.order < f.end}
-        self.rest = [s for s in self.rest if s not in ends]
+        self.rest -= {s for f in ffns if f.is_span for s in self.below(f)}
+        met = {s for f in ffns for s in (*tree.sites[f.order : f.end], *f.entry.above())}
         blocks = _unique(self._block(f) for f in ffns)
-        attns = _unique(a for b in blocks for a in self._attentions(b, ffns))
+        attns = _unique(a for b in blocks for a in self._attentions(b, met))
         self.roles: dict[str, list[Site]] = {
             "ffn": sorted(ffns, key=lambda s: s.order),
             "block": blocks,
@@ -142,17 +142,18 @@ class _Anatomy:
                 return site
         return around[0]
 
-    def _attentions(self, block: Site, ffns: list[Site]) -> list[Site]:
-        """The smallest modules that hold what else projects in a block, branch by branch."""
-        rest = set(self.rest)
+    def _attentions(self, block: Site, met: set[Site]) -> list[Site]:
+        """The smallest modules that hold what else projects in a block, branch by branch.
+
+        met: the sites that have something in common with an FFN.
+        """
         found: list[Site] = []
 
         def visit(site: Site) -> None:
-            own = [s for s in self.below(site) if s in rest]
+            own = [s for s in self.below(site) if s in self.rest]
             if not own:
                 return
-            split = any(site.order < f.end and f.order < site.end for f in ffns)
-            if split or site is block:
+            if site in met or site is block:
                 for child in site.children:
                     visit(child)
             elif len(own) > 1 or isinstance(own[0].module, nn.MultiheadAttention):

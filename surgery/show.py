@@ -10,10 +10,10 @@ from torch import nn
 
 from .account import count, summary
 from .address import generalise
-from .graft import room_of
 from .operate import Routing, _operated
 from .plan import check_operable
 from .role import ROLES, anatomise
+from .room import room_of
 from .table import Table
 from .tree import Site, Tree
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import FileError, OperationError
-from .graft import Operation, operations, room_of, same
 from .operate import apply, revert
 from .plan import check_operable
+from .room import Operation, operations, room_of, same
 from .rule import Rule, Rules
 from .term import decode
 from .words import words

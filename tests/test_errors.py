@@ -544,7 +544,7 @@ def check_idle(caught: pytest.ExceptionInfo[GraftError]) -> None:
     check(
         caught.value,
         'at("{used,idle,read}", parallel(adapter(rank=2)))',
-        "2 of 3 sites never ran in a whole forward: idle, read",
+        "2 of 3 sites (idle, read) never ran in a whole forward",
         "module that is called",
     )
 
@@ -564,7 +564,7 @@ def test_a_site_that_never_runs_is_an_error_at_every_forward(edit):
     before = surgery.fingerprint(model)
     surgery.apply(model, at("idle", edit(lambda site: nn.Linear(4, 4))))
     for _ in range(2):
-        with pytest.raises(GraftError, match="never ran in a whole forward: idle"):
+        with pytest.raises(GraftError, match=r"sites \(idle\) never ran in a whole forward"):
             model(torch.ones(1, 4))
     assert surgery.fingerprint(surgery.revert(model)) == before
 
@@ -579,7 +579,7 @@ def test_all_idle_sites_of_both_kinds_are_counted():
 
 def test_out_proj_of_torchs_attention_is_an_error_and_not_silence():
     rule = at("**.out_proj", parallel(small))
-    with pytest.raises(GraftError, match=r"never ran in a whole forward: layers\.0"):
+    with pytest.raises(GraftError, match=r"sites \(layers\.0\..* never ran in a whole forward"):
         surgery.apply(encoder(), rule, example=torch.randn(2, 5, 24))
 
 

@@ -33,6 +33,7 @@ FLOORS = {
     "parts.adapter": 4,
     "parts.moa": 4,
     "role": 4,
+    "room": 4,
     "edit": 4,
     "parts": 5,
     "rule": 5,

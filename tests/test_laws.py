@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import surgery
 from surgery import adapter, append, at, ffn, norm, parallel, prepend, replace, shared, unfreeze
@@ -239,11 +241,36 @@ def test_an_idle_span_is_an_error() -> None:
     assert "dead.(one to two)" in told
 
 
-def test_an_idle_site_is_an_error_in_a_compiled_model_too() -> None:
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_an_idle_site_is_no_silence_in_a_compiled_model_either(fullgraph: bool) -> None:
     torch._dynamo.reset()
+    x = torch.randn(2, 8)
     model = surgery.apply(laws.Skipping(), at(nn.Linear, parallel(plain)))
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    raised(surgery.GraftError, lambda: compiled(torch.randn(2, 8)))
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
+    with pytest.warns(UserWarning, match=r"1 of 2 sites \(unused\) were not seen to run"):
+        compiled(x)
+    told = raised(
+        surgery.GraftError,
+        lambda: surgery.apply(model, at(nn.Linear, parallel(plain)), name="again", example=x),
+    )
+    assert "1 of 2 sites (unused) never ran" in str(told)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, tracing
+@pytest.mark.parametrize("example", [True, False])
+def test_blocks_that_are_compiled_one_by_one_are_no_idle_sites(example: bool) -> None:
+    torch._dynamo.reset()
+    model, x = models.tiny_vit(depth=4), models.images()
+    alike = surgery.apply(copy.deepcopy(model), "adapterx_ffn").eval()
+    laws.stir(alike)
+    counter = CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    surgery.apply(model, "adapterx_ffn", example=x if example else None)
+    laws.stir(model.eval())
+    with nullcontext() if example else pytest.warns(UserWarning, match="were not seen to run"):
+        assert torch.allclose(model(x), alike(x), atol=1e-6)
+    assert counter.frame_count <= 2, "compiled anew for each block"
 
 
 def test_the_output_projection_of_multihead_attention_is_refused_at_the_first_forward() -> None:

@@ -397,6 +397,7 @@ def test_a_checkpointed_backward_inside_disabled_is_not_silently_wrong(
     assert_close(gradients(model), want)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own: no grad
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_a_checkpointed_backward_of_a_disabled_forward_is_not_silently_wrong(
     reentrant: bool,

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import graft, ops, place, tree
-from surgery.graft import Graft, Operation, Room
+from surgery import graft, ops, place, room, tree
+from surgery.graft import Graft
 from surgery.place import Placed
+from surgery.room import Operation, Room
 from tests import laws
 
 plan = importlib.import_module("surgery.plan")  # the name in surgery is the function
@@ -91,7 +92,8 @@ def undo_forgets(*names: str) -> Saboteur:
 
 
 def undo_leaves_hooks(patch: Patch) -> None:
-    patch.setattr(graft, "_unhook", lambda module, operation: None)
+    for module in (graft, room):
+        patch.setattr(module, "unhook", lambda module, owner: None)
 
 
 def undo_leaves_the_room(patch: Patch) -> None:
@@ -99,11 +101,12 @@ def undo_leaves_the_room(patch: Patch) -> None:
 
 
 def undo_takes_all_hooks(patch: Patch) -> None:
-    def unhook(module: nn.Module, operation: Operation) -> None:
+    def unhook(module: nn.Module, owner: object) -> None:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
 
-    patch.setattr(graft, "_unhook", unhook)
+    for module in (graft, room):
+        patch.setattr(module, "unhook", unhook)
 
 
 def unfreezing_keeps_no_copy(patch: Patch) -> None:
@@ -118,7 +121,7 @@ def unfreezing_keeps_no_copy(patch: Patch) -> None:
 def copies_are_views(patch: Patch) -> None:
     def train_only(real: Any, self: Operation, *args: Any) -> None:
         real(self, *args)
-        views = [(m, n, graft.tensor_of(m, n).detach()) for m, n, _ in self.was_value]
+        views = [(m, n, room.tensor_of(m, n).detach()) for m, n, _ in self.was_value]
         self.was_value[:] = views
 
     wrapped(patch, Operation, "train_only", train_only)
@@ -167,7 +170,7 @@ def unfreezing_makes_new_tensors(patch: Patch) -> None:
 
 
 def the_room_is_in_the_root(patch: Patch) -> None:
-    patch.setattr(graft, "_host", lambda model: model)
+    patch.setattr(room, "_host", lambda model: model)
 
 
 def every_graft_counts_as_run(patch: Patch) -> None:
@@ -235,7 +238,7 @@ def aliases_are_sites_of_their_own(patch: Patch) -> None:
 
 def only_the_first_call_is_hooked(patch: Patch) -> None:
     def leave(real: Any, self: Graft, *args: Any) -> Any:
-        return None if self.ran else real(self, *args)
+        return None if self.mark.ran else real(self, *args)
 
     wrapped(patch, Graft, "leave", leave)
 
@@ -257,7 +260,7 @@ def the_inner_disabled_ends_the_outer(patch: Patch) -> None:
     def disabled(model: nn.Module) -> Iterator[None]:
         with real(model):
             yield
-        for operation in graft.operations(model):
+        for operation in room.operations(model):
             operation.enabled = True
 
     patch.setattr(surgery, "disabled", disabled)

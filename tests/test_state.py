@@ -301,8 +301,9 @@ def test_a_fault_at_any_line_of_load_leaves_the_model(tmp_path: Path) -> None:
     laws.faults(model, lambda: surgery.load(model, path), laws.first_and_last(lines))
 
 
-def test_saving_into_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
-    raised(OSError, lambda: surgery.save(tuned(), tmp_path / "no" / "x.safetensors"))
+def test_saving_into_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
+    error = raised(surgery.FileError, lambda: surgery.save(tuned(), tmp_path / "no" / "x"))
+    assert f"there is no folder {tmp_path / 'no'}" in str(error)
     assert os.listdir(tmp_path) == []
 
 
@@ -535,8 +536,8 @@ def test_decoding_calls_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_word_of_rules_acts_on_anything() -> None:
     harmless = {"parallel", "append", "prepend", "replace", "freeze", "unfreeze", "shared", "where"}
-    harmless |= {"inside", "holding", "nearest", "span", "at", "adapter", "moa", "Adapter"}
-    harmless |= {"MixtureOfAdapters", "QuickGELU", "&", "|", "~"}
+    harmless |= {"inside", "holding", "nearest", "span", "at", "adapter", "moa", "QuickGELU"}
+    harmless |= {"&", "|", "~"}
     harmless |= {"embed", "block", "norm", "attn", "qkv", "ffn", "head"}
     assert set(words()) == harmless, "a new word: may a file call it? then add it here"
 

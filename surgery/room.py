@@ -1,0 +1,228 @@
+"""What is added to a model lives in one room at its root, and knows the way back.
+
+All of it is `model.surgery`, one child an operation. An operation writes down what it is about to
+change before it changes it; undoing it, after a fault or on request, is one and the same walk back.
+Only this file and `graft` write to a model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .account import Record
+from .errors import GraftError, OperationError
+from .graft import Balance, Graft, Step, Switch, hooked, routes, unhook
+from .tree import ROOM, Site
+
+
+class Room(nn.Module):
+    """What was added to a model, one child an operation. Calling it changes nothing."""
+
+    _is_surgery_room = True
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class Witness:
+    """Hook on the root: after a whole forward, every graft must have run."""
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.operation.enabled and not self.operation.proved:
+            self.operation.witness(torch.compiler.is_dynamo_compiling())
+
+
+class Operation(Switch):
+    """One application of rules to a model: its parts, its grafts, and the way back.
+
+    `was_*` hold what the model was: (module, name, value) triples, written before each change.
+    """
+
+    def __init__(self, name: str, balance: Balance, record: Record) -> None:
+        super().__init__(balance)
+        self.name, self.record, self.proved = name, record, False
+        self.grafts: list[Graft] = []
+        self.was_training: list[tuple[nn.Module, bool]] = []
+        self.was_trainable: list[tuple[nn.Module, str, bool]] = []
+        self.was_value: list[tuple[nn.Module, str, Tensor]] = []
+        self.was_buffer: list[tuple[nn.Module, str, Tensor]] = []
+        self.was_grad: list[tuple[nn.Module, str, Tensor | None]] = []
+        self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
+
+    def open(self, model: nn.Module) -> None:
+        """Make room at the root, and remember the flags and buffers of its modules."""
+        self.model.append(model)
+        for module in model.modules():
+            self.was_training.append((module, module.training))
+            for name, tensor in module._buffers.items():
+                if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
+                    self.was_buffer.append((module, name, tensor))
+                    self.was_value.append((module, name, tensor.detach().clone()))
+        room = room_of(model)
+        if room is None:
+            room, host = Room(), _host(model)
+            if host is not model:
+                model.__dict__[ROOM] = room
+            host._modules[ROOM] = room
+        room.add_module(self.name, self)
+
+    def own(self, parts: dict[str, nn.Module]) -> None:
+        """Give each part its place in the room, under the first of its keys."""
+        placed: set[int] = set()
+        for key, part in parts.items():
+            if id(part) not in placed:
+                self.add_module(key, part)
+                placed.add(id(part))
+
+    def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
+        """Let just these parameters (by id) of the base be trained, each with a copy kept."""
+        for module in modules:
+            for name, tensor in module._parameters.items():
+                if tensor is None:
+                    continue
+                wanted = id(tensor) in chosen
+                if wanted:
+                    self.was_grad.append((module, name, tensor.grad))
+                    self.was_value.append((module, name, tensor.detach().clone()))
+                if tensor.requires_grad != wanted:
+                    self.was_trainable.append((module, name, not wanted))
+                    tensor.requires_grad_(wanted)
+
+    def join(self, site: Site, steps: list[Step]) -> None:
+        """Graft `steps` on `site`."""
+        self.grafts.append(Graft(self, site, steps))
+        self.grafts[-1].join()
+
+    def watch(self, model: nn.Module) -> None:
+        model.register_forward_hook(Witness(self).leave)
+
+    def prove(self) -> None:
+        """Raise GraftError unless every graft has run."""
+        if idle := self._idle():
+            raise GraftError(
+                ", ".join(row["rule"] for row in self.record["rows"] if row["keys"]),
+                f"{idle} never ran in a whole forward.",
+                "The model reads their weights without calling them, or skips them. Put the rule "
+                "on a module that is called (its parent, say), and revert this one.",
+            )
+        self.proved = True
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def witness(self, compiling: bool) -> None:
+        """Prove it after a forward, or say that compiled code, which runs unseen, may hide it."""
+        if not compiling and not self._may_be_compiled():
+            self.prove()
+        elif idle := self._idle():
+            self.proved = not compiling
+            warnings.warn(
+                f"{idle} were not seen to run, though compiled code may hide it: "
+                "surgery.apply(model, rules, example=x) proves that they do.",
+                stacklevel=2,
+            )
+
+    def _idle(self) -> str:
+        """The sites that have not run, in words."""
+        idle = [graft.path for graft in self.grafts if not graft.mark.ran]
+        listed = ", ".join(idle[:4]) + (" and more" if len(idle) > 4 else "")
+        return f"{len(idle)} of {len(self.grafts)} sites ({listed})" if idle else ""
+
+    def _may_be_compiled(self) -> bool:
+        modules = [module for model in self.model for module in model.modules()]
+        return any(graft.mark.compiled for graft in self.grafts) or any(
+            module._compiled_call_impl is not None
+            or hasattr(module.forward, "_torchdynamo_orig_callable")
+            for module in modules
+        )
+
+    @property
+    def routers(self) -> list[Graft]:
+        """The grafts with a part that routes."""
+        return [g for g in self.grafts if g.gates is not None or any(map(routes, g.steps))]
+
+    def undo(self) -> None:
+        """Take everything off and bring everything back, however far the work had come."""
+        for model in self.model:
+            for witness in hooked(model._forward_hooks, Witness).values():
+                if witness.operation is self:
+                    unhook(model, witness)
+        for graft in self.grafts:
+            graft.part()
+        for owner, name, flag in self.was_trainable:
+            tensor = owner._parameters[name]
+            if tensor is not None:
+                tensor.requires_grad_(flag)
+        for owner, name, grad in self.was_grad:
+            tensor = owner._parameters[name]
+            if tensor is not None:
+                tensor.grad = grad
+        self._restore_values()
+        for module, training in self.was_training:
+            module.training = training
+        for model in self.model:
+            self._leave_room(model)
+
+    def _restore_values(self) -> None:
+        for module, name, buffer in self.was_buffer:
+            now = module._buffers.get(name)  # another tensor, unless it was moved or cast
+            if now is None or (now.device, now.dtype) == (buffer.device, buffer.dtype):
+                module._buffers[name] = buffer
+        for module, name, value in self.was_value:
+            tensor = tensor_of(module, name)
+            if tensor is not None and not (tensor.is_meta or value.is_meta or same(tensor, value)):
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+    def _leave_room(self, model: nn.Module) -> None:
+        room = room_of(model)
+        if room is None:
+            return
+        room._modules.pop(self.name, None)
+        if not room._modules:
+            _host(model)._modules.pop(ROOM, None)
+            model.__dict__.pop(ROOM, None)
+
+
+def room_of(model: nn.Module) -> Room | None:
+    """The room of an operated model; None where nothing was added."""
+    room = model._modules.get(ROOM) or model.__dict__.get(ROOM)
+    return room if isinstance(room, Room) else None
+
+
+def operations(model: nn.Module) -> list[Operation]:
+    """All operations on a model, oldest first."""
+    room = room_of(model)
+    return [op for op in room.children() if isinstance(op, Operation)] if room else []
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of that name."""
+    parameter = module._parameters.get(name)
+    return parameter if parameter is not None else module._buffers.get(name)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, in dtype and in place."""
+    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _host(model: nn.Module) -> nn.Module:
+    """The module whose child the room is: the root, unless it calls or lists its children."""
+    for module in model.modules():
+        if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, Room)):
+            return module
+    raise OperationError(
+        type(model).__name__, "it holds no module that does anything.", "Give a model."
+    )
