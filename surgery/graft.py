@@ -43,14 +43,17 @@ class Switch(nn.Module):
 
 
 class Mark(nn.Module):
-    """Whether a graft ran. A module, so that torch.compile calls its method while it traces."""
+    """Whether a graft ran. A module, so that torch.compile calls its method while it traces.
+
+    (torch keeps what the method returns as a global of its name in the module of the model.)
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.ran = self.compiled = False
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def set(self, compiled: bool) -> bool:
+    def _surgery_mark(self, compiled: bool) -> bool:
         self.ran, self.compiled = True, compiled
         return True
 
@@ -118,7 +121,7 @@ class Graft:
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: what happens to the output, the first rule innermost."""
-        self.mark.set(torch.compiler.is_dynamo_compiling())
+        self.mark._surgery_mark(torch.compiler.is_dynamo_compiling())
         if not (self.leaves and self.active()):
             return None
         y, put = _first_tensor(output, self.path)
@@ -142,7 +145,7 @@ class Graft:
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
         step = next(step for step in self.steps if step.place == "instead")
-        self.mark.set(torch.compiler.is_dynamo_compiling())
+        self.mark._surgery_mark(torch.compiler.is_dynamo_compiling())
         return (step.part if self.active() else self._base)(*args, **kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:

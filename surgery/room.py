@@ -36,7 +36,7 @@ class Witness:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.operation.enabled and not self.operation.proved:
-            self.operation.witness(torch.compiler.is_dynamo_compiling())
+            self.operation._surgery_witness(torch.compiler.is_dynamo_compiling())
 
 
 class Operation(Switch):
@@ -115,7 +115,7 @@ class Operation(Switch):
         self.proved = True
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def witness(self, compiling: bool) -> None:
+    def _surgery_witness(self, compiling: bool) -> None:
         """Prove it after a forward, or say that compiled code, which runs unseen, may hide it."""
         if not compiling and not self._may_be_compiled():
             self.prove()
