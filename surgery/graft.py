@@ -70,6 +70,7 @@ class Graft:
         self.remembers = bool(besides) and (site.is_span or first < besides[-1])
         self.enters = first < len(steps)
         self.leaves = any(step.place in ("after", "beside") for step in steps)
+        self.replacement = next((step.part for step in steps if step.place == "instead"), None)
         self.was_forward = self.entry.__dict__.get("forward")
         self.mark = Mark()
         self.forget()
@@ -84,7 +85,7 @@ class Graft:
 
     def join(self) -> None:
         """Hook into the site; inputs meet the last rule first."""
-        replaces = any(step.place == "instead" for step in self.steps)
+        replaces = self.replacement is not None
         hooks = self.entry._forward_pre_hooks
         earlier = hooked(hooks, Graft)
         inner = any(step.place == "before" for graft in earlier.values() for step in graft.steps)
@@ -144,9 +145,10 @@ class Graft:
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
-        step = next(step for step in self.steps if step.place == "instead")
         self.mark._surgery_mark(torch.compiler.is_dynamo_compiling())
-        return (step.part if self.active() else self._base)(*args, **kwargs)
+        if self.active() and self.replacement is not None:
+            return self.replacement(*args, **kwargs)
+        return self._base(*args, **kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         if self.was_forward is not None:

@@ -134,12 +134,11 @@ class Operation(Switch):
         return f"{len(idle)} of {len(self.grafts)} sites ({listed})" if idle else ""
 
     def _may_be_compiled(self) -> bool:
-        modules = [module for model in self.model for module in model.modules()]
-        return any(graft.mark.compiled for graft in self.grafts) or any(
-            module._compiled_call_impl is not None
-            or hasattr(module.forward, "_torchdynamo_orig_callable")
-            for module in modules
-        )
+        seen = [graft.mark.compiled for graft in self.grafts]
+        for module in [module for model in self.model for module in model.modules()]:
+            seen.append(module._compiled_call_impl is not None)
+            seen.append(hasattr(module.forward, "_torchdynamo_orig_callable"))
+        return True in seen
 
     @property
     def routers(self) -> list[Graft]:

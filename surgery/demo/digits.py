@@ -34,8 +34,8 @@ RATE = {
     "linear_probe": 1e-2,
     "full": 1e-3,
     "adapter": 1e-2,
-    "adaptformer": 1e-2,
-    "adapterx_ffn": 1e-2,
+    "adaptformer": 3e-3,
+    "adapterx_ffn": 3e-3,
 }
 
 
