@@ -17,7 +17,7 @@ class SurgeryError(Exception):
     joint = ": "  # between rule and fact
 
     def __init__(self, rule: str, fact: str, remedy: str) -> None:
-        super().__init__(rule, fact, remedy)
+        # Exception.__new__ has kept the arguments; torch.compile cannot trace its __init__
         self.rule, self.fact, self.remedy = rule, fact, remedy
 
     def __str__(self) -> str:

