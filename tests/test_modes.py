@@ -469,7 +469,7 @@ def test_fp16_autocast_refuses_a_number_for_balance() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_fp16_autocast_refuses_a_number_for_balance_under_compile_too() -> None:
     model = operated(balance=WEIGHT, dtype=torch.float32)
-    with pytest.raises(Exception, match="get_scale|Observed exception"):
+    with pytest.raises(Exception, match=r"get_scale|Observed exception"):
         compiled(under(torch.float16, model))(images())
 
 

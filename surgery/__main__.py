@@ -1,0 +1,5 @@
+"""`python -m surgery` is `surgery`."""
+
+from .cli import main
+
+raise SystemExit(main())
