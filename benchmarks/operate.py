@@ -1,4 +1,4 @@
-"""Time of `apply` against the size of a model, beside PEFT's `get_peft_model` on the same sites."""
+"""Time of `apply` against the size of a model, beside PEFT and a loop written by hand."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .measure import Times, fresh, interleaved
 
 WIDTH, RANK, PER_BLOCK = 64, 8, 11
 SIZES = (100, 900, 3000, 10000)  # modules, about
+NAMES = ("surgery", "by hand", "peft")
 FASTER = 15  # times PEFT, at about 900 modules
 LINEARS, ALL = inside("blocks.*") & nn.Linear, ["q", "k", "v", "o", "fc1", "fc2"]
 
@@ -65,18 +66,45 @@ def low_rank(site: surgery.Site) -> nn.Module:
     return LowRank(site.width, site.out)
 
 
+class Beside(nn.Module):
+    """What one writes by hand: a Linear and LoRA's two matrices in its place, nothing checked."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.part = base, LowRank(base.in_features, base.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base(x) + self.part(x)
+        return out
+
+
+def by_hand(model: nn.Module, names: list[str]) -> None:
+    """Freeze the model, and put a `Beside` in the place of every Linear of these names."""
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in names and isinstance(child, nn.Linear):
+                setattr(parent, name, Beside(child))
+
+
 class Job(NamedTuple):
     """What both do: a small part beside each of the same Linears."""
 
     title: str
     rules: Rules
     targets: list[str] | None  # None: PEFT has nothing of the kind
+    hand: bool = True
 
 
 JOBS = (
     Job("LoRA's two matrices beside every Linear", at(LINEARS, parallel(low_rank)), ALL),
     Job("LoRA's two matrices beside q and v", at("**.{q,v}", parallel(low_rank)), ["q", "v"]),
-    Job("adapter(rank=8) beside every Linear", at(LINEARS, parallel(adapter(rank=RANK))), ALL),
+    Job(
+        "adapter(rank=8) beside every Linear",
+        at(LINEARS, parallel(adapter(rank=RANK))),
+        ALL,
+        hand=False,
+    ),
     Job("adapterx_ffn, one shared mixture", "adapterx_ffn", None),
 )
 
@@ -88,44 +116,38 @@ def report(rounds: int = 1) -> list[Table]:
 
 def _table(job: Job, rounds: int) -> Table:
     rows: list[tuple[object, ...]] = []
-    first = 0.0
+    each: list[float] = []
     for size in SIZES:
-        model = Stack(size)
-        modules, sites = len(list(model.modules())), _sites(model, job)
-        often = rounds * max(1, 3000 // size)
-        times = _times(size, job, often)
-        each = 1e6 * times.best("surgery") / modules
-        first = first or each
-        cells = [modules, sites, f"{1e3 * times.best('surgery'):.1f}"]
-        cells += [f"{1e6 * times.best('surgery') / sites:.0f}", f"{each:.1f}"]
-        rows.append((*cells, *_beside(times, sites, size)))
-    columns = ("modules", "sites", "ms", "us a site", "us a module", "PEFT ms", "us a site")
+        modules, sites = len(list(Stack(size).modules())), _sites(Stack(size), job)
+        times = _times(size, job, rounds * max(1, 3000 // size))
+        best = times.best("surgery")
+        each.append(1e6 * best / modules)
+        cells = (modules, sites, f"{1e3 * best:.1f}", f"{each[-1]:.1f}")
+        us = [f"{1e6 * times.best(n) / sites:.0f}" if n in times.runs else "" for n in NAMES]
+        rows.append((*cells, *us, *_beside(times, size)))
+    columns = ("modules", "sites", "ms", "us a module", "us a site", "by hand", "PEFT")
     notes = [
         "CPU time; ratios of the fastest rounds, median (and range) of three runs, new models",
-        f"us a module from the smallest to the largest model: x{each / first:.2f}",
+        f"us a module from the smallest to the largest model: x{each[-1] / each[0]:.2f}",
     ]
     title = f"apply: {job.title} (Linears of width {WIDTH} and {2 * WIDTH})"
     return Table(title, (*columns, "PEFT / surgery", "target"), rows, notes)
 
 
-def _beside(times: Times, sites: int, size: int) -> tuple[str, ...]:
+def _beside(times: Times, size: int) -> tuple[str, str]:
     if "peft" not in times.runs:
-        return ("", "", "", "")
+        return ("", "")
     mid, low, high = times.ratios("peft", "surgery")
     target = f">= {FASTER}: {'met' if mid >= FASTER else 'MISSED'}" if size == 900 else ""
-    best = times.best("peft")
-    return (
-        f"{1e3 * best:.1f}",
-        f"{1e6 * best / sites:.0f}",
-        f"{mid:.1f} ({low:.1f} to {high:.1f})",
-        target,
-    )
+    return f"{mid:.1f} ({low:.1f} to {high:.1f})", target
 
 
 def _times(size: int, job: Job, rounds: int) -> Times:
     actions = {"surgery": fresh(lambda: Stack(size), lambda model: surgery.apply(model, job.rules))}
     if targets := job.targets:
         actions["peft"] = fresh(lambda: Stack(size), lambda model: _peft(model, targets))
+        if job.hand:
+            actions["by hand"] = fresh(lambda: Stack(size), lambda model: by_hand(model, targets))
     return interleaved(actions, rounds, warm=size < 1000)
 
 

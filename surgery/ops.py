@@ -24,6 +24,15 @@ class Routed(NamedTuple):
     gates: Tensor
 
 
+class Experts(NamedTuple):
+    """down ``(n, r, c)``, down_bias ``(n, r)``, up ``(n, c, r)``, up_bias ``(n, c)``."""
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+
+
 def split(x: Tensor, heads: int) -> Tensor:
     """Sub-tokens ``(m, c)`` of tokens ``(..., heads * c)``: chunks of features, token-major."""
     return rearrange(x, "... (h c) -> (... h) c", h=heads)
@@ -48,65 +57,49 @@ def route(u: Tensor, reduction: Tensor, embeddings: Tensor) -> Tensor:
 def mix(
     u: Tensor,
     gates: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
+    experts: Experts,
     act: Callable[[Tensor], Tensor],
     top_k: int | None = None,
 ) -> Tensor:
-    """Gated sum ``(m, c)`` of all experts (``top_k=None``), or of the likeliest one (``1``)."""
-    experts = down, down_bias, up, up_bias
+    """Gated sum ``(m, c)`` of all experts (``top_k=None``), or of the likeliest one (``1``).
+
+    u ``(m, c)``, gates ``(m, n)``; act is elementwise.
+    """
     if top_k is None:
-        return mix_dense(u, gates, *experts, act)
+        return mix_dense(u, gates, experts, act)
     if may_sort(u):
-        return mix_top1(u, gates, *experts, act)
-    return mix_dense(u, gates * top1(gates), *experts, act)
+        return mix_top1(u, gates, experts, act)
+    return mix_dense(u, gates * top1(gates), experts, act)
 
 
 def mix_dense(
-    u: Tensor,
-    gates: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    act: Callable[[Tensor], Tensor],
+    u: Tensor, gates: Tensor, experts: Experts, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """``sum_i g_i E_i(u)`` in two products, the gates scaling the hidden units in between.
 
-    u ``(m, c)``, gates ``(m, n)``, down ``(n, r, c)``, down_bias ``(n, r)``, up ``(n, c, r)``,
-    up_bias ``(n, c)``; act is elementwise. The gates themselves are the hidden units of the
-    biases ``up_bias``.
+    The gates themselves are the hidden units of the biases ``up_bias``.
     """
-    down, down_bias = rearrange(down, "n r c -> (n r) c"), rearrange(down_bias, "n r -> (n r)")
-    up = torch.cat([rearrange(up, "n c r -> (n r) c"), up_bias])
-    hidden = rearrange(act(F.linear(u, down, down_bias)), "m (n r) -> m n r", n=len(up_bias))
+    down = rearrange(experts.down, "n r c -> (n r) c")
+    down_bias = rearrange(experts.down_bias, "n r -> (n r)")
+    up = torch.cat([rearrange(experts.up, "n c r -> (n r) c"), experts.up_bias])
+    hidden = rearrange(act(F.linear(u, down, down_bias)), "m (n r) -> m n r", n=gates.shape[-1])
     gates = gates.to(hidden.dtype)
     gated = rearrange(hidden * gates.unsqueeze(-1), "m n r -> m (n r)")
     return torch.cat([gated, gates], dim=-1) @ up
 
 
-def mix_top1(
-    u: Tensor,
-    gates: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
+def mix_top1(u: Tensor, gates: Tensor, experts: Experts, act: Callable[[Tensor], Tensor]) -> Tensor:
     """``g_i E_i(u)`` of the likeliest expert i, each expert run on its own sub-tokens alone.
 
-    Shapes as in `mix_dense`. Sub-tokens are sorted by expert, so the sizes depend on the data;
-    `mix_dense` with gates ``gates * top1(gates)`` is the same map in static shapes.
+    Sub-tokens are sorted by expert, so the sizes depend on the data; `mix_dense` with gates
+    ``gates * top1(gates)`` is the same map in static shapes.
     """
     gate, winner = gates.max(dim=-1, keepdim=True)
     order = winner.flatten().argsort()
-    load = winner.flatten().bincount(minlength=len(down)).tolist()
+    load = winner.flatten().bincount(minlength=gates.shape[-1]).tolist()
     groups = u.index_select(0, order).split_with_sizes(load)
-    experts = zip(groups, down, down_bias, up, up_bias, strict=True)
-    mixed = torch.cat([F.linear(act(F.linear(v, d, b)), w, k) for v, d, b, w, k in experts])
+    run = zip(groups, *experts, strict=True)
+    mixed = torch.cat([F.linear(act(F.linear(v, d, b)), w, k) for v, d, b, w, k in run])
     return torch.empty_like(mixed).index_copy_(0, order, mixed) * gate.to(mixed.dtype)
 
 

@@ -74,8 +74,8 @@ class MixtureOfAdapters(nn.Module):
     def forward(self, x: Tensor) -> ops.Routed:
         u = ops.split(x, self.heads)
         gates = ops.route(u, self.reduction, self.embeddings)
-        experts = self.down, self.down_bias, self.up, self.up_bias
-        mixed = ops.mix(u, gates, *experts, self.act, self.top_k)
+        experts = ops.Experts(self.down, self.down_bias, self.up, self.up_bias)
+        mixed = ops.mix(u, gates, experts, self.act, self.top_k)
         return ops.Routed(ops.merge(mixed, x), gates)
 
     def extra_repr(self) -> str:
