@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except SurgeryError as error:
-        print(f"surgery {arguments.command}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except (SurgeryError, OSError) as error:
+        print(f"surgery {arguments.command}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -121,12 +121,12 @@ def run(
     chosen = methods or METHODS
     for method in chosen:
         surgery.plan(glyphs.pretrained(10), method)  # a wrong name is told before any work
+    out.mkdir(parents=True, exist_ok=True)
     if pretrain:
         glyphs.pretrain()
     print("Backbone: a ViT pretrained on printed letters and symbols. Target: real digits.")
     results = compare(chosen, seeds, epochs or EPOCHS)
     print(table(results, epochs or EPOCHS))
-    out.mkdir(parents=True, exist_ok=True)
     routed = [m for m in chosen if surgery.routing(results[m][-1].model)]
     last = routed[-1] if routed else chosen[-1]
     prove(last, results[last][-1].model, digits(0).test, out)
