@@ -31,6 +31,13 @@ def linear(module: nn.Module) -> Shape | None:
     return None
 
 
+def experts(module: nn.Module) -> list[tuple[int, int, int]]:
+    """The shapes (experts, ., .) of the stacks of matrices that a module has of its own."""
+    own = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    shapes = [(p.shape[0], p.shape[1], p.shape[2]) for p in own]
+    return [s for s in shapes if min(s[1:]) > 1 and s[0] > 1]
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether this leaf normalises: vectors for parameters, and norm in the name of its class."""
     if module._modules or "norm" not in type(module).__name__.lower():

@@ -1,0 +1,373 @@
+"""Feed-forward networks by structure: d -> h, then h -> d, each token by itself.
+
+One is the smallest module whose channel-linear leaves are just these (gated: two d -> h, or one
+d -> 2h); where no module holds just these, the span between them; a mixture of experts is one.
+What only looks like it is left out: squeeze-excite gates, inverted bottlenecks (a convolution over
+positions in between), mixers of tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from .leaf import CONVS, Shape, experts, is_norm, linear, shape
+from .tree import Site, Tree, span
+
+NARROWEST = 8  # features; anything below is no model width
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class Leaves:
+    """The channel-linear leaves of a tree, in the order of the walk."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.all = [s for s in tree.sites if _projects(s)]
+        self.orders = [s.order for s in self.all]
+        self.elements = {s: element(s) for s in self.all}
+
+    def below(self, site: Site) -> list[Site]:
+        """Those of a site, itself included."""
+        low, high = bisect_left(self.orders, site.order), bisect_left(self.orders, site.end)
+        return self.all[low:high]
+
+
+class FeedForwards(NamedTuple):
+    """sites, and the leaves that belong to them; bottlenecks: inverted ones, that are no FFN."""
+
+    sites: list[Site]
+    taken: set[Site]
+    bottlenecks: list[Site]
+
+
+def feed_forwards(leaves: Leaves) -> FeedForwards:
+    """Every feed-forward network of a tree, in the order of the walk."""
+    found = FeedForwards([], set(), [])
+    _find_whole(leaves, found)
+    _find_split(leaves, found)
+    sites = [s for s in _lifted(found.sites, leaves, found.taken) if _is_placed(s, leaves)]
+    sites = [s for s in sites if not (_mixes_tokens(s) or _grows(s, leaves))]
+    return found._replace(sites=sorted(sites, key=lambda s: s.order))
+
+
+def is_element(site: Site) -> bool:
+    """Whether a site is one of those that a container lists: a block, an expert, a layer."""
+    return site.parent is not None and isinstance(site.parent.module, CONTAINERS)
+
+
+def element(site: Site) -> Site | None:
+    """The nearest element of a container that holds a site."""
+    return next((s for s in holders(site) if is_element(s)), None)
+
+
+def holders(site: Site) -> list[Site]:
+    """What a site lies in, nearest first; a span's smallest holder may be its own module."""
+    if not site.is_span:
+        return list(site.above())
+    above = set(site.exit.above())
+    return [s for s in site.entry.above() if s in above]
+
+
+# whole modules --------------------------------------------------------------------------------
+
+
+def _find_whole(leaves: Leaves, found: FeedForwards) -> None:
+    for site in reversed(leaves.tree.sites):  # children before their parents
+        if any(site.order <= f.order < site.end for f in found.sites[-1:]):
+            continue
+        own = [s for s in leaves.below(site) if s not in found.taken]
+        if made := _experts(site, own):
+            found.sites.append(made)
+        elif not site.children or not 1 <= len(own) <= 3 or _is_listed(own):
+            continue
+        elif _is_gate(site, own):
+            pass
+        elif not _fits(own, _others(site, own)):
+            continue
+        elif _is_bottleneck(own, _others(site, own)):
+            found.bottlenecks.append(site)
+        elif all(_is_harmless(s.module) for s in _others(site, own)) and not _is_gated(site, own):
+            found.sites.append(_made(site, own))
+        else:
+            continue
+        found.taken.update(leaves.below(site))
+
+
+def _is_listed(own: list[Site]) -> bool:
+    """Whether the leaves lie in branches of a list, which nothing says run one after another."""
+    holder = holders(span(own[0], own[-1]))[0] if len(own) > 1 else own[0]
+    listed = isinstance(holder.module, (nn.ModuleList, nn.ModuleDict))
+    return listed and any(leaf.parent is not holder for leaf in own)
+
+
+def _made(site: Site, own: list[Site]) -> Site:
+    """The module, or the span in it where something with weights comes before the first leaf."""
+    early = [s for s in site.below() if s.order < own[0].order]
+    if any(p is not None for s in early for p in s.module._parameters.values()):
+        return _spanned(own[0], own[-1])
+    site._shape = _joined(own[0].module, own[-1].module)
+    return site
+
+
+def _spanned(first: Site, last: Site) -> Site:
+    made = span(first, last)
+    made._shape = _joined(first.module, last.module)
+    return made
+
+
+def _joined(first: nn.Module, last: nn.Module) -> Shape | None:
+    a, b = shape(first), shape(last)
+    return Shape(a.width, b.out, a.axis) if a and b else None
+
+
+def _fits(own: list[Site], others: list[Site]) -> bool:
+    """d -> h, h -> d; or d -> 2h, h -> d; or twice d -> h, h -> d; gMLP mixes tokens in between."""
+    shapes = [linear(s.module) for s in own]
+    if None in shapes or len(own) < 2:
+        return False
+    (*ups, down) = [s for s in shapes if s is not None]
+    d, h = down.out, down.width
+    if len(ups) == 2 and ups[1].width == ups[1].out not in (d, h) and ups[0].out == 2 * h:
+        ups = ups[:1]
+    if d < NARROWEST or h < d or any(up.width != d or up.axis != down.axis for up in ups):
+        return False
+    outs = [up.out for up in ups]
+    if h == d and outs == [h]:
+        return any(_is_act(s) for s in others)
+    return outs in ([h], [2 * h]) or (outs == [h, h] and h != d)
+
+
+def _others(site: Site, own: list[Site]) -> list[Site]:
+    """A site and all below it, but for these leaves and what is inside of them."""
+    inside = {s for leaf in own for s in (leaf, *leaf.below())}
+    return [s for s in (site, *site.below()) if s not in inside]
+
+
+def _is_harmless(module: nn.Module) -> bool:
+    """Whether a module leaves positions apart and carries no matrix of its own."""
+    if isinstance(module, nn.MultiheadAttention) or "pool" in type(module).__name__.lower():
+        return False
+    if isinstance(module, CONVS):
+        return module.groups == module.in_channels == module.out_channels
+    return linear(module) is None and _has_vectors(module)
+
+
+def _has_vectors(module: nn.Module) -> bool:
+    own = [p for p in module._parameters.values() if p is not None]
+    return all(p.dim() == 0 or p.numel() == max(p.shape) for p in own)
+
+
+def _is_bottleneck(own: list[Site], others: Iterable[Site]) -> bool:
+    """Whether convolutions widen, mix positions channel by channel, and narrow again."""
+    if not isinstance(own[0].module, CONVS):
+        return False
+    between = [s.module for s in others if own[0].order < s.order < own[-1].order]
+    return any(isinstance(m, CONVS) and max(m.kernel_size) > 1 for m in between)
+
+
+def _is_gate(site: Site, own: list[Site]) -> bool:
+    """Whether this goes c -> c, or c -> r -> c, to gate something (squeeze-excite) or to narrow."""
+    first, last = linear(own[0].module), linear(own[-1].module)
+    if len(own) > 2 or not (first and last) or first.width != last.out or first.out != last.width:
+        return False
+    return first.out < first.width or _is_gated(site, own)
+
+
+def _is_gated(site: Site, own: list[Site]) -> bool:
+    """Whether it ends in a sigmoid: then what it gives is no feature but a weight."""
+    late = [s.module for s in site.below() if s.order > own[-1].order]
+    return any("sigmoid" in type(module).__name__.lower() for module in late)
+
+
+# experts --------------------------------------------------------------------------------------
+
+
+def _experts(site: Site, own: list[Site]) -> Site | None:
+    """A module with two or three stacks of matrices [experts, ., .], and routers at most."""
+    stacks = [(s, found) for s in (site, *site.below()) for found in experts(s.module)]
+    shapes = [found for _, found in stacks]
+    if not 2 <= len(shapes) <= 3 or len({n for n, _, _ in shapes}) > 1:
+        return None
+    routers = [linear(s.module) for s in own]
+    widths = _expert_widths(shapes)
+    if not widths or any(found is None or found.out > shapes[0][0] for found in routers):
+        return None
+    around = [s for holder in holders(site) for s in holder.below() if is_norm(s.module)]
+    known = [found.width for found in (shape(s.module) for s in around[:1]) if found]
+    width = next((w for w in widths if w in known), min(widths))
+    site._shape = Shape(width, width, -1)
+    return site
+
+
+def _expert_widths(shapes: list[tuple[int, int, int]]) -> list[int]:
+    """The widths d for which the stacks are of d x h (or d x 2h) and h x d, whichever way round."""
+    *ups, down = [found[1:] for found in shapes]
+    ways = [(d, h) for d, h in (down, down[::-1]) if d >= NARROWEST]
+    return [d for d, h in ways if all(set(up) in ({d, h}, {d, 2 * h}) for up in ups)]
+
+
+def _lifted(sites: list[Site], leaves: Leaves, taken: set[Site]) -> list[Site]:
+    """The same, with the experts of one layer made one: the layer, with its router."""
+    lifted: dict[Site, Shape] = {}
+    for site in sites:
+        lifted.setdefault(_layer_of(site, leaves, taken), site.shape)
+    for site, seen in lifted.items():
+        site._shape = seen
+    layers = [s for s in lifted if not s.is_span and s not in sites]
+    return [s for s in lifted if not any(t.order < s.order < t.end for t in layers)]
+
+
+def _layer_of(site: Site, leaves: Leaves, taken: set[Site]) -> Site:
+    """The outermost module around an expert that holds nothing else but routers."""
+    listed = is_element(site) and site.parent is not None and len(site.parent.children) > 1
+    if site.is_span or not (listed or any(experts(s.module) for s in (site, *site.below()))):
+        return site
+    top = site
+    for above in site.above():
+        if above.parent is None or is_element(above) or not _is_routed(above, leaves, taken):
+            break
+        top = above
+    return top
+
+
+def _is_routed(layer: Site, leaves: Leaves, taken: set[Site]) -> bool:
+    """Whether beside feed-forward networks a layer holds routers only: each gives few features."""
+    rest = [linear(s.module) for s in leaves.below(layer) if s not in taken]
+    return all(found is not None and found.out < found.width for found in rest)
+
+
+# spans ----------------------------------------------------------------------------------------
+
+
+def _find_split(leaves: Leaves, found: FeedForwards) -> None:
+    groups: dict[Site | None, list[Site]] = {}
+    for leaf in leaves.all:
+        if leaf not in found.taken:
+            groups.setdefault(leaves.elements[leaf], []).append(leaf)
+    for group in groups.values():
+        for own in _pairs(group):
+            between = leaves.tree.sites[own[0].order : own[-1].end]
+            inside = {s for leaf in own for s in (leaf, *leaf.below())}
+            others = [s for s in between if s not in inside]
+            made = _spanned(own[0], own[-1])
+            if any(s in leaves.elements for s in others) or not _is_apart(made, own, leaves):
+                continue
+            if _is_bottleneck(own, others):
+                found.bottlenecks.append(made)
+            elif all(_is_harmless(s.module) for s in others) and _acts(made, own, others, leaves):
+                found.sites.append(made)
+            else:
+                continue
+            found.taken.update(own)
+
+
+def _is_apart(made: Site, own: list[Site], leaves: Leaves) -> bool:
+    """Whether nothing else projects, or convolves over positions, where the two ends lie."""
+    holder = holders(made)[0]
+    ends = [s for s in holder.children if any(s.order <= leaf.order < s.end for leaf in own)]
+    if any(leaf not in own for end in ends for leaf in leaves.below(end)):
+        return False
+    convs = [s.module for s in holder.below() if isinstance(s.module, CONVS)]
+    return not isinstance(own[0].module, CONVS) or not any(map(_is_spatial, convs))
+
+
+def _is_spatial(conv: nn.Module) -> bool:
+    """Whether a convolution mixes positions and channels at once."""
+    kernel = max(getattr(conv, "kernel_size", (1,)))
+    return kernel > 1 and getattr(conv, "groups", 1) != getattr(conv, "in_channels", 1)
+
+
+def _pairs(group: list[Site]) -> list[list[Site]]:
+    """Leaves d -> h (or two of them), h -> d that follow one another, each used once."""
+    pairs: list[list[Site]] = []
+    last = -1
+    for i, down in enumerate(group):
+        exit = linear(down.module)
+        ups = 0
+        while exit and i - ups - 1 > last and _goes(group[i - ups - 1], exit.out, exit.width):
+            ups += 1
+        if exit and ups in (1, 2) and exit.out >= NARROWEST:
+            pairs.append(group[i - ups : i + 1])
+            last = i
+    return pairs
+
+
+def _goes(site: Site, width: int, out: int) -> bool:
+    found = linear(site.module)
+    return found is not None and found[:2] == (width, out)
+
+
+def _acts(made: Site, own: list[Site], others: list[Site], leaves: Leaves) -> bool:
+    """Whether it is an FFN and no two projections: it widens, acts between, or is by attention."""
+    down = linear(own[-1].module)
+    if down is None or down.width > down.out:
+        return down is not None
+    holder = holders(made)[0]
+    rest = [s for s in leaves.below(holder) if s not in own]
+    alone = bool(rest) and all(isinstance(s.module, nn.MultiheadAttention) for s in rest)
+    acting = down.width == down.out and is_element(holder) and any(map(_is_act, others))
+    return len(own) == 2 and (alone or acting)
+
+
+def _is_act(site: Site) -> bool:
+    module = site.module
+    passive = isinstance(module, (nn.Dropout, nn.Identity)) or is_norm(module)
+    return not (site.children or module._parameters or passive)
+
+
+# places ---------------------------------------------------------------------------------------
+
+
+def _is_placed(site: Site, leaves: Leaves) -> bool:
+    """Whether it is part of a block: an element of a container, or beside attention and a norm."""
+    if is_element(site) or element(site) is not None:
+        return True
+    around = holders(site)
+    if not around:
+        return False
+    own = set(leaves.below(site)) if not site.is_span else set(_ends(site, leaves))
+    beside = [s for s in leaves.below(around[0]) if s not in own]
+    attends = len(beside) > 1 or any(isinstance(s.module, nn.MultiheadAttention) for s in beside)
+    return attends and any(is_norm(s.module) for s in around[0].children)
+
+
+def _ends(site: Site, leaves: Leaves) -> list[Site]:
+    return [s for s in leaves.all if site.order <= s.order < site.end]
+
+
+def _mixes_tokens(site: Site) -> bool:
+    """Whether the norms around it are all of another width: then its features are tokens."""
+    for holder in [] if is_element(site) else holders(site):
+        norms = [
+            s for s in holder.below() if is_norm(s.module) and not site.order <= s.order < site.end
+        ]
+        widths = {found.width for found in (shape(s.module) for s in norms) if found}
+        if widths:
+            return site.shape.width not in widths
+        if is_element(holder):
+            break
+    return False
+
+
+def _grows(site: Site, leaves: Leaves) -> bool:
+    """Whether most of its like go d -> h -> e: nothing is added to d there, as in dense blocks."""
+    holder = element(site)
+    if holder is None or holder.parent is None:
+        return False
+    kind, much = type(holder.module), len(leaves.below(holder))
+    alike = [s for s in holder.parent.children if type(s.module) is kind]
+    shapes = [[linear(leaf.module) for leaf in leaves.below(s)] for s in alike]
+    ends = [(s[0], s[-1]) for s in shapes if len(s) == much == 2]
+    open_ended = [a and b and a.width != b.out and a.out == b.width for a, b in ends]
+    return sum(map(bool, open_ended)) > len(alike) / 2
+
+
+def _projects(site: Site) -> bool:
+    if isinstance(site.module, nn.MultiheadAttention):
+        return True
+    inside_attention = site.parent and isinstance(site.parent.module, nn.MultiheadAttention)
+    return linear(site.module) is not None and not inside_attention

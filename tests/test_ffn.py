@@ -1,0 +1,220 @@
+"""Feed-forward networks by structure: what is one, and what only looks like it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from surgery.address import generalise
+from surgery.role import anatomise
+from surgery.tree import Tree
+
+D, H = 16, 48
+
+
+class Block(nn.Module):
+    """A block that holds these modules under these names, after a norm; nobody runs it here."""
+
+    def __init__(self, width: int | None = D, **children: nn.Module) -> None:
+        super().__init__()
+        if width:
+            self.norm = nn.LayerNorm(width)
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def stack(*blocks: nn.Module) -> nn.Module:
+    model = nn.Module()
+    model.blocks = nn.ModuleList(blocks)
+    return model
+
+
+def found(model: nn.Module, role: str = "ffn") -> list[str]:
+    return [site.path for site in anatomise(Tree(model))[role]]
+
+
+def pair(d: int = D, h: int = H, out: int | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, out or d))
+
+
+def conv_pair(*between: nn.Module, d: int = D, h: int = H) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(d, h, 1), *between, nn.GELU(), nn.Conv2d(h, d, 1))
+
+
+def depthwise(width: int, kernel: int = 3) -> nn.Module:
+    return nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+
+
+class Tokens(nn.Module):
+    """The spatial gate of gMLP: a matrix over 49 tokens, between two halves of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.proj = nn.LayerNorm(H), nn.Linear(49, 49)
+
+
+class Stacked(nn.Module):
+    """Experts as stacks of matrices [experts, ., .], as in Mixtral."""
+
+    def __init__(self, up: tuple[int, ...], down: tuple[int, ...]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.zeros(up)), nn.Parameter(torch.zeros(down))
+
+
+class Held(nn.Module):
+    """One stack of matrices, as in GraniteMoe."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+class Biased(nn.Module):
+    """What looks like an FFN of 2 * 16 hidden units, but for a matrix of its own: attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.act, self.proj = nn.Linear(D, 2 * H), nn.GELU(), nn.Linear(H, D)
+        self.attention_biases = nn.Parameter(torch.zeros(4, 49))
+
+
+def gate(width: int = H, narrow: int = 12) -> nn.Module:
+    down, up = nn.Conv2d(width, narrow, 1), nn.Conv2d(narrow, width, 1)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), down, nn.ReLU(), up, nn.Sigmoid())
+
+
+def experts(n: int = 3) -> nn.Module:
+    return nn.ModuleList(pair() for _ in range(n))
+
+
+FOUND = {
+    "linear": (Block(mlp=pair()), ["mlp"]),
+    "split": (Block(up=nn.Linear(D, H), act=nn.GELU(), down=nn.Linear(H, D)), ["(up to down)"]),
+    "gated": (
+        Block(mlp=Block(None, a=nn.Linear(D, H), b=nn.Linear(D, H), c=nn.Linear(H, D))),
+        ["mlp"],
+    ),
+    "packed": (Block(mlp=Block(None, a=nn.Linear(D, 2 * H), b=nn.Linear(H, D))), ["mlp"]),
+    "1x1 convolutions": (Block(mlp=conv_pair()), ["mlp"]),
+    "depthwise between linears": (
+        Block(mlp=Block(None, a=nn.Linear(D, H), dw=depthwise(H), b=nn.Linear(H, D))),
+        ["mlp"],
+    ),
+    "depthwise before convolutions": (
+        Block(mlp=nn.Sequential(depthwise(D), *conv_pair())),
+        ["mlp.(1 to 3)"],
+    ),
+    "norm first": (Block(mlp=nn.Sequential(nn.LayerNorm(D), *pair())), ["mlp.(1 to 3)"]),
+    "gMLP": (
+        Block(mlp=Block(None, a=nn.Linear(D, 2 * H), gate=Tokens(), b=nn.Linear(H, D))),
+        ["mlp"],
+    ),
+    "listed experts": (Block(moe=Block(None, gate=nn.Linear(D, 3), experts=experts())), ["moe"]),
+    "listed experts and a shared one": (
+        Block(moe=Block(None, gate=nn.Linear(D, 3), experts=experts(), shared=pair())),
+        ["moe"],
+    ),
+    "stacked experts": (Block(moe=Block(None, experts=Stacked((4, 2 * H, D), (4, D, H)))), ["moe"]),
+    "stacked experts, transposed": (
+        Block(moe=Block(None, router=nn.Linear(D, 4), experts=Stacked((4, D, H), (4, H, D)))),
+        ["moe"],
+    ),
+    "held experts": (
+        Block(moe=Block(None, router=nn.Linear(D, 4), up=Held(4, 2 * H, D), down=Held(4, D, H))),
+        ["moe"],
+    ),
+    "two in a block": (Block(first=pair(), second=pair()), ["first", "second"]),
+    "beside a gate": (Block(se=gate(D, 4), mlp=conv_pair()), ["mlp"]),
+    "wrapped leaves": (
+        Block(mlp=nn.Sequential(nn.Sequential(nn.Linear(D, H)), nn.Sequential(nn.Linear(H, D)))),
+        ["mlp"],
+    ),
+}
+REFUSED = {
+    "squeeze and excite": Block(se=gate()),
+    "a gate as wide as its input": Block(se=nn.Sequential(*pair(D, D), nn.Sigmoid())),
+    "inverted bottleneck": Block(conv=conv_pair(depthwise(H))),
+    "inverted bottleneck with a gate": Block(conv=conv_pair(depthwise(H), gate())),
+    "bottleneck": Block(pair=pair(D, 4)),
+    "convolutions over positions": Block(mlp=conv_pair(nn.Conv2d(H, H, 3, padding=1))),
+    "pooling in between": Block(mlp=conv_pair(nn.AvgPool2d(2))),
+    "tokens": Block(32, mlp=pair()),
+    "attention with biases": Block(attn=Biased()),
+    "branches of a list": Block(
+        projs=nn.ModuleList(
+            [nn.Sequential(nn.ReLU(), nn.Linear(D, H)), nn.Sequential(nn.ReLU(), nn.Linear(H, D))]
+        )
+    ),
+    "query and value": Block(attn=Block(None, query=nn.Linear(D, D), value=nn.Linear(D, D))),
+    "too narrow": Block(4, mlp=pair(4, 12)),
+    "another width": Block(mlp=pair(out=24)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_a_feed_forward_network(name):
+    block, paths = FOUND[name]
+    wanted = [f"blocks.{i}.{path}" for i in range(2) for path in paths]
+    assert found(stack(block, _another(block))) == wanted
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_only_looks_like_one(name):
+    assert found(stack(REFUSED[name], _another(REFUSED[name]))) == []
+
+
+def _another(block: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(block)
+
+
+def test_dense_blocks_that_happen_to_close_once_are_none():
+    assert found(stack(*(Block(mlp=pair(D + 8 * i, H, D)) for i in range(4)))) == []
+
+
+def test_a_last_block_that_widens_does_not_spoil_the_others():
+    blocks = [Block(mlp=pair()) for _ in range(3)]
+    assert len(found(stack(*blocks, Block(mlp=pair(out=2 * D))))) == 3
+
+
+def test_a_projector_outside_of_blocks_is_none_and_one_beside_attention_is():
+    assert found(Block(mlp=pair())) == []
+    attention = nn.MultiheadAttention(D, 2)
+    assert found(Block(pool=Block(attn=attention, mlp=pair()))) == ["pool.mlp"]
+
+
+def test_the_layer_of_a_single_transformer_layer_is_found():
+    assert found(nn.TransformerEncoderLayer(D, 2, H)) == ["(linear1 to linear2)"]
+    assert found(nn.TransformerEncoderLayer(D, 2, D)) == ["(linear1 to linear2)"]
+
+
+# entries of timm, and how many sites each address has
+ZOO = {
+    "vit_tiny_patch16_224": {"blocks.*.mlp": 12},
+    "swinv2_cr_tiny_224": {"stages.*.blocks.*.mlp": 12},
+    "pvt_v2_b0": {"stages.*.blocks.*.mlp": 8},
+    "mixer_s32_224": {"blocks.*.mlp_channels": 8},
+    "gmlp_ti16_224": {"blocks.*.mlp_channels": 30},
+    "fasternet_t0": {"stages.*.blocks.*.mlp": 13},
+    "crossvit_9_240": {"blocks.*.blocks.*.*.mlp": 12},
+    "resnet18": {},
+    "seresnet50": {},
+    "efficientnet_b0": {},
+    "mobilenetv3_large_100": {},
+    "rdnet_tiny": {},
+    "nfnet_f0": {},
+    "ghostnet_100": {},
+    "cspnext_n.untrained": {},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if timm.is_model(name)])
+def test_sites_of_timm(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert dict(Counter(map(generalise, found(model)))) == ZOO[name]
