@@ -24,10 +24,13 @@ def linear(module: nn.Module) -> Shape | None:
     if isinstance(module, CONVS):
         plain = set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
         return Shape(module.in_channels, module.out_channels, 1) if plain else None
-    if isinstance(vars(module).get("nf"), int) and not module._modules:  # GPT-2's Conv1D
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 2:
-            return Shape(weight.shape[0], weight.shape[1], -1)
+    weight = module._parameters.get("weight")
+    if module._modules or weight is None or weight.dim() != 2:
+        return None
+    if isinstance(vars(module).get("nf"), int):  # GPT-2's Conv1D
+        return Shape(weight.shape[0], weight.shape[1], -1)
+    if "linear" in type(module).__name__.lower():  # of no common class, as in I-BERT
+        return Shape(weight.shape[1], weight.shape[0], -1)
     return None
 
 

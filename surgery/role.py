@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .ffn import Leaves, feed_forwards, holders, is_element
+from .feedforward import Leaves, feed_forwards, holders, is_element
 from .leaf import CONVS, is_norm, linear
 from .pattern import Found, Pattern
 from .tree import Site, Tree

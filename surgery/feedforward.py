@@ -125,20 +125,24 @@ def _joined(first: nn.Module, last: nn.Module) -> Shape | None:
 
 
 def _fits(own: list[Site], others: list[Site]) -> bool:
-    """d -> h, h -> d; or d -> 2h, h -> d; or twice d -> h, h -> d; gMLP mixes tokens in between."""
+    """d -> h, h -> d; or d -> 2h, h -> d; or twice d -> h, h -> d.
+
+    gMLP has a matrix over tokens in between, RWKV a gate d -> d. Without a gate, h is no less than
+    d, and where it is equal, or less, something must act in between.
+    """
     shapes = [linear(s.module) for s in own]
     if None in shapes or len(own) < 2:
         return False
     (*ups, down) = [s for s in shapes if s is not None]
     d, h = down.out, down.width
-    if len(ups) == 2 and ups[1].width == ups[1].out not in (d, h) and ups[0].out == 2 * h:
+    if len(ups) == 2 and ups[1].width == ups[1].out and ups[1].out not in (h, 2 * h):
         ups = ups[:1]
-    if d < NARROWEST or h < d or any(up.width != d or up.axis != down.axis for up in ups):
+    if d < NARROWEST or any(up.width != d or up.axis != down.axis for up in ups):
         return False
     outs = [up.out for up in ups]
-    if h == d and outs == [h]:
-        return any(_is_act(s) for s in others)
-    return outs in ([h], [2 * h]) or (outs == [h, h] and h != d)
+    if outs not in ([h], [2 * h], [h, h]):
+        return False
+    return h > d or (any(map(_is_act, others)) and (h == d or outs != [h]))
 
 
 def _others(site: Site, own: list[Site]) -> list[Site]:
@@ -149,7 +153,8 @@ def _others(site: Site, own: list[Site]) -> list[Site]:
 
 def _is_harmless(module: nn.Module) -> bool:
     """Whether a module leaves positions apart and carries no matrix of its own."""
-    if isinstance(module, nn.MultiheadAttention) or "pool" in type(module).__name__.lower():
+    kind = type(module).__name__.lower()
+    if isinstance(module, nn.MultiheadAttention) or "pool" in kind or "softmax" in kind:
         return False
     if isinstance(module, CONVS):
         return module.groups == module.in_channels == module.out_channels
@@ -194,6 +199,8 @@ def _experts(site: Site, own: list[Site]) -> Site | None:
         return None
     routers = [linear(s.module) for s in own]
     widths = _expert_widths(shapes)
+    if not any(map(_is_act, site.below())):  # then only a gate tells them from projections
+        widths = [d for d in widths if len(shapes) == 3 or _is_packed(shapes, d)]
     if not widths or any(found is None or found.out > shapes[0][0] for found in routers):
         return None
     around = [s for holder in holders(site) for s in holder.below() if is_norm(s.module)]
@@ -208,6 +215,11 @@ def _expert_widths(shapes: list[tuple[int, int, int]]) -> list[int]:
     *ups, down = [found[1:] for found in shapes]
     ways = [(d, h) for d, h in (down, down[::-1]) if d >= NARROWEST]
     return [d for d, h in ways if all(set(up) in ({d, h}, {d, 2 * h}) for up in ups)]
+
+
+def _is_packed(shapes: list[tuple[int, int, int]], width: int) -> bool:
+    (_, *up), (_, *down) = shapes
+    return sum(up) - width == 2 * (sum(down) - width)
 
 
 def _lifted(sites: list[Site], leaves: Leaves, taken: set[Site]) -> list[Site]:

@@ -63,6 +63,7 @@ class Stacked(nn.Module):
     def __init__(self, up: tuple[int, ...], down: tuple[int, ...]) -> None:
         super().__init__()
         self.up, self.down = nn.Parameter(torch.zeros(up)), nn.Parameter(torch.zeros(down))
+        self.act = nn.GELU()
 
 
 class Held(nn.Module):
@@ -144,6 +145,12 @@ REFUSED = {
     "pooling in between": Block(mlp=conv_pair(nn.AvgPool2d(2))),
     "tokens": Block(32, mlp=pair()),
     "attention with biases": Block(attn=Biased()),
+    "attention with a softmax": Block(
+        attn=Block(None, q=nn.Linear(D, D), k=nn.Linear(D, D), v=nn.Linear(D, D), p=nn.Softmax(-1))
+    ),
+    "attention with experts": Block(
+        attn=Block(None, router=nn.Linear(D, 4), q=Held(4, H, D), out=Held(4, D, H))
+    ),
     "branches of a list": Block(
         projs=nn.ModuleList(
             [nn.Sequential(nn.ReLU(), nn.Linear(D, H)), nn.Sequential(nn.ReLU(), nn.Linear(H, D))]
