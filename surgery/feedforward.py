@@ -2,8 +2,8 @@
 
 One is the smallest module whose channel-linear leaves are just these (gated: two d -> h, or one
 d -> 2h); where no module holds just these, the span between them; a mixture of experts is one.
-What only looks like it is left out: squeeze-excite gates, inverted bottlenecks (a convolution over
-positions in between), mixers of tokens.
+What only looks like it is left out: squeeze-excite gates, and inverted bottlenecks (a convolution
+over positions in between). An MLP over tokens (MLP-Mixer) is one, whose features are the tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def feed_forwards(leaves: Leaves) -> FeedForwards:
     _find_whole(leaves, found)
     _find_split(leaves, found)
     sites = [s for s in _lifted(found.sites, leaves, found.taken) if _is_placed(s, leaves)]
-    sites = [s for s in sites if not (_mixes_tokens(s) or _grows(s, leaves))]
+    sites = [s for s in sites if not _grows(s, leaves)]
     return found._replace(sites=sorted(sites, key=lambda s: s.order))
 
 
@@ -349,20 +349,6 @@ def _is_placed(site: Site, leaves: Leaves) -> bool:
 
 def _ends(site: Site, leaves: Leaves) -> list[Site]:
     return [s for s in leaves.all if site.order <= s.order < site.end]
-
-
-def _mixes_tokens(site: Site) -> bool:
-    """Whether the norms around it are all of another width: then its features are tokens."""
-    for holder in [] if is_element(site) else holders(site):
-        norms = [
-            s for s in holder.below() if is_norm(s.module) and not site.order <= s.order < site.end
-        ]
-        widths = {found.width for found in (shape(s.module) for s in norms) if found}
-        if widths:
-            return site.shape.width not in widths
-        if is_element(holder):
-            break
-    return False
 
 
 def _grows(site: Site, leaves: Leaves) -> bool:

@@ -143,7 +143,6 @@ REFUSED = {
     "bottleneck": Block(pair=pair(D, 4)),
     "convolutions over positions": Block(mlp=conv_pair(nn.Conv2d(H, H, 3, padding=1))),
     "pooling in between": Block(mlp=conv_pair(nn.AvgPool2d(2))),
-    "tokens": Block(32, mlp=pair()),
     "attention with biases": Block(attn=Biased()),
     "attention with a softmax": Block(
         attn=Block(None, q=nn.Linear(D, D), k=nn.Linear(D, D), v=nn.Linear(D, D), p=nn.Softmax(-1))
@@ -205,7 +204,7 @@ ZOO = {
     "vit_tiny_patch16_224": {"blocks.*.mlp": 12},
     "swinv2_cr_tiny_224": {"stages.*.blocks.*.mlp": 12},
     "pvt_v2_b0": {"stages.*.blocks.*.mlp": 8},
-    "mixer_s32_224": {"blocks.*.mlp_channels": 8},
+    "mixer_s32_224": {"blocks.*.mlp_channels": 8, "blocks.*.mlp_tokens": 8},
     "gmlp_ti16_224": {"blocks.*.mlp_channels": 30},
     "fasternet_t0": {"stages.*.blocks.*.mlp": 13},
     "crossvit_9_240": {"blocks.*.blocks.*.*.mlp": 12},
