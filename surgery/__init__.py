@@ -29,7 +29,7 @@ from .part import part, shared
 from .parts import QuickGELU, adapter, moa
 from .pattern import holding, inside, nearest, span, where
 from .plan import Plan, plan
-from .role import attn, block, embed, ffn, head, norm, qkv
+from .role import attn, block, embed, ffn, head, norm, proj, qkv
 from .rule import Rule, at
 from .rulesets import rulesets
 from .show import anatomy, draw_loads, report
@@ -44,6 +44,6 @@ __all__ = [
     "adapter", "anatomy", "append", "apply", "at", "attn", "balance_loss", "block", "disabled",
     "draw_loads", "embed", "ffn", "fingerprint", "freeze", "head", "holding", "inside", "load",
     "load_state_dict", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part", "parts",
-    "plan", "prepend", "qkv", "replace", "report", "revert", "routing", "rulesets", "save",
+    "plan", "prepend", "proj", "qkv", "replace", "report", "revert", "routing", "rulesets", "save",
     "shared", "span", "state_dict", "unfreeze", "where",
 ]  # fmt: skip

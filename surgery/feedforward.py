@@ -37,21 +37,39 @@ class Leaves:
 
 
 class FeedForwards(NamedTuple):
-    """sites, and the leaves that belong to them; bottlenecks: inverted ones, that are no FFN."""
+    """sites, and the leaves that belong to them; and what is no FFN though it holds the like.
+
+    bottlenecks  inverted: a depthwise convolution between widening and narrowing
+    fused        blocks with one projection for attention and FFN
+    """
 
     sites: list[Site]
     taken: set[Site]
     bottlenecks: list[Site]
+    fused: list[Site]
 
 
 def feed_forwards(leaves: Leaves) -> FeedForwards:
     """Every feed-forward network of a tree, in the order of the walk."""
-    found = FeedForwards([], set(), [])
+    found = FeedForwards([], set(), [], _fused(leaves))
     _find_whole(leaves, found)
     _find_split(leaves, found)
     sites = [s for s in _lifted(found.sites, leaves, found.taken) if _is_placed(s, leaves)]
     sites = [s for s in sites if not _grows(s, leaves)]
     return found._replace(sites=sorted(sites, key=lambda s: s.order))
+
+
+def _fused(leaves: Leaves) -> list[Site]:
+    """Elements with one projection d -> 3 d + h, and what is narrowed again to d out of d + h."""
+    found: list[Site] = []
+    for up, holder in leaves.elements.items():
+        first = linear(up.module)
+        if first and holder and first.out > 4 * first.width:
+            later = [linear(s.module) for s in leaves.below(holder) if s.order > up.order]
+            back = sum(s.width for s in later if s and s.out == first.width)
+            if back == first.out - 2 * first.width:
+                found.append(holder)
+    return found
 
 
 def is_element(site: Site) -> bool:
@@ -284,13 +302,14 @@ def _is_apart(made: Site, own: list[Site], leaves: Leaves) -> bool:
     if any(leaf not in own for end in ends for leaf in leaves.below(end)):
         return False
     convs = [s.module for s in holder.below() if isinstance(s.module, CONVS)]
-    return not isinstance(own[0].module, CONVS) or not any(map(_is_spatial, convs))
+    return not isinstance(own[0].module, CONVS) or not any(map(is_spatial, convs))
 
 
-def _is_spatial(conv: nn.Module) -> bool:
-    """Whether a convolution mixes positions and channels at once."""
-    kernel = max(getattr(conv, "kernel_size", (1,)))
-    return kernel > 1 and getattr(conv, "groups", 1) != getattr(conv, "in_channels", 1)
+def is_spatial(module: nn.Module) -> bool:
+    """Whether it is a convolution that mixes positions and channels at once."""
+    if not isinstance(module, CONVS):
+        return False
+    return max(module.kernel_size) > 1 and module.groups != module.in_channels
 
 
 def _pairs(group: list[Site]) -> list[list[Site]]:

@@ -1,4 +1,4 @@
-"""Roles: block, attn, ffn, qkv, norm, embed and head, found by structure, never by name.
+"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name.
 
 Attention is what projects features inside a block and is no feed-forward network; a block is the
 repeated module that holds them.
@@ -7,11 +7,13 @@ repeated module that holds them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
-from .feedforward import Leaves, feed_forwards, holders, is_element
+from .address import generalise
+from .feedforward import Leaves, feed_forwards, holders, is_element, is_spatial
 from .leaf import CONVS, is_norm, linear
 from .pattern import Found, Pattern
 from .tree import Site, Tree
@@ -40,34 +42,61 @@ class Role(Pattern):
         return list(self.find(tree))
 
 
-block, attn, ffn, qkv = Role("block"), Role("attn"), Role("ffn"), Role("qkv")
-norm, embed, head = Role("norm"), Role("embed"), Role("head")
-ROLES = (embed, block, norm, attn, qkv, ffn, head)
+block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))
+norm, embed, head = map(Role, ("norm", "embed", "head"))
+ROLES = (embed, block, norm, attn, qkv, proj, ffn, head)
 
 
 def anatomise(tree: Tree) -> dict[str, list[Site]]:
     """The sites of every role, in the order of the walk; worked out once for a tree."""
-    if "roles" not in tree.memo:
-        tree.memo["roles"] = _Anatomy(tree).roles
-    roles: dict[str, list[Site]] = tree.memo["roles"]
-    return roles
+    return _anatomy(tree).roles
+
+
+def instead_of_ffns(tree: Tree) -> str:
+    """Why a model has no feed-forward network: what it is made of, in words."""
+    known = _anatomy(tree)
+    for sites, what in (
+        (known.found.fused, "blocks whose attention and feed-forward network share one projection"),
+        (known.found.bottlenecks, "inverted bottlenecks, which mix positions as they widen"),
+        ([s for s in tree.sites if is_spatial(s.module)], "convolutions over positions"),
+        (known.leaves.all, "projections, none of them a pair d -> h, h -> d in a block"),
+    ):
+        if sites:
+            return f"it has {len(sites)} {what} ({generalise(sites[0].path) or 'the model'})"
+    return "it has no projection at all"
+
+
+def stages(tree: Tree) -> list[int]:
+    """For every block, in order, the stage it is in: a new one where width or container changes."""
+    blocks = _anatomy(tree).roles["block"]
+    marks = [(b.out, b.parent) for b in blocks]
+    new = [i > 0 and marks[i] != marks[i - 1] for i in range(len(marks))]
+    return list(accumulate(map(int, new)))
+
+
+def _anatomy(tree: Tree) -> _Anatomy:
+    if "anatomy" not in tree.memo:
+        tree.memo["anatomy"] = _Anatomy(tree)
+    known: _Anatomy = tree.memo["anatomy"]
+    return known
 
 
 class _Anatomy:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.leaves = Leaves(tree)
-        found = feed_forwards(self.leaves)
-        ffns, self.rest = found.sites, {s for s in self.leaves.all if s not in found.taken}
+        self.found = feed_forwards(self.leaves)
+        ffns = self.found.sites
+        self.rest = {s for s in self.leaves.all if s not in self.found.taken}
         met = {s for f in ffns for s in (*tree.sites[f.order : f.end], *f.entry.above())}
         blocks = _unique(self._block(f) for f in ffns)
         attns = _unique(a for b in blocks for a in self._attentions(b, met))
-        self.bottlenecks = found.bottlenecks
         self.roles: dict[str, list[Site]] = {
             "ffn": ffns,
             "block": blocks,
             "attn": attns,
             "qkv": [s for a in attns for s in self.leaves.below(a)[:-1]],
+            "proj": [s for a in attns for s in self.leaves.below(a)[1:][-1:]],
             "norm": [s for s in tree.sites if is_norm(s.module)],
             "head": self._heads(blocks),
             "embed": self._embeddings(blocks),

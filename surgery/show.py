@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 
 from torch import nn
@@ -12,33 +11,35 @@ from .account import count, summary
 from .address import generalise
 from .operate import Routing, _operated
 from .plan import check_operable
-from .role import ROLES, anatomise
+from .role import ROLES, anatomise, instead_of_ffns, stages
 from .room import room_of
 from .table import Table
 from .tree import Site, Tree
 
 
 def anatomy(model: nn.Module) -> Table:
-    """What a model is made of: for each role its addresses, count, widths and feature axis.
+    """What a model is made of: for each role its addresses, widths, feature axis, blocks, stage.
 
-    Roles are found by structure in the module tree; nothing is run.
+    Roles are found by structure in the module tree; nothing is run. Blocks are counted from 0; a
+    stage ends where the width changes or the container does.
 
     >>> print(anatomy(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2)))
     Anatomy of TransformerEncoder
-    role   address                        sites  features  axis
-    block  layers.*                           2  16        last
-    norm   layers.*.norm1                     2  16        last
-    norm   layers.*.norm2                     2  16        last
-    attn   layers.*.self_attn                 2  16        last
-    ffn    layers.*.(linear1 to linear2)      2  16        last
+    role   address                        sites  features  axis  blocks  stage
+    block  layers.*                           2  16        last  0 to 1  0
+    norm   layers.*.norm1                     2  16        last  0 to 1  0
+    norm   layers.*.norm2                     2  16        last  0 to 1  0
+    attn   layers.*.self_attn                 2  16        last  0 to 1  0
+    ffn    layers.*.(linear1 to linear2)      2  16        last  0 to 1  0
     """
     check_operable(model)
     tree = Tree(model)
     rows: list[tuple[object, ...]] = []
     for role in ROLES:
-        rows += [(role.name, *row) for row in _grouped(anatomise(tree)[role.name])]
-    notes = [] if anatomise(tree)["ffn"] else ["note: no feed-forward network was found"]
-    columns = ("role", "address", "sites", "features", "axis")
+        rows += [(role.name, *row) for row in _grouped(anatomise(tree)[role.name], tree)]
+    ffns = anatomise(tree)["ffn"]
+    notes = [] if ffns else [f"no feed-forward network was found: {instead_of_ffns(tree)}"]
+    columns = ("role", "address", "sites", "features", "axis", "blocks", "stage")
     return Table(f"Anatomy of {type(model).__name__}", columns, rows, notes)
 
 
@@ -98,11 +99,23 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
     return Path(path)
 
 
-def _grouped(sites: list[Site]) -> list[tuple[object, ...]]:
-    def row(site: Site) -> tuple[str, str, str]:
+def _grouped(sites: list[Site], tree: Tree) -> list[tuple[object, ...]]:
+    """A row for each address, width, axis and stage, with how many sites, in which blocks."""
+    blocks, stage = anatomise(tree)["block"], stages(tree)
+    grouped: dict[tuple[str, str, str, str], list[int]] = {}
+    for site in sites:
         width, out, axis = site.shape
         features = f"{width}" if width == out else f"{width} to {out}"
-        return generalise(site.path), features, "last" if axis == -1 else str(axis)
+        inside = [i for i, b in enumerate(blocks) if b.order <= site.order and site.end <= b.end]
+        where = str(stage[inside[-1]]) if inside else ""
+        key = (generalise(site.path), features, "last" if axis == -1 else str(axis), where)
+        grouped.setdefault(key, []).append(inside[-1] if inside else -1)
+    return [
+        (address, len(found), features, axis, _range(found), where)
+        for (address, features, axis, where), found in grouped.items()
+    ]
 
-    counts = Counter(row(site) for site in sites)
-    return [(address, n, features, axis) for (address, features, axis), n in counts.items()]
+
+def _range(blocks: list[int]) -> str:
+    first, last = min(blocks), max(blocks)
+    return "" if first < 0 else str(first) if first == last else f"{first} to {last}"

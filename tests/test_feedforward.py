@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from surgery.address import generalise
-from surgery.role import anatomise
+from surgery.role import anatomise, instead_of_ffns
 from surgery.tree import Tree
 
 D, H = 16, 48
@@ -224,3 +224,19 @@ def test_sites_of_timm(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert dict(Counter(map(generalise, found(model)))) == ZOO[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("resnet18", "17 convolutions over positions (conv1)"),
+        ("efficientnet_b0", "inverted bottlenecks, which mix positions as they widen (blocks.*.*)"),
+        ("vit_pwee_patch16_reg1_gap_256", "16 blocks whose attention and feed-forward network"),
+        ("vit_base_patch16_xp_224", "12 blocks whose attention and feed-forward network"),
+    ],
+)
+def test_what_a_model_has_instead_is_told(name, told):
+    with torch.device("meta"):
+        tree = Tree(timm.create_model(name))
+    assert anatomise(tree)["ffn"] == []
+    assert told in instead_of_ffns(tree)
