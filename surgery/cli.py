@@ -1,4 +1,4 @@
-"""The command line: surgery demo | anatomy | plan | rulesets."""
+"""The command line: surgery demo | anatomy | plan | rulesets | survey."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("model", metavar="MODEL", help=MODEL)
     made.add_argument("rules", metavar="RULES", help=RULES, nargs="?", default="adapterx_ffn")
     command("rulesets", "list the named rule sets", lambda a: print(rulesets()))
+    _survey_arguments(command("survey", "try every model of timm, torchvision, ...", _survey))
     return parser
 
 
@@ -101,6 +102,17 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--methods", nargs="+", metavar="RULES", help="rule sets to compare")
     demo.add_argument("--pretrain", action="store_true", help="make the backbone anew (minutes)")
     demo.add_argument("--out", default="out", help="folder for the adapter and the picture")
+
+
+def _survey_arguments(survey: argparse.ArgumentParser) -> None:
+    sources = ("timm", "torchvision", "transformers")
+    survey.add_argument("sources", nargs="*", metavar="SOURCE", choices=[*sources, []], default=[])
+    survey.set_defaults(all=list(sources))
+    survey.add_argument("--only", default="", help='names or patterns: "vit_*,swin_*"')
+    survey.add_argument("--meta", action="store_true", help="read and plan; run nothing")
+    survey.add_argument("--seconds", type=_count, default=60, help="limit for a model (default 60)")
+    survey.add_argument("--workers", type=_count, default=2, help="processes (default 2)")
+    survey.add_argument("--out", type=Path, default=None, help="write the table to this .md file")
 
 
 def _count(text: str) -> int:
@@ -125,6 +137,22 @@ def _demo(arguments: argparse.Namespace) -> None:
         pretrain=arguments.pretrain,
         out=Path(arguments.out),
     )
+
+
+def _survey(arguments: argparse.Namespace) -> None:
+    from .survey import survey
+
+    try:
+        survey(
+            arguments.sources or arguments.all,
+            only=arguments.only,
+            real=not arguments.meta,
+            seconds=arguments.seconds,
+            workers=arguments.workers,
+            out=arguments.out,
+        )
+    except ModuleNotFoundError as error:
+        raise _missing(error.name or "", "bench") from error
 
 
 def _timm(name: str) -> nn.Module:

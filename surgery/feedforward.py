@@ -339,9 +339,12 @@ def _acts(made: Site, own: list[Site], others: list[Site], leaves: Leaves) -> bo
         return down is not None
     holder = holders(made)[0]
     rest = [s for s in leaves.below(holder) if s not in own]
-    alone = bool(rest) and all(isinstance(s.module, nn.MultiheadAttention) for s in rest)
+    attention = [s for s in rest if isinstance(s.module, nn.MultiheadAttention)]
+    direct = all(leaf.parent is holder and not isinstance(leaf.module, CONVS) for leaf in own)
+    apart = all(s.parent is not holder for s in rest if s not in attention)
+    beside = rest and direct and apart and (attention or any(map(_is_act, holder.children)))
     acting = down.width == down.out and is_element(holder) and any(map(_is_act, others))
-    return len(own) == 2 and (alone or acting)
+    return len(own) == 2 and bool(beside or acting)
 
 
 def _is_act(site: Site) -> bool:

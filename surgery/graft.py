@@ -6,7 +6,9 @@ carry on with their own parts.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -72,8 +74,21 @@ class Graft:
         self.leaves = any(step.place in ("after", "beside") for step in steps)
         self.replacement = next((step.part for step in steps if step.place == "instead"), None)
         self.was_forward = self.entry.__dict__.get("forward")
+        self.names = _declared(getattr(type(self.entry), "forward", None))
         self.mark = Mark()
+        self.came = Mark() if site.is_span and self.enters else None
         self.forget()
+
+    @property
+    def ran(self) -> bool:
+        """Whether all of it ran, the beginning and the end."""
+        return self.mark.ran and (self.came is None or self.came.ran)
+
+    def unmark(self) -> None:
+        """As if it had never run."""
+        for mark in (self.mark, self.came):
+            if mark is not None:
+                mark.ran = mark.compiled = False
 
     def forget(self) -> None:
         """Drop what is kept of the last forward."""
@@ -110,9 +125,11 @@ class Graft:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost."""
+        if self.came is not None:
+            self.came._surgery_mark(torch.compiler.is_dynamo_compiling())
         if not ((self.enters or self.remembers) and self.active()):
             return None
-        x, put = _input(args, kwargs, self.path)
+        x, put = _input(args, kwargs, self)
         for i, step in reversed(list(enumerate(self.steps))):
             if step.place == "before":
                 x = self._act(step, x, x, self.axis_in, self.axis_in)
@@ -130,7 +147,7 @@ class Graft:
             if step.place == "after":
                 y = self._act(step, y, y, self.axis_out, self.axis_out)
             elif step.place == "beside":
-                x = self._remembered(i) if self.remembers else _input(args, kwargs, self.path)[0]
+                x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
                 y = self._act(step, x, y, self.axis_in, self.axis_out)
         return put(y)
 
@@ -168,6 +185,12 @@ class Graft:
 
     def _act(self, step: Step, x: Tensor, base: Tensor, axis: int, axis_out: int) -> Tensor:
         """`base` with the part's answer to `x`; parts see features on the last axis."""
+        if x.is_nested or base.is_nested:
+            raise GraftError(
+                f"the graft at {self.path or 'the model'}",
+                "it was given a nested tensor, and parts take tensors of one shape.",
+                "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
+            )
         out = step.part(x if axis == -1 else x.movedim(axis, -1))
         if isinstance(out, ops.Routed):
             out = self._routed(out, x)
@@ -240,10 +263,32 @@ def routes(step: Step) -> bool:
     return bool(getattr(step.part, "routes", False))
 
 
-def _input(args: Any, kwargs: Any, path: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    if args and isinstance(args[0], Tensor):
-        return args[0], lambda tensor: ((tensor, *args[1:]), kwargs)
-    return _first_tensor((args, kwargs), path)
+@lru_cache(maxsize=1000)
+def _declared(forward: Any) -> tuple[str, ...]:
+    """The names of what a forward takes, in the order of its signature."""
+    try:
+        return tuple(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _input(args: Any, kwargs: Any, graft: Graft) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that is the input, and a way to put another there: everywhere it was given.
+
+    Self-attention is given one tensor as query, key and value.
+    """
+    first = [kwargs[name] for name in graft.names if name in kwargs] if not args else args[:1]
+    found = [value for value in first if isinstance(value, Tensor)]
+    if not found:
+        return _first_tensor((args, kwargs), graft.path)
+    x = found[0]
+
+    def put(tensor: Tensor) -> Any:
+        given = [tensor if value is x else value for value in args]
+        named = {name: tensor if value is x else value for name, value in kwargs.items()}
+        return tuple(given), named
+
+    return x, put
 
 
 def _first_tensor(values: Any, path: str) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -24,8 +24,8 @@ def linear(module: nn.Module) -> Shape | None:
     if isinstance(module, CONVS):
         plain = set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
         return Shape(module.in_channels, module.out_channels, 1) if plain else None
-    weight = module._parameters.get("weight")
-    if module._modules or weight is None or weight.dim() != 2:
+    weight = getattr(module, "weight", None)
+    if module._modules or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         return None
     if isinstance(vars(module).get("nf"), int):  # GPT-2's Conv1D
         return Shape(weight.shape[0], weight.shape[1], -1)

@@ -13,10 +13,13 @@ from torch import nn
 
 from .edit import Joined
 from .errors import RuleError
+from .leaf import is_norm
 from .part import Shared
 from .rule import Rule
 from .term import show
 from .tree import Site
+
+FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(eq=False)
@@ -40,7 +43,8 @@ class Placed:
     def make(self, seed: int) -> nn.Module:
         """The part, seeded by (seed, edit, key), with its site's device, dtype and mode."""
         if self.device.type == "meta":
-            return self.sketch().to(dtype=self.dtype)
+            sketch = self.sketch().to(dtype=self.dtype)
+            return sketch if self.site.module.training else sketch.eval()
         digest = hashlib.sha256(f"{seed}|{self.said}|{self.key}".encode()).digest()
         torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
         if torch.empty(0).device.type == "cpu":  # the default: no context, which costs each call
@@ -127,10 +131,63 @@ def _tensors(part: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _surroundings(site: Site) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the first floating parameter in a site, or else around it."""
-    for around in (site.entry, *site.entry.above()):
-        own = around.module._parameters.values()  # first, and without the walk
-        for tensor in chain(own, around.module.parameters()):
-            if tensor is not None and tensor.is_floating_point():
-                return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
+    """Device and dtype of the first weight in a site, or else around it.
+
+    Quantised weights (integers, 8-bit floats) do not tell of which dtype features are.
+    """
+    above = (site.entry, *site.entry.above())
+    for around in above:
+        for module in around.module.modules():
+            weights = [p for p in module._parameters.values() if p is not None]
+            if any(weight.dtype not in FEATURES for weight in weights):
+                return weights[0].device, _beside(module, above)
+            if weights:
+                return weights[0].device, weights[0].dtype
+    buffers = [b for around in above for b in around.module.buffers()]
+    return buffers[0].device if buffers else torch.device("cpu"), torch.get_default_dtype()
+
+
+def _beside(quantised: nn.Module, above: tuple[Site, ...]) -> torch.dtype:
+    """The dtype of the features that meet a quantised module: of its bias, or the nearest norm."""
+    norms = (m for site in above for m in site.module.modules() if is_norm(m))
+    for weight in chain([quantised._parameters.get("bias")], *(m.parameters() for m in norms)):
+        if weight is not None and weight.dtype in FEATURES:
+            return weight.dtype
+    return torch.get_default_dtype()
+
+
+def check_called(placed: list[Placed]) -> None:
+    """Raise RuleError where a part could never run: the model never calls the module it is at."""
+    for p in placed:
+        for end in (p.site.entry, p.site.exit):
+            parent = end.parent.module if end.parent and not end.aliases else None
+            if _reads_its_projection(parent) and end.steps[-1].name == "out_proj":
+                raise _unread(p, end)
+            if _forward_of(end.module) is nn.Module.forward:
+                inner = f"{end.path}.*".lstrip(".")
+                raise RuleError(
+                    p.rule.short,
+                    f"{end.path or 'the model'} is a {type(end.module).__name__}, which holds "
+                    "modules and is never called, so a part there would never run.",
+                    f'Put the rule on what it holds: at("{inner}", ...).',
+                )
+
+
+def _unread(p: Placed, projection: Site) -> RuleError:
+    holder = projection.path.rpartition(".")[0]
+    return RuleError(
+        p.rule.short,
+        f"nn.MultiheadAttention reads the weight of {projection.path} without calling it, so a "
+        "part there would never run.",
+        f'Put the rule on the attention itself, at("{holder}", ...), or leave its projection out '
+        "with & ~inside(nn.MultiheadAttention). unfreeze works there.",
+    )
+
+
+def _reads_its_projection(module: nn.Module | None) -> bool:
+    return module is not None and _forward_of(module) is nn.MultiheadAttention.forward
+
+
+def _forward_of(module: nn.Module) -> object:
+    """The function that a call of the module runs."""
+    return module.__dict__.get("forward", getattr(type(module), "forward", None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from .edit import Joined, Trained
 from .errors import ConflictError, FileError, MatchError, OperationError, RuleError
 from .graft import Balance, Step, is_replaced
 from .pattern import Address
-from .place import Placed, name_all
+from .place import Placed, check_called, name_all
+from .proof import Trainee, prove
 from .role import ROLES, anatomise, attn, block, embed, ffn, head, norm, qkv
 from .room import Operation, operations, room_of
 from .rule import Rule, Rules
@@ -28,6 +29,12 @@ from .tree import ROOM, Site, Tree
 from .words import words
 
 WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
+
+
+def _tracking() -> AbstractContextManager[object]:
+    """Out of inference mode, in which nothing can be made that is trained later."""
+    on = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if on else nullcontext()
 
 
 @contextmanager
@@ -69,6 +76,7 @@ class Plan:
             for site, captures in sites.items()
         ]
         _check_conflicts(self.placed)
+        check_called(self.placed)
         name_all(self.placed)
         self.unfrozen = self._unfrozen()
         if not (self.placed or self.unfrozen):
@@ -121,17 +129,22 @@ class Plan:
     def apply(self, example: Any = None) -> nn.Module:
         """Carry the plan out, all or nothing; returns the model itself.
 
-        With `example` (a tensor, tuple or dict of inputs) one forward proves that every graft
-        runs. Raises OperationError where the model was operated since the plan was made, and
-        GraftError where a graft never runs.
+        With `example` (a tensor, tuple or dict of inputs) forwards in eval mode prove that every
+        graft runs, without gradients too; that a gradient comes to every part, and to every
+        module that a rule unfreezes (to some tensor of it: models hold tensors that they do not
+        use); and, where all parts say `starts_at_zero`, that the output is that of the base.
+
+        Raises OperationError where the model was operated since the plan was made, and GraftError
+        where something is not so.
         """
         _check_model(self.model, self.name)
         operation = Operation(self.name, self.balance, self.record)
         restore = chance.remember()
         try:
-            self._carry_out(operation)
-            if example is not None:
-                _prove(self.model, operation, example)
+            with _tracking():
+                self._carry_out(operation)
+                if example is not None:
+                    prove(self.model, operation, example, self._trainees(operation))
             restore()
         except BaseException:
             operation.undo()
@@ -154,6 +167,19 @@ class Plan:
             steps = [Step(p.edit.place, parts[p.key], p.edit.scale) for p in there]
             operation.join(there[0].site, steps)
         operation.watch(self.model)
+
+    def _trainees(self, operation: Operation) -> Iterator[Trainee]:
+        """What is to be trained: each part, and each module that a rule unfreezes."""
+        rules = {p.key: p.rule for p in self.placed}
+        for key, part in operation.named_children():
+            yield Trainee(rules[key].short, [(f"{key}.{n}", t) for n, t in part.named_parameters()])
+        for rule, sites in self.matches:
+            if any(isinstance(edit, Trained) and edit.trained for edit in rule.rest):
+                for site in sites:
+                    ends = dict.fromkeys((site.entry, site.exit))
+                    named = [(e.path, *it) for e in ends for it in e.module.named_parameters()]
+                    held = [(f"{a}.{b}".strip("."), t) for a, b, t in named]
+                    yield Trainee(rule.short, [it for it in held if id(it[1]) in self.unfrozen])
 
     def _makers(self) -> Iterable[Placed]:
         """For each part, the first place that asks for it."""
@@ -343,23 +369,3 @@ def _data(rules: list[Rule]) -> str:
         return json.dumps(encode(rules, words()))
     except FileError:
         return ""
-
-
-def _prove(model: nn.Module, operation: Operation, example: Any) -> None:
-    """One forward in eval mode, without gradients, in which every graft must run."""
-    args = (
-        example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-    )
-    kwargs = example if isinstance(example, dict) else {}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    operation.proved = True
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model(*args, **kwargs)
-        operation.prove()
-    finally:
-        for module, training in modes:
-            module.training = training
-        for graft in operation.grafts:
-            graft.forget()

@@ -8,6 +8,7 @@ Only this file and `graft` write to a model.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ class Witness:
             self.operation._surgery_witness(torch.compiler.is_dynamo_compiling())
 
 
+def _unreached(idle: list[Graft]) -> tuple[str, str]:
+    """Why grafts may not have run in a forward that no one looked into, and what to do."""
+    return "", (
+        "The model reads their weights without calling them, or skips them. Put the rule "
+        "on a module that is called (its parent, say), and revert this one."
+    )
+
+
 class Operation(Switch):
     """One application of rules to a model: its parts, its grafts, and the way back.
 
@@ -54,6 +63,8 @@ class Operation(Switch):
         self.was_value: list[tuple[nn.Module, str, Tensor]] = []
         self.was_buffer: list[tuple[nn.Module, str, Tensor]] = []
         self.was_grad: list[tuple[nn.Module, str, Tensor | None]] = []
+        self.was_nested: list[nn.TransformerEncoder] = []
+        self.encoders: list[nn.TransformerEncoder] = []
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
 
     def open(self, model: nn.Module) -> None:
@@ -61,6 +72,8 @@ class Operation(Switch):
         self.model.append(model)
         for module in model.modules():
             self.was_training.append((module, module.training))
+            if isinstance(module, nn.TransformerEncoder):
+                self.encoders.append(module)
             for name, tensor in module._buffers.items():
                 if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
                     self.was_buffer.append((module, name, tensor))
@@ -101,17 +114,33 @@ class Operation(Switch):
         self.grafts[-1].join()
 
     def watch(self, model: nn.Module) -> None:
+        """Let the grafts be seen to run in a forward, and be given what they can take.
+
+        nn.TransformerEncoder hands nested tensors to its layers where it is given a padding mask
+        in eval mode without gradients. (Its fused layers look for hooks, and leave them be.)
+        """
+        ends = {id(end) for graft in self.grafts for end in (graft.entry, graft.exit)}
+        for encoder in self.encoders:
+            if vars(encoder).get("use_nested_tensor") and any(
+                id(m) in ends for m in encoder.modules()
+            ):
+                self.was_nested.append(encoder)
+                encoder.use_nested_tensor = False
         model.register_forward_hook(Witness(self).leave)
 
-    def prove(self) -> None:
-        """Raise GraftError unless every graft has run."""
-        if idle := self._idle():
-            raise GraftError(
-                ", ".join(row["rule"] for row in self.record["rows"] if row["keys"]),
-                f"{idle} never ran in a whole forward.",
-                "The model reads their weights without calling them, or skips them. Put the rule "
-                "on a module that is called (its parent, say), and revert this one.",
-            )
+    @property
+    def idle(self) -> list[Graft]:
+        """The grafts that have not run."""
+        return [graft for graft in self.grafts if not graft.ran]
+
+    def prove(self, why: Callable[[list[Graft]], tuple[str, str]] = _unreached) -> None:
+        """Raise GraftError unless every graft has run; `why` adds to the fact, and has a remedy."""
+        if idle := self.idle:
+            paths, (fact, remedy) = {graft.path for graft in idle}, why(idle)
+            rows = [row for row in self.record["rows"] if row["keys"]]
+            rules = [row["rule"] for row in rows if paths.intersection(row["paths"])]
+            told = f"{self._idle()} never ran in a whole forward{fact}."
+            raise GraftError(", ".join(rules), told, remedy)
         self.proved = True
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -129,7 +158,7 @@ class Operation(Switch):
 
     def _idle(self) -> str:
         """The sites that have not run, in words."""
-        idle = [graft.path for graft in self.grafts if not graft.mark.ran]
+        idle = [graft.path for graft in self.idle]
         listed = ", ".join(idle[:4]) + (" and more" if len(idle) > 4 else "")
         return f"{len(idle)} of {len(self.grafts)} sites ({listed})" if idle else ""
 
@@ -153,6 +182,8 @@ class Operation(Switch):
                     unhook(model, witness)
         for graft in self.grafts:
             graft.part()
+        for encoder in self.was_nested:
+            encoder.use_nested_tensor = True
         for owner, name, flag in self.was_trainable:
             tensor = owner._parameters[name]
             if tensor is not None:

@@ -128,6 +128,15 @@ FOUND = {
         Block(moe=Block(None, router=nn.Linear(D, 4), up=Held(4, 2 * H, D), down=Held(4, D, H))),
         ["moe"],
     ),
+    "narrow, beside attention": (
+        Block(
+            attn=Block(None, q=nn.Linear(D, D), k=nn.Linear(D, D), o=nn.Linear(D, D)),
+            act=nn.GELU(),
+            up=nn.Linear(D, 8),
+            down=nn.Linear(8, D),
+        ),
+        ["(up to down)"],
+    ),
     "two in a block": (Block(first=pair(), second=pair()), ["first", "second"]),
     "beside a gate": (Block(se=gate(D, 4), mlp=conv_pair()), ["mlp"]),
     "wrapped leaves": (

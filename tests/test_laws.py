@@ -277,14 +277,6 @@ def test_blocks_that_are_compiled_one_by_one_are_no_idle_sites(example: bool) ->
     assert torch.allclose(model(x), alike(x), atol=1e-6)
 
 
-def test_the_output_projection_of_multihead_attention_is_refused_at_the_first_forward() -> None:
-    model = models.encoder()
-    x = torch.randn(2, 4, 24)
-    surgery.apply(model, at("**.out_proj", parallel(plain)))
-    told = str(raised(surgery.GraftError, lambda: model(x)))
-    assert "out_proj" in told
-
-
 def test_a_span_whose_exit_runs_without_its_entry_is_a_graft_error() -> None:
     class Odd(Linears):
         def forward(self, x: Tensor) -> Tensor:

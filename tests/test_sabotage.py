@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import graft, ops, place, room, tree
+from surgery import graft, ops, place, proof, room, tree
 from surgery.graft import Graft
 from surgery.place import Placed
 from surgery.room import Operation, Room
-from tests import laws
+from tests import laws, test_bypass
 
 plan = importlib.import_module("surgery.plan")  # the name in surgery is the function
 Patch = pytest.MonkeyPatch
@@ -174,7 +174,7 @@ def the_room_is_in_the_root(patch: Patch) -> None:
 
 
 def every_graft_counts_as_run(patch: Patch) -> None:
-    patch.setattr(Operation, "prove", lambda self: None)
+    patch.setattr(Operation, "prove", lambda self, *why: None)
 
 
 def parts_start_at_random(patch: Patch) -> None:
@@ -188,7 +188,10 @@ def parts_start_at_random(patch: Patch) -> None:
 
 
 def parts_do_nothing(patch: Patch) -> None:
-    patch.setattr(Graft, "_act", lambda self, step, x, base, *axes: base)
+    def act(real: Any, self: Graft, step: Any, x: Any, base: Any, *axes: Any) -> Any:
+        return base + 0.0 * real(self, step, x, base, *axes)  # a gradient comes to them
+
+    wrapped(patch, Graft, "_act", act)
 
 
 def seeds_follow_the_order_of_calls(patch: Patch) -> None:
@@ -454,3 +457,79 @@ def test_gates_that_do_not_sum_to_one_are_seen() -> None:
             test_mixture.test_gates_lie_on_the_simplex(None)
         with pytest.raises(AssertionError):
             test_mixture.test_it_equals_the_loop(1, torch.float64, (5, 7))
+
+
+def gradients_are_not_looked_for(patch: Patch) -> None:
+    patch.setattr(proof, "_check_gradients", lambda answer, trainees: None)
+
+
+def the_start_is_not_compared(patch: Patch) -> None:
+    patch.setattr(proof, "_check_start", lambda operation, run, answer: None)
+
+
+def only_the_way_with_gradients_is_proved(patch: Patch) -> None:
+    wrapped(patch, proof, "_proved", torch.enable_grad()(lambda real, *args: real(*args)))
+
+
+def nested_tensors_are_let_through(patch: Patch) -> None:
+    wrapped(patch, Operation, "watch", lambda real, self, m: (self.encoders.clear(), real(self, m)))
+
+
+def only_the_end_of_a_span_counts(patch: Patch) -> None:
+    patch.setattr(Graft, "ran", property(lambda self: self.mark.ran))
+
+
+def only_the_query_is_the_input(patch: Patch) -> None:
+    def given(args: Any, kwargs: Any, graft: Graft) -> Any:
+        return args[0], lambda tensor: ((tensor, *args[1:]), kwargs)
+
+    patch.setattr(graft, "_input", given)
+
+
+def quantised_weights_tell_the_dtype(patch: Patch) -> None:
+    patch.setattr(place, "_beside", lambda module, above: torch.float32)
+
+
+def what_is_never_called_is_not_refused(patch: Patch) -> None:
+    patch.setattr(plan, "check_called", lambda placed: None)
+
+
+BYPASSES: list[tuple[Saboteur, Callable[[], object]]] = [
+    (
+        gradients_are_not_looked_for,
+        test_bypass.test_an_unfrozen_tensor_that_no_gradient_comes_to_is_named,
+    ),
+    (the_start_is_not_compared, test_bypass.test_a_part_that_does_not_start_as_it_says_is_told),
+    (
+        only_the_way_with_gradients_is_proved,
+        test_bypass.test_a_graft_that_runs_with_gradients_only_is_an_error,
+    ),
+    (nested_tensors_are_let_through, test_bypass.test_nested_tensors_come_back_with_revert),
+    (
+        only_the_end_of_a_span_counts,
+        test_bypass.test_a_span_whose_beginning_is_read_only_is_no_silence,
+    ),
+    (
+        only_the_query_is_the_input,
+        partial(
+            test_bypass.test_what_comes_before_self_attention_reaches_query_key_and_value, False
+        ),
+    ),
+    (
+        quantised_weights_tell_the_dtype,
+        partial(
+            test_bypass.test_parts_beside_quantised_weights_are_of_the_norms_dtype,
+            "float8",
+            torch.bfloat16,
+        ),
+    ),
+    (what_is_never_called_is_not_refused, test_bypass.test_a_span_may_not_end_there_either),
+]
+
+
+@pytest.mark.parametrize(("saboteur", "check"), BYPASSES, ids=_name)
+def test_the_tests_of_bypasses_see(saboteur: Saboteur, check: Callable[[], object]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        saboteur(patch)
+        with pytest.raises((AssertionError, RuntimeError)):
+            check()

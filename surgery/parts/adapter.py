@@ -26,6 +26,8 @@ class Adapter(nn.Module):
     torch.Size([2, 197, 768])
     """
 
+    starts_at_zero = True  # apply(..., example=x) holds it to that
+
     def __init__(
         self,
         width: int,

@@ -30,6 +30,7 @@ class MixtureOfAdapters(nn.Module):
     (torch.Size([2, 197, 768]), torch.Size([1182, 4]))
     """
 
+    starts_at_zero = True  # apply(..., example=x) holds it to that
     routes = True  # it returns gates, for balance_loss and routing
     note: str | None = None
 

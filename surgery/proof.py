@@ -1,0 +1,256 @@
+"""The proof by example: grafts run, gradients come to what is trained, the start is the base.
+
+No silent nothing: models read weights without calling modules, skip and detach, and torch fuses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from . import chance
+from .errors import GraftError
+from .graft import Graft
+from .room import Operation
+
+Run: TypeAlias = Callable[[], Any]
+
+
+class Trainee(NamedTuple):
+    """What one rule trains at one place, a part or a module: tensors by name."""
+
+    rule: str
+    tensors: list[tuple[str, Tensor]]
+
+
+def prove(
+    model: nn.Module, operation: Operation, example: Any, trainees: Iterable[Trainee]
+) -> None:
+    """Raise GraftError unless the operation does to the model what its rules say.
+
+    Runs the model on copies of the example, in eval mode, each time with the same random numbers:
+    without gradients, with them, and, where all parts say that they start at zero, without parts.
+    Errors of the model itself pass through.
+    """
+    run = _runner(model, example)
+    operation.proved = True
+    try:
+        with _evaluating(model), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad():
+                answer = _proved(operation, run)
+            with torch.enable_grad():
+                _check_gradients(_proved(operation, run), trainees)
+            with torch.no_grad():
+                _check_start(operation, run, answer)
+    finally:
+        for graft in operation.grafts:
+            graft.forget()
+
+
+def _runner(model: nn.Module, example: Any) -> Run:
+    """Calls the model on a copy of the example, each time with the same random numbers."""
+    restore = chance.remember()
+    example = dict(example) if isinstance(example, Mapping) else example  # as tokenizers give
+
+    def run() -> Any:
+        given = pytree.tree_map(_copied, example)
+        restore()
+        if isinstance(given, dict):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
+
+    return run
+
+
+def _copied(leaf: Any) -> Any:
+    """A copy that a forward may write to: an input changed in place, a cache that grows."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    try:
+        return copy.deepcopy(leaf)
+    except (TypeError, RuntimeError):  # it cannot be copied
+        return leaf
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _proved(operation: Operation, run: Run) -> Any:
+    """The answer of a forward in which every graft ran."""
+    for graft in operation.grafts:
+        graft.unmark()
+    answer = run()
+    operation.prove(lambda idle: _reason(idle, run))
+    return answer
+
+
+# why a graft did not run -----------------------------------------------------------------------
+
+
+class _Reading(TorchFunctionMode):
+    """Writes down which of some tensors are read by functions that give tensors."""
+
+    def __init__(self, watched: set[int]) -> None:
+        super().__init__()
+        self.watched, self.read = watched, set[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = self.watched.intersection(map(id, pytree.tree_leaves((args, kwargs))))
+        if given and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            self.read |= given
+        return result
+
+
+def _reason(idle: list[Graft], run: Run) -> tuple[str, str]:
+    """The rest of the fact, and the remedy: one more forward tells reading from skipping."""
+    weights = {g.path: {id(p) for p in _weights(g)} for g in idle}
+    with _Reading(set().union(*weights.values())) as reading:
+        run()
+    read = [path for path, held in weights.items() if held & reading.read]
+    if not read:
+        return "", (
+            "With this example the model does not come to them. Give an example that does, or a "
+            "narrower place: & ~where(...)."
+        )
+    holders = dict.fromkeys(path.rpartition("(" if "(" in path else ".")[0] for path in read)
+    called = " or ".join(f'at("{holder.rstrip(".")}", ...)' for holder in list(holders)[:2])
+    reads = "without calling it" if len(read) == 1 else "without calling them"
+    return f": the model reads the weight of {_listed(read)} {reads}", (
+        f"Put the rule on a module that is called, such as {called}. unfreeze works there."
+    )
+
+
+def _weights(graft: Graft) -> list[nn.Parameter]:
+    return [*graft.entry.parameters(), *graft.exit.parameters()]
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+# gradients -------------------------------------------------------------------------------------
+
+
+def _check_gradients(answer: Any, trainees: Iterable[Trainee]) -> None:
+    """A gradient must come to some tensor of every trainee, be it zero.
+
+    Only some, for the experts of a mixture that got no token, and tokens that models mask with.
+    """
+    outputs = [tensor for tensor in _tensors(answer) if tensor.requires_grad]
+    reached, whole = _reached(outputs)
+    trained = [(rule, [it for it in held if it[1].requires_grad]) for rule, held in trainees]
+    lost = [(r, held) for r, held in trained if held and not any(id(t) in reached for _, t in held)]
+    if not lost or not whole:
+        return
+    names = list(dict.fromkeys(name for _, held in lost for name, _ in held))
+    rules = ", ".join(dict.fromkeys(rule for rule, _ in lost))
+    if not outputs:
+        raise GraftError(
+            rules,
+            f"the output carries no gradient at all, so none would come to {_listed(names)}.",
+            "The model runs under torch.no_grad(), or under reentrant checkpointing with an input "
+            "that needs no gradient (use_reentrant=False), or gives no floating numbers.",
+        )
+    raise GraftError(
+        rules,
+        f"no gradient comes from the output to {_listed(names)}: they would never be trained.",
+        "The model detaches what they make, or does not use it. Give an example that uses it, "
+        "or a narrower place: & ~where(...).",
+    )
+
+
+def _reached(outputs: list[Tensor]) -> tuple[set[int], bool]:
+    """Ids of all tensors that a gradient of the outputs comes to; whether the graph shows all.
+
+    It hides what reentrant checkpoints run, which builds its own on the way back.
+    """
+    reached = {id(tensor) for tensor in outputs if tensor.is_leaf}
+    todo = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    seen, whole = set(todo), True
+    while todo:
+        node: Any = todo.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            reached.add(id(node.variable))
+        whole = whole and "Checkpoint" not in type(node).__name__
+        new = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= new
+        todo.extend(new)
+    return reached, whole
+
+
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in an output of any form: containers, dataclasses, objects that hold tensors."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, (type, nn.Module)):
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            inner: Iterable[Any] = value.values()
+        elif isinstance(value, (list, tuple, set)):
+            inner = value
+        else:
+            inner = getattr(value, "__dict__", {}).values()
+        for each in inner:
+            yield from _tensors(each, seen)
+
+
+# the start -------------------------------------------------------------------------------------
+
+
+def _check_start(operation: Operation, run: Run, answer: Any) -> None:
+    """Parts that say that they start by adding nothing must leave the output what it was."""
+    steps = [step for graft in operation.grafts for step in graft.steps]
+    says = [
+        step.scale is not None and getattr(step.part, "starts_at_zero", False) for step in steps
+    ]
+    if not steps or not all(says):
+        return
+    operation.enabled = False
+    try:
+        base = run()
+        differs = _apart(answer, base) and not _apart(run(), base)  # the model itself may differ
+    finally:
+        operation.enabled = True
+    if differs:
+        kinds = ", ".join(sorted({type(step.part).__name__ for step in steps}))
+        raise GraftError(
+            ", ".join(row["rule"] for row in operation.record["rows"] if row["keys"]),
+            f"its parts ({kinds}) say that they start at zero, and yet they change the output.",
+            "Take starts_at_zero off a part that does not; if none does, please report this.",
+        )
+
+
+def _apart(answer: Any, base: Any) -> bool:
+    """Whether two answers differ by more than rounding can."""
+    a, b = ([t for t in _tensors(value) if _comparable(t)] for value in (answer, base))
+    return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _comparable(tensor: Tensor) -> bool:
+    plain = not tensor.is_nested and tensor.layout == torch.strided
+    return plain and tensor.is_floating_point() and not tensor.is_meta
+
+
+def _differ(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return True
+    size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
+    most = size * torch.finfo(y.dtype).eps ** 0.5
+    return not torch.allclose(x, y, rtol=0.0, atol=most, equal_nan=True)

@@ -1,0 +1,184 @@
+"""What the survey does to one model: roles, plan, operation, forward, backward, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import operate
+from ..address import generalise
+from ..errors import SurgeryError
+from ..leaf import CONVS, is_norm, linear
+from ..plan import plan
+from ..role import anatomise
+from ..tree import Site, Tree, fingerprint
+from .feed import Inputs, run
+
+RULES = "adapterx_ffn"
+CLOSE = 1e-6  # between the outputs of the base and of the model just operated
+
+
+class Row(NamedTuple):
+    """What came of one model.
+
+    status   operated: ran for real, and came back. planned: has sites, was not run. refused: an
+             error of Surgery's own, the model untouched. failed: anything else
+    owners   addresses of the FFNs, with the class that owns each and how many
+    layout   where their features lie: last, 1, or both
+    run      what the real forward, backward and revert gave; "" where there was none
+    """
+
+    source: str
+    name: str
+    family: str = ""
+    status: str = "failed"
+    parameters: int = 0
+    sites: int = 0
+    owners: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    layout: str = ""
+    attention: int = 0
+    run: str = ""
+    reason: str = ""
+
+
+def read(row: Row, model: nn.Module) -> Row:
+    """The row with what anatomy and plan say of the model; nothing is run or changed."""
+    row = row._replace(
+        family=row.family or type(model).__module__.rpartition(".")[2],
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+    tree = Tree(model)
+    roles = anatomise(tree)
+    found = roles["ffn"]
+    row = row._replace(
+        sites=len(found),
+        owners=_owners(found),
+        widths=tuple(sorted({s.width for s in found})),
+        layout=" and ".join(sorted({"last" if s.axis == -1 else str(s.axis) for s in found})),
+        attention=len(roles["attn"]),
+    )
+    try:
+        plan(model, RULES)
+    except SurgeryError as error:
+        why = _without(tree) if not found else _words(error)
+        return row._replace(status="refused", reason=why)
+    return row._replace(status="planned")
+
+
+def operated(row: Row, model: nn.Module, inputs: Inputs) -> Row:
+    """The row with what came of operating, running and reverting the model for real."""
+    model.eval()
+    base = _outputs(model, inputs)
+    again = _outputs(model, inputs)
+    torch.manual_seed(0)
+    before = fingerprint(model)  # after the first forward, in which some models fill buffers
+    try:
+        operate.apply(model, RULES)
+    except SurgeryError as error:
+        return row._replace(status="refused", reason=_words(error))
+    told: list[str] = []
+    wrong: list[str] = []
+    try:
+        told, wrong = _judged(model, inputs, base, again)
+    except SurgeryError as error:
+        return row._replace(status="refused", reason=_words(error))
+    finally:
+        model.zero_grad(set_to_none=True)
+        operate.revert(model)
+    torch.manual_seed(0)
+    changed = [mark for mark, value in fingerprint(model).items() if before.get(mark) != value]
+    wrong += [f"revert left {len(changed)} marks changed: {', '.join(changed[:3])}"] * bool(changed)
+    status = "failed" if wrong else "operated"
+    return row._replace(status=status, run=", ".join([*told, "reverted"]), reason="; ".join(wrong))
+
+
+def _judged(
+    model: nn.Module, inputs: Inputs, base: list[Tensor], again: list[Tensor]
+) -> tuple[list[str], list[str]]:
+    """What is as it should be and what is wrong: identity at the start, gradients."""
+    told: list[str] = []
+    wrong: list[str] = []
+    far = _distance(base, _outputs(model, inputs))
+    if far <= max(CLOSE, _distance(base, again)):
+        told.append("identical" if far == 0 else f"within {far:.0e}")
+    else:
+        wrong.append(f"the output differs by {far:.1e} at the start")
+    with torch.enable_grad():
+        results = [t for t in tensors(run(model, inputs)) if t.requires_grad]
+        if not results:
+            return told, [*wrong, "no output carries a gradient"]
+        loss = torch.stack([t.abs().float().mean() for t in results]).sum()
+        torch.autograd.backward(loss + operate.balance_loss(model))
+    parts = dict(model.get_submodule("surgery").named_parameters())
+    dry = [name for name, p in parts.items() if p.requires_grad and p.grad is None]
+    if dry:
+        wrong.append(f"{len(dry)} of {len(parts)} parameters got no gradient: {dry[0]}")
+    else:
+        told.append(f"{len(parts)} gradients")
+    return told, wrong
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        return [t.clone() for t in tensors(run(model, inputs))]
+
+
+def tensors(value: Any, seen: int = 0) -> Iterator[Tensor]:
+    """Every floating tensor in a model's output, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            yield value
+    elif seen < 6 and isinstance(value, dict):
+        for each in value.values():
+            yield from tensors(each, seen + 1)
+    elif seen < 6 and isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors(each, seen + 1)
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    gaps = [
+        (x - y).abs().nan_to_num(0, 0, 0).max().item()
+        for x, y in zip(a, b, strict=True)
+        if x.numel()
+    ]
+    return max(gaps, default=0.0)
+
+
+def _owners(sites: list[Site]) -> tuple[str, ...]:
+    counts = Counter(f"{generalise(s.path)} {type(s.module).__name__}" for s in sites)
+    return tuple(f"{owner} x{n}" for owner, n in counts.items())
+
+
+def _words(error: SurgeryError) -> str:
+    return " ".join(str(error).split())
+
+
+def _without(tree: Tree) -> str:
+    """Why a model may have no feed-forward network: what its weights are instead."""
+    modules = [s.module for s in tree.sites]
+    held = {_kind(m) for m in modules}
+    raw = dict.fromkeys(
+        type(m).__name__
+        for m in modules
+        for p in m._parameters.values()
+        if p is not None and p.dim() >= 2 and _kind(m) == "other"
+    )
+    told: list[str] = [kind for kind in ("linear layers", "spatial convolutions") if kind in held]
+    told += [f"raw matrices in {kind}" for kind in list(raw)[:3]]
+    return "no pair d to h to d found; it has " + (", ".join(told) or "no weights")
+
+
+def _kind(module: nn.Module) -> str:
+    if linear(module) is not None:
+        return "linear layers"
+    if isinstance(module, CONVS):
+        return "spatial convolutions"
+    return "norms" if is_norm(module) or isinstance(module, nn.Embedding) else "other"

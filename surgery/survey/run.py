@@ -1,0 +1,263 @@
+"""Many models, each in a worker with a time limit: a crash or a hang is one row, not the end."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import zoo
+from .feed import Inputs, refusal, unfed
+from .look import Row, operated, read
+
+LIMIT = 60  # seconds for a model
+MEMORY = 9 * 2**30  # bytes of address space for a worker
+FULL = 3 * 2**30  # bytes in memory at which a worker makes room for a new one
+
+
+def rows(
+    source: str,
+    names: list[str] | None = None,
+    *,
+    real: bool = True,
+    seconds: float = LIMIT,
+    workers: int = 2,
+    told: Any = None,
+) -> list[Row]:
+    """Survey the models of a source, in the order of their names.
+
+    source   timm, torchvision, transformers, or a module whose functions build models
+    names    all of them where there is None
+    real     run as well: every transformers type, the smallest of each other family
+    told     is called with each row as it comes, and with the number of all before the first
+    """
+    names = zoo.names(source) if names is None else names
+    first = source == "transformers" or source not in zoo.SOURCES
+    done = dict(_each([(source, n, real and first) for n in names], seconds, workers, told))
+    if real and not first:
+        small = _smallest(list(done.values()))
+        for name, row in _each([(source, n, True) for n in small], seconds, workers, told):
+            done[name] = row
+    return [done[name] for name in names]
+
+
+def chosen(names: list[str], only: str) -> list[str]:
+    """The names that any of some comma-separated patterns matches.
+
+    >>> chosen(["vit_tiny", "vit_base", "bert"], "vit_*")
+    ['vit_tiny', 'vit_base']
+    """
+    patterns = [p.strip() for p in only.split(",") if p.strip()]
+    return [n for n in names if any(fnmatch(n, p) for p in patterns)]
+
+
+def look(source: str, name: str, real: bool) -> Row:
+    """One model, from its building to its row, in this process."""
+    row = Row(source, name)
+    if source == "transformers":
+        return _look_transformers(row, real)
+    if source in zoo.SOURCES:
+        row = read(row, zoo.sketch(source, name))
+        if not real or row.status != "planned":
+            return row
+        model = zoo.real(source, name)
+        return _tried(row, model, zoo.picture(source, model))
+    model, inputs = zoo.own(source, name)
+    row = read(row, model)
+    return _tried(row, model, inputs) if real else row
+
+
+def _tried(row: Row, model: nn.Module, inputs: Inputs) -> Row:
+    """The row of a model that was run, where it has a plan; what goes wrong keeps what was read."""
+    if row.status != "planned":
+        return row
+    try:
+        return operated(row, model, inputs)
+    except Exception as error:
+        return row._replace(status="failed", reason=_told(error))
+
+
+def _look_transformers(row: Row, real: bool) -> Row:
+    row = row._replace(family=row.name)
+    try:
+        model, inputs = zoo.tiny(row.name)
+    except Exception as error:
+        still = read(row, zoo.still(row.name))
+        return still._replace(
+            reason="; ".join(filter(None, [still.reason, f"not run here: {_told(error)}"]))
+        )
+    row = read(row, model)
+    row = _tried(row, model, inputs) if real else row
+    left = unfed(model, inputs)
+    if left and row.status in ("refused", "failed"):
+        fed = ", ".join(inputs)
+        why = f"It was fed {fed}; with {', '.join(left)} too: {refusal(model)}"
+        row = row._replace(reason=f"{row.reason} {why}")
+    return row
+
+
+def _smallest(done: list[Row]) -> list[str]:
+    """Of every family and pattern, the smallest model that has sites."""
+    kept: dict[str, Row] = {}
+    for row in done:
+        if row.status == "planned":
+            best = kept.setdefault(row.family, row)
+            kept[row.family] = min(best, row, key=lambda r: r.parameters)
+    return [row.name for row in kept.values()]
+
+
+def _each(
+    cases: list[tuple[str, str, bool]], seconds: float, workers: int, told: Any
+) -> Iterator[tuple[str, Row]]:
+    """Every case's row as it comes, from a few workers that are replaced when they die."""
+    spare: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for _ in range(workers):
+        spare.put(Worker())
+
+    def ask(case: tuple[str, str, bool]) -> Row:
+        worker = spare.get()
+        try:
+            return worker.ask(case, seconds)
+        finally:
+            spare.put(worker)
+
+    if told:
+        told(len(cases))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in as_completed([pool.submit(ask, case) for case in cases]):
+            if told:
+                told(future.result())
+            yield future.result().name, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        while not spare.empty():
+            spare.get().end()
+
+
+class Worker:
+    """One process that looks at one model after another."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, case: tuple[str, str, bool], seconds: float) -> Row:
+        """The row of a case; "failed" where the process died or took too long."""
+        lost = Row(case[0], case[1])
+        started = time.monotonic()
+        timer: threading.Timer | None = None
+        try:
+            process = self._started()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            timer = threading.Timer(seconds, process.kill)
+            timer.start()
+            started = time.monotonic()
+            pickle.dump(case, process.stdin)
+            process.stdin.flush()
+            row: Row = pickle.load(process.stdout)
+            return row
+        except (EOFError, OSError, pickle.UnpicklingError):
+            code = self.end()
+            if time.monotonic() - started >= seconds:
+                return lost._replace(reason=f"it took more than {seconds:g} seconds")
+            return lost._replace(reason=f"its process died (exit code {code})")
+        finally:
+            if timer:
+                timer.cancel()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """The process, ready: a new one where there is none, or the last has gone."""
+        if self.process is None or self.process.poll() is not None:
+            self.end()
+            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import work; work()"
+            command = [sys.executable, "-c", code]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            assert self.process.stdout is not None
+            pickle.load(self.process.stdout)
+        return self.process
+
+    def end(self) -> int | None:
+        """End the process, if there is one; its exit code."""
+        if self.process is None:
+            return None
+        if self.process.stdin:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
+        self.process.kill()
+        code = self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+        self.process = None
+        return code
+
+
+def work() -> None:
+    """The life of a worker: cases in and rows out, until no more come or its memory has grown."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    line = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _limit_memory()
+    pickle.dump("ready", line)
+    line.flush()
+    while True:
+        try:
+            case = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(_safely(*case), line)
+        line.flush()
+        gc.collect()
+        if _resident() > FULL:
+            return
+
+
+def _safely(source: str, name: str, real: bool) -> Row:
+    try:
+        return look(source, name, real)
+    except Exception as error:
+        return Row(source, name, reason=_told(error))
+
+
+def _told(error: BaseException) -> str:
+    """An error as one line, with the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" (at {os.path.basename(frames[-1].filename)}: {frames[-1].line})" if frames else ""
+    words = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {words[:240]}{where[:140]}"
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def _resident() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        return 0

@@ -1,0 +1,199 @@
+"""The models of the survey: how each is named, built small, and fed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .feed import Inputs, feed, unfed
+from .shrink import Shrink, shrunk
+
+LADDER = (
+    Shrink(),
+    Shrink(image=None),
+    Shrink(by=4, image=None, heads=True),
+    Shrink(by=4, image=None),
+    Shrink(by=4, image=None, heads=True, sections=True),
+    Shrink(by=16, image=None),
+    Shrink(by=8, layers=None, image=None),
+    Shrink(by=8, image=None, vocab=None),
+    Shrink(by=1, layers=2, image=None),
+)
+SOURCES = ("timm", "torchvision", "transformers")
+MOST = 400_000_000  # parameters of a model that is built for real
+
+
+def names(source: str) -> list[str]:
+    """Every model of a source. Raises ModuleNotFoundError where it is not installed."""
+    if source == "timm":
+        import timm
+
+        return list(timm.list_models())
+    if source == "torchvision":
+        import torchvision
+
+        return list(torchvision.models.list_models())
+    if source == "transformers":
+        return model_types()
+    module = importlib.import_module(source)
+    return [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == source]
+
+
+def sketch(source: str, name: str) -> nn.Module:
+    """A timm or torchvision model on the meta device, without weights."""
+    with torch.device("meta"):
+        return real(source, name)
+
+
+def real(source: str, name: str) -> nn.Module:
+    """A timm or torchvision model with random weights."""
+    torch.manual_seed(0)
+    if source == "timm":
+        import timm
+
+        model: nn.Module = timm.create_model(name)
+        return model
+    import torchvision
+
+    builder = torchvision.models.get_model_builder(name)
+    known = inspect.signature(builder).parameters
+    bare = {k: None for k in ("weights", "weights_backbone") if k in known}
+    built: nn.Module = builder(**bare)
+    return built
+
+
+def picture(source: str, model: nn.Module) -> Inputs:
+    """One input of the size that a timm or torchvision model asks for, by the name it asks for."""
+    size: tuple[int, ...] = (3, 224, 224)
+    if source == "timm":
+        size = tuple(getattr(model, "default_cfg", {}).get("input_size", size))
+    elif ".video" in type(model).__module__:
+        size = (3, 16, 224, 224)
+    generator = torch.Generator().manual_seed(0)
+    main, *more = inspect.signature(model.forward).parameters
+    inputs: Inputs = {main: torch.randn(1, *size, generator=generator)}
+    if more and more[0] == "image2":  # optical flow
+        inputs = {
+            name: torch.randn(1, 3, 128, 128, generator=generator) for name in (main, more[0])
+        }
+    return inputs
+
+
+def own(source: str, name: str) -> tuple[nn.Module, Inputs]:
+    """What a function of a module gives: a model and its inputs by name."""
+    made: tuple[nn.Module, Inputs] = getattr(importlib.import_module(source), name)()
+    return made
+
+
+def model_types() -> list[str]:
+    """Every model type of transformers that has a model of its own."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    known: list[str] = list(vars(configuration_auto)["CONFIG_MAPPING_NAMES"])
+    return [name for name in known if name in modeling_auto.MODEL_MAPPING_NAMES]
+
+
+def default_config(model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]()
+
+
+def model_of(config: Any) -> nn.Module:
+    """The bare model of a config, in eval mode; where transformers names several, the first."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    names = MODEL_MAPPING_NAMES.get(config.model_type, ())
+    if isinstance(names, tuple) and names:
+        model: nn.Module = getattr(transformers, names[0])(config)
+    else:
+        auto: Any = transformers.AutoModel
+        model = auto.from_config(config)
+    return model.eval()
+
+
+def candidates(model_type: str) -> Iterator[tuple[Shrink, nn.Module | Exception]]:
+    """The model in one size after another, or why that size cannot be built."""
+    base = default_config(model_type)
+    told: list[str] = []
+    for how in LADDER:
+        if told[2:] and len(set(told[-3:])) == 1:  # no size will do
+            return
+        try:
+            torch.manual_seed(0)
+            yield how, _sane(shrunk(base, how))
+        except ImportError as error:  # of a package that no size would bring
+            yield how, error
+            return
+        except Exception as error:
+            told.append(repr(error))
+            yield how, error
+
+
+def still(model_type: str) -> nn.Module:
+    """The model on the meta device, to be read and not run: small, or as it is by default."""
+    base = default_config(model_type)
+    first: Exception | None = None
+    for config in (*(_tried(base, how) for how in LADDER[:3]), base):
+        try:
+            if isinstance(config, Exception):
+                raise config
+            with torch.device("meta"):
+                return model_of(config)
+        except Exception as error:
+            first = first or error
+    raise first or RuntimeError(model_type)
+
+
+def _tried(base: Any, how: Shrink) -> Any:
+    try:
+        return shrunk(base, how)
+    except Exception as error:
+        return error
+
+
+def _sane(config: Any) -> nn.Module:
+    """Build on the meta device to count, then for real."""
+    try:
+        with torch.device("meta"):
+            sketch = model_of(config)
+        size = sum(p.numel() for p in sketch.parameters())
+    except Exception:
+        size = 0
+    if size > MOST:
+        raise MemoryError(f"{size:,} parameters even when small")
+    return model_of(config)
+
+
+def tiny(model_type: str, seconds: float = 40.0) -> tuple[nn.Module, Inputs]:
+    """A small model of a transformers type, and inputs by name with which its forward runs.
+
+    The first size that takes every modality of the forward; where there is none, the first that
+    runs at all. Raises the last error of a forward (or of building) where nothing runs.
+    """
+    deadline = time.monotonic() + seconds
+    last: Exception | None = None
+    partly: tuple[nn.Module, Inputs] | None = None
+    for _, model in candidates(model_type):
+        if isinstance(model, Exception):
+            last = last or model
+            continue
+        try:
+            inputs = feed(model, min(12.0, deadline - time.monotonic()))
+            if not unfed(model, inputs):
+                return model, inputs
+            partly = partly or (model, inputs)
+        except Exception as error:
+            last = error  # of the forward: it says more than that of the building
+        if time.monotonic() > deadline:
+            break
+    if partly:
+        return partly
+    raise last or RuntimeError("no time was left")
