@@ -23,11 +23,15 @@ class Row(TypedDict):
 
 
 class Record(TypedDict):
-    """A whole operation; `data` are the rules in the form a file carries, "" where it cannot."""
+    """A whole operation; `data` are the rules in the form a file carries, "" where it cannot.
+
+    notes  what to know of how the sites were found
+    """
 
     rows: list[Row]
     seed: int
     data: str
+    notes: list[str]
 
 
 def count(parts: Iterable[nn.Module], trainable: bool = False) -> int:
@@ -61,7 +65,8 @@ def _names(keys: list[str]) -> str:
 
 def _notes(record: Record, parts: Mapping[str, nn.Module], base: int) -> list[str]:
     own = (getattr(part, "note", None) for part in parts.values())
-    notes = [f"note: {note}" for note in dict.fromkeys(n for n in own if isinstance(n, str))]
+    told = [*record["notes"], *(note for note in own if isinstance(note, str))]
+    notes = [f"note: {note}" for note in dict.fromkeys(told)]
     unfrozen = sum(row["unfrozen"] for row in record["rows"])
     trained = count(parts.values(), trainable=True) + unfrozen
     notes.append(

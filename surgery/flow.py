@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from .leaf import is_norm
 from .trace import MOVES, SCALES, SUMS, Call, Op, Trace, Value, is_cheap, names, upstream
+from .trace import trace as run
+from .tree import Site
 
 NARROWEST = 8  # features; anything below is no model width
 FARTHEST = 200  # operations between the two ends of one network
@@ -108,6 +112,30 @@ def ffns(trace: Trace) -> list[Feed]:
         feeds, sources, calls = zip(*runs, strict=True)
         sites.append((replace(feeds[0], calls=len(set(calls))), set(sources)))
     return _experts(sites)
+
+
+class Fed:
+    """Tells which norm feeds a site, as one forward of the model on `example` shows it.
+
+    The forward is run when first asked; `asked` says whether it was.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model, self.example, self.asked = model, example, False
+
+    @cached_property
+    def trace(self) -> Trace:
+        self.asked = True
+        return run(self.model, self.example)
+
+    def __call__(self, site: Site, norms: Sequence[Site]) -> Site | None:
+        """The one of `norms` nearest upstream of the site's input; None where it saw none."""
+        for call in self.trace.calls_of(site.entry.module):
+            path, _ = norm_before(self.trace, call.given)
+            if path is not None:
+                module = self.model.get_submodule(path)
+                return next((norm for norm in norms if norm.module is module), None)
+        return None
 
 
 def norm_before(trace: Trace, values: list[Value]) -> tuple[str | None, bool]:

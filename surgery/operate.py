@@ -40,8 +40,10 @@ def apply(
     What the rules add and unfreeze is trained; everything else is frozen.
 
     rules    the name of a rule set, a rule, or a list of either
-    example  inputs (a tensor, tuple or dict) for one forward that proves that every site runs;
-             without it the first forward of the model does
+    example  inputs (a tensor, tuple or dict) for a few forwards, in eval mode on copies, that show
+             which norm feeds what, and prove that every site runs, that gradient comes to what is
+             trained, and that the output is the base's where all parts start at zero; without it
+             the first forward of the model shows that every site runs
     seed     parts start from (seed, edit, path), whatever the order of calls
     name     of this operation; another name operates on top of an earlier one
     balance  a coefficient: the gradient of coefficient * balance loss is added on the way back,
@@ -58,7 +60,8 @@ def apply(
     >>> sum(p.numel() for p in parameters(model))
     124
     """
-    Plan(model, rules, seed=seed, name=name, balance=balance).apply(example)
+    made = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
+    made.apply(example)
     return model
 
 

@@ -21,6 +21,7 @@ from .tree import Site, Tree
 from .tree import span as make_span
 
 Where: TypeAlias = "Pattern | str | type | UnionType | Callable[[Site], bool]"
+Fed: TypeAlias = Callable[[Site, list[Site]], "Site | None"]  # by what a forward showed
 Found: TypeAlias = dict[Site, dict[str, str]]  # the selected sites, with what each captured
 
 
@@ -229,7 +230,8 @@ class Nearest(Pattern):
         anchors = (self.before or self.after or self.pattern).find(tree)
         found = sorted(self.pattern.find(tree), key=lambda site: site.order)
         partner = _before if self.before is not None else _after
-        pairs = ((partner(anchor, found), anchor) for anchor in anchors)
+        fed: Fed | None = tree.memo.get("fed") if self.before is not None else None
+        pairs = (((fed and fed(a, found)) or partner(a, found), a) for a in anchors)
         return [(near, anchor) for near, anchor in pairs if near is not None]
 
     def select(self, tree: Tree) -> Found:
@@ -286,7 +288,8 @@ def nearest(pattern: Where, *, before: Where | None = None, after: Where | None 
     Order is that of execution as far as the module tree shows it: where a module has as many
     direct children that match as it has branches with weights (ViT, CLIP, Llama: two norms;
     attention and FFN), the first belongs to the first, and so on, however they are registered.
-    Otherwise the last match registered before the anchor is taken.
+    Otherwise the last match registered before the anchor is taken. With apply(..., example=x) a
+    forward decides: the norm whose output comes to the anchor's input.
 
     Raises RuleError unless exactly one of `before` and `after` is given.
 

@@ -16,11 +16,12 @@ from .account import Record, Row, count, summary
 from .address import generalise, nearest
 from .edit import Joined, Trained
 from .errors import ConflictError, FileError, MatchError, OperationError, RuleError
+from .flow import Fed
 from .graft import Balance, Step, is_replaced
 from .pattern import Address
 from .place import Placed, check_called, name_all
 from .proof import Trainee, prove
-from .role import ROLES, anatomise, attn, block, embed, ffn, head, norm, qkv
+from .role import ROLES, anatomise, attn, block, embed, ffn, head, instead_of_ffns, norm, qkv
 from .room import Operation, operations, room_of
 from .rule import Rule, Rules
 from .rulesets import named
@@ -57,7 +58,14 @@ class Plan:
 
     @no_collection()
     def __init__(
-        self, model: nn.Module, rules: Rules, *, seed: int, name: str, balance: Balance
+        self,
+        model: nn.Module,
+        rules: Rules,
+        *,
+        seed: int,
+        name: str,
+        balance: Balance,
+        example: Any = None,
     ) -> None:
         _check_model(model, name)
         if balance is not None and not isinstance(balance, (int, float)) and not callable(balance):
@@ -67,6 +75,9 @@ class Plan:
         self.model, self.seed, self.name, self.balance = model, seed, name, balance
         self.rules = flatten(rules)
         self.tree = Tree(model)
+        self.fed = Fed(model, example)
+        if example is not None:
+            self.tree.memo["fed"] = self.fed
         self.matches = [(rule, _matched(rule, self.tree)) for rule in self.rules]
         self.placed = [
             Placed(rule, edit, site.seen(shape=edit.port(site), captures=captures))
@@ -117,7 +128,8 @@ class Plan:
     @property
     def record(self) -> Record:
         """What the operation writes down of itself: plain data, with no hold on the model."""
-        return Record(rows=self._rows(), seed=self.seed, data=_data(self.rules))
+        notes = ["what feeds what was read off a forward on the example"] if self.fed.asked else []
+        return Record(rows=self._rows(), seed=self.seed, data=_data(self.rules), notes=notes)
 
     def __str__(self) -> str:
         title = f"Plan for {type(self.model).__name__}"
@@ -232,6 +244,7 @@ def plan(
     seed: int = 0,
     name: str = "default",
     balance: Balance = None,
+    example: Any = None,
 ) -> Plan:
     """Meet rules with a model and touch nothing; works on the meta device too.
 
@@ -244,7 +257,7 @@ def plan(
     >>> len(made.sites), made.added
     (2, 124)
     """
-    made = Plan(model, rules, seed=seed, name=name, balance=balance)
+    made = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
     _ = made.parts
     return made
 
@@ -304,7 +317,10 @@ def _matched(rule: Rule, tree: Tree) -> dict[Site, dict[str, str]]:
     found = rule.where.find(tree)
     kind = type(tree.model).__name__
     if not found and not rule.optional:
-        raise MatchError(rule.short, f"matched no module of {kind}.", _advice(rule, tree))
+        fact = f"matched no module of {kind}"
+        if not (isinstance(rule.where, Address) or anatomise(tree)["ffn"]):
+            fact += f", which has no feed-forward network: {instead_of_ffns(tree)}"
+        raise MatchError(rule.short, f"{fact}.", _advice(rule, tree))
     if found and rule.times is not None and len(found) != rule.times:
         paths = [site.path for site in found]
         listed = ", ".join(paths[:4]) + (" and more" if len(paths) > 4 else "")

@@ -133,10 +133,12 @@ def load(
     rules: Rules | None = None,
     name: str = "default",
     balance: float | None = None,
+    example: Any = None,
 ) -> Model:
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
-    rules  instead of those in the file, which cannot carry code of the user's own
+    rules    instead of those in the file, which cannot carry code of the user's own
+    example  as `apply` takes it; needed where it decided what feeds what when the file was made
 
     All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
     executed. Raises FileError, and what `apply` raises.
@@ -154,7 +156,7 @@ def load(
     chosen: Rules = rules if rules is not None else _rules(about, path)
     earlier = len(operations(model))
     try:
-        apply(model, chosen, seed=about["seed"], name=name, balance=balance)
+        apply(model, chosen, seed=about["seed"], name=name, balance=balance, example=example)
         _check_sites(model, about, name)
         load_state_dict(model, tensors, name=name)
     except BaseException:

@@ -27,7 +27,7 @@ FLOORS = {
     "term": 1,
     "trace": 1,
     "tree": 2,
-    "flow": 2,
+    "flow": 3,
     "feedforward": 3,
     "account": 2,
     "part": 3,

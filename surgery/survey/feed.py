@@ -18,12 +18,15 @@ from .guess import first, guesses
 Inputs = dict[str, Any]
 MOST = 20  # guesses for one set of arguments, and sets of arguments
 TOKENS = r"tokens?\b.{0,60}?features\D{0,12}(\d+)"
-SHAPES = r"\d+x(\d+) and (\d+)x\d+|tensor a \((\d+)\).*tensor b \((\d+)\)"
+SHAPES = (
+    r"x\d+ and (\d+)x\d+|tensor a \(\d+\).*tensor b \((\d+)\)|with shape \[\*, (\d+)\]"
+    r"|to have (\d+) channels"
+)
 MODAL = ("input_ids", "pixel_values", "input_features", "input_values", "inputs", "past_values")
 COMPANIONS = (
     "image_grid_thw", "image_sizes", "bbox", "pixel_attention_mask", "image_grid_hws",
     "pixel_position_ids", "image_position_ids", "past_time_features", "past_observed_mask",
-    "target_sizes", "num_patches", "num_images", "grid_thw",
+    "target_sizes", "num_patches", "num_images", "grid_thw", "spatial_shapes",
 )  # fmt: skip
 
 
@@ -141,7 +144,7 @@ def _mended(
         return
     shapes = re.search(SHAPES, told)
     if shapes and not width:
-        yield names, int(shapes[2] or shapes[4])
+        yield names, int(next(each for each in shapes.groups() if each))
     words = dict.fromkeys(re.findall(r"[a-z_]+", told))
     named = [each for word in words for each in (word, f"{word}s") if each in given]
     for name in (*named, "decoder_input_ids", "decoder_input_values"):

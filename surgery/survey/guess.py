@@ -100,7 +100,7 @@ def _videos(config: Any, name: str, width: int) -> Iterator[Any]:
 
 
 def _grids(config: Any, name: str, width: int) -> Iterator[Any]:
-    yield torch.tensor([[GRID, GRID] if name.endswith("hws") else [1, GRID, GRID]])
+    yield torch.tensor([[GRID, GRID] if name.endswith(("hws", "shapes")) else [1, GRID, GRID]])
 
 
 def _places(config: Any, name: str, width: int) -> Iterator[Any]:
@@ -118,6 +118,7 @@ def _boxes(config: Any, name: str, width: int) -> Iterator[Any]:
 def _pixel_masks(config: Any, name: str, width: int) -> Iterator[Any]:
     yield torch.ones(1, *_side(config), dtype=torch.long)
     yield torch.ones(1, 1, *_side(config), dtype=torch.long)
+    yield torch.ones(1, GRID * GRID, dtype=torch.long)
 
 
 def _masks(config: Any, name: str, width: int) -> Iterator[Any]:
@@ -144,7 +145,8 @@ def _waves(config: Any, name: str, width: int) -> Iterator[Any]:
 def _floats(config: Any, name: str, width: int) -> Iterator[Any]:
     other = ("encoder_hidden_size", "cross_attention_hidden_size") if "encoder" in name else ()
     names = (*other, "hidden_size", "d_model", "embed_dim", "dim", "n_embd")
-    yield from (noise(1, LENGTH, width or _whole(config, names, 64)), ids(1, LENGTH))
+    size = width or _whole(config, names, 64)
+    yield from (noise(1, LENGTH, size), ids(1, LENGTH), noise(1, size, LENGTH))
 
 
 def _trajectories(config: Any, name: str, width: int) -> Iterator[Any]:
@@ -177,7 +179,7 @@ def _others(config: Any, name: str, width: int) -> Iterator[Any]:
 CASES: tuple[tuple[str, Callable[[Any, str, int], Iterator[Any]]], ...] = (
     (PICTURE, _pictures),
     (r"^pixel_values_videos$|^videos$", _videos),
-    (r"_grid_|^grid_thw$", _grids),
+    (r"_grid_|^grid_thw$|^spatial_shapes$", _grids),
     (r"^(pixel|image)_position_ids$", _places),
     (r"^(image|target)_sizes$", _sizes),
     (r"^bbox$", _boxes),
