@@ -7,7 +7,6 @@ the model once and keeps every operation, the parameters it used and the modules
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from heapq import heapify, heappop, heappush
@@ -148,40 +147,9 @@ class Trace:
         """Where a module stands, "?" where the model does not hold it."""
         return self.paths.get(id(module), "?")
 
-    @property
-    def times(self) -> dict[str, int]:
-        """How often each module was called, in order of their first calls."""
-        return dict(Counter(self.path(call.module) for call in self.calls))
-
-    @property
-    def uncalled(self) -> list[str]:
-        """The modules that were never called, containers among them."""
-        called = {id(call.module) for call in self.calls}
-        return [path for key, path in self.paths.items() if key not in called]
-
-    @property
-    def functional(self) -> dict[str, list[str]]:
-        """The parameters that were read while no module that holds them ran, by their owner."""
-        found: dict[str, dict[str, None]] = {}
-        for op in self.ops:
-            for weight in _pick_weights(op):
-                owner = weight.owner(op)
-                if all(call.module is not owner for call in op.stack()):
-                    found.setdefault(self.path(owner), {})[weight.name] = None
-        return {path: list(names) for path, names in found.items()}
-
     def calls_of(self, module: nn.Module | str) -> list[Call]:
         wanted = self.model.get_submodule(module) if isinstance(module, str) else module
         return [call for call in self.calls if call.module is wanted]
-
-    def feeds(self, a: nn.Module | str, b: nn.Module | str) -> bool:
-        """Whether what `a` gives reaches what `b` takes through cheap operations alone.
-
-        Cheap are views, dropout, limits, sums with a residual, scales by a constant or a parameter.
-        """
-        made = {value for call in self.calls_of(a) for value in call.made}
-        given = [value for call in self.calls_of(b) for value in call.given]
-        return any(value in made for value in upstream(given))
 
 
 def upstream(values: Iterable[Value], through: Callable[[Op], bool] = is_cheap) -> Iterator[Value]:
@@ -209,8 +177,8 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
     >>> model = nn.Sequential(nn.LayerNorm(8), nn.Dropout(0.1), nn.Linear(8, 16), nn.Linear(16, 8))
     >>> found = trace(model, torch.zeros(2, 8))
-    >>> found.feeds("0", "2"), found.feeds("0", "3")
-    (True, False)
+    >>> [op.name for op in found.ops]
+    ['layer_norm', 'dropout', 'linear', 'linear']
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise OperationError("trace", "a scripted model cannot be traced.", "Trace its source.")
@@ -369,13 +337,6 @@ def _made_of(op: Op) -> Weights | None:
     if op.name in _APPLIES or any(value.weights is None for value in sources):
         return None
     return frozenset().union(*(value.weights or () for value in sources))
-
-
-def _pick_weights(op: Op) -> Iterator[Weight]:
-    """The parameters an operation reads itself, not by way of another operation."""
-    for value in op.given:
-        if value.op is None:
-            yield from value.weights or ()
 
 
 def _pick(found: Any, kind: type) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.flow import Feed, ffns, norm_before
-from surgery.trace import trace
+from surgery.flow import norm_before
+from surgery.survey.feeds import Feed, ffns
+from surgery.trace import Trace, trace, upstream
 from surgery.tree import fingerprint
 from tests import models
 
@@ -266,14 +268,42 @@ def only(block: nn.Module, *sizes: int) -> Feed:
     return feed
 
 
+def times(found: Trace) -> dict[str, int]:
+    """How often each module was called, in order of their first calls."""
+    return dict(Counter(found.path(call.module) for call in found.calls))
+
+
+def uncalled(found: Trace) -> list[str]:
+    called = {id(call.module) for call in found.calls}
+    return [path for key, path in found.paths.items() if key not in called]
+
+
+def functional(found: Trace) -> dict[str, list[str]]:
+    """The parameters that were read while no module that holds them ran, by their owner."""
+    read: dict[str, dict[str, None]] = {}
+    for op in found.ops:
+        for weight in (w for v in op.given if v.op is None for w in v.weights or ()):
+            owner = weight.owner(op)
+            if all(call.module is not owner for call in op.stack()):
+                read.setdefault(found.path(owner), {})[weight.name] = None
+    return {path: list(names) for path, names in read.items()}
+
+
+def feeds(found: Trace, a: str, b: str) -> bool:
+    """Whether what `a` gives reaches what `b` takes through cheap operations alone."""
+    made = {value for call in found.calls_of(a) for value in call.made}
+    given = [value for call in found.calls_of(b) for value in call.given]
+    return any(value in made for value in upstream(given))
+
+
 # facts -----------------------------------------------------------------------------------------
 
 
 def test_order_is_that_of_the_calls_not_of_registration():
     found = trace(Sequence(Pre()), torch.randn(TOKENS))
-    times = [path for path in found.times if path in ("0.before_mlp", "0.before_attn", "0.mlp")]
-    assert times == ["0.before_attn", "0.before_mlp", "0.mlp"]
-    assert [path for path, times in found.times.items() if times > 1] == ["0.drop"]
+    order = [path for path in times(found) if path in ("0.before_mlp", "0.before_attn", "0.mlp")]
+    assert order == ["0.before_attn", "0.before_mlp", "0.mlp"]
+    assert [path for path, n in times(found).items() if n > 1] == ["0.drop"]
 
 
 def test_a_module_called_again_is_counted_and_one_never_called_is_named():
@@ -289,42 +319,42 @@ def test_a_module_called_again_is_counted_and_one_never_called_is_named():
             return x
 
     found = trace(Albert(), torch.randn(TOKENS))
-    assert found.times["layer"] == 3
-    assert found.uncalled == ["spare", "groups"]
+    assert times(found)["layer"] == 3
+    assert uncalled(found) == ["spare", "groups"]
     assert [(feed.owner, feed.calls) for feed in ffns(found)] == [("layer.mlp", 3)]
 
 
 def test_a_weight_read_without_its_module_is_told():
     found = trace(Sequence(Functional()), torch.randn(TOKENS))
-    assert found.functional == {"0.up": ["weight", "bias"], "0.down": ["weight"]}
-    assert found.uncalled == ["0.up", "0.down"]
+    assert functional(found) == {"0.up": ["weight", "bias"], "0.down": ["weight"]}
+    assert uncalled(found) == ["0.up", "0.down"]
 
 
 def test_the_out_projection_of_torch_attention_is_told():
     found = trace(nn.MultiheadAttention(D, 2), (torch.randn(TOKENS),) * 3)
-    assert found.functional == {"out_proj": ["weight", "bias"]}
+    assert functional(found) == {"out_proj": ["weight", "bias"]}
 
 
 def test_a_tied_weight_belongs_to_the_module_that_runs():
     model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
     model[1].weight = model[0].weight
     found = trace(model, torch.randn(TOKENS))
-    assert found.functional == {}
+    assert functional(found) == {}
     assert next(w.holders for v in found.ops[0].given for w in v.weights or ()) == list(model)
 
 
 def test_feeds_passes_cheap_operations_only():
     found = trace(Sequence(Pre()), torch.randn(TOKENS))
-    assert found.feeds("0.before_mlp", "0.mlp.fc1")
-    assert found.feeds("0.attn", "0.mlp") is False  # the norm is between
-    assert found.feeds("0.attn", "0.before_mlp")  # dropout and a residual sum
-    assert found.feeds("0.before_attn", "0.before_mlp") is False
-    assert found.feeds("0.mlp", "0.attn") is False
+    assert feeds(found, "0.before_mlp", "0.mlp.fc1")
+    assert feeds(found, "0.attn", "0.mlp") is False  # the norm is between
+    assert feeds(found, "0.attn", "0.before_mlp")  # dropout and a residual sum
+    assert feeds(found, "0.before_attn", "0.before_mlp") is False
+    assert feeds(found, "0.mlp", "0.attn") is False
 
 
 def test_a_gate_is_not_cheap():
     found = trace(Sequence(Gated()), torch.randn(TOKENS))
-    assert found.feeds("0.up", "0.down") is False
+    assert feeds(found, "0.up", "0.down") is False
 
 
 def test_what_a_hook_does_before_a_module_is_inside_it():
@@ -333,7 +363,7 @@ def test_what_a_hook_does_before_a_module_is_inside_it():
     found = trace(model, torch.randn(TOKENS))
     (tanh,) = [op for op in found.ops if op.name == "tanh"]
     assert [found.path(call.module) for call in tanh.stack()] == ["1", ""]
-    assert found.feeds("0", "1")
+    assert feeds(found, "0", "1")
 
 
 def test_feeds_takes_one_value_given_three_times():
@@ -347,8 +377,8 @@ def test_feeds_takes_one_value_given_three_times():
             return self.attn(x, x, x, need_weights=False)[0]
 
     found = trace(Own(), torch.randn(TOKENS))
-    assert found.feeds("norm", "attn")
-    assert found.feeds("attn", "norm") is False
+    assert feeds(found, "norm", "attn")
+    assert feeds(found, "attn", "norm") is False
 
 
 def test_feeds_sees_what_is_written_into_a_view():
@@ -364,8 +394,8 @@ def test_feeds_sees_what_is_written_into_a_view():
             return self.b(whole) + self.c(early)
 
     found = trace(Writes(), torch.randn(TOKENS))
-    assert found.feeds("a", "b")
-    assert found.feeds("a", "c") is False
+    assert feeds(found, "a", "b")
+    assert feeds(found, "a", "c") is False
 
 
 def test_keyword_inputs_and_dicts():
@@ -378,8 +408,8 @@ def test_keyword_inputs_and_dicts():
             return {"y": self.out(x=self.words(tokens))}
 
     found = trace(Words(), {"tokens": torch.zeros(2, 3, dtype=torch.long)})
-    assert found.feeds("words", "out.fc1")
-    assert found.feeds("words", "out.fc2") is False
+    assert feeds(found, "words", "out.fc1")
+    assert feeds(found, "words", "out.fc2") is False
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -547,7 +577,7 @@ def test_torch_layers_run_no_kernel_that_hides_them(first):
         (f"layers.{i}.linear1", f"layers.{i}.linear2") for i in range(2)
     ]
     assert [f.norm for f in feeds] == [f"layers.{i}.norm{1 + first}" for i in range(2)]
-    assert set(found.functional) == {f"layers.{i}.self_attn.out_proj" for i in range(2)}
+    assert set(functional(found)) == {f"layers.{i}.self_attn.out_proj" for i in range(2)}
 
 
 # models of others ------------------------------------------------------------------------------
