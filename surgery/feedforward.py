@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .leaf import CONVS, Shape, experts, is_norm, linear, shape
+from .leaf import CONVS, Shape, experts, is_list, is_norm, linear, shape
 from .tree import Site, Tree, span
 
 NARROWEST = 8  # features; anything below is no model width
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Leaves:
@@ -72,14 +71,9 @@ def _fused(leaves: Leaves) -> list[Site]:
     return found
 
 
-def is_element(site: Site) -> bool:
-    """Whether a site is one of those that a container lists: a block, an expert, a layer."""
-    return site.parent is not None and isinstance(site.parent.module, CONTAINERS)
-
-
 def element(site: Site) -> Site | None:
     """The nearest element of a container that holds a site."""
-    return next((s for s in holders(site) if is_element(s)), None)
+    return next((s for s in holders(site) if s.is_element), None)
 
 
 def holders(site: Site) -> list[Site]:
@@ -100,7 +94,7 @@ def _find_whole(leaves: Leaves, found: FeedForwards) -> None:
         own = [s for s in leaves.below(site) if s not in found.taken]
         if made := _experts(site, own):
             found.sites.append(made)
-        elif not site.children or not 1 <= len(own) <= 3 or _is_listed(own):
+        elif not site.children or not 1 <= len(own) <= 3 or _is_listed(own) or is_list(site.module):
             continue
         elif _is_gate(site, own):
             pass
@@ -160,7 +154,8 @@ def _fits(own: list[Site], others: list[Site]) -> bool:
     outs = [up.out for up in ups]
     if outs not in ([h], [2 * h], [h, h]):
         return False
-    return h > d or (any(map(_is_act, others)) and (h == d or outs != [h]))
+    near = [s for s in others if s.parent in {leaf.parent for leaf in own}]
+    return h > d or (any(map(_is_act, near)) and (h == d or outs != [h]))
 
 
 def _others(site: Site, own: list[Site]) -> list[Site]:
@@ -221,8 +216,9 @@ def _experts(site: Site, own: list[Site]) -> Site | None:
         widths = [d for d in widths if len(shapes) == 3 or _is_packed(shapes, d)]
     if not widths or any(found is None or found.out > shapes[0][0] for found in routers):
         return None
-    around = [s for holder in holders(site) for s in holder.below() if is_norm(s.module)]
-    known = [found.width for found in (shape(s.module) for s in around[:1]) if found]
+    around = ([s for s in holder.children if is_norm(s.module)] for holder in holders(site))
+    norms = next((norms for norms in around if norms), [])
+    known = {found.width for found in (shape(s.module) for s in norms) if found}
     width = next((w for w in widths if w in known), min(widths))
     site._shape = Shape(width, width, -1)
     return site
@@ -252,15 +248,15 @@ def _lifted(sites: list[Site], leaves: Leaves, taken: set[Site]) -> list[Site]:
 
 
 def _layer_of(site: Site, leaves: Leaves, taken: set[Site]) -> Site:
-    """The outermost module around an expert that holds nothing else but routers."""
-    listed = is_element(site) and site.parent is not None and len(site.parent.children) > 1
+    """The outermost module around an expert that is called and holds nothing else but routers."""
+    listed = site.is_element and site.parent is not None and len(site.parent.children) > 1
     if site.is_span or not (listed or any(experts(s.module) for s in (site, *site.below()))):
         return site
     top = site
     for above in site.above():
-        if above.parent is None or is_element(above) or not _is_routed(above, leaves, taken):
+        if above.parent is None or above.is_element or not _is_routed(above, leaves, taken):
             break
-        top = above
+        top = top if is_list(above.module) else above
     return top
 
 
@@ -288,7 +284,9 @@ def _find_split(leaves: Leaves, found: FeedForwards) -> None:
                 continue
             if _is_bottleneck(own, others):
                 found.bottlenecks.append(made)
-            elif all(_is_harmless(s.module) for s in others) and _acts(made, own, others, leaves):
+            elif all(_is_harmless(s.module) for s in others) and _acts(
+                made, own, others, leaves, found.sites
+            ):
                 found.sites.append(made)
             else:
                 continue
@@ -332,18 +330,23 @@ def _goes(site: Site, width: int, out: int) -> bool:
     return found is not None and found[:2] == (width, out)
 
 
-def _acts(made: Site, own: list[Site], others: list[Site], leaves: Leaves) -> bool:
+def _acts(
+    made: Site, own: list[Site], others: list[Site], leaves: Leaves, known: list[Site]
+) -> bool:
     """Whether it is an FFN and no two projections: it widens, acts between, or is by attention."""
-    down = linear(own[-1].module)
-    if down is None or down.width > down.out:
-        return down is not None
-    holder = holders(made)[0]
+    down, holder = linear(own[-1].module), holders(made)[0]
     rest = [s for s in leaves.below(holder) if s not in own]
-    attention = [s for s in rest if isinstance(s.module, nn.MultiheadAttention)]
+    attention = [s for s in holder.children if isinstance(s.module, nn.MultiheadAttention)]
+    alike = [s for s in rest if s.parent is holder and s not in attention]
     direct = all(leaf.parent is holder and not isinstance(leaf.module, CONVS) for leaf in own)
-    apart = all(s.parent is not holder for s in rest if s not in attention)
-    beside = rest and direct and apart and (attention or any(map(_is_act, holder.children)))
-    acting = down.width == down.out and is_element(holder) and any(map(_is_act, others))
+    if down is None or (direct and len(alike) > 1 and not holder.is_element):  # all of an attention
+        return False
+    if down.width > down.out:
+        return True
+    if any(holder.order < s.order < holder.end for s in known):
+        return False
+    beside = rest and direct and not alike and (attention or any(map(_is_act, holder.children)))
+    acting = down.width == down.out and holder.is_element and any(map(_is_act, others))
     return len(own) == 2 and bool(beside or acting)
 
 
@@ -358,7 +361,7 @@ def _is_act(site: Site) -> bool:
 
 def _is_placed(site: Site, leaves: Leaves) -> bool:
     """Whether it is part of a block: an element of a container, or beside attention and a norm."""
-    if is_element(site) or element(site) is not None:
+    if site.is_element or element(site) is not None:
         return True
     around = holders(site)
     if not around:

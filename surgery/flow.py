@@ -30,14 +30,39 @@ class Fed:
         self.asked = True
         return run(self.model, self.example)
 
-    def __call__(self, site: Site, norms: Sequence[Site]) -> Site | None:
-        """The one of `norms` nearest upstream of the site's input; None where it saw none."""
-        for call in self.trace.calls_of(site.entry.module):
-            path, _ = norm_before(self.trace, call.given)
-            if path is not None:
-                module = self.model.get_submodule(path)
-                return next((norm for norm in norms if norm.module is module), None)
-        return None
+    def __call__(self, site: Site, norms: Sequence[Site], whole: bool) -> Site | None:
+        """The one of `norms` that feeds the site, without a residual sum between; None: none does.
+
+        whole  it must lie in the block of the site, and act on the same tokens
+
+        Raises LookupError where the forward does not tell: the site did not run, or the norm
+        nearest upstream is none of these.
+        """
+        calls = self.trace.calls_of(site.entry.module)
+        found = {norm_before(self.trace, call.given) for call in calls}
+        known = {norm.path: norm for norm in norms}
+        if not found or not any(path in known for path, _ in found):
+            raise LookupError(site.path)
+        path, direct = found.pop()
+        if not (path and direct) or found:
+            return None
+        norm = known[path]
+        return norm if not whole or self._is_beside(norm, site) else None
+
+    def _is_beside(self, norm: Site, site: Site) -> bool:
+        block = next((above for above in site.entry.above() if above.is_element), None)
+        if block and not block.order <= norm.order < block.end:
+            return False
+        given = {_sizes(value) for c in self.trace.calls_of(norm.module) for value in c.given[:1]}
+        made = {
+            _sizes(value) for c in self.trace.calls_of(site.exit.module) for value in c.made[:1]
+        }
+        return bool(given & made)
+
+
+def _sizes(value: Value) -> tuple[int, ...]:
+    """Its shape, wherever features lie."""
+    return tuple(sorted(value.shape))
 
 
 def norm_before(trace: Trace, values: list[Value]) -> tuple[str | None, bool]:
@@ -62,17 +87,11 @@ def _norm(trace: Trace, values: list[Value], over_sums: bool) -> str | None:
 def _norm_module(op: Op) -> nn.Module | None:
     """The norm an operation belongs to; for a norm called as a function, who calls it."""
     for call in op.stack():
-        if _is_norm(call.module):
+        if is_norm(call.module):
             return call.module
     if op.name in NORMS and op.call is not None:
         return op.call.module
     return None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A norm, with an activation and a dropout below it too (timm's BatchNormAct2d)."""
-    named = "norm" in type(module).__name__.lower()
-    return is_norm(module) or (named and all(p.dim() < 2 for p in module.parameters()))
 
 
 def is_sum(op: Op) -> bool:

@@ -66,7 +66,8 @@ class Graft:
     def __init__(self, switch: Switch, site: Site, steps: list[Step]) -> None:
         self.switch, self.path, self.steps = switch, site.path, steps
         self.entry, self.exit = site.entry.module, site.exit.module
-        self.axis_in, self.axis_out = site.entry.axis, site.exit.axis
+        self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
+        self.width, self.out = site.shape.width, site.shape.out
         first = next((i for i, step in enumerate(steps) if step.place == "before"), len(steps))
         besides = [i for i, step in enumerate(steps) if step.place == "beside"]
         self.remembers = bool(besides) and (site.is_span or first < besides[-1])
@@ -132,7 +133,7 @@ class Graft:
         x, put = _input(args, kwargs, self)
         for i, step in reversed(list(enumerate(self.steps))):
             if step.place == "before":
-                x = self._act(step, x, x, self.axis_in, self.axis_in)
+                x = self._act(step, x, x)
             elif step.place == "beside" and self.remembers:
                 self.inputs[i] = x
         return put(x)
@@ -145,10 +146,10 @@ class Graft:
         y, put = _first_tensor(output, self.path)
         for i, step in enumerate(self.steps):
             if step.place == "after":
-                y = self._act(step, y, y, self.axis_out, self.axis_out)
+                y = self._act(step, y, y)
             elif step.place == "beside":
                 x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
-                y = self._act(step, x, y, self.axis_in, self.axis_out)
+                y = self._act(step, x, y)
         return put(y)
 
     def _remembered(self, i: int) -> Tensor:
@@ -156,7 +157,8 @@ class Graft:
             raise GraftError(
                 f"the graft at {self.path}",
                 "its end ran without its beginning, so there is no input to run beside.",
-                "Put the rule on a module that is called whole, and revert this one.",
+                "Revert, and give apply(..., example=inputs): a forward tells what feeds what. "
+                "Or put the rule on one module that is called whole.",
             )
         return self.inputs.pop(i)
 
@@ -183,7 +185,7 @@ class Graft:
             )
         return self.switch.enabled
 
-    def _act(self, step: Step, x: Tensor, base: Tensor, axis: int, axis_out: int) -> Tensor:
+    def _act(self, step: Step, x: Tensor, base: Tensor) -> Tensor:
         """`base` with the part's answer to `x`; parts see features on the last axis."""
         if x.is_nested or base.is_nested:
             raise GraftError(
@@ -191,13 +193,28 @@ class Graft:
                 "it was given a nested tensor, and parts take tensors of one shape.",
                 "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
             )
-        out = step.part(x if axis == -1 else x.movedim(axis, -1))
+        taken = (self.axis_out, self.out) if step.place == "after" else (self.axis_in, self.width)
+        given = (self.axis_in, self.width) if step.place == "before" else (self.axis_out, self.out)
+        axis, axis_out = _axis(x, *taken), _axis(base, *given)
+        out = self._run(step, x if axis == -1 else x.movedim(axis, -1), taken[1])
         if isinstance(out, ops.Routed):
             out = self._routed(out, x)
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = self._fitting(step, out, base)
         return out if step.scale is None else torch.add(base, out, alpha=step.scale)
+
+    def _run(self, step: Step, x: Tensor, width: int) -> Any:
+        try:
+            return step.part(x)
+        except RuntimeError as error:
+            if not width or x.shape[-1] == width:
+                raise
+            raise GraftError(
+                f"{type(step.part).__name__} at {self.path or 'the model'}",
+                f"it was given {_described(x)}, and the place was taken to have {width} features.",
+                "Put the rule on a module with weights of that width, or give the width yourself.",
+            ) from error
 
     def _routed(self, routed: ops.Routed, x: Tensor) -> Tensor:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
@@ -216,17 +233,29 @@ class Graft:
         return ops.with_balance(routed.output, routed.gates, balance)
 
     def _fitting(self, step: Step, out: Any, base: Tensor) -> Tensor:
+        if isinstance(out, Tensor) and base.dim() == 2 < out.dim():
+            out = out.flatten(0, -2)  # tokens in a row, as mixtures of experts give them
         if isinstance(out, Tensor) and out.shape == base.shape:
             if out.dtype == base.dtype:
                 return out
             if torch.is_autocast_enabled(base.device.type):
                 return out.to(base.dtype)
         want, got = _described(base), _described(out)
+        remedy = "A part is given features on the last axis, site.width of them, returns site.out."
+        if self.entry is not self.exit:
+            remedy += " With apply(..., example=inputs) a forward tells where to begin."
         raise GraftError(
             f"{type(step.part).__name__} at {self.path or 'the model'}",
             f"it returned {got} where {want} is needed.",
-            "A part is given features on the last axis, site.width of them, and returns site.out.",
+            remedy,
         )
+
+
+def _axis(x: Tensor, axis: int, width: int) -> int:
+    """Where features lie: as the model's weights tell, but where so many lie on the other only."""
+    if width and x.dim() > 1 and x.shape[axis] != width and x.shape[-axis] == width:
+        return -axis
+    return axis
 
 
 def is_replaced(module: nn.Module) -> bool:

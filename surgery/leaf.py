@@ -36,16 +36,22 @@ def linear(module: nn.Module) -> Shape | None:
 
 def experts(module: nn.Module) -> list[tuple[int, int, int]]:
     """The shapes (experts, ., .) of the stacks of matrices that a module has of its own."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return []
     own = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
     shapes = [(p.shape[0], p.shape[1], p.shape[2]) for p in own]
     return [s for s in shapes if min(s[1:]) > 1 and s[0] > 1]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this leaf normalises: vectors for parameters, and norm in the name of its class."""
-    if module._modules or "norm" not in type(module).__name__.lower():
+    """Whether it normalises: vectors for parameters, and norm in the name of its class.
+
+    Below it there may be what has no parameters: an activation, a dropout (timm's BatchNormAct2d).
+    """
+    own = [p for p in module._parameters.values() if p is not None]
+    if "norm" not in type(module).__name__.lower() or any(p.dim() > 1 for p in own):
         return False
-    return all(p is None or p.dim() <= 1 for p in module._parameters.values())
+    return not module._modules or 0 < len(own) == len(list(module.parameters()))
 
 
 def shape(module: nn.Module) -> Shape | None:
@@ -71,3 +77,14 @@ def _norm_shape(module: nn.Module) -> Shape | None:
             return Shape(width, width, axis)
     weight = module._parameters.get("weight")
     return Shape(weight.numel(), weight.numel(), axis) if weight is not None else None
+
+
+def forward_of(module: nn.Module) -> object:
+    """The function that a call of the module runs; that of nn.Module where it has none."""
+    return module.__dict__.get("forward", getattr(type(module), "forward", None))
+
+
+def is_list(module: nn.Module) -> bool:
+    """Whether it only lists modules, and is never called itself."""
+    lists = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return lists and forward_of(module) is nn.Module.forward

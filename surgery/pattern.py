@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, TypeAlias
@@ -16,12 +17,13 @@ from torch import nn
 
 from . import address
 from .errors import RuleError
+from .leaf import Shape, is_norm
 from .term import Term, show
 from .tree import Site, Tree
 from .tree import span as make_span
 
 Where: TypeAlias = "Pattern | str | type | UnionType | Callable[[Site], bool]"
-Fed: TypeAlias = Callable[[Site, list[Site]], "Site | None"]  # by what a forward showed
+Fed: TypeAlias = Callable[[Site, list[Site], bool], "Site | None"]  # or LookupError; see flow.Fed
 Found: TypeAlias = dict[Site, dict[str, str]]  # the selected sites, with what each captured
 
 
@@ -225,14 +227,23 @@ class Nearest(Pattern):
         sides = {"before": self.before, "after": self.after}
         return (plain(self.pattern),), {k: plain(v) for k, v in sides.items() if v is not None}
 
-    def pairs(self, tree: Tree) -> list[tuple[Site, Site]]:
-        """(nearest, anchor) for every anchor that has one."""
+    def pairs(self, tree: Tree, whole: bool = False) -> list[tuple[Site, Site]]:
+        """(nearest, anchor) for every anchor that has one; `whole`: one that a span begins at."""
         anchors = (self.before or self.after or self.pattern).find(tree)
         found = sorted(self.pattern.find(tree), key=lambda site: site.order)
-        partner = _before if self.before is not None else _after
-        fed: Fed | None = tree.memo.get("fed") if self.before is not None else None
-        pairs = (((fed and fed(a, found)) or partner(a, found), a) for a in anchors)
+        named = isinstance(self.pattern, Address)
+        found = [site for site in found if named or not site.is_folded]
+        pairs = ((self._partner(tree, anchor, found, whole), anchor) for anchor in anchors)
         return [(near, anchor) for near, anchor in pairs if near is not None]
+
+    def _partner(self, tree: Tree, anchor: Site, found: list[Site], whole: bool) -> Site | None:
+        if self.before is None:
+            return _after(anchor, found)
+        fed: Fed | None = tree.memo.get("fed")
+        if fed:
+            with suppress(LookupError):
+                return fed(anchor, found, whole)
+        return _before(anchor, found, isinstance(self.pattern, Address))
 
     def select(self, tree: Tree) -> Found:
         near = {site for site, _ in self.pairs(tree)}
@@ -254,8 +265,10 @@ class Span(Pattern):
         return (plain(self.entry), plain(self.exit)), {}
 
     def select(self, tree: Tree) -> Found:
-        pairs = Nearest(self.entry, before=self.exit).pairs(tree)
-        return {make_span(near.entry, anchor.exit): {} for near, anchor in pairs}
+        pairs = Nearest(self.entry, before=self.exit).pairs(tree, whole=True)
+        near = {anchor: near for near, anchor in pairs}
+        anchors = self.exit.find(tree)
+        return {_from(near[site], site) if site in near else site: {} for site in anchors}
 
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         return self.find(tree).get(site)
@@ -288,8 +301,11 @@ def nearest(pattern: Where, *, before: Where | None = None, after: Where | None 
     Order is that of execution as far as the module tree shows it: where a module has as many
     direct children that match as it has branches with weights (ViT, CLIP, Llama: two norms;
     attention and FFN), the first belongs to the first, and so on, however they are registered.
-    Otherwise the last match registered before the anchor is taken. With apply(..., example=x) a
-    forward decides: the norm whose output comes to the anchor's input.
+    Otherwise the last match registered before the anchor is taken; a norm from the anchor's own
+    block only. With apply(..., example=x) a forward decides which norm it is: the one whose
+    output comes to the anchor's input without a residual sum between, if there is one.
+
+    A batch norm that is one step with the convolution before it counts where an address names it.
 
     Raises RuleError unless exactly one of `before` and `after` is given.
 
@@ -311,7 +327,8 @@ def span(entry: Where, exit: Where) -> Pattern:
     """The stretch from the input of the nearest `entry` before each `exit`, to that one's output.
 
     A part joined in parallel to `span(norm, ffn)` reads what the norm reads and adds where the
-    FFN ends: the place of AdaptFormer (Chen et al. 2022, Eq. 3).
+    FFN ends: the place of AdaptFormer (Chen et al. 2022, Eq. 3). An `exit` that has no such
+    `entry` is taken alone (a block that norms after its FFN).
 
     >>> span("**.norm2", "**.mlp")
     span("**.norm2", "**.mlp")
@@ -319,17 +336,41 @@ def span(entry: Where, exit: Where) -> Pattern:
     return Span(where(entry), where(exit))
 
 
-def _before(anchor: Site, found: list[Site]) -> Site | None:
+def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
+    """By registration. A norm of another block feeds this one by way of a residual sum only.
+
+    named  by an address: whoever names a norm means it
+    """
+    apart = False
     for holder in anchor.entry.above():
         around = _around(anchor, holder, found)
+        if apart and not named:
+            around = [site for site in around if not is_norm(site.module)]
         direct = [site for site in around if site.parent is holder]
         branches = _branches(anchor, holder, direct)
         if direct and len(direct) == len(branches):
             return direct[next(i for i, branch in enumerate(branches) if _meets(branch, anchor))]
         earlier = [site for site in around if site.order < anchor.order]
         if earlier:
-            return earlier[-1]
+            return _beside(earlier[-1], anchor) or earlier[-1]
+        apart = apart or holder.is_element
     return None
+
+
+def _beside(near: Site, anchor: Site) -> Site | None:
+    """Of a list as long as that of the anchor, the one of its number (XLM lists norms and FFNs)."""
+    if anchor.is_span or not (near.is_element and anchor.is_element):
+        return None
+    ours, theirs = (site.parent.children for site in (anchor, near) if site.parent)
+    return theirs[anchor.index] if ours is not theirs and len(ours) == len(theirs) else None
+
+
+def _from(near: Site, anchor: Site) -> Site:
+    """The span from `near` to the end of the anchor; features lie in it where the anchor's do."""
+    made = make_span(near.entry, anchor.exit)
+    if near.width and anchor.out:
+        made._shape = Shape(near.width, anchor.out, anchor.axis)
+    return made
 
 
 def _after(anchor: Site, found: list[Site]) -> Site | None:

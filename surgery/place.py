@@ -13,7 +13,7 @@ from torch import nn
 
 from .edit import Joined
 from .errors import RuleError
-from .leaf import is_norm
+from .leaf import forward_of, is_norm
 from .part import Shared
 from .rule import Rule
 from .term import show
@@ -163,7 +163,7 @@ def check_called(placed: list[Placed]) -> None:
             parent = end.parent.module if end.parent and not end.aliases else None
             if _reads_its_projection(parent) and end.steps[-1].name == "out_proj":
                 raise _unread(p, end)
-            if _forward_of(end.module) is nn.Module.forward:
+            if forward_of(end.module) is nn.Module.forward:
                 inner = f"{end.path}.*".lstrip(".")
                 raise RuleError(
                     p.rule.short,
@@ -185,9 +185,4 @@ def _unread(p: Placed, projection: Site) -> RuleError:
 
 
 def _reads_its_projection(module: nn.Module | None) -> bool:
-    return module is not None and _forward_of(module) is nn.MultiheadAttention.forward
-
-
-def _forward_of(module: nn.Module) -> object:
-    """The function that a call of the module runs."""
-    return module.__dict__.get("forward", getattr(type(module), "forward", None))
+    return module is not None and forward_of(module) is nn.MultiheadAttention.forward

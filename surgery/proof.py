@@ -5,7 +5,6 @@ No silent nothing: models read weights without calling modules, skip and detach,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import chance
 from .errors import GraftError
+from .example import call, copied
 from .graft import Graft
 from .room import Operation
 
@@ -57,26 +57,13 @@ def prove(
 def _runner(model: nn.Module, example: Any) -> Run:
     """Calls the model on a copy of the example, each time with the same random numbers."""
     restore = chance.remember()
-    example = dict(example) if isinstance(example, Mapping) else example  # as tokenizers give
 
     def run() -> Any:
-        given = pytree.tree_map(_copied, example)
+        given = copied(example)
         restore()
-        if isinstance(given, dict):
-            return model(**given)
-        return model(*given) if isinstance(given, tuple) else model(given)
+        return call(model, given)
 
     return run
-
-
-def _copied(leaf: Any) -> Any:
-    """A copy that a forward may write to: an input changed in place, a cache that grows."""
-    if isinstance(leaf, Tensor):
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    try:
-        return copy.deepcopy(leaf)
-    except (TypeError, RuntimeError):  # it cannot be copied
-        return leaf
 
 
 @contextmanager

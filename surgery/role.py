@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from .address import generalise
-from .feedforward import Leaves, feed_forwards, holders, is_element, is_spatial
-from .leaf import CONVS, is_norm, linear
+from .feedforward import Leaves, feed_forwards, holders, is_spatial
+from .leaf import CONVS, is_list, is_norm, linear
 from .pattern import Found, Pattern
 from .tree import Site, Tree
 
@@ -104,11 +104,12 @@ class _Anatomy:
 
     def _block(self, ffn: Site) -> Site:
         """The nearest container element around an FFN that also projects; else the nearest."""
-        around = [s for s in holders(ffn) if is_element(s)]
+        around = [s for s in holders(ffn) if s.is_element]
         for site in around:
             if any(s in self.rest and not _is_conv(s) for s in self.leaves.below(site)):
                 return site
-        return around[0] if around else holders(ffn)[0]
+        called = (s for s in holders(ffn) if not is_list(s.module))
+        return around[0] if around else next(called)
 
     def _attentions(self, block: Site, met: set[Site]) -> list[Site]:
         """The smallest modules that hold what else projects in a block, branch by branch.
@@ -121,7 +122,7 @@ class _Anatomy:
             own = [s for s in self.leaves.below(site) if s in self.rest]
             if not own:
                 return
-            if site in met or site is block:
+            if site in met or site is block or is_list(site.module):
                 for child in site.children:
                     visit(child)
             elif len(own) > 1 or isinstance(own[0].module, nn.MultiheadAttention):

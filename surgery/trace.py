@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -17,7 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from . import chance
 from .errors import OperationError
+from .example import call, copied
 
 
 class Value:
@@ -175,22 +176,25 @@ def trace(model: nn.Module, example: Any) -> Trace:
     Works on the meta device too. Training flags, hooks, buffers, gradients and random numbers
     are afterwards as they were. Raises whatever the model raises.
 
-    >>> model = nn.Sequential(nn.LayerNorm(8), nn.Dropout(0.1), nn.Linear(8, 16), nn.Linear(16, 8))
-    >>> found = trace(model, torch.zeros(2, 8))
+    >>> found = trace(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16)), torch.zeros(2, 8))
     >>> [op.name for op in found.ops]
-    ['layer_norm', 'dropout', 'linear', 'linear']
+    ['layer_norm', 'linear']
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise OperationError("trace", "a scripted model cannot be traced.", "Trace its source.")
     recorder = _Recorder(model)
-    args = (
-        example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-    )
-    kwargs = example if isinstance(example, dict) else {}
-    for tensor in _pick((args, kwargs), torch.Tensor):
+    example = copied(example)
+    for tensor in _pick(example, torch.Tensor):
         recorder.know(tensor, recorder.value(tensor, None))
-    with _untouched(model), recorder.watched(model), torch.no_grad(), recorder:
-        model(*args, **kwargs)
+    restore = _remember(model, recorder.handles)
+    try:
+        recorder.watch(model)
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), recorder:
+            call(model, example)
+        restore()
+    except BaseException:
+        restore()
+        raise
     return recorder.trace
 
 
@@ -204,6 +208,7 @@ class _Recorder(TorchFunctionMode):
         self.count = 0
         self.weights: dict[int, tuple[torch.Tensor, Value]] = {}
         self.known: dict[int, tuple[weakref.ref[torch.Tensor], Value]] = {}
+        self.handles: list[RemovableHandle] = []
         self.writes: dict[int, Value] = {}  # by storage, the last that was written into it
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -274,21 +279,14 @@ class _Recorder(TorchFunctionMode):
             given.uses.append(op)
         self.trace.ops.append(op)
 
-    @contextmanager
-    def watched(self, model: nn.Module) -> Iterator[None]:
-        """Keep the stack of calls, by hooks on every module that go again."""
-        handles: list[RemovableHandle] = []
-        try:
-            for module in model.modules():
-                enter = module.register_forward_pre_hook(
-                    self._enter, with_kwargs=True, prepend=True
-                )
-                leave = module.register_forward_hook(self._leave)
-                handles += [enter, leave]
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watch(self, model: nn.Module) -> None:
+        """Keep the stack of calls, by hooks on every module, which then runs in eval mode."""
+        torch.backends.mha.set_fastpath_enabled(False)  # kernels that hide what they do
+        for module in model.modules():
+            module.training = False
+            before, after = module.register_forward_pre_hook, module.register_forward_hook
+            self.handles.append(before(self._enter, with_kwargs=True, prepend=True))
+            self.handles.append(after(self._leave))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = [self.recall(tensor) for tensor in _pick((args, kwargs), torch.Tensor)]
@@ -372,30 +370,27 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode with every kernel that hides its parts switched off; then all as it was."""
+def _remember(model: nn.Module, handles: list[RemovableHandle]) -> Callable[[], None]:
+    """What a model is, as a way back to it from a forward with these hooks."""
     training = [(module, module.training) for module in model.modules()]
     held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[d for d in devices if d is not None]))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            for module, _ in training:
-                module.training = False
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for module, was in training:
-                module.training = was
-            for table, was_held in held:
-                table.clear()
-                table.update(was_held)
-            with torch.no_grad():
-                for buffer, version, kept in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(kept)
+    random = chance.remember()
+
+    def restore() -> None:
+        for handle in handles:
+            handle.remove()
+        for module, was in training:
+            module.training = was
+        for table, was_held in held:
+            table.clear()
+            table.update(was_held)
+        with torch.no_grad():
+            for buffer, version, kept in buffers:
+                if buffer._version != version:
+                    buffer.copy_(kept)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        random()
+
+    return restore

@@ -11,8 +11,9 @@ from torch import nn
 
 from .address import Step
 from .errors import RuleError
-from .leaf import Shape, shape
+from .leaf import CONVS, Shape, shape
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 ROOM = "surgery"  # the one child under which all that was added lives
 
 
@@ -49,6 +50,20 @@ class Site:
     @property
     def is_span(self) -> bool:
         return self.entry is not self.exit
+
+    @property
+    def is_element(self) -> bool:
+        """Whether it is one of those that a container lists: a block, an expert, a layer."""
+        return self.parent is not None and isinstance(self.parent.module, CONTAINERS)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether it is a batch norm right after a projection: one step with it."""
+        if not (self.parent and isinstance(self.module, nn.modules.batchnorm._NormBase)):
+            return False
+        place = self.parent.children.index(self)
+        before = self.parent.children[place - 1].module if place else None
+        return isinstance(before, (nn.Linear, *CONVS))
 
     @property
     def width(self) -> int:
@@ -202,7 +217,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _hook_tables(module: nn.Module) -> list[dict[int, Any]]:
-    return [v for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and v is not None]
+    return [
+        v for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and hasattr(v, "values")
+    ]
 
 
 def _tensor_marks(tensor: torch.Tensor) -> tuple[Any, ...]:

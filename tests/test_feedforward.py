@@ -83,6 +83,10 @@ class Biased(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(4, 49))
 
 
+class Flat(nn.Module):
+    """No parameters, no children, and yet no activation."""
+
+
 def gate(width: int = H, narrow: int = 12) -> nn.Module:
     down, up = nn.Conv2d(width, narrow, 1), nn.Conv2d(narrow, width, 1)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), down, nn.ReLU(), up, nn.Sigmoid())
@@ -139,6 +143,45 @@ FOUND = {
     ),
     "two in a block": (Block(first=pair(), second=pair()), ["first", "second"]),
     "beside a gate": (Block(se=gate(D, 4), mlp=conv_pair()), ["mlp"]),
+    "a list in a module that is called": (
+        Block(mlp=Block(None, layers=nn.ModuleList(pair()))),
+        ["mlp"],
+    ),
+    "a dict beside attention": (
+        Block(
+            attn=nn.MultiheadAttention(D, 2),
+            mlp=nn.ModuleDict({"up": nn.Linear(D, H), "act": nn.GELU(), "down": nn.Linear(H, D)}),
+        ),
+        ["mlp.(up to down)"],
+    ),
+    "several in a list": (Block(attn=pair(D, 4), ffns=experts(2)), ["ffns.0", "ffns.1"]),
+    "inline, beside inline attention": (
+        Block(
+            q=nn.Linear(D, D),
+            k=nn.Linear(D, D),
+            o=nn.Linear(D, D),
+            up=nn.Linear(D, H),
+            down=nn.Linear(H, D),
+        ),
+        ["(up to down)"],
+    ),
+    "beside an attention of low rank": (
+        Block(
+            attn=Block(
+                None,
+                q=nn.Linear(D, 8),
+                kv=nn.Linear(D, 24),
+                a=nn.Linear(D, H),
+                b=nn.Linear(H, D),
+            ),
+            mlp=pair(),
+        ),
+        ["mlp"],
+    ),
+    "beside a gate of another embedding": (
+        Block(mlp=pair(), act=nn.GELU(), gate=nn.Linear(D, 8), out=nn.Linear(8, D)),
+        ["mlp"],
+    ),
     "wrapped leaves": (
         Block(mlp=nn.Sequential(nn.Sequential(nn.Linear(D, H)), nn.Sequential(nn.Linear(H, D)))),
         ["mlp"],
@@ -165,6 +208,18 @@ REFUSED = {
         )
     ),
     "query and value": Block(attn=Block(None, query=nn.Linear(D, D), value=nn.Linear(D, D))),
+    "q, k and v after convolutions": Block(
+        attn=Block(
+            None,
+            pre=Block(None, conv=depthwise(D), flat=Flat()),
+            q=nn.Linear(D, D),
+            k=nn.Linear(D, D),
+            v=nn.Linear(D, D),
+        )
+    ),
+    "convolutions are no experts": Block(
+        units=nn.Sequential(nn.Conv1d(D, D, 3), nn.GELU(), nn.Conv1d(D, D, 3)),
+    ),
     "too narrow": Block(4, mlp=pair(4, 12)),
     "another width": Block(mlp=pair(out=24)),
 }
@@ -186,6 +241,18 @@ def _another(block: nn.Module) -> nn.Module:
     import copy
 
     return copy.deepcopy(block)
+
+
+def test_networks_listed_at_the_root_are_one_each():
+    model = Block(None, attns=experts(0), ffns=experts(3), norms=nn.ModuleList([nn.LayerNorm(D)]))
+    assert found(model) == ["ffns.0", "ffns.1", "ffns.2"]
+
+
+def test_experts_have_the_width_of_the_norms_of_their_block():
+    moe = Stacked((4, D, H), (4, H, D))
+    attn = Block(None, q_norm=nn.LayerNorm(H), q=nn.Linear(D, D), o=nn.Linear(D, D))
+    (site,) = anatomise(Tree(stack(Block(None, attn=attn, moe=moe, norm=nn.LayerNorm(D)))))["ffn"]
+    assert (site.path, site.width) == ("blocks.0.moe", D)
 
 
 def test_dense_blocks_that_happen_to_close_once_are_none():

@@ -19,6 +19,7 @@ ROOT = Path(surgery.__file__).parents[1]
 
 FLOORS = {
     "errors": 0,
+    "example": 0,
     "ops": 0,
     "leaf": 0,
     "table": 0,
