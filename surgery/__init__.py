@@ -27,8 +27,9 @@ from .operate import (
 )
 from .part import part, shared
 from .parts import QuickGELU, adapter, moa
-from .pattern import holding, inside, nearest, span, where
+from .pattern import where
 from .plan import Plan, plan
+from .relation import holding, inside, nearest, span
 from .role import attn, block, embed, ffn, head, norm, proj, qkv
 from .rule import Rule, at
 from .rulesets import rulesets

@@ -11,7 +11,7 @@ from torch import nn
 
 from .address import Step
 from .errors import RuleError
-from .leaf import CONVS, Shape, shape
+from .leaf import CONVS, Shape, is_norm, linear, shape
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 ROOM = "surgery"  # the one child under which all that was added lives
@@ -131,10 +131,14 @@ def span(entry: Site, exit: Site) -> Site:
 
 
 def _first_shape(site: Site, backwards: bool = False) -> Shape | None:
+    """That of the first leaf; a norm of another width than projections beside it is per head."""
     if found := shape(site.module):
         return found
+    beside = [known for child in site.children if (known := linear(child.module))]
+    widths = {width for known in beside for width in known[:2]}
     for child in reversed(site.children) if backwards else site.children:
-        if found := _first_shape(child, backwards):
+        found = _first_shape(child, backwards)
+        if found and not (widths and is_norm(child.module) and found.width not in widths):
             return found
     return None
 

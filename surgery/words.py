@@ -6,7 +6,7 @@ import operator
 from functools import lru_cache
 from typing import Any
 
-from . import edit, part, parts, pattern, role, rule
+from . import edit, part, parts, pattern, relation, role, rule
 
 
 @lru_cache(maxsize=1)
@@ -16,7 +16,8 @@ def words() -> dict[str, Any]:
         edit: ("parallel", "append", "prepend", "replace", "freeze", "unfreeze"),
         part: ("shared",),
         parts: ("adapter", "moa", "QuickGELU"),
-        pattern: ("where", "inside", "holding", "nearest", "span"),
+        pattern: ("where",),
+        relation: ("inside", "holding", "nearest", "span"),
         role: tuple(each.name for each in role.ROLES),
         rule: ("at",),
     }

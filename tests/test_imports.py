@@ -37,6 +37,7 @@ FLOORS = {
     "parts.adapter": 4,
     "parts.moa": 4,
     "role": 4,
+    "relation": 4,
     "room": 4,
     "edit": 4,
     "parts": 5,

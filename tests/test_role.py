@@ -363,3 +363,11 @@ def check_that_grafts_run(build, place) -> None:
 
 def test_every_role_has_a_word_of_the_public_screen():
     assert [getattr(surgery, role.name) for role in ROLES] == list(ROLES)
+
+
+def test_attention_has_the_width_of_its_projections_not_of_a_norm_per_head():
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(**models._HF, vocab_size=32, head_dim=12, num_key_value_heads=3)
+    model = Qwen3Model(config)
+    assert {site.shape for site in anatomise(Tree(model))["attn"]} == {(24, 24, -1)}

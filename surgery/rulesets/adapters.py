@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..edit import append, parallel, unfreeze
 from ..parts import QuickGELU
 from ..parts import adapter as bottleneck
-from ..pattern import span
+from ..relation import span
 from ..role import ffn, head, norm
 from ..rule import Rule, at
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..edit import parallel, unfreeze
 from ..part import shared
 from ..parts import moa
-from ..pattern import nearest
+from ..relation import nearest
 from ..role import ffn, head, norm
 from ..rule import Rule, at
 

@@ -1,0 +1,245 @@
+"""Where, by what stands around: `inside`, `holding`, `nearest` and `span` relate patterns."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from .errors import RuleError
+from .leaf import Shape, is_norm
+from .pattern import Address, Found, Pattern, Where, plain, where
+from .term import show
+from .tree import Site, Tree
+from .tree import span as make_span
+
+Fed: TypeAlias = Callable[[Site, list[Site], bool], "Site | None"]  # or LookupError; see flow.Fed
+
+
+@dataclass(frozen=True, repr=False)
+class _Around(Pattern):
+    pattern: Pattern
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (plain(self.pattern),), {}
+
+
+@dataclass(frozen=True, repr=False)
+class Inside(_Around):
+    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
+        inner = tree.memo.get((self, "inner"))
+        if inner is None:
+            inner = tree.memo[self, "inner"] = {
+                id(module)
+                for found in self.pattern.find(tree)
+                for end in (found.entry, found.exit)
+                for module in list(end.module.modules())[0 if found.is_span else 1 :]
+            }
+        return {} if id(site.entry.module) in inner and id(site.exit.module) in inner else None
+
+
+@dataclass(frozen=True, repr=False)
+class Holding(_Around):
+    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
+        if (self, "tops") not in tree.memo:
+            tree.memo[self, "tops"] = [
+                {id(found.entry.module), id(found.exit.module)} for found in self.pattern.find(tree)
+            ]
+        below = {id(m) for m in list(site.module.modules())[1:]} if not site.is_span else set()
+        return {} if any(top <= below for top in tree.memo[self, "tops"]) else None
+
+
+@dataclass(frozen=True, repr=False)
+class Nearest(Pattern):
+    pattern: Pattern
+    before: Pattern | None = field(default=None, kw_only=True)
+    after: Pattern | None = field(default=None, kw_only=True)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        sides = {"before": self.before, "after": self.after}
+        return (plain(self.pattern),), {k: plain(v) for k, v in sides.items() if v is not None}
+
+    def pairs(self, tree: Tree, whole: bool = False) -> list[tuple[Site, Site]]:
+        """(nearest, anchor) for every anchor that has one; `whole`: one that a span begins at."""
+        anchors = (self.before or self.after or self.pattern).find(tree)
+        found = sorted(self.pattern.find(tree), key=lambda site: site.order)
+        named = isinstance(self.pattern, Address)
+        found = [site for site in found if named or not site.is_folded]
+        pairs = ((self._partner(tree, anchor, found, whole), anchor) for anchor in anchors)
+        return [(near, anchor) for near, anchor in pairs if near is not None]
+
+    def _partner(self, tree: Tree, anchor: Site, found: list[Site], whole: bool) -> Site | None:
+        if self.before is None:
+            return _after(anchor, found)
+        fed: Fed | None = tree.memo.get("fed")
+        if fed:
+            with suppress(LookupError):
+                return fed(anchor, found, whole)
+        return _before(anchor, found, isinstance(self.pattern, Address))
+
+    def select(self, tree: Tree) -> Found:
+        near = {site for site, _ in self.pairs(tree)}
+        return {site: {} for site in sorted(near, key=lambda site: site.order)}
+
+    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
+        return self.find(tree).get(site)
+
+    def candidates(self, tree: Tree) -> list[Site]:
+        return list(self.find(tree))
+
+
+@dataclass(frozen=True, repr=False)
+class Span(Pattern):
+    entry: Pattern
+    exit: Pattern
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (plain(self.entry), plain(self.exit)), {}
+
+    def select(self, tree: Tree) -> Found:
+        pairs = Nearest(self.entry, before=self.exit).pairs(tree, whole=True)
+        near = {anchor: near for near, anchor in pairs}
+        anchors = self.exit.find(tree)
+        return {_from(near[site], site) if site in near else site: {} for site in anchors}
+
+    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
+        return self.find(tree).get(site)
+
+    def candidates(self, tree: Tree) -> list[Site]:
+        return list(self.find(tree))
+
+
+def inside(pattern: Where) -> Pattern:
+    """Every module strictly inside a site that `pattern` selects.
+
+    >>> inside("blocks.[0]")
+    inside("blocks.[0]")
+    """
+    return Inside(where(pattern))
+
+
+def holding(pattern: Where) -> Pattern:
+    """Every module that holds, at any depth, a site that `pattern` selects.
+
+    >>> holding("**.attn")
+    holding("**.attn")
+    """
+    return Holding(where(pattern))
+
+
+def nearest(pattern: Where, *, before: Where | None = None, after: Where | None = None) -> Pattern:
+    """For each site of `before` (or `after`), the one site of `pattern` that comes nearest it.
+
+    Order is that of execution as far as the module tree shows it: where a module has as many
+    direct children that match as it has branches with weights (ViT, CLIP, Llama: two norms;
+    attention and FFN), the first belongs to the first, and so on, however they are registered.
+    Otherwise the last match registered before the anchor is taken; a norm from the anchor's own
+    block only. With apply(..., example=x) a forward decides which norm it is: the one whose
+    output comes to the anchor's input without a residual sum between, if there is one.
+
+    A batch norm that is one step with the convolution before it counts where an address names it.
+
+    Raises RuleError unless exactly one of `before` and `after` is given.
+
+    >>> nearest("**.norm2", before="**.mlp")
+    nearest("**.norm2", before="**.mlp")
+    """
+    if (before is None) == (after is None):
+        raise RuleError(
+            f"nearest({show(plain(where(pattern)))}, ...)",
+            "it needs an anchor on one side, and one only.",
+            "Write nearest(norm, before=ffn) or nearest(norm, after=attn).",
+        )
+    if before is not None:
+        return Nearest(where(pattern), before=where(before))
+    return Nearest(where(pattern), after=where(after if after is not None else pattern))
+
+
+def span(entry: Where, exit: Where) -> Pattern:
+    """The stretch from the input of the nearest `entry` before each `exit`, to that one's output.
+
+    A part joined in parallel to `span(norm, ffn)` reads what the norm reads and adds where the
+    FFN ends: the place of AdaptFormer (Chen et al. 2022, Eq. 3). An `exit` that has no such
+    `entry` is taken alone (a block that norms after its FFN).
+
+    >>> span("**.norm2", "**.mlp")
+    span("**.norm2", "**.mlp")
+    """
+    return Span(where(entry), where(exit))
+
+
+def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
+    """By registration. A norm of another block feeds this one by way of a residual sum only.
+
+    named  by an address: whoever names a norm means it
+    """
+    apart = False
+    for holder in anchor.entry.above():
+        around = _around(anchor, holder, found)
+        if apart and not named:
+            around = [site for site in around if not is_norm(site.module)]
+        direct = [site for site in around if site.parent is holder]
+        branches = _branches(anchor, holder, direct)
+        if direct and len(direct) == len(branches):
+            return direct[next(i for i, branch in enumerate(branches) if _meets(branch, anchor))]
+        earlier = [site for site in around if site.order < anchor.order]
+        if earlier:
+            return _beside(earlier, anchor) or earlier[-1]
+        apart = apart or holder.is_element
+    return None
+
+
+def _beside(earlier: list[Site], anchor: Site) -> Site | None:
+    """Of a list as long as that of the anchor, the one of its number (XLM lists norms and FFNs)."""
+    last = earlier[-1]
+    if anchor.is_span or not (last.is_element and anchor.is_element):
+        return None
+    ours, theirs = (site.parent.children for site in (anchor, last) if site.parent)
+    if ours is theirs or len(ours) != len(theirs):
+        return None
+    return next((site for site in earlier if site is theirs[ours.index(anchor)]), None)
+
+
+def _from(near: Site, anchor: Site) -> Site:
+    """The span from `near` to the end of the anchor; features lie in it where the anchor's do."""
+    made = make_span(near.entry, anchor.exit)
+    if near.width and anchor.out:
+        made._shape = Shape(near.width, anchor.out, anchor.axis)
+    return made
+
+
+def _after(anchor: Site, found: list[Site]) -> Site | None:
+    for holder in anchor.exit.above():
+        later = [site for site in _around(anchor, holder, found) if site.order >= anchor.end]
+        if later:
+            return later[0]
+    return None
+
+
+def _around(anchor: Site, holder: Site, found: list[Site]) -> list[Site]:
+    """Those of `found` below `holder` that neither hold the anchor nor lie inside it."""
+    low = bisect_left(found, holder.order + 1, key=lambda site: site.order)
+    high = bisect_left(found, holder.end, key=lambda site: site.order)
+    return [site for site in found[low:high] if not _meets(site, anchor)]
+
+
+def _meets(site: Site, anchor: Site) -> bool:
+    return any(site.order < end.end and end.order < site.end for end in (anchor.entry, anchor.exit))
+
+
+def _branches(anchor: Site, holder: Site, direct: list[Site]) -> list[Site]:
+    """The children of `holder` that carry weight matrices; those of the anchor count as one."""
+    branches: list[Site] = []
+    for child in holder.children:
+        own = _meets(child, anchor)
+        if child in direct or not (own or _has_matrix(child)):
+            continue
+        if not (own and branches and _meets(branches[-1], anchor)):
+            branches.append(child)
+    return branches
+
+
+def _has_matrix(site: Site) -> bool:
+    return any(p.dim() > 1 for p in site.module.parameters())
