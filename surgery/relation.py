@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from .errors import RuleError
-from .leaf import Shape, is_norm
+from .leaf import Shape, is_norm, linear
 from .pattern import Address, Found, Pattern, Where, plain, where
 from .term import show
 from .tree import Site, Tree
@@ -183,7 +183,7 @@ def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
         direct = [site for site in around if site.parent is holder]
         branches = _branches(anchor, holder, direct)
         if direct and len(direct) == len(branches):
-            return direct[next(i for i, branch in enumerate(branches) if _meets(branch, anchor))]
+            return direct[branches.index(True)]
         earlier = [site for site in around if site.order < anchor.order]
         if earlier:
             return _beside(earlier, anchor) or earlier[-1]
@@ -229,15 +229,23 @@ def _meets(site: Site, anchor: Site) -> bool:
     return any(site.order < end.end and end.order < site.end for end in (anchor.entry, anchor.exit))
 
 
-def _branches(anchor: Site, holder: Site, direct: list[Site]) -> list[Site]:
-    """The children of `holder` that carry weight matrices; those of the anchor count as one."""
-    branches: list[Site] = []
+def _branches(anchor: Site, holder: Site, direct: list[Site]) -> list[bool]:
+    """For each branch of `holder` that carries weight matrices, whether it is the anchor's.
+
+    All that the anchor takes up is one branch, and so are projections that follow one another.
+    """
+    branches: list[bool] = []
+    follows = False
     for child in holder.children:
-        own = _meets(child, anchor)
-        if child in direct or not (own or _has_matrix(child)):
-            continue
-        if not (own and branches and _meets(branches[-1], anchor)):
-            branches.append(child)
+        own, single = _meets(child, anchor), linear(child.module) is not None
+        if child in direct:
+            follows = False
+        elif own or _has_matrix(child):
+            if branches and ((own and branches[-1]) or (single and follows)):
+                branches[-1] |= own
+            else:
+                branches.append(own)
+            follows = single
     return branches
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .address import generalise
-from .feedforward import Leaves, feed_forwards, holders, is_spatial
+from .feedforward import NARROWEST, Leaves, feed_forwards, holders, is_spatial
 from .leaf import CONVS, is_list, is_norm, linear
 from .pattern import Found, Pattern
 from .tree import Site, Tree
@@ -91,12 +91,16 @@ class _Anatomy:
         met = {s for f in ffns for s in (*tree.sites[f.order : f.end], *f.entry.above())}
         blocks = _unique(self._block(f) for f in ffns)
         attns = _unique(a for b in blocks for a in self._attentions(b, met))
+        aside = {s for a in attns for s in self._aside(a)}
+        for site in (*blocks, *attns):
+            site.measure(but=aside)
+        inner = [[s for s in self.leaves.below(a) if s not in aside] for a in attns]
         self.roles: dict[str, list[Site]] = {
             "ffn": ffns,
             "block": blocks,
             "attn": attns,
-            "qkv": [s for a in attns for s in self.leaves.below(a)[:-1]],
-            "proj": [s for a in attns for s in self.leaves.below(a)[1:][-1:]],
+            "qkv": [s for leaves in inner for s in leaves[:-1]],
+            "proj": [s for leaves in inner for s in leaves[1:][-1:]],
             "norm": [s for s in tree.sites if is_norm(s.module)],
             "head": self._heads(blocks),
             "embed": self._embeddings(blocks),
@@ -130,6 +134,13 @@ class _Anatomy:
 
         visit(block)
         return found
+
+    def _aside(self, attn: Site) -> list[Site]:
+        """The projections of an attention that take coordinates, no features (Swin V2, ConViT)."""
+        leaves = self.leaves.below(attn)
+        narrow = {s for s in leaves if (found := linear(s.module)) and found.width < NARROWEST}
+        small = {s.parent for s in narrow} - {attn}
+        return [s for s in leaves if s in narrow or s.parent in small]
 
     def _heads(self, blocks: list[Site]) -> list[Site]:
         """The outermost modules after the last block that project to another width than its own."""

@@ -4,42 +4,55 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from .account import count, summary
 from .address import generalise
+from .flow import Fed
 from .operate import Routing, _operated
 from .plan import check_operable
-from .role import ROLES, anatomise, instead_of_ffns, stages
+from .relation import Nearest
+from .role import ROLES, anatomise, attn, ffn, instead_of_ffns, norm, stages
 from .room import room_of
 from .table import Table
 from .tree import Site, Tree
 
+ASK = "by order; anatomy(model, example) runs a forward to see"
 
-def anatomy(model: nn.Module) -> Table:
+
+def anatomy(model: nn.Module, example: Any = None) -> Table:
     """What a model is made of: for each role its addresses, widths, feature axis, blocks, stage.
 
-    Roles are found by structure in the module tree; nothing is run. Blocks are counted from 0; a
-    stage ends where the width changes or the container does.
+    Roles are found by structure in the module tree, and nothing is run. Which norm feeds what is
+    read off a forward on `example` (a tensor, tuple or dict of inputs) where there is one. Blocks
+    are counted from 0; a stage ends where the width changes or the container does.
 
-    >>> print(anatomy(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2)))
+    >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, norm_first=True), 2)
+    >>> print(anatomy(model))
     Anatomy of TransformerEncoder
-    role   address                        sites  features  axis  blocks  stage
+    role   address                        sites  features  axis  blocks  stage  feeds
     block  layers.*                           2  16        last  0 to 1  0
-    norm   layers.*.norm1                     2  16        last  0 to 1  0
-    norm   layers.*.norm2                     2  16        last  0 to 1  0
+    norm   layers.*.norm1                     2  16        last  0 to 1  0      attn
+    norm   layers.*.norm2                     2  16        last  0 to 1  0      ffn
     attn   layers.*.self_attn                 2  16        last  0 to 1  0
     ffn    layers.*.(linear1 to linear2)      2  16        last  0 to 1  0
+    what feeds what: by order; anatomy(model, example) runs a forward to see
     """
     check_operable(model)
-    tree = Tree(model)
+    tree, fed = Tree(model), Fed(model, example)
+    if example is not None:
+        tree.memo["fed"] = fed
     rows: list[tuple[object, ...]] = []
+    roles, feeds = anatomise(tree), _feeds(tree)
     for role in ROLES:
-        rows += [(role.name, *row) for row in _grouped(anatomise(tree)[role.name], tree)]
-    ffns = anatomise(tree)["ffn"]
-    notes = [] if ffns else [f"no feed-forward network was found: {instead_of_ffns(tree)}"]
-    columns = ("role", "address", "sites", "features", "axis", "blocks", "stage")
+        rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]
+    told = "by a forward" if fed.asked else ASK
+    notes = [f"what feeds what: {told}"] if feeds else []
+    if not roles["ffn"]:
+        notes.append(f"no feed-forward network was found: {instead_of_ffns(tree)}")
+    columns = ("role", "address", "sites", "features", "axis", "blocks", "stage", "feeds")
     return Table(f"Anatomy of {type(model).__name__}", columns, rows, notes)
 
 
@@ -99,20 +112,31 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
     return Path(path)
 
 
-def _grouped(sites: list[Site], tree: Tree) -> list[tuple[object, ...]]:
+def _feeds(tree: Tree) -> dict[Site, str]:
+    """Which norms feed attention, which a feed-forward network."""
+    found: dict[Site, str] = {}
+    for role in (attn, ffn):
+        for near, _ in Nearest(norm, before=role).pairs(tree):
+            words = [found[near]] if near in found and found[near] != role.name else []
+            found[near] = ", ".join([*words, role.name])
+    return found
+
+
+def _grouped(sites: list[Site], tree: Tree, feeds: dict[Site, str]) -> list[tuple[object, ...]]:
     """A row for each address, width, axis and stage, with how many sites, in which blocks."""
     blocks, stage = anatomise(tree)["block"], stages(tree)
-    grouped: dict[tuple[str, str, str, str], list[int]] = {}
+    grouped: dict[tuple[str, str, str, str, str], list[int]] = {}
     for site in sites:
         width, out, axis = site.shape
         features = f"{width}" if width == out else f"{width} to {out}"
         inside = [i for i, b in enumerate(blocks) if b.order <= site.order and site.end <= b.end]
         where = str(stage[inside[-1]]) if inside else ""
-        key = (generalise(site.path), features, "last" if axis == -1 else str(axis), where)
+        lies = "last" if axis == -1 else str(axis)
+        key = (generalise(site.path), features, lies, where, feeds.get(site, ""))
         grouped.setdefault(key, []).append(inside[-1] if inside else -1)
     return [
-        (address, len(found), features, axis, _range(found), where)
-        for (address, features, axis, where), found in grouped.items()
+        (address, len(found), features, axis, _range(found), where, feeds)
+        for (address, features, axis, where, feeds), found in grouped.items()
     ]
 
 

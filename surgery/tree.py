@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -90,12 +90,16 @@ class Site:
     def shape(self) -> Shape:
         """(width, out, axis), read off the first and the last leaf that fix them."""
         if self._shape is None:
-            first = _first_shape(self.entry)
-            last = _first_shape(self.exit, backwards=True)
-            self._shape = Shape(
-                first.width if first else 0, last.out if last else 0, first.axis if first else -1
-            )
-        return self._shape
+            self.measure()
+        return self._shape or Shape(0, 0, -1)
+
+    def measure(self, but: Collection[Site] = ()) -> None:
+        """Read the shape off the first and the last leaf that fix it, leaving some of them out."""
+        first = _first_shape(self.entry, but)
+        last = _first_shape(self.exit, but, backwards=True)
+        self._shape = Shape(
+            first.width if first else 0, last.out if last else 0, first.axis if first else -1
+        )
 
     def seen(self, *, shape: Shape, captures: dict[str, str] | None = None) -> Site:
         """The same site as one edit sees it: with the widths that its part meets."""
@@ -130,14 +134,16 @@ def span(entry: Site, exit: Site) -> Site:
     return site
 
 
-def _first_shape(site: Site, backwards: bool = False) -> Shape | None:
+def _first_shape(site: Site, but: Collection[Site], backwards: bool = False) -> Shape | None:
     """That of the first leaf; a norm of another width than projections beside it is per head."""
+    if site in but:
+        return None
     if found := shape(site.module):
         return found
     beside = [known for child in site.children if (known := linear(child.module))]
     widths = {width for known in beside for width in known[:2]}
     for child in reversed(site.children) if backwards else site.children:
-        found = _first_shape(child, backwards)
+        found = _first_shape(child, but, backwards)
         if found and not (widths and is_norm(child.module) and found.width not in widths):
             return found
     return None

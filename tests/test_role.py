@@ -371,3 +371,37 @@ def test_attention_has_the_width_of_its_projections_not_of_a_norm_per_head():
     config = Qwen3Config(**models._HF, vocab_size=32, head_dim=12, num_key_value_heads=3)
     model = Qwen3Model(config)
     assert {site.shape for site in anatomise(Tree(model))["attn"]} == {(24, 24, -1)}
+
+
+def opt() -> nn.Module:
+    from transformers import OPTConfig, OPTModel
+
+    names = {"ffn_dim": 64, "word_embed_proj_dim": 24, "max_position_embeddings": 32}
+    config = {k: v for k, v in models._HF.items() if k != "intermediate_size"}
+    return OPTModel(OPTConfig(**config, **names, vocab_size=32)).eval()
+
+
+def test_projections_that_follow_one_another_are_one_branch():
+    """OPT registers attention, its norm, fc1, fc2 and their norm, in this order."""
+    norms = {s.path for s in nearest(norm, before=attn).find(Tree(opt()))}
+    assert norms == {f"decoder.layers.{i}.self_attn_layer_norm" for i in range(3)}
+
+
+def test_what_takes_coordinates_is_no_projection_of_features():
+    with torch.device("meta"):
+        tree = Tree(timm.create_model("swinv2_tiny_window8_256"))
+    roles = anatomise(tree)
+    assert {generalise(s.path) for s in roles["qkv"]} == {"layers.*.blocks.*.attn.qkv"}
+    assert {s.shape[:2] for s in roles["attn"]} == {(d, d) for d in (96, 192, 384, 768)}
+    assert {s.shape[:2] for s in roles["block"]} == {(d, d) for d in (96, 192, 384, 768)}
+
+
+def test_anatomy_says_which_norm_feeds_what_and_how_it_knows():
+    lines = str(surgery.anatomy(models.encoder())).splitlines()
+    assert lines[-1] == "what feeds what: by order; anatomy(model, example) runs a forward to see"
+    model = models.encoder().eval()
+    lines = str(surgery.anatomy(model, torch.randn(2, 5, 24))).splitlines()
+    feeds = [(line.split()[1], line.split()[-1]) for line in lines if line.startswith("norm")]
+    assert ("layers.*.norm1", "ffn") in feeds
+    assert ("layers.0.norm2", "attn") in feeds or ("layers.*.norm2", "attn") in feeds  # of the next
+    assert lines[-1] == "what feeds what: by a forward"
