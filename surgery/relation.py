@@ -187,6 +187,8 @@ def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
         earlier = [site for site in around if site.order < anchor.order]
         if earlier:
             return _beside(earlier, anchor) or earlier[-1]
+        if len(direct) == 1:  # of all branches, which run side by side (Cohere)
+            return direct[0]
         apart = apart or holder.is_element
     return None
 

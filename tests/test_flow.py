@@ -296,3 +296,25 @@ def test_a_mixture_that_gives_its_tokens_in_a_row():
     part = next(p for p in model.surgery.modules() if isinstance(p, surgery.parts.Adapter))
     nn.init.normal_(part.up.weight)
     torch.testing.assert_close(model(TOKENS), base + part(TOKENS).flatten(0, 1))
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(2, D, 4, 4)])
+def test_a_model_whose_networks_no_norm_feeds_is_operated_too(example):
+    model = surgery.apply(Blocks(Convolved()).eval(), "adapterx_ffn", example=example)
+    sites = [row[0] for row in surgery.report(model).rows]
+    assert sites == ["blocks.*.mlp", "nothing (optional)", "nothing (optional)"]
+
+
+def test_one_norm_of_branches_side_by_side_feeds_them_all_wherever_it_is_registered():
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.mlp, self.norm = nn.Linear(D, D), Mlp(), nn.LayerNorm(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return x + self.attn(y) + self.mlp(y)
+
+    for example in (None, TOKENS):
+        assert paths(Blocks(Parallel()), nearest(norm, before=ffn), example) == ["norm"]
+        assert paths(Blocks(Parallel()), span(norm, ffn), example) == ["(norm to mlp)"]

@@ -21,6 +21,6 @@ def adapterx_ffn() -> list[Rule]:
     experts = moa(experts=4, rank=64, heads=3, dropout=0.1, fit=True)
     return [
         at(ffn, parallel(shared(experts), scale=0.1)),
-        at(nearest(norm, before=ffn), unfreeze),
+        at(nearest(norm, before=ffn), unfreeze, optional=True),  # LeViT, Swin V2 have none
         at(head, unfreeze, optional=True),
     ]
