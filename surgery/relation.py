@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .errors import RuleError
 from .leaf import Shape, is_norm, linear
@@ -100,7 +100,7 @@ class Span(Pattern):
 
     def select(self, tree: Tree) -> Found:
         pairs = Nearest(self.entry, before=self.exit).pairs(tree, whole=True)
-        near = {anchor: near for near, anchor in pairs}
+        near = {b: a for a, b in pairs if _is_alike(a, b) or not is_norm(a.module)}
         anchors = self.exit.find(tree)
         return {_from(near[site], site) if site in near else site: {} for site in anchors}
 
@@ -134,10 +134,11 @@ def nearest(pattern: Where, *, before: Where | None = None, after: Where | None 
 
     Order is that of execution as far as the module tree shows it: where a module has as many
     direct children that match as it has branches with weights (ViT, CLIP, Llama: two norms;
-    attention and FFN), the first belongs to the first, and so on, however they are registered.
-    Otherwise the last match registered before the anchor is taken; a norm from the anchor's own
-    block only. With apply(..., example=x) a forward decides which norm it is: the one whose
-    output comes to the anchor's input without a residual sum between, if there is one.
+    attention and FFN), or branches that hold no match themselves (ESM), the first belongs to the
+    first, and so on, however they are registered. Otherwise the last match registered before the
+    anchor is taken; of norms only one of the anchor's block and width. With apply(..., example=x)
+    a forward decides which norm it is: the one whose output comes to the anchor's input without
+    a residual sum between, if there is one.
 
     A batch norm that is one step with the convolution before it counts where an address names it.
 
@@ -178,12 +179,13 @@ def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
     apart = False
     for holder in anchor.entry.above():
         around = _around(anchor, holder, found)
-        if apart and not named:
-            around = [site for site in around if not is_norm(site.module)]
+        if not named:
+            around = [s for s in around if not is_norm(s.module) or _fits(s, anchor, holder, apart)]
         direct = [site for site in around if site.parent is holder]
-        branches = _branches(anchor, holder, direct)
-        if direct and len(direct) == len(branches):
-            return direct[branches.index(True)]
+        branches = _branches(anchor, holder, around)
+        for likely in (branches, [branch for branch in branches if not branch.normed]):
+            if direct and len(direct) == len(likely) and any(branch.own for branch in likely):
+                return direct[[branch.own for branch in likely].index(True)]
         earlier = [site for site in around if site.order < anchor.order]
         if earlier:
             return _beside(earlier, anchor) or earlier[-1]
@@ -191,6 +193,16 @@ def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
             return direct[0]
         apart = apart or holder.is_element
     return None
+
+
+def _fits(norm: Site, anchor: Site, holder: Site, apart: bool) -> bool:
+    """Whether a norm may feed an anchor: of its block, and not one per head inside attention."""
+    return not apart and (norm.parent is holder or _is_alike(norm, anchor))
+
+
+def _is_alike(norm: Site, anchor: Site) -> bool:
+    """Whether both are of one width, as far as both are known."""
+    return norm.width == anchor.width or 0 in (norm.width, anchor.width)
 
 
 def _beside(earlier: list[Site], anchor: Site) -> Site | None:
@@ -231,22 +243,30 @@ def _meets(site: Site, anchor: Site) -> bool:
     return any(site.order < end.end and end.order < site.end for end in (anchor.entry, anchor.exit))
 
 
-def _branches(anchor: Site, holder: Site, direct: list[Site]) -> list[bool]:
-    """For each branch of `holder` that carries weight matrices, whether it is the anchor's.
+class _Branch(NamedTuple):
+    """Children of a module that carry weight matrices, and run as one.
 
-    All that the anchor takes up is one branch, and so are projections that follow one another.
+    own     whether the anchor lies there
+    normed  whether it has what we look for inside
     """
-    branches: list[bool] = []
+
+    own: bool
+    normed: bool
+
+
+def _branches(anchor: Site, holder: Site, around: list[Site]) -> list[_Branch]:
+    """The branches of `holder`: all of the anchor is one, and projections in a row are one."""
+    branches: list[_Branch] = []
     follows = False
     for child in holder.children:
         own, single = _meets(child, anchor), linear(child.module) is not None
-        if child in direct:
+        if child in around:
             follows = False
         elif own or _has_matrix(child):
-            if branches and ((own and branches[-1]) or (single and follows)):
-                branches[-1] |= own
-            else:
-                branches.append(own)
+            made = _Branch(own, any(child.order < site.order < child.end for site in around))
+            if branches and ((own and branches[-1].own) or (single and follows)):
+                made = _Branch(*map(max, branches.pop(), made))
+            branches.append(made)
             follows = single
     return branches
 

@@ -318,3 +318,50 @@ def test_one_norm_of_branches_side_by_side_feeds_them_all_wherever_it_is_registe
     for example in (None, TOKENS):
         assert paths(Blocks(Parallel()), nearest(norm, before=ffn), example) == ["norm"]
         assert paths(Blocks(Parallel()), span(norm, ffn), example) == ["(norm to mlp)"]
+
+
+class Esm(nn.Module):
+    """Attention with a norm of its own, the norm before the network beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"q": nn.Linear(D, D), "norm": nn.LayerNorm(D)})
+        self.up, self.down, self.norm = nn.Linear(D, 2 * D), nn.Linear(2 * D, D), nn.LayerNorm(D)
+
+
+class PerHead(nn.Module):
+    """Attention with a norm per head, and norms around each branch that order cannot tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"q": nn.Linear(D, D), "norm": nn.LayerNorm(D // 2)})
+        self.mlp, self.a, self.b = Mlp(), nn.LayerNorm(D), nn.LayerNorm(D)
+        self.c, self.d = nn.LayerNorm(D), nn.LayerNorm(D)
+
+
+@pytest.mark.parametrize(("kind", "near"), [(Esm, ["norm"]), (PerHead, [])])
+def test_a_norm_inside_another_branch_is_that_branchs_own(kind, near):
+    tree = Tree(Blocks(kind()))
+    found = [site.path for site in nearest(norm, before=ffn).find(tree)]
+    assert found == [f"blocks.0.{name}" for name in near]
+
+
+class Mixer(nn.Module):
+    """A network over tokens, which are in the place of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.tokens = nn.LayerNorm(D), Mlp(10)
+        self.norm2, self.mlp = nn.LayerNorm(D), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(2, 10, D)])
+def test_a_network_over_tokens_has_a_norm_but_no_span_from_it(example):
+    model = Blocks(Mixer()).eval()
+    assert paths(model, nearest(norm, before=ffn), example) == ["norm1", "norm2"]
+    assert paths(model, span(norm, ffn), example) == ["tokens", "(norm2 to mlp)"]
+    surgery.apply(model, "adaptformer", example=torch.randn(2, 10, D))
