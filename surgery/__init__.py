@@ -30,7 +30,7 @@ from .parts import QuickGELU, adapter, moa
 from .pattern import where
 from .plan import Plan, plan
 from .relation import holding, inside, nearest, span
-from .role import attn, block, embed, ffn, head, norm, proj, qkv
+from .role import attn, block, embed, ffn, head, key, norm, proj, qkv, query, value
 from .rule import Rule, at
 from .rulesets import rulesets
 from .show import anatomy, draw_loads, report
@@ -43,8 +43,8 @@ __all__ = [
     "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
     "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError",
     "adapter", "anatomy", "append", "apply", "at", "attn", "balance_loss", "block", "disabled",
-    "draw_loads", "embed", "ffn", "fingerprint", "freeze", "head", "holding", "inside", "load",
-    "load_state_dict", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part", "parts",
-    "plan", "prepend", "proj", "qkv", "replace", "report", "revert", "routing", "rulesets", "save",
-    "shared", "span", "state_dict", "unfreeze", "where",
+    "draw_loads", "embed", "ffn", "fingerprint", "freeze", "head", "holding", "inside", "key",
+    "load", "load_state_dict", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part",
+    "parts", "plan", "prepend", "proj", "qkv", "query", "replace", "report", "revert", "routing",
+    "rulesets", "save", "shared", "span", "state_dict", "unfreeze", "value", "where",
 ]  # fmt: skip

@@ -1,8 +1,11 @@
-"""Which norm feeds a place, read off a forward: the module tree does not tell what runs first."""
+"""What feeds what, read off a forward: the norm before a place, queries, keys and values.
+
+The module tree tells neither: it keeps the order in which modules were made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +16,13 @@ from .trace import SUMS, Op, Trace, Value, is_cheap, names, upstream
 from .trace import trace as run
 from .tree import Site
 
+OPERANDS = ("query", "key", "value")
+PRODUCTS = names("matmul bmm baddbmm einsum")
 NORMS = names("layer_norm rms_norm batch_norm group_norm instance_norm")
 
 
 class Fed:
-    """Tells which norm feeds a site, as one forward of the model on `example` shows it.
+    """Tells what feeds a site, as one forward of the model on `example` shows it.
 
     The forward is run when first asked; `asked` says whether it was.
     """
@@ -58,6 +63,66 @@ class Fed:
             _sizes(value) for c in self.trace.calls_of(site.exit.module) for value in c.made[:1]
         }
         return bool(given & made)
+
+    def operands(self, attns: Sequence[Site], projections: Sequence[Site]) -> dict[Site, set[str]]:
+        """Which of the projections make the query, the key and the value of each attention."""
+        made = {id(site.module): site for site in projections}
+        modules = {id(site.module) for site in attns}
+        found: dict[Site, set[str]] = {}
+        for op in self.trace.ops:
+            if any(id(call.module) in modules for call in op.stack()):
+                for word, value in _operands(op):
+                    for module in _makers(value, made):
+                        found.setdefault(made[module], set()).add(word)
+        return found
+
+
+def _operands(op: Op) -> Iterator[tuple[str, Value]]:
+    """The query, key and value of an attention: of a kernel, or those around a softmax."""
+    if op.name == "scaled_dot_product_attention":
+        yield from zip(OPERANDS, op.given[:3], strict=True)
+    elif op.name == "softmax":
+        before = (v.op for v in upstream(op.features, _is_pointwise) if v.op)
+        scores = next((each for each in before if _is_product(each)), None)
+        weighed = next((use for use in _uses(op.made[0]) if _is_product(use)), None)
+        if scores and weighed:
+            weights = {v for v in weighed.features if _comes_from(v, op)}
+            rest = [v for v in weighed.features if v not in weights]
+            yield from zip(OPERANDS, [*scores.features[-2:], *rest[:1]], strict=False)
+
+
+def _makers(value: Value, made: dict[int, Site]) -> Iterator[int]:
+    """The projections nearest upstream of a value: through norms, rotations, heads side by side."""
+
+    def owner(op: Op) -> int | None:
+        weights = (weight for given in op.given for weight in given.weights or ())
+        return next((id(w.owner(op)) for w in weights if id(w.owner(op)) in made), None)
+
+    for step in upstream([value], lambda op: owner(op) is None and not _is_product(op)):
+        if step.op and (module := owner(step.op)):
+            yield module
+
+
+def _is_product(op: Op) -> bool:
+    """Whether it multiplies features with features as matrices."""
+    return op.name in PRODUCTS and len(op.features) > 1
+
+
+def _is_pointwise(op: Op) -> bool:
+    return not _is_product(op) and op.name != "softmax"
+
+
+def _uses(value: Value) -> Iterator[Op]:
+    """What reads a value, or what becomes of it by cheap operations."""
+    queue = [value]
+    for value in queue:
+        for op in value.uses:
+            yield op
+            queue += op.made if is_cheap(op) else []
+
+
+def _comes_from(value: Value, op: Op) -> bool:
+    return any(step.op is op for step in upstream([value], lambda o: o is not op and is_cheap(o)))
 
 
 def _sizes(value: Value) -> tuple[int, ...]:

@@ -100,7 +100,8 @@ class Span(Pattern):
 
     def select(self, tree: Tree) -> Found:
         pairs = Nearest(self.entry, before=self.exit).pairs(tree, whole=True)
-        near = {b: a for a, b in pairs if _is_alike(a, b) or not is_norm(a.module)}
+        named = isinstance(self.entry, Address)
+        near = {b: a for a, b in pairs if named or _is_alike(a, b) or not is_norm(a.module)}
         anchors = self.exit.find(tree)
         return {_from(near[site], site) if site in near else site: {} for site in anchors}
 

@@ -6,6 +6,7 @@ repeated module that holds them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 from torch import nn
 
 from .address import generalise
+from .errors import RuleError
 from .feedforward import NARROWEST, Leaves, feed_forwards, holders, is_spatial
+from .flow import OPERANDS, Fed
 from .leaf import CONVS, is_list, is_norm, linear
 from .pattern import Found, Pattern
 from .tree import Site, Tree
@@ -42,14 +45,39 @@ class Role(Pattern):
         return list(self.find(tree))
 
 
+@dataclass(frozen=True, repr=False)
+class Operand(Role):
+    """A projection that makes the query, the key or the value of attention, and nothing else."""
+
+    def select(self, tree: Tree) -> Found:
+        fed: Fed | None = tree.memo.get("fed")
+        if fed is None:
+            raise RuleError(
+                f"at({self.name}, ...)",
+                "the module tree does not tell queries, keys and values apart.",
+                "Give apply(..., example=inputs), and a forward tells; or use an address, or qkv.",
+            )
+        return {site: {} for site, made in operands(tree, fed).items() if made == {self.name}}
+
+
 block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))
 norm, embed, head = map(Role, ("norm", "embed", "head"))
+MADE = query, key, value = tuple(map(Operand, OPERANDS))
 ROLES = (embed, block, norm, attn, qkv, proj, ffn, head)
 
 
 def anatomise(tree: Tree) -> dict[str, list[Site]]:
     """The sites of every role, in the order of the walk; worked out once for a tree."""
     return _anatomy(tree).roles
+
+
+def operands(tree: Tree, fed: Fed) -> dict[Site, set[str]]:
+    """What each projection of an attention makes, as a forward tells: query, key, value, or all."""
+    roles = anatomise(tree)
+    if "operands" not in tree.memo:
+        tree.memo["operands"] = fed.operands(roles["attn"], roles["qkv"])
+    made: dict[Site, set[str]] = tree.memo["operands"]
+    return {site: made[site] for site in roles["qkv"] if site in made}
 
 
 def instead_of_ffns(tree: Tree) -> str:
@@ -94,13 +122,14 @@ class _Anatomy:
         aside = {s for a in attns for s in self._aside(a)}
         for site in (*blocks, *attns):
             site.measure(but=aside)
-        inner = [[s for s in self.leaves.below(a) if s not in aside] for a in attns]
+        projections = [[s for s in self.leaves.below(a) if s not in aside] for a in attns]
+        last = [self._last(a, made) for a, made in zip(attns, projections, strict=True)]
         self.roles: dict[str, list[Site]] = {
             "ffn": ffns,
             "block": blocks,
             "attn": attns,
-            "qkv": [s for leaves in inner for s in leaves[:-1]],
-            "proj": [s for leaves in inner for s in leaves[1:][-1:]],
+            "qkv": [s for made in projections for s in made if s not in last],
+            "proj": [s for s in last if not isinstance(s.module, nn.MultiheadAttention)],
             "norm": [s for s in tree.sites if is_norm(s.module)],
             "head": self._heads(blocks),
             "embed": self._embeddings(blocks),
@@ -134,6 +163,16 @@ class _Anatomy:
 
         visit(block)
         return found
+
+    def _last(self, attn: Site, projections: list[Site]) -> Site:
+        """The output projection: the last that gives as many features as the FFN beside it takes.
+
+        (Phi-3 registers it first.)
+        """
+        ffns = self.found.sites
+        near = ffns[min(bisect_left(ffns, attn.order, key=lambda f: f.order), len(ffns) - 1)]
+        ends = [s for s in projections if s.out == near.width]
+        return (ends or projections or self.leaves.below(attn))[-1]
 
     def _aside(self, attn: Site) -> list[Site]:
         """The projections of an attention that take coordinates, no features (Swin V2, ConViT)."""

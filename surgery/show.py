@@ -10,11 +10,11 @@ from torch import nn
 
 from .account import count, summary
 from .address import generalise
-from .flow import Fed
+from .flow import OPERANDS, Fed
 from .operate import Routing, _operated
 from .plan import check_operable
 from .relation import Nearest
-from .role import ROLES, anatomise, attn, ffn, instead_of_ffns, norm, stages
+from .role import ROLES, anatomise, attn, ffn, instead_of_ffns, norm, operands, stages
 from .room import room_of
 from .table import Table
 from .tree import Site, Tree
@@ -25,9 +25,10 @@ ASK = "by order; anatomy(model, example) runs a forward to see"
 def anatomy(model: nn.Module, example: Any = None) -> Table:
     """What a model is made of: for each role its addresses, widths, feature axis, blocks, stage.
 
-    Roles are found by structure in the module tree, and nothing is run. Which norm feeds what is
-    read off a forward on `example` (a tensor, tuple or dict of inputs) where there is one. Blocks
-    are counted from 0; a stage ends where the width changes or the container does.
+    Roles are found by structure in the module tree, and nothing is run. Which norm feeds what, and
+    which projection makes the query, key and value, is read off a forward on `example` (a tensor,
+    tuple or dict of inputs) where there is one. Blocks are counted from 0; a stage ends where the
+    width changes or the container does.
 
     >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, norm_first=True), 2)
     >>> print(anatomy(model))
@@ -46,6 +47,9 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
         tree.memo["fed"] = fed
     rows: list[tuple[object, ...]] = []
     roles, feeds = anatomise(tree), _feeds(tree)
+    if example is not None:
+        made = operands(tree, fed).items()
+        feeds |= {site: ", ".join(w for w in OPERANDS if w in words) for site, words in made}
     for role in ROLES:
         rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]
     told = "by a forward" if fed.asked else ASK

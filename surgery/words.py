@@ -18,7 +18,7 @@ def words() -> dict[str, Any]:
         parts: ("adapter", "moa", "QuickGELU"),
         pattern: ("where",),
         relation: ("inside", "holding", "nearest", "span"),
-        role: tuple(each.name for each in role.ROLES),
+        role: tuple(each.name for each in (*role.ROLES, *role.MADE)),
         rule: ("at",),
     }
     signs = {"&": operator.and_, "|": operator.or_, "~": operator.invert}

@@ -7,7 +7,22 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import GraftError, MatchError, adapter, append, at, ffn, nearest, norm, parallel, span
+from surgery import (
+    GraftError,
+    MatchError,
+    RuleError,
+    adapter,
+    append,
+    at,
+    ffn,
+    key,
+    nearest,
+    norm,
+    parallel,
+    query,
+    span,
+    value,
+)
 from surgery.errors import SurgeryError
 from surgery.pattern import Where, where
 from surgery.plan import plan
@@ -365,3 +380,68 @@ def test_a_network_over_tokens_has_a_norm_but_no_span_from_it(example):
     assert paths(model, nearest(norm, before=ffn), example) == ["norm1", "norm2"]
     assert paths(model, span(norm, ffn), example) == ["tokens", "(norm2 to mlp)"]
     surgery.apply(model, "adaptformer", example=torch.randn(2, 10, D))
+
+
+# query, key, value -----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Registered in another order than q, k, v; the key is normed and turned."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one, self.two, self.three = (nn.Linear(D, D) for _ in range(3))
+        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.three(x), self.norm(self.one(x)), self.two(x)
+        k = torch.cat([-k[..., D // 2 :], k[..., : D // 2]], -1) * torch.linspace(0, 1, D) + k
+        if self.how == "kernel":
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+        scores = (q @ k.transpose(-1, -2)) / D**0.5 + torch.zeros(5, 5)
+        weights = nn.functional.dropout(scores.softmax(-1), 0.1, self.training)
+        return self.out(weights @ v)
+
+
+class Attends(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.attn, self.norm, self.mlp = Attention(how), nn.LayerNorm(D), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("how", ["kernel", "softmax"])
+def test_a_forward_tells_queries_keys_and_values_apart(how):
+    model = Blocks(Attends(how)).eval()
+    for role, name in ((query, "three"), (key, "one"), (value, "two")):
+        assert paths(model, role, TOKENS) == [f"attn.{name}"]
+    assert paths(model, query | value, TOKENS) == ["attn.two", "attn.three"]
+    lines = str(surgery.anatomy(model, TOKENS)).splitlines()
+    feeds = {line.split()[1]: line.split()[-1] for line in lines if line.startswith("qkv")}
+    assert feeds == {
+        "blocks.*.attn.one": "key",
+        "blocks.*.attn.two": "value",
+        "blocks.*.attn.three": "query",
+    }
+
+
+def test_one_projection_that_makes_all_three_is_none_of_them():
+    model, x = models.tiny_vit(), models.images()
+    with pytest.raises(MatchError):
+        paths(model, query, x)
+    assert "query, key, value" in str(surgery.anatomy(model, x))
+
+
+def test_without_a_forward_queries_are_not_guessed(tmp_path):
+    model = Blocks(Attends("kernel")).eval()
+    with pytest.raises(RuleError, match=r"(?s)at\(query, \.\.\.\).*example=inputs"):
+        paths(model, query)
+    surgery.apply(model, at(query | value, append(adapter(rank=2))), example=TOKENS)
+    surgery.save(model, tmp_path / "a.safetensors")
+    again = Blocks(Attends("kernel")).eval()
+    surgery.load(again, tmp_path / "a.safetensors", example=TOKENS)
+    assert str(surgery.report(again)) == str(surgery.report(model))

@@ -405,3 +405,11 @@ def test_anatomy_says_which_norm_feeds_what_and_how_it_knows():
     assert ("layers.*.norm1", "ffn") in feeds
     assert ("layers.0.norm2", "attn") in feeds or ("layers.*.norm2", "attn") in feeds  # of the next
     assert lines[-1] == "what feeds what: by a forward"
+
+
+def test_the_output_projection_is_told_by_its_width_wherever_it_is_registered():
+    from transformers import Phi3Config, Phi3Model
+
+    roles = anatomise(Tree(Phi3Model(Phi3Config(**models._HF, vocab_size=32, pad_token_id=0))))
+    assert {generalise(s.path) for s in roles["proj"]} == {"layers.*.self_attn.o_proj"}
+    assert {generalise(s.path) for s in roles["qkv"]} == {"layers.*.self_attn.qkv_proj"}
