@@ -170,7 +170,8 @@ def _is_harmless(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention) or "pool" in kind or "softmax" in kind:
         return False
     if isinstance(module, CONVS):
-        return module.groups == module.in_channels == module.out_channels
+        still = set(module.stride) == {1}
+        return still and module.groups == module.in_channels == module.out_channels
     return linear(module) is None and _has_vectors(module)
 
 
@@ -208,7 +209,8 @@ def _experts(site: Site, own: list[Site]) -> Site | None:
     """A module with two or three stacks of matrices [experts, ., .], and routers at most."""
     stacks = [(s, found) for s in (site, *site.below()) for found in experts(s.module)]
     shapes = [found for _, found in stacks]
-    if not 2 <= len(shapes) <= 3 or len({n for n, _, _ in shapes}) > 1:
+    together = len({s for s, _ in stacks}) == 1  # then some experts may be none (LongCat)
+    if not 2 <= len(shapes) <= 3 or (len({n for n, _, _ in shapes}) > 1 and not together):
         return None
     routers = [linear(s.module) for s in own]
     widths = _expert_widths(shapes)

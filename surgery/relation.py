@@ -192,6 +192,8 @@ def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
             return _beside(earlier, anchor) or earlier[-1]
         if len(direct) == 1:  # of all branches, which run side by side (Cohere)
             return direct[0]
+        if len(direct) == len(branches) + 1:  # the last norms the block's output (Conformer)
+            return direct[[branch.own for branch in branches].index(True)]
         apart = apart or holder.is_element
     return None
 

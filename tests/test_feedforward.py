@@ -128,6 +128,10 @@ FOUND = {
         Block(moe=Block(None, router=nn.Linear(D, 4), experts=Stacked((4, D, H), (4, H, D)))),
         ["moe"],
     ),
+    "stacked experts, some of them none": (
+        Block(moe=Block(None, router=nn.Linear(D, 6), experts=Stacked((6, 2 * H, D), (4, D, H)))),
+        ["moe"],
+    ),
     "held experts": (
         Block(moe=Block(None, router=nn.Linear(D, 4), up=Held(4, 2 * H, D), down=Held(4, D, H))),
         ["moe"],
@@ -208,6 +212,14 @@ REFUSED = {
         )
     ),
     "query and value": Block(attn=Block(None, query=nn.Linear(D, D), value=nn.Linear(D, D))),
+    "strided between linears": Block(
+        mlp=Block(
+            None,
+            a=nn.Linear(D, H),
+            dw=nn.Conv1d(H, H, 3, stride=2, groups=H),
+            b=nn.Linear(H, D),
+        )
+    ),
     "q, k and v after convolutions": Block(
         attn=Block(
             None,

@@ -354,7 +354,18 @@ class PerHead(nn.Module):
         self.c, self.d = nn.LayerNorm(D), nn.LayerNorm(D)
 
 
-@pytest.mark.parametrize(("kind", "near"), [(Esm, ["norm"]), (PerHead, [])])
+class Conformer(nn.Module):
+    """All norms after all branches, and one for the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attn, self.second = Mlp(), nn.Linear(D, D), Mlp()
+        self.a, self.b, self.c, self.d = (nn.LayerNorm(D) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "near"), [(Esm, ["norm"]), (PerHead, []), (Conformer, ["a", "c"])]
+)
 def test_a_norm_inside_another_branch_is_that_branchs_own(kind, near):
     tree = Tree(Blocks(kind()))
     found = [site.path for site in nearest(norm, before=ffn).find(tree)]
