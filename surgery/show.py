@@ -131,8 +131,7 @@ def _grouped(sites: list[Site], tree: Tree, feeds: dict[Site, str]) -> list[tupl
     blocks, stage = anatomise(tree)["block"], stages(tree)
     grouped: dict[tuple[str, str, str, str, str], list[int]] = {}
     for site in sites:
-        width, out, axis = site.shape
-        features = f"{width}" if width == out else f"{width} to {out}"
+        axis, features = site.axis, _features(site)
         inside = [i for i, b in enumerate(blocks) if b.order <= site.order and site.end <= b.end]
         where = str(stage[inside[-1]]) if inside else ""
         lies = "last" if axis == -1 else str(axis)
@@ -142,6 +141,14 @@ def _grouped(sites: list[Site], tree: Tree, feeds: dict[Site, str]) -> list[tupl
         (address, len(found), features, axis, _range(found), where, feeds)
         for (address, features, axis, where, feeds), found in grouped.items()
     ]
+
+
+def _features(site: Site) -> str:
+    """In and out, or the one number where both are the same or nothing comes in."""
+    if isinstance(site.module, nn.Embedding):
+        return f"{site.module.embedding_dim}"
+    width, out, _ = site.shape
+    return f"{width or ''}" if width == out else f"{width} to {out}"
 
 
 def _range(blocks: list[int]) -> str:
