@@ -144,7 +144,8 @@ class Plan:
         With `example` (a tensor, tuple or dict of inputs) forwards in eval mode prove that every
         graft runs, without gradients too; that a gradient comes to every part, and to every
         module that a rule unfreezes (to some tensor of it: models hold tensors that they do not
-        use); and, where all parts say `starts_at_zero`, that the output is that of the base.
+        use; an optional rule leaves a note in the report instead); and, where all parts say
+        `starts_at_zero`, that the output is that of the base.
 
         Raises OperationError where the model was operated since the plan was made, and GraftError
         where something is not so.
@@ -184,14 +185,16 @@ class Plan:
         """What is to be trained: each part, and each module that a rule unfreezes."""
         rules = {p.key: p.rule for p in self.placed}
         for key, part in operation.named_children():
-            yield Trainee(rules[key].short, [(f"{key}.{n}", t) for n, t in part.named_parameters()])
+            parts = [(f"{key}.{n}", t) for n, t in part.named_parameters()]
+            yield Trainee(rules[key].short, [*parts])
         for rule, sites in self.matches:
             if any(isinstance(edit, Trained) and edit.trained for edit in rule.rest):
                 for site in sites:
                     ends = dict.fromkeys((site.entry, site.exit))
                     named = [(e.path, *it) for e in ends for it in e.module.named_parameters()]
                     held = [(f"{a}.{b}".strip("."), t) for a, b, t in named]
-                    yield Trainee(rule.short, [it for it in held if id(it[1]) in self.unfrozen])
+                    chosen = [it for it in held if id(it[1]) in self.unfrozen]
+                    yield Trainee(rule.short, [*chosen], rule.optional)
 
     def _makers(self) -> Iterable[Placed]:
         """For each part, the first place that asks for it."""

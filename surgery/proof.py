@@ -24,10 +24,14 @@ Run: TypeAlias = Callable[[], Any]
 
 
 class Trainee(NamedTuple):
-    """What one rule trains at one place, a part or a module: tensors by name."""
+    """What one rule trains at one place, a part or a module: tensors by name.
+
+    optional  it need not be there, so it need not be of use either: a note instead of an error
+    """
 
     rule: str
     tensors: list[tuple[str, Tensor]]
+    optional: bool = False
 
 
 def prove(
@@ -46,7 +50,8 @@ def prove(
             with torch.no_grad():
                 answer = _proved(operation, run)
             with torch.enable_grad():
-                _check_gradients(_proved(operation, run), trainees)
+                notes = _check_gradients(_proved(operation, run), trainees)
+            operation.record["notes"] += notes
             with torch.no_grad():
                 _check_start(operation, run, answer)
     finally:
@@ -134,19 +139,24 @@ def _listed(names: list[str], most: int = 4) -> str:
 # gradients -------------------------------------------------------------------------------------
 
 
-def _check_gradients(answer: Any, trainees: Iterable[Trainee]) -> None:
-    """A gradient must come to some tensor of every trainee, be it zero.
+def _check_gradients(answer: Any, trainees: Iterable[Trainee]) -> list[str]:
+    """A gradient must come to some tensor of every trainee, be it zero; notes where it need not.
 
     Only some, for the experts of a mixture that got no token, and tokens that models mask with.
     """
     outputs = [tensor for tensor in _tensors(answer) if tensor.requires_grad]
     reached, whole = _reached(outputs)
-    trained = [(rule, [it for it in held if it[1].requires_grad]) for rule, held in trainees]
-    lost = [(r, held) for r, held in trained if held and not any(id(t) in reached for _, t in held)]
+    trained = (
+        each._replace(tensors=[t for t in each.tensors if t[1].requires_grad]) for each in trainees
+    )
+    missed = [t for t in trained if t.tensors and not any(id(it) in reached for _, it in t.tensors)]
+    spared = dict.fromkeys(name for each in missed if each.optional for name, _ in each.tensors)
+    lost = [each for each in missed if not each.optional]
     if not lost or not whole:
-        return
-    names = list(dict.fromkeys(name for _, held in lost for name, _ in held))
-    rules = ", ".join(dict.fromkeys(rule for rule, _ in lost))
+        told = f"no gradient comes to {_listed(list(spared))} with this example"
+        return [told] if spared and whole and outputs else []
+    names = list(dict.fromkeys(name for each in lost for name, _ in each.tensors))
+    rules = ", ".join(dict.fromkeys(each.rule for each in lost))
     if not outputs:
         raise GraftError(
             rules,

@@ -843,3 +843,24 @@ def test_compiled_in_one_graph_they_answer_alike(build: Any) -> None:
     got = compiled(x)
     assert torch.allclose(got, model(x), atol=1e-6)
     torch._dynamo.reset()
+
+
+def test_what_an_optional_rule_unfreezes_in_vain_is_a_note() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    x = torch.randn(2, 4)
+    with pytest.raises(
+        surgery.GraftError, match=r"no gradient comes from the output to spare\.weight"
+    ):
+        surgery.apply(Spare(), at(nn.Linear, unfreeze), example=x)
+    model = surgery.apply(Spare(), at(nn.Linear, unfreeze, optional=True), example=x)
+    told = "note: no gradient comes to spare.weight, spare.bias with this example"
+    assert told in str(surgery.report(model))
+    with_all = surgery.apply(Spare(), at("used", unfreeze, optional=True), example=x)
+    assert "no gradient" not in str(surgery.report(with_all))

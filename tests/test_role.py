@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import timm
@@ -277,10 +278,10 @@ def test_a_split_ffn_runs_up_and_down_again(build):
 def renamed(model: nn.Module) -> nn.Module:
     """The same modules under other names, in the same order."""
     for i, module in enumerate(list(model.modules())):
-        names = iter(string.ascii_lowercase + string.ascii_uppercase)
         children = list(module._modules.values())
         module._modules.clear()
-        module._modules.update({f"{next(names)}{i}": child for child in children})
+        letters = ("".join(pair) for pair in product(string.ascii_letters, repeat=2))
+        module._modules.update({f"{next(letters)}{i}": child for child in children})
     return model
 
 
