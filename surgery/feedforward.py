@@ -299,7 +299,10 @@ def _is_apart(made: Site, own: list[Site], leaves: Leaves) -> bool:
     """Whether nothing else projects, or convolves over positions, where the two ends lie."""
     holder = holders(made)[0]
     ends = [s for s in holder.children if any(s.order <= leaf.order < s.end for leaf in own)]
-    if any(leaf not in own for end in ends for leaf in leaves.below(end)):
+    beside = [leaf for end in ends for leaf in leaves.below(end) if leaf not in own]
+    late = len(ends) > 1 and own[-2].order < ends[-1].order < own[-1].order  # as in X-MOD
+    after = [s for s in beside if s.order > own[-1].order and s.parent is not own[-1].parent]
+    if beside != (after if late else []):
         return False
     convs = [s.module for s in holder.below() if isinstance(s.module, CONVS)]
     return not isinstance(own[0].module, CONVS) or not any(map(is_spatial, convs))

@@ -22,8 +22,9 @@ def linear(module: nn.Module) -> Shape | None:
     if isinstance(module, nn.Linear):
         return Shape(module.in_features, module.out_features, -1)
     if isinstance(module, CONVS):
-        plain = set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
-        return Shape(module.in_channels, module.out_channels, 1) if plain else None
+        still = set(module.kernel_size) == {1} and set(module.stride) == {1}
+        mixes = 0 < 2 * module.groups < module.in_channels  # some, though in groups (SqueezeBERT)
+        return Shape(module.in_channels, module.out_channels, 1) if still and mixes else None
     weight = getattr(module, "weight", None)
     if module._modules or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         return None

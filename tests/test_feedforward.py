@@ -132,6 +132,17 @@ FOUND = {
         Block(moe=Block(None, router=nn.Linear(D, 6), experts=Stacked((6, 2 * H, D), (4, D, H)))),
         ["moe"],
     ),
+    "split, with more after its end": (
+        Block(
+            inter=Block(None, dense=nn.Linear(D, H), act=nn.GELU()),
+            out=Block(None, dense=nn.Linear(H, D), adapters=nn.ModuleList([pair(D, 4)])),
+        ),
+        ["(inter.dense to out.dense)"],
+    ),
+    "convolutions in groups": (
+        Block(mlp=nn.Sequential(nn.Conv1d(D, H, 1, groups=4), nn.GELU(), nn.Conv1d(H, D, 1))),
+        ["mlp"],
+    ),
     "held experts": (
         Block(moe=Block(None, router=nn.Linear(D, 4), up=Held(4, 2 * H, D), down=Held(4, D, H))),
         ["moe"],

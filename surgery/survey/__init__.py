@@ -50,5 +50,8 @@ def survey(
             done += rows(source, wanted, real=real, seconds=seconds, workers=workers, told=told)
     print(report.summary(done))
     if out:
-        report.write(done, out)
+        words = ["--only", only] if only else []
+        words += [] if real else ["--meta"]
+        words += ["--seconds", f"{seconds:g}", "--workers", str(workers), "--out", str(out)]
+        report.write(done, out, " ".join(["surgery survey", *sources, *words]))
     return done

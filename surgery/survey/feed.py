@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from .guess import first, guesses
 
 Inputs = dict[str, Any]
-MOST = 20  # guesses for one set of arguments, and sets of arguments
-TOKENS = r"tokens?\b.{0,60}?features\D{0,12}(\d+)"
+MOST = 20  # sets of arguments
+TRIALS = 64  # guesses for one set
+NEVER = ("inputs_embeds", "labels", "past_key_values", "use_cache", "return_dict")  # to be given
+TOKENS = r"tokens?\b.{0,60}?(?:features|given to the model is)\D{0,12}(\d+)"
 SHAPES = (
     r"x\d+ and (\d+)x\d+|tensor a \(\d+\).*tensor b \((\d+)\)|with shape \[\*, (\d+)\]"
-    r"|to have (\d+) channels"
+    r"|to have (\d+) channels|match model \((\d+)\)"
 )
-MODAL = ("input_ids", "pixel_values", "input_features", "input_values", "inputs", "past_values")
+MODAL = (
+    "input_ids", "pixel_values", "input_features", "input_values", "inputs", "past_values",
+    "flattened_patches",
+)  # fmt: skip
 COMPANIONS = (
     "image_grid_thw", "image_sizes", "bbox", "pixel_attention_mask", "image_grid_hws",
     "pixel_position_ids", "image_position_ids", "past_time_features", "past_observed_mask",
@@ -30,8 +35,10 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def feed(model: nn.Module, seconds: float = 30.0) -> Inputs:
+def feed(model: nn.Module, seconds: float = 30.0, whole: bool = False) -> Inputs:
     """Inputs by name with which one forward of `model` runs.
+
+    whole  with every modality that the forward takes, or not at all
 
     Tries every modality that the forward takes, then its main input alone; mends the guess by the
     arguments, tokens and shapes that an error names. Raises the first error where none works.
@@ -39,7 +46,7 @@ def feed(model: nn.Module, seconds: float = 30.0) -> Inputs:
     deadline = time.monotonic() + seconds
     told: Exception | None = None
     tried: set[str] = set()
-    for names in _starts(model):
+    for names in itertools.islice(_starts(model), 2 if whole else None):
         for error, inputs in _search(model, names, tried, deadline):
             if error is None:
                 return inputs
@@ -92,22 +99,40 @@ def _signature(model: nn.Module) -> dict[str, inspect.Parameter]:
 def _search(
     model: nn.Module, names: list[str], tried: set[str], deadline: float
 ) -> Iterator[tuple[Exception | None, Inputs]]:
-    """Each guess with what came of it: None where the forward ran."""
-    queue = [(names, 0)]
-    for names, width in queue:  # grows while it is walked
-        choices = [_choices(model, name, width) for name in names]
-        for values in itertools.islice(itertools.product(*choices), MOST):
-            inputs: Inputs | None = dict(zip(names, values, strict=True))
-            while inputs is not None and _mark(inputs) not in tried:
-                tried.add(_mark(inputs))
-                error = _error(model, inputs)
-                yield error, inputs
-                if error is None or time.monotonic() > deadline:
-                    return
-                told = _told(error)
-                more = _mended(told, names, _signature(model), width)
-                queue += [m for m in more if m not in queue and len(queue) < MOST]
-                inputs = _with_tokens(model, inputs, told)
+    """Each guess with what came of it: None where the forward ran.
+
+    What an error says is missing is tried at once, what it may hint at when all else has failed.
+    """
+    case = (tuple(names), 0)
+    known, now = {case}, [_trials(model, *case, {})]
+    later: list[tuple[tuple[str, ...], int, Inputs]] = []
+    while now or later:
+        now = now or [_trials(model, *later.pop(0))]
+        inputs = next(now[-1], None)
+        if inputs is None:
+            now.pop()
+        while inputs is not None and _mark(inputs) not in tried:
+            tried.add(_mark(inputs))
+            error = _error(model, inputs)
+            yield error, inputs
+            if error is None or time.monotonic() > deadline:
+                return
+            for sure, more in _mended(error, inputs, _signature(model)):
+                if more not in known and len(known) < MOST:
+                    known.add(more)
+                    near = {} if more[1] else inputs
+                    now.append(_trials(model, *more, near)) if sure else later.append((*more, near))
+            inputs = _with_tokens(model, inputs, " ".join(str(error).split()))
+
+
+def _trials(model: nn.Module, names: tuple[str, ...], width: int, near: Inputs) -> Iterator[Inputs]:
+    """The likeliest values of all arguments first, nearest of all those that got so far."""
+    held = {name: [near[name]] if name in near else [] for name in names}
+    both = [[*held[name], *_choices(model, name, width)] for name in names]
+    choices = [list(enumerate({_mark({"": v}): v for v in each}.values())) for each in both]
+    ranked = sorted(itertools.product(*choices), key=lambda each: sum(rank for rank, _ in each))
+    for values in ranked[:TRIALS]:
+        yield {name: value for name, (_, value) in zip(names, values, strict=True)}
 
 
 def _choices(model: nn.Module, name: str, width: int) -> list[Any]:
@@ -129,27 +154,36 @@ def _error(model: nn.Module, inputs: Inputs) -> Exception | None:
     return None
 
 
-def _told(error: Exception) -> str:
-    """What an error says, and the lines of code that led to it: they name what is missing."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.line or "" for f in frames if "/torch/" not in f.filename]
-    return " ".join([str(error), *lines[:-3:-1]])
-
-
 def _mended(
-    told: str, names: list[str], given: dict[str, Any], width: int
-) -> Iterator[tuple[list[str], int]]:
-    """What to try next: (names, width of features), by the arguments and shapes an error names."""
+    error: Exception, inputs: Inputs, given: dict[str, Any]
+) -> Iterator[tuple[bool, tuple[tuple[str, ...], int]]]:
+    """What to try next: whether it is sure to help, then names and the width of features."""
+    told, names = " ".join(str(error).split()), tuple(inputs)
     if re.search(TOKENS, told, re.IGNORECASE):
         return
-    shapes = re.search(SHAPES, told)
-    if shapes and not width:
-        yield names, int(next(each for each in shapes.groups() if each))
-    words = dict.fromkeys(re.findall(r"[a-z_]+", told))
-    named = [each for word in words for each in (word, f"{word}s") if each in given]
-    for name in (*named, "decoder_input_ids", "decoder_input_values"):
-        if name in given and name not in names and name != "inputs_embeds":
-            yield [*names, name], width
+    if shapes := re.search(SHAPES, told):
+        width = int(next(each for each in shapes.groups() if each))
+        yield "tensor a" not in told, (names, width)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    lines = " ".join(f.line or "" for f in frames[-2:])
+    sure = [*(_nones(error, given) if "None" in told else []), *_arguments(told, given)]
+    unsure = [*_arguments(lines, given), "decoder_input_ids", "decoder_input_values"]
+    for name in dict.fromkeys([*sure, *unsure]):
+        if name in given and name not in (*names, *NEVER):
+            yield name in sure, ((*names, name), 0)
+
+
+def _arguments(text: str, given: dict[str, Any]) -> list[str]:
+    """The arguments of a forward that a text names, in the singular too."""
+    words = dict.fromkeys(re.findall(r"[a-z_]+", text))
+    return [each for word in words for each in (word, f"{word}s") if each in given]
+
+
+def _nones(error: Exception, given: dict[str, Any]) -> list[str]:
+    """The arguments of a forward that an inner function was given None for."""
+    frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
+    inner = [f for f in frames[::-1] if len(set(f.f_locals) & set(given)) < len(given) / 2]
+    return [n for f in inner for n, v in f.f_locals.items() if v is None and n in given]
 
 
 def _with_tokens(model: nn.Module, inputs: Inputs, told: str) -> Inputs | None:
@@ -168,9 +202,6 @@ def _with_tokens(model: nn.Module, inputs: Inputs, told: str) -> Inputs | None:
     if not wanted:
         return None
     ids = torch.cat([rest[:, :4], torch.full((1, wanted[0]), known), rest[:, 4:]], dim=1)
-    kinds = {"mm_token_type_ids": (ids == known).long()}
-    return {
-        **inputs,
-        "input_ids": ids,
-        **(kinds if "mm_token_type_ids" in _signature(model) else {}),
-    }
+    beside = {"mm_token_type_ids": (ids == known).long(), "attention_mask": torch.ones_like(ids)}
+    needed = {k: v for k, v in beside.items() if k in inputs or k.startswith("mm")}
+    return {**inputs, "input_ids": ids, **{k: needed[k] for k in needed if k in _signature(model)}}

@@ -18,7 +18,7 @@ NORMS = {"layer_norm": -1, "rms_norm": -1, "batch_norm": 1, "group_norm": 1, "in
 ACTS = names(
     "relu relu6 gelu silu mish hardswish sigmoid hardsigmoid tanh hardtanh elu selu celu prelu "
     "leaky_relu rrelu softplus softsign logsigmoid glu erf exp square clamp clamp_min threshold "
-    "maximum minimum log1p sin cos _opaque"
+    "maximum minimum min max log1p expm1 sin cos _opaque"
 )
 MIXES = names(  # what carries features from one position to another, or weighs them up
     "softmax log_softmax scaled_dot_product_attention multi_head_attention_forward matmul mm bmm "
@@ -66,7 +66,7 @@ class Feed:
 class _Middle(NamedTuple):
     """What lies between the ends of a network."""
 
-    ups: list[Linear]
+    ups: list[Linear]  # one for each weight, however many pieces it is used on
     bends: bool  # holds a nonlinearity
     spreads: bool  # holds a depthwise convolution over more than one position
 
@@ -165,7 +165,8 @@ def _between(down: Linear) -> _Middle | None:
         spreads |= is_depthwise(op) and prod(op.arg(1, "weight").shape[2:]) > 1
         queue += [v for v in sources if v not in seen]
         seen.update(sources)
-    return _Middle([ups[op] for op in sorted(ups, key=_number)], bends, spreads) if ups else None
+    first = {ups[op].weights: ups[op] for op in sorted(ups, key=_number, reverse=True)}
+    return _Middle(list(first.values())[::-1], bends, spreads) if ups else None
 
 
 def _number(op: Op) -> int:
@@ -241,7 +242,9 @@ def _carries(op: Op, value: Value) -> bool:
     """Whether a result stays itself: moved, normed, scaled or spread, not bent or projected."""
     if op.name in MOVES or op.name in NORMS or op.name == "sum" or is_depthwise(op):
         return True  # a sum is over experts, or a stack
-    return op.name in SUMS | SCALES and any(prod(m.shape) == prod(value.shape) for m in op.made)
+    if op.name in SCALES:  # by a number for each of several streams, too
+        return any(prod(made.shape) % prod(value.shape) == 0 for made in op.made)
+    return op.name in SUMS and any(prod(made.shape) == prod(value.shape) for made in op.made)
 
 
 # on which axis

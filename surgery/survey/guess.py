@@ -12,9 +12,11 @@ from torch import Tensor
 LENGTH = 12  # tokens
 GRID = 12  # patches a side, where pictures come as patches
 
-PICTURE = r"^(pixel_values|images?|flattened_patches|flattened_pixels)$"
+PICTURE = (
+    r"^((prompt_|high_res_)?pixel_values|prompt_masks|images?|flattened_patches|flattened_pixels)$"
+)
 SPECTROGRAM = r"^(input_features|audio_values|spectrogram)$"
-FLOATS = r"embeds$|^(encoder_)?hidden_states$|^(inputs|encoder_outputs|context|latents)$"
+FLOATS = r"embeds$|_feats$|^(encoder_)?hidden_states$|^(inputs|encoder_outputs|context|latents)$"
 TRAJECTORY = r"^(states|actions|rewards|returns_to_go|timesteps)$"
 MELS = (
     "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_feat_size",
@@ -83,6 +85,7 @@ def _pictures(config: Any, name: str, width: int) -> Iterator[Any]:
     flat = channels * patch * patch * _whole(config, ("temporal_patch_size",), 1)
     if width:
         yield from (noise(patches, width), noise(1, patches, width))
+        yield from (noise(1, channels, width, width), noise(1, 2, channels, width, width))
     if first(config, ("spatial_merge_size", "merge_kernel_size"), 0, vision=True):
         yield from (noise(patches, flat), noise(patches, channels, patch, patch))
         yield noise(1, patches, flat)
@@ -92,7 +95,11 @@ def _pictures(config: Any, name: str, width: int) -> Iterator[Any]:
     yield from (noise(1, patches, flat), noise(patches, flat), noise(1, 1, patches, flat))
     yield from (noise(1, n, channels, *side) for n in (2, 3, 5))
     yield noise(1, 1, channels, 8 * patch, 8 * patch)
-    yield from (noise(1, channels, 224, 224), noise(1, channels, 4 * side[0], 4 * side[1]))
+    yield noise(1, 1, _whole(config, ("max_num_tiles",), 1), channels, *side)
+    yield noise(1, channels, min(side), min(side))
+    yield noise(1, channels, 224, 224)
+    if max(side) <= 384:  # above, more memory than there may be
+        yield noise(1, channels, 4 * side[0], 4 * side[1])
 
 
 def _videos(config: Any, name: str, width: int) -> Iterator[Any]:
@@ -108,17 +115,25 @@ def _places(config: Any, name: str, width: int) -> Iterator[Any]:
 
 
 def _sizes(config: Any, name: str, width: int) -> Iterator[Any]:
-    yield torch.tensor([list(_side(config))])
+    yield torch.tensor([[GRID, GRID] if name == "target_sizes" else list(_side(config))])
+
+
+def _ones(config: Any, name: str, width: int) -> Iterator[Any]:
+    if name.endswith("mask"):
+        yield torch.ones(1, 1, _whole(config, ("max_num_tiles",), 1), dtype=torch.long)
+    yield from (torch.tensor([1]), torch.tensor([[1]]), torch.tensor([2]))
 
 
 def _boxes(config: Any, name: str, width: int) -> Iterator[Any]:
-    yield torch.tensor([[[1, 2, 3, 4]] * LENGTH])
+    boxes = torch.tensor([[[1, 2, 3, 4]] * LENGTH])
+    yield boxes if name == "bbox" else boxes / 4
 
 
 def _pixel_masks(config: Any, name: str, width: int) -> Iterator[Any]:
     yield torch.ones(1, *_side(config), dtype=torch.long)
     yield torch.ones(1, 1, *_side(config), dtype=torch.long)
     yield torch.ones(1, GRID * GRID, dtype=torch.long)
+    yield torch.ones(1, 1, dtype=torch.long)
 
 
 def _masks(config: Any, name: str, width: int) -> Iterator[Any]:
@@ -139,11 +154,13 @@ def _spectrograms(config: Any, name: str, width: int) -> Iterator[Any]:
 def _waves(config: Any, name: str, width: int) -> Iterator[Any]:
     if mels := first(config, ("num_mel_bins",), 0):
         yield noise(1, first(config, ("max_length",), 1024), mels)
-    yield from (noise(1, 16000), noise(1, 1, 16000), noise(1, 1, 24000), ids(1, LENGTH))
+    yield from (noise(1, 19200), noise(1, 1, 19200), noise(1, 1, 24000), ids(1, LENGTH))
 
 
 def _floats(config: Any, name: str, width: int) -> Iterator[Any]:
-    other = ("encoder_hidden_size", "cross_attention_hidden_size") if "encoder" in name else ()
+    other: tuple[str, ...] = ()
+    other += ("encoder_hidden_size", "cross_attention_hidden_size") if "encoder" in name else ()
+    other += ("visual_feat_dim",) if "visual" in name else ()
     names = (*other, "hidden_size", "d_model", "embed_dim", "dim", "n_embd")
     size = width or _whole(config, names, 64)
     yield from (noise(1, LENGTH, size), ids(1, LENGTH), noise(1, size, LENGTH))
@@ -168,7 +185,7 @@ def _series(config: Any, name: str, width: int) -> Iterator[Any]:
 
 def _others(config: Any, name: str, width: int) -> Iterator[Any]:
     yield ids(1, LENGTH)
-    if width:
+    if width and not name.endswith("input_ids"):
         yield noise(1, width)
     if books := _whole(config, ("num_codebooks", "n_codebooks", "num_quantizers"), 0):
         yield from (ids(1, LENGTH, books), ids(1, LENGTH, books + 1), ids(1, books, LENGTH))
@@ -182,7 +199,8 @@ CASES: tuple[tuple[str, Callable[[Any, str, int], Iterator[Any]]], ...] = (
     (r"_grid_|^grid_thw$|^spatial_shapes$", _grids),
     (r"^(pixel|image)_position_ids$", _places),
     (r"^(image|target)_sizes$", _sizes),
-    (r"^bbox$", _boxes),
+    (r"^aspect_ratio_|merge_sizes$|_per_sample$", _ones),
+    (r"^bbox$|^visual_pos$", _boxes),
     (r"^pixel_(attention_)?mask$", _pixel_masks),
     (SPECTROGRAM, _spectrograms),
     (r"^(input_values|audio|waveform)$", _waves),

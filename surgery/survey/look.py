@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from .. import operate
 from ..address import generalise
 from ..errors import SurgeryError
-from ..leaf import CONVS, is_norm, linear
 from ..plan import plan
-from ..role import anatomise
+from ..role import anatomise, instead_of_ffns
+from ..trace import Trace, trace
 from ..tree import Site, Tree, fingerprint
 from .feed import Inputs, run
+from .feeds import Feed, ffns
 
 RULES = "adapterx_ffn"
+IDLE = "not run with these inputs"
 CLOSE = 1e-6  # between the outputs of the base and of the model just operated
 
 
@@ -30,6 +32,7 @@ class Row(NamedTuple):
     owners   addresses of the FFNs, with the class that owns each and how many
     layout   where their features lie: last, 1, or both
     run      what the real forward, backward and revert gave; "" where there was none
+    reason   why it is not operated; or what a forward shows that the structure does not
     """
 
     source: str
@@ -65,14 +68,15 @@ def read(row: Row, model: nn.Module) -> Row:
     try:
         plan(model, RULES)
     except SurgeryError as error:
-        why = _without(tree) if not found else _words(error)
+        why = instead_of_ffns(tree) if not found else _words(error)
         return row._replace(status="refused", reason=why)
     return row._replace(status="planned")
 
 
 def operated(row: Row, model: nn.Module, inputs: Inputs) -> Row:
-    """The row with what came of operating, running and reverting the model for real."""
+    """The row with what came of tracing, operating, running and reverting the model for real."""
     model.eval()
+    row = compared(row, model, inputs)
     base = _outputs(model, inputs)
     again = _outputs(model, inputs)
     torch.manual_seed(0)
@@ -80,13 +84,15 @@ def operated(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     try:
         operate.apply(model, RULES)
     except SurgeryError as error:
-        return row._replace(status="refused", reason=_words(error))
+        return row._replace(status="refused", reason=_join(_words(error), row.reason))
     told: list[str] = []
     wrong: list[str] = []
     try:
         told, wrong = _judged(model, inputs, base, again)
     except SurgeryError as error:
-        return row._replace(status="refused", reason=_words(error))
+        known = row.reason.startswith(IDLE)  # it refuses for this very reason
+        words = row.reason if known else _join(_words(error), row.reason)
+        return row._replace(status="refused", reason=words)
     finally:
         model.zero_grad(set_to_none=True)
         operate.revert(model)
@@ -94,7 +100,70 @@ def operated(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     changed = [mark for mark, value in fingerprint(model).items() if before.get(mark) != value]
     wrong += [f"revert left {len(changed)} marks changed: {', '.join(changed[:3])}"] * bool(changed)
     status = "failed" if wrong else "operated"
-    return row._replace(status=status, run=", ".join([*told, "reverted"]), reason="; ".join(wrong))
+    return row._replace(
+        status=status,
+        run=", ".join([*told, "reverted", row.run]),
+        reason=_join(*wrong, row.reason),
+    )
+
+
+def compared(row: Row, model: nn.Module, inputs: Inputs) -> Row:
+    """The row with what one forward shows, beside the sites that the structure gave.
+
+    Its `run` says whether the forward agrees; its reason gains whatever only one of the two sees.
+    """
+    torch.manual_seed(1)
+    try:
+        seen = trace(model.eval(), inputs)
+        feeds = [feed for feed in ffns(seen) if feed.kind in ("ffn", "tokens")]
+    except Exception as error:
+        return row._replace(run="forward not traced", reason=_join(row.reason, _words(error)[:200]))
+    found = anatomise(Tree(model))["ffn"]
+    unseen = [site for site in found if not any(_covers(site, feed) for feed in feeds)]
+    more = [feed for feed in feeds if not any(_covers(site, feed) for site in found)]
+    told = [f"{len(found) - len(unseen)} of {len(found)}"] * bool(unseen)
+    told += [f"{len(more)} more"] * bool(more)
+    verdict = f"forward sees {' and '.join(told)}" if told else "forward agrees"
+    idle = [site for site in unseen if not _ran(seen, site)]
+    other = [site for site in unseen if site not in idle]
+    reasons = (
+        _listed(IDLE, [site.path for site in idle]),
+        _listed("run, but no feed-forward network to the forward", [site.path for site in other]),
+        _listed("to the forward alone", [_span(f) for f in more]),
+    )
+    return row._replace(run=verdict, reason=_join(row.reason, *reasons))
+
+
+def _join(*reasons: str) -> str:
+    return "; ".join(filter(None, reasons))
+
+
+def _covers(site: Site, feed: Feed) -> bool:
+    return _is_in(feed.entry, site.entry.path) and _is_in(feed.exit, site.exit.path)
+
+
+def _is_in(path: str, holder: str) -> bool:
+    return not holder or f"{path}.".startswith(f"{holder}.")
+
+
+def _ran(seen: Trace, site: Site) -> bool:
+    inside = {id(module) for module in site.entry.module.modules()}
+    return any(id(call.module) in inside for call in seen.calls)
+
+
+def _span(feed: Feed) -> str:
+    """Its address, as that of a site would be."""
+    owner = f"{feed.owner}." if feed.owner else ""
+    if feed.entry == feed.exit:
+        return feed.entry
+    ends = (end.removeprefix(owner) for end in (feed.entry, feed.exit))
+    return f"{owner}({' to '.join(ends)})"
+
+
+def _listed(what: str, paths: list[str]) -> str:
+    """Addresses under one heading, those that differ in a number alone told once."""
+    kinds = Counter(generalise(path) for path in paths)
+    return f"{what}: {', '.join(f'{kind} x{n}' for kind, n in kinds.items())}" if paths else ""
 
 
 def _judged(
@@ -157,28 +226,5 @@ def _owners(sites: list[Site]) -> tuple[str, ...]:
     return tuple(f"{owner} x{n}" for owner, n in counts.items())
 
 
-def _words(error: SurgeryError) -> str:
+def _words(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _without(tree: Tree) -> str:
-    """Why a model may have no feed-forward network: what its weights are instead."""
-    modules = [s.module for s in tree.sites]
-    held = {_kind(m) for m in modules}
-    raw = dict.fromkeys(
-        type(m).__name__
-        for m in modules
-        for p in m._parameters.values()
-        if p is not None and p.dim() >= 2 and _kind(m) == "other"
-    )
-    told: list[str] = [kind for kind in ("linear layers", "spatial convolutions") if kind in held]
-    told += [f"raw matrices in {kind}" for kind in list(raw)[:3]]
-    return "no pair d to h to d found; it has " + (", ".join(told) or "no weights")
-
-
-def _kind(module: nn.Module) -> str:
-    if linear(module) is not None:
-        return "linear layers"
-    if isinstance(module, CONVS):
-        return "spatial convolutions"
-    return "norms" if is_norm(module) or isinstance(module, nn.Embedding) else "other"

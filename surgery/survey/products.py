@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..trace import Op, Value, names
+from ..trace import Op, Value, Weights, names
 
 CONVS = ("conv1d", "conv2d", "conv3d")
 MATMULS = names("addmm baddbmm mm bmm matmul rmatmul _grouped_mm grouped_mm")
 
 
 class Linear(NamedTuple):
-    """A channel-linear operation: `width` features of `taken`, on `axis`, become `out`."""
+    """A channel-linear operation: `width` features of `taken`, on `axis`, become `out`.
+
+    Its matrices are made of `weights`, which `owner` holds.
+    """
 
     op: Op
     taken: Value
@@ -22,6 +25,7 @@ class Linear(NamedTuple):
     out: int
     axis: int
     owner: nn.Module
+    weights: Weights
 
     @property
     def is_conv(self) -> bool:
@@ -48,7 +52,7 @@ def _product(
     if not matrices or len(sizes) < 2:
         return None
     owner = max(matrices, key=lambda w: prod(w.shape)).owner(op)
-    return Linear(op, taken, sizes[0], sizes[1], axis, owner)
+    return Linear(op, taken, sizes[0], sizes[1], axis, owner, frozenset(matrices))
 
 
 def _matmul(op: Op) -> Linear | None:

@@ -10,7 +10,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ import torch
 from torch import nn
 
 from . import zoo
-from .feed import Inputs, refusal, unfed
-from .look import Row, operated, read
+from .feed import Inputs, feed, refusal, unfed
+from .look import Row, compared, operated, read
 
 LIMIT = 60  # seconds for a model
 MEMORY = 9 * 2**30  # bytes of address space for a worker
@@ -52,7 +51,9 @@ def rows(
     if real and not first:
         small = _smallest(list(done.values()))
         for name, row in _each([(source, n, True) for n in small], seconds, workers, told):
-            done[name] = row
+            lost = row.status == "failed" and not row.parameters
+            kept = done[name]._replace(reason=f"not run here: {row.reason}")
+            done[name] = kept if lost else row
     return [done[name] for name in names]
 
 
@@ -73,7 +74,7 @@ def look(source: str, name: str, real: bool) -> Row:
         return _look_transformers(row, real)
     if source in zoo.SOURCES:
         row = read(row, zoo.sketch(source, name))
-        if not real or row.status != "planned":
+        if not real:
             return row
         model = zoo.real(source, name)
         return _tried(row, model, zoo.picture(source, model))
@@ -84,10 +85,8 @@ def look(source: str, name: str, real: bool) -> Row:
 
 def _tried(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     """The row of a model that was run, where it has a plan; what goes wrong keeps what was read."""
-    if row.status != "planned":
-        return row
     try:
-        return operated(row, model, inputs)
+        return (operated if row.status == "planned" else compared)(row, model, inputs)
     except Exception as error:
         return row._replace(status="failed", reason=_told(error))
 
@@ -106,18 +105,18 @@ def _look_transformers(row: Row, real: bool) -> Row:
     left = unfed(model, inputs)
     if left and row.status in ("refused", "failed"):
         fed = ", ".join(inputs)
-        why = f"It was fed {fed}; with {', '.join(left)} too: {refusal(model)}"
-        row = row._replace(reason=f"{row.reason} {why}")
+        why = f"it was fed {fed}; with {', '.join(left)} too: {refusal(model)}"
+        row = row._replace(reason=f"{row.reason}; {why}")
     return row
 
 
 def _smallest(done: list[Row]) -> list[str]:
-    """Of every family and pattern, the smallest model that has sites."""
-    kept: dict[str, Row] = {}
+    """Of every family, the smallest model that has a plan and the smallest that is refused."""
+    kept: dict[tuple[str, str], Row] = {}
     for row in done:
-        if row.status == "planned":
-            best = kept.setdefault(row.family, row)
-            kept[row.family] = min(best, row, key=lambda r: r.parameters)
+        if row.status != "failed":
+            best = kept.setdefault((row.family, row.status), row)
+            kept[row.family, row.status] = min(best, row, key=lambda r: r.parameters)
     return [row.name for row in kept.values()]
 
 
@@ -159,24 +158,31 @@ class Worker:
     def ask(self, case: tuple[str, str, bool], seconds: float) -> Row:
         """The row of a case; "failed" where the process died or took too long."""
         lost = Row(case[0], case[1])
-        started = time.monotonic()
+        late = threading.Event()
         timer: threading.Timer | None = None
+
+        def stop(process: subprocess.Popen[bytes]) -> None:
+            late.set()
+            process.kill()
+
         try:
             process = self._started()
             assert process.stdin is not None
             assert process.stdout is not None
-            timer = threading.Timer(seconds, process.kill)
+            timer = threading.Timer(seconds, stop, [process])
             timer.start()
-            started = time.monotonic()
             pickle.dump(case, process.stdin)
             process.stdin.flush()
             row: Row = pickle.load(process.stdout)
+            if not pickle.load(process.stdout):
+                self.end()
             return row
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self.end()
-            if time.monotonic() - started >= seconds:
+            if late.is_set():
                 return lost._replace(reason=f"it took more than {seconds:g} seconds")
-            return lost._replace(reason=f"its process died (exit code {code})")
+            killed = ": killed, as for want of memory" if code == -9 else ""
+            return lost._replace(reason=f"its process died (exit code {code}){killed}")
         finally:
             if timer:
                 timer.cancel()
@@ -226,9 +232,11 @@ def work() -> None:
         except EOFError:
             return
         pickle.dump(_safely(*case), line)
-        line.flush()
         gc.collect()
-        if _resident() > FULL:
+        stays = _resident() <= FULL
+        pickle.dump(stays, line)
+        line.flush()
+        if not stays:
             return
 
 
@@ -243,6 +251,8 @@ def _told(error: BaseException) -> str:
     """An error as one line, with the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" (at {os.path.basename(frames[-1].filename)}: {frames[-1].line})" if frames else ""
+    if frames and frames[-1].filename == feed.__code__.co_filename:
+        return str(error)
     words = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {words[:240]}{where[:140]}"
 

@@ -19,7 +19,7 @@ NO_WIDTH = re.compile(
     r"vocab|kernel|window|chunk|block|num_hidden|(patch|image|img|stride|crop|grid|batch|merge)_size"
     r"|(codebook|roi|spec|pool|train|cache|background|unit)_size|(feat|k)_sizes|patch_sizes"
     r"|(?<!upsample_)group|tile|frame|bucket|table|resample_|max_im|image_embedding_size|tubelet"
-    r"|hidden_layers|num_layers|layer_ids|_labels|context|hidden_state_ind|^num_features"
+    r"|hidden_layers|num_layers|layer_ids|pos_emb|_labels|context|hidden_state_ind|^num_features"
 )
 DEPTH = re.compile(r"(^|_)(layers?|depths?|num_blocks|n_layer|blocks_per_stage|block_repeats)$")
 NO_DEPTH = re.compile(
@@ -37,13 +37,25 @@ UNSET = {
     "n_routed_experts": 8,
     "n_shared_experts": 1,
     "image_token_index": 3,
+    "image_token_id": 3,
     "video_token_index": 4,
+    "video_token_id": 4,
+    "audio_token_id": 2,
     "pad_token_id": 0,
+    "num_experts": 8,
     "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+    "deepstack_layer_map": [],
+    "clip_qkv": 8.0,
+    "downsample_rate": "4/8",
+    "rope_theta": 10000.0,
+    "dropout_rate": 0.0,
     "prediction_length": 8,
     "vocabulary_map": {},
 }  # that no default gives
-IMAGE = re.compile(r"(^|_)(image|img)_size$|^input_size$|pretrain_image_size")
+KINDS = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}  # of every layer, the same
+IMAGE = re.compile(r"(^|_)(image|img)_size$|^input_size$|pretrain_image_size|grid_pinpoints$")
 
 
 class Shrink(NamedTuple):
@@ -55,6 +67,7 @@ class Shrink(NamedTuple):
     vocab: int | None = 2048
     heads: bool = False  # divide the number of heads, not their width
     sections: bool = False  # write out the sections of a rotary embedding in three dimensions
+    grid: int = 1  # an image is a multiple of so many patches a side
 
 
 def shrunk(config: Any, how: Shrink, tokens: list[int] | None = None) -> Any:
@@ -65,6 +78,8 @@ def shrunk(config: Any, how: Shrink, tokens: list[int] | None = None) -> Any:
     >>> small.hidden_size, small.intermediate_size, small.num_hidden_layers, small.vocab_size
     (96, 384, 2, 2048)
     """
+    if isinstance(getattr(config, "architecture", None), str):
+        return config  # built by name, at one size
     tokens = tokens if tokens is not None else sorted(_large_tokens(config, how))
     depth, held = _depth(config), vars(config)
     usual = vars(type(config)())
@@ -77,13 +92,36 @@ def shrunk(config: Any, how: Shrink, tokens: list[int] | None = None) -> Any:
         elif not name.startswith("_") and name not in ("model_type", "transformers_version"):
             new = _smaller(name, value, how, depth, tokens)
             derived = isinstance(value, list) and _is_derived(config, name)
+            derived = derived and not IMAGE.search(name)
             if new != usual.get(name) and not (derived and value == usual.get(name)):
                 changes[name] = new
     changes |= {k: False for k in ("use_pretrained_backbone", "use_cache") if k in held}
     changes |= {k: v for k, v in UNSET.items() if held.get(k, 0) is None}
     changes |= _heads({**held, **changes}, how)
+    changes |= _whole_grid({**held, **changes}, how.grid)
     _meet(changes)
     return type(config)(**changes)
+
+
+def mended(config: Any, error: Exception) -> bool:
+    """Whether a config was given what an error of building says is missing from it."""
+    if isinstance(error, AttributeError) and _is_config(error.obj):
+        held, name = vars(error.obj), str(error.name)
+        value = held.get("num_attention_heads") if "heads" in name else UNSET.get(name)
+        if value is not None:
+            setattr(error.obj, name, value)
+        return value is not None
+    done = False
+    for each in (config, *(v for v in vars(config).values() if _is_config(v))):
+        for name in (n for n in KINDS if getattr(each, n, 0) is None and type(error) is TypeError):
+            setattr(each, name, [KINDS[name]] * _depth(each))
+            done = True
+        kinds, rope = getattr(each, "layer_types", None) or (), getattr(each, "rope_parameters", 0)
+        if isinstance(error, KeyError) and isinstance(rope, dict) and error.args[0] in kinds:
+            done = done or not set(kinds) <= set(rope)
+            plain = {"rope_type": "default", "rope_theta": UNSET["rope_theta"], **rope}
+            each.rope_parameters = {kind: rope.get(kind, plain) for kind in set(kinds)}
+    return done
 
 
 def _heads(held: dict[str, Any], how: Shrink) -> dict[str, Any]:
@@ -102,12 +140,27 @@ def _heads(held: dict[str, Any], how: Shrink) -> dict[str, Any]:
     return found
 
 
+def _whole_grid(held: dict[str, Any], grid: int) -> dict[str, Any]:
+    """An image of a whole grid of patches, which towers that merge patches ask for."""
+    image, patch = held.get("image_size"), held.get("patch_size")
+    if not isinstance(image, int) or not isinstance(patch, int) or image < 2 * grid * patch:
+        return {}
+    return {"image_size": image - image % (grid * patch)} if grid > 1 else {}
+
+
 def _meet(changes: dict[str, Any]) -> None:
-    """Let every tower end in the width of the text."""
+    """Let every tower end in the width of the text, and read in that of the encoder."""
     meets = getattr(changes.get("text_config"), "hidden_size", None)
-    for each in changes.values():
-        if meets and _is_config(each) and isinstance(getattr(each, "out_hidden_size", None), int):
-            each.out_hidden_size = meets
+    if meets and isinstance(changes.get("hidden_size"), int):
+        changes["hidden_size"] = meets
+    encoder = changes.get("encoder_config")
+    read = getattr(encoder, "hidden_size", None) or getattr(encoder, "hidden_dim", None)
+    for each in filter(_is_config, changes.values()):
+        for name in ("out_hidden_size", "output_dim"):
+            if meets and isinstance(getattr(each, name, None), int):
+                setattr(each, name, meets)
+        if read and isinstance(getattr(each, "encoder_hidden_size", None), int):
+            each.encoder_hidden_size = read
 
 
 def _smaller(name: str, value: Any, how: Shrink, depth: int, tokens: list[int]) -> Any:
@@ -121,7 +174,7 @@ def _smaller(name: str, value: Any, how: Shrink, depth: int, tokens: list[int]) 
         if (
             LISTED.search(name)
             and _increases(value)
-            and not TOKEN.search(name.replace("layer", ""))
+            and ("layer" in name or not TOKEN.search(name))
         ):
             return _indices(value, depth, how.layers)
         if len(value) == depth > how.layers:

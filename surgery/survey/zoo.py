@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from .feed import Inputs, feed, unfed
-from .shrink import Shrink, shrunk
+from .shrink import Shrink, mended, shrunk
 
 LADDER = (
     Shrink(),
-    Shrink(image=None),
-    Shrink(by=4, image=None, heads=True),
+    Shrink(image=None, sections=True, grid=4),
+    Shrink(by=4, image=None, heads=True, grid=4),
     Shrink(by=4, image=None),
-    Shrink(by=4, image=None, heads=True, sections=True),
+    Shrink(by=4, image=None, heads=True, sections=True, grid=4),
     Shrink(by=16, image=None),
     Shrink(by=8, layers=None, image=None),
     Shrink(by=8, image=None, vocab=None),
     Shrink(by=1, layers=2, image=None),
 )
 SOURCES = ("timm", "torchvision", "transformers")
-MOST = 400_000_000  # parameters of a model that is built for real
+MOST = 450_000_000  # parameters of a model that is built for real
 
 
 def names(source: str) -> list[str]:
@@ -46,8 +46,11 @@ def names(source: str) -> list[str]:
 
 
 def sketch(source: str, name: str) -> nn.Module:
-    """A timm or torchvision model on the meta device, without weights."""
-    with torch.device("meta"):
+    """A timm or torchvision model on the meta device, without weights, where it can be so."""
+    try:
+        with torch.device("meta"):
+            return real(source, name)
+    except NotImplementedError:  # it reads its own weights as it is built
         return real(source, name)
 
 
@@ -106,17 +109,38 @@ def default_config(model_type: str) -> Any:
 
 
 def model_of(config: Any) -> nn.Module:
-    """The bare model of a config, in eval mode; where transformers names several, the first."""
+    """The bare model of a config, in eval mode; where transformers names several, the first.
+
+    A config that lacks what its model asks for is given it.
+    """
+    kind = _class_of(config)
+    wanted = getattr(kind, "config_class", None) or type(config)
+    if not isinstance(config, wanted):  # the whole is a shell: take the part that has this model
+        config = next((v for v in vars(config).values() if isinstance(v, wanted)), config)
+    for _ in range(8):
+        try:
+            model: nn.Module = kind(config) if kind else _auto(config)
+            return model.eval()
+        except (AttributeError, KeyError, TypeError) as error:
+            if not mended(config, error):
+                raise
+    raise RuntimeError("its config lacks too much")
+
+
+def _class_of(config: Any) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     names = MODEL_MAPPING_NAMES.get(config.model_type, ())
-    if isinstance(names, tuple) and names:
-        model: nn.Module = getattr(transformers, names[0])(config)
-    else:
-        auto: Any = transformers.AutoModel
-        model = auto.from_config(config)
-    return model.eval()
+    return getattr(transformers, names if isinstance(names, str) else (*names, "")[0], None)
+
+
+def _auto(config: Any) -> nn.Module:
+    import transformers
+
+    auto: Any = transformers.AutoModel
+    model: nn.Module = auto.from_config(config)
+    return model
 
 
 def candidates(model_type: str) -> Iterator[tuple[Shrink, nn.Module | Exception]]:
@@ -124,8 +148,8 @@ def candidates(model_type: str) -> Iterator[tuple[Shrink, nn.Module | Exception]
     base = default_config(model_type)
     told: list[str] = []
     for how in LADDER:
-        if told[2:] and len(set(told[-3:])) == 1:  # no size will do
-            return
+        if told[2:] and len(set(told[-3:])) == 1 and how is not LADDER[-1]:
+            continue  # no size will do; fewer kinds of layers may
         try:
             torch.manual_seed(0)
             yield how, _sane(shrunk(base, how))
@@ -186,7 +210,8 @@ def tiny(model_type: str, seconds: float = 40.0) -> tuple[nn.Module, Inputs]:
             last = last or model
             continue
         try:
-            inputs = feed(model, min(12.0, deadline - time.monotonic()))
+            left = min(12.0, deadline - time.monotonic())
+            inputs = feed(model, left, whole=partly is not None)
             if not unfed(model, inputs):
                 return model, inputs
             partly = partly or (model, inputs)
