@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .leaf import CONVS, Shape, experts, is_list, is_norm, linear, shape
+from .leaf import CONVS, Shape, bends, experts, is_list, is_norm, linear, shape
 from .tree import Site, Tree, span
 
 NARROWEST = 8  # features; anything below is no model width
@@ -155,7 +155,7 @@ def _fits(own: list[Site], others: list[Site]) -> bool:
     if outs not in ([h], [2 * h], [h, h]):
         return False
     near = [s for s in others if s.parent in {leaf.parent for leaf in own}]
-    return h > d or (any(map(_is_act, near)) and (h == d or outs != [h]))
+    return h > d or (any(bends(s.module) for s in near) and (h == d or outs != [h]))
 
 
 def _others(site: Site, own: list[Site]) -> list[Site]:
@@ -214,7 +214,9 @@ def _experts(site: Site, own: list[Site]) -> Site | None:
         return None
     routers = [linear(s.module) for s in own]
     widths = _expert_widths(shapes)
-    if not any(map(_is_act, site.below())):  # then only a gate tells them from projections
+    if not any(
+        bends(s.module) for s in site.below()
+    ):  # then only a gate tells them from projections
         widths = [d for d in widths if len(shapes) == 3 or _is_packed(shapes, d)]
     if not widths or any(found is None or found.out > shapes[0][0] for found in routers):
         return None
@@ -350,15 +352,14 @@ def _acts(
         return True
     if any(holder.order < s.order < holder.end for s in known):
         return False
-    beside = rest and direct and not alike and (attention or any(map(_is_act, holder.children)))
-    acting = down.width == down.out and holder.is_element and any(map(_is_act, others))
+    beside = (
+        rest
+        and direct
+        and not alike
+        and (attention or any(bends(s.module) for s in holder.children))
+    )
+    acting = down.width == down.out and holder.is_element and any(bends(s.module) for s in others)
     return len(own) == 2 and bool(beside or acting)
-
-
-def _is_act(site: Site) -> bool:
-    module = site.module
-    passive = isinstance(module, (nn.Dropout, nn.Identity)) or is_norm(module)
-    return not (site.children or module._parameters or passive)
 
 
 # places ---------------------------------------------------------------------------------------

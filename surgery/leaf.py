@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,3 +91,33 @@ def is_list(module: nn.Module) -> bool:
     """Whether it only lists modules, and is never called itself."""
     lists = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     return lists and forward_of(module) is nn.Module.forward
+
+
+def bends(module: nn.Module) -> bool:
+    """Whether it has neither children nor parameters, and yet does more than hand on or scale.
+
+    A class that is not torch's own is tried on a few numbers, in eval mode and on a copy: an
+    activation bends them, a dropout or a change of shape does not.
+    """
+    if module._modules or module._parameters:
+        return False
+    kind = type(module)
+    if kind not in _BENDS:
+        known = kind.__module__ == nn.ReLU.__module__ or isinstance(module, nn.GLU)
+        _BENDS[kind] = known or (kind.__module__.split(".")[0] != "torch" and _tried(module))
+    return _BENDS[kind]
+
+
+_BENDS: dict[type[nn.Module], bool] = {}
+
+
+def _tried(module: nn.Module) -> bool:
+    copied = copy.copy(module)
+    copied.training = False
+    x = torch.linspace(-2, 2, 8, device="cpu").reshape(1, 1, 8)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            once, twice, minus = (copied.forward(scale * x) for scale in (1, 2, -1))
+            return not (torch.equal(2 * once, twice) and torch.equal(-once, minus))
+    except Exception:  # it is given something else
+        return False

@@ -87,6 +87,16 @@ class Flat(nn.Module):
     """No parameters, no children, and yet no activation."""
 
 
+class OwnDropout(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.1, self.training)
+
+
+class OwnAct(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=0)  # twice of it for twice of x
+
+
 def gate(width: int = H, narrow: int = 12) -> nn.Module:
     down, up = nn.Conv2d(width, narrow, 1), nn.Conv2d(narrow, width, 1)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), down, nn.ReLU(), up, nn.Sigmoid())
@@ -141,6 +151,10 @@ FOUND = {
     ),
     "convolutions in groups": (
         Block(mlp=nn.Sequential(nn.Conv1d(D, H, 1, groups=4), nn.GELU(), nn.Conv1d(H, D, 1))),
+        ["mlp"],
+    ),
+    "as wide inside, with an activation of its own": (
+        Block(mlp=Block(None, a=nn.Linear(D, D), act=OwnAct(), b=nn.Linear(D, D))),
         ["mlp"],
     ),
     "held experts": (
@@ -242,6 +256,9 @@ REFUSED = {
     ),
     "convolutions are no experts": Block(
         units=nn.Sequential(nn.Conv1d(D, D, 3), nn.GELU(), nn.Conv1d(D, D, 3)),
+    ),
+    "q, k and v with dropouts of their own": Block(
+        attn=Block(None, q=nn.Linear(D, D), k=nn.Linear(D, D), v=nn.Linear(D, D), drop=OwnDropout())
     ),
     "too narrow": Block(4, mlp=pair(4, 12)),
     "another width": Block(mlp=pair(out=24)),
