@@ -103,7 +103,7 @@ def _find_whole(leaves: Leaves, found: FeedForwards) -> None:
         elif _is_bottleneck(own, _others(site, own)):
             found.bottlenecks.append(site)
         elif all(_is_harmless(s.module) for s in _others(site, own)) and not _is_gated(site, own):
-            found.sites.append(_made(site, own))
+            found.sites.append(whole_or_span(site, own))
         else:
             continue
         found.taken.update(leaves.below(site))
@@ -116,7 +116,7 @@ def _is_listed(own: list[Site]) -> bool:
     return listed and any(leaf.parent is not holder for leaf in own)
 
 
-def _made(site: Site, own: list[Site]) -> Site:
+def whole_or_span(site: Site, own: list[Site]) -> Site:
     """The module, or the span in it where something with weights comes before the first leaf."""
     early = [s for s in site.below() if s.order < own[0].order]
     if any(p is not None for s in early for p in s.module._parameters.values()):
@@ -258,13 +258,13 @@ def _layer_of(site: Site, leaves: Leaves, taken: set[Site]) -> Site:
         return site
     top = site
     for above in site.above():
-        if above.parent is None or above.is_element or not _is_routed(above, leaves, taken):
+        if above.parent is None or above.is_element or not is_routed(above, leaves, taken):
             break
         top = top if is_list(above.module) else above
     return top
 
 
-def _is_routed(layer: Site, leaves: Leaves, taken: set[Site]) -> bool:
+def is_routed(layer: Site, leaves: Leaves, taken: set[Site]) -> bool:
     """Whether beside feed-forward networks a layer holds routers only: each gives few features."""
     rest = [linear(s.module) for s in leaves.below(layer) if s not in taken]
     return all(found is not None and found.out < found.width for found in rest)

@@ -29,6 +29,7 @@ from .term import encode, show
 from .tree import ROOM, Site, Tree
 from .words import words
 
+SHOW = " With example=inputs a forward is looked at too, for what modules do not show."
 WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
 
 
@@ -339,7 +340,10 @@ def _advice(rule: Rule, tree: Tree) -> str:
     roles = anatomise(tree)
     if not isinstance(rule.where, Address):
         known = ", ".join(f"{role} ({len(roles[role.name])})" for role in ROLES if roles[role.name])
-        return f"Roles found in it: {known or 'none'}. print(surgery.anatomy(model)) shows more."
+        more = "" if roles["ffn"] or "fed" in tree.memo else SHOW
+        return (
+            f"Roles found in it: {known or 'none'}. print(surgery.anatomy(model)) shows more.{more}"
+        )
     asked_for = (ffn, attn, block, qkv, norm, head, embed)  # most often first
     role_of = {generalise(s.path): role for role in asked_for[::-1] for s in roles[role.name]}
     preferred = [generalise(s.path) for role in asked_for for s in roles[role.name][:1]]

@@ -16,6 +16,7 @@ from torch import nn
 from .address import generalise
 from .errors import RuleError
 from .feedforward import NARROWEST, Leaves, feed_forwards, holders, is_spatial
+from .feeds import as_they_ran
 from .flow import OPERANDS, Fed
 from .leaf import CONVS, is_list, is_norm, linear
 from .pattern import Found, Pattern
@@ -114,14 +115,20 @@ class _Anatomy:
         self.tree = tree
         self.leaves = Leaves(tree)
         self.found = feed_forwards(self.leaves)
+        fed: Fed | None = tree.memo.get("fed")
+        if fed and not self.found.sites:
+            self.found = as_they_ran(fed.trace, self.leaves, self.found)
         ffns = self.found.sites
         self.rest = {s for s in self.leaves.all if s not in self.found.taken}
         met = {s for f in ffns for s in (*tree.sites[f.order : f.end], *f.entry.above())}
         blocks = _unique(self._block(f) for f in ffns)
         attns = _unique(a for b in blocks for a in self._attentions(b, met))
         aside = {s for a in attns for s in self._aside(a)}
+        inside = {leaf for f in ffns for leaf in self.leaves.below(f)}
         for site in (*blocks, *attns):
-            site.measure(but=aside)
+            site.measure(but=aside | inside)
+            if not site.shape.out:
+                site.measure(but=aside)
         projections = [[s for s in self.leaves.below(a) if s not in aside] for a in attns]
         last = [self._last(a, made) for a, made in zip(attns, projections, strict=True)]
         self.roles: dict[str, list[Site]] = {

@@ -456,3 +456,74 @@ def test_without_a_forward_queries_are_not_guessed(tmp_path):
     again = Blocks(Attends("kernel")).eval()
     surgery.load(again, tmp_path / "a.safetensors", example=TOKENS)
     assert str(surgery.report(again)) == str(surgery.report(model))
+
+
+# networks that modules do not show -------------------------------------------------------------
+
+
+class Bare(nn.Module):
+    """As wide inside as outside, the activation a function: two projections, to the tree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(torch.relu(self.one(self.norm(x))))
+
+
+class Flat(nn.Module):
+    """Experts in matrices of two dimensions, cut up as it runs (DBRX)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4 * D, D)) for _ in range(2))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        up, down = self.up.view(2, 2 * D, D), self.down.view(2, 2 * D, D)
+        made = [nn.functional.gelu(x @ up[i].T) @ down[i] * weights[..., i, None] for i in (0, 1)]
+        return made[0] + made[1]
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router, self.experts = nn.LayerNorm(D), nn.Linear(D, 2), Flat()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.router(x).softmax(-1))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm, self.moe = Attention("kernel"), nn.LayerNorm(D), Routed()
+        del self.moe.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.moe(self.norm(x))
+
+
+@pytest.mark.parametrize(("kind", "site"), [(Bare, "(one to two)"), (Layer, "moe")])
+def test_a_forward_shows_networks_that_modules_do_not(kind, site):
+    model = Blocks(kind(), kind()).eval()
+    with pytest.raises(
+        MatchError, match=r"has no feed-forward network.*(?s:.*)With example=inputs"
+    ):
+        surgery.apply(model, "adapterx_ffn")
+    assert paths(model, ffn, TOKENS) == [site, f"blocks.1.{site}"]
+    surgery.apply(model, "adapterx_ffn", example=TOKENS)
+    assert "read off a forward" in str(surgery.report(model))
+
+
+def test_what_structure_shows_a_forward_does_not_change():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Bare(), Attends("kernel")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    assert paths(Blocks(Both()), ffn, TOKENS) == paths(Blocks(Both()), ffn) == ["b.mlp"]

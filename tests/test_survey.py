@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from surgery.cli import main
+from surgery.feeds import ffns
 from surgery.survey import Row, chosen, report, rows, zoo
 from surgery.survey import run as running
 from surgery.survey.feed import feed, run
-from surgery.survey.feeds import ffns
 from surgery.survey.guess import guesses
 from surgery.survey.look import compared, operated, read
 from surgery.survey.run import look

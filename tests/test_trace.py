@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from surgery.feeds import Feed, ffns
 from surgery.flow import norm_before
-from surgery.survey.feeds import Feed, ffns
 from surgery.trace import Trace, trace, upstream
 from surgery.tree import fingerprint
 from tests import models

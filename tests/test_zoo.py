@@ -11,11 +11,11 @@ from torch import nn
 
 import surgery
 from surgery import ffn, key, query, value
+from surgery.feeds import ffns
 from surgery.pattern import where
 from surgery.plan import plan
 from surgery.role import anatomise
 from surgery.survey import zoo
-from surgery.survey.feeds import ffns
 from surgery.trace import trace
 from surgery.tree import Tree
 from tests.test_role import Between, mixing, renamed, spots

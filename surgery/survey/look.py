@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from .. import operate
 from ..address import generalise
 from ..errors import SurgeryError
+from ..feeds import Feed, ffns
+from ..flow import Fed
 from ..plan import plan
 from ..role import anatomise, instead_of_ffns
 from ..trace import Trace, trace
 from ..tree import Site, Tree, fingerprint
 from .feed import Inputs, run
-from .feeds import Feed, ffns
 
 RULES = "adapterx_ffn"
 IDLE = "not run with these inputs"
+ALONE = "sites by the forward alone (example=)"
 CLOSE = 1e-6  # between the outputs of the base and of the model just operated
 
 
@@ -49,13 +51,15 @@ class Row(NamedTuple):
     reason: str = ""
 
 
-def read(row: Row, model: nn.Module) -> Row:
-    """The row with what anatomy and plan say of the model; nothing is run or changed."""
+def read(row: Row, model: nn.Module, example: Inputs | None = None) -> Row:
+    """The row with what anatomy and plan say of the model; nothing is changed, or run unasked."""
     row = row._replace(
         family=row.family or type(model).__module__.rpartition(".")[2],
         parameters=sum(p.numel() for p in model.parameters()),
     )
     tree = Tree(model)
+    if example is not None:
+        tree.memo["fed"] = Fed(model, example)
     roles = anatomise(tree)
     found = roles["ffn"]
     row = row._replace(
@@ -66,23 +70,26 @@ def read(row: Row, model: nn.Module) -> Row:
         attention=len(roles["attn"]),
     )
     try:
-        plan(model, RULES)
+        plan(model, RULES, example=example)
     except SurgeryError as error:
         why = instead_of_ffns(tree) if not found else _words(error)
         return row._replace(status="refused", reason=why)
     return row._replace(status="planned")
 
 
-def operated(row: Row, model: nn.Module, inputs: Inputs) -> Row:
-    """The row with what came of tracing, operating, running and reverting the model for real."""
+def operated(row: Row, model: nn.Module, inputs: Inputs, example: Inputs | None = None) -> Row:
+    """The row with what came of tracing, operating, running and reverting the model for real.
+
+    example  for a model whose sites only a forward shows
+    """
     model.eval()
-    row = compared(row, model, inputs)
+    row = compared(row, model, inputs) if example is None else row._replace(run=ALONE)
     base = _outputs(model, inputs)
     again = _outputs(model, inputs)
     torch.manual_seed(0)
     before = fingerprint(model)  # after the first forward, in which some models fill buffers
     try:
-        operate.apply(model, RULES)
+        operate.apply(model, RULES, example=example)
     except SurgeryError as error:
         return row._replace(status="refused", reason=_join(_words(error), row.reason))
     told: list[str] = []

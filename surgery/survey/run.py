@@ -86,7 +86,12 @@ def look(source: str, name: str, real: bool) -> Row:
 def _tried(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     """The row of a model that was run, where it has a plan; what goes wrong keeps what was read."""
     try:
-        return (operated if row.status == "planned" else compared)(row, model, inputs)
+        if row.status == "planned":
+            return operated(row, model, inputs)
+        shown = read(row._replace(reason=""), model, inputs) if not row.sites else row
+        if shown.status == "planned":
+            return operated(shown, model, inputs, inputs)
+        return compared(row, model, inputs)
     except Exception as error:
         return row._replace(status="failed", reason=_told(error))
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..trace import Op, Value, Weights, names
+from .trace import Op, Value, Weights, names
 
 CONVS = ("conv1d", "conv2d", "conv3d")
 MATMULS = names("addmm baddbmm mm bmm matmul rmatmul _grouped_mm grouped_mm")

@@ -7,9 +7,12 @@ from itertools import takewhile
 from math import prod
 from typing import NamedTuple
 
-from ..flow import is_sum, norm_before
-from ..trace import MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
+from .feedforward import FeedForwards, Leaves, is_routed, whole_or_span
+from .flow import is_sum, norm_before
+from .leaf import Shape, is_list
 from .products import Linear, is_depthwise, linear
+from .trace import MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
+from .tree import Site, span
 
 NARROWEST = 8  # features; anything below is no model width
 FARTHEST = 200  # operations between the two ends of one network
@@ -336,3 +339,36 @@ def _common(a: str, b: str) -> str:
 
 def _steps(a: str, b: str) -> list[tuple[str, str]]:
     return list(zip(a.split("."), b.split("."), strict=False))
+
+
+# as sites
+
+
+def as_they_ran(trace: Trace, leaves: Leaves, found: FeedForwards) -> FeedForwards:
+    """The networks that modules alone do not show: no activation among them, experts in one matrix.
+
+    found  what structure found, which was no network
+    """
+    sites: list[Site] = []
+    for feed in ffns(trace):
+        site = _site(feed, leaves) if feed.kind == "ffn" else None
+        if site is not None and all(site.path != other.path for other in sites):
+            site._shape = Shape(feed.width, feed.width, feed.axis)
+            sites.append(site)
+    taken = {leaf for site in sites for leaf in leaves.below(site)}
+    return found._replace(sites=sorted(sites, key=lambda s: s.order), taken=taken)
+
+
+def _site(feed: Feed, leaves: Leaves) -> Site | None:
+    """The module that holds both ends and nothing else, or the span; of experts the layer."""
+    at = {site.path: site for site in leaves.tree.sites}
+    owner, entry, exit = (at.get(path) for path in (feed.owner, feed.entry, feed.exit))
+    if owner is None:
+        return None
+    if entry is None or exit is None or entry is exit:
+        while owner.parent and not owner.is_element and is_routed(owner.parent, leaves, set()):
+            owner = owner.parent
+        return owner
+    made = span(entry, exit)
+    alone = leaves.below(owner) == leaves.below(made) and not is_list(owner.module)
+    return whole_or_span(owner, [entry, exit]) if alone else made
