@@ -25,7 +25,7 @@ from .feed import Inputs, feed, refusal, unfed
 from .look import Row, compared, operated, read
 
 LIMIT = 60  # seconds for a model
-MEMORY = 9 * 2**30  # bytes of address space for a worker
+MEMORY = 18 * 2**30  # bytes of address space for all workers together
 FULL = 3 * 2**30  # bytes in memory at which a worker makes room for a new one
 
 
@@ -131,7 +131,7 @@ def _each(
     """Every case's row as it comes, from a few workers that are replaced when they die."""
     spare: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     for _ in range(workers):
-        spare.put(Worker())
+        spare.put(Worker(MEMORY // workers))
 
     def ask(case: tuple[str, str, bool]) -> Row:
         worker = spare.get()
@@ -155,9 +155,10 @@ def _each(
 
 
 class Worker:
-    """One process that looks at one model after another."""
+    """One process that looks at one model after another, within so many bytes of memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int = MEMORY) -> None:
+        self.memory = memory
         self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, case: tuple[str, str, bool], seconds: float) -> Row:
@@ -196,7 +197,8 @@ class Worker:
         """The process, ready: a new one where there is none, or the last has gone."""
         if self.process is None or self.process.poll() is not None:
             self.end()
-            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import work; work()"
+            life = f"from {__name__} import work; work({self.memory})"
+            code = f"import sys; sys.path[:] = {sys.path!r}; {life}"
             command = [sys.executable, "-c", code]
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -222,13 +224,13 @@ class Worker:
         return code
 
 
-def work() -> None:
+def work(memory: int) -> None:
     """The life of a worker: cases in and rows out, until no more come or its memory has grown."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     line = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    _limit_memory()
+    _limit_memory(memory)
     pickle.dump("ready", line)
     line.flush()
     while True:
@@ -262,12 +264,12 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[:240]}{where[:140]}"
 
 
-def _limit_memory() -> None:
+def _limit_memory(memory: int) -> None:
     try:
         import resource
     except ImportError:  # not on Windows
         return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def _resident() -> int:
