@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +118,26 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
 
 
 def _feeds(tree: Tree) -> dict[Site, str]:
-    """Which norms feed attention, which a feed-forward network."""
+    """Which norms feed attention, which a feed-forward network, and which the output."""
     found: dict[Site, str] = {}
     for role in (attn, ffn):
         for near, _ in Nearest(norm, before=role).pairs(tree):
             words = [found[near]] if near in found and found[near] != role.name else []
             found[near] = ", ".join([*words, role.name])
-    return found
+    return found | dict.fromkeys(_final(tree, found), "output")
+
+
+def _final(tree: Tree, known: Collection[Site]) -> list[Site]:
+    """The norm of what all blocks give: the first after the last, or the only one outside."""
+    roles = anatomise(tree)
+    if not roles["block"]:
+        return []
+    last = roles["block"][-1]
+    inside = [range(s.order, s.end) for s in (*roles["block"], *roles["embed"])]
+    outside = [s for s in roles["norm"] if not any(s.order in each for each in inside)]
+    outside = [s for s in outside if s.width == last.out and s not in known]
+    late = [s for s in outside if s.order >= last.end]
+    return late[:1] or (outside if len(outside) == 1 else [])
 
 
 def _grouped(sites: list[Site], tree: Tree, feeds: dict[Site, str]) -> list[tuple[object, ...]]:

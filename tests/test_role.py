@@ -397,6 +397,22 @@ def test_what_takes_coordinates_is_no_projection_of_features():
     assert {s.shape[:2] for s in roles["block"]} == {(d, d) for d in (96, 192, 384, 768)}
 
 
+@pytest.mark.parametrize(
+    ("build", "final"),
+    [
+        (models.tiny_vit, ["norm"]),
+        (models.hf_llama, ["model.norm"]),
+        (models.hf_clip_vision, ["post_layernorm"]),
+        (opt, ["decoder.final_layer_norm"]),
+        (models.hf_bert, []),
+        (swin, ["norm"]),
+    ],
+)
+def test_anatomy_names_the_norm_of_the_output(build, final):
+    rows = surgery.anatomy(build()).rows
+    assert [row[1] for row in rows if row[0] == "norm" and row[-1] == "output"] == final
+
+
 def test_anatomy_says_which_norm_feeds_what_and_how_it_knows():
     lines = str(surgery.anatomy(models.encoder())).splitlines()
     assert lines[-1] == "what feeds what: by order; anatomy(model, example) runs a forward to see"
