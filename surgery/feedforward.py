@@ -28,6 +28,7 @@ class Leaves:
         self.all = [s for s in tree.sites if _projects(s)]
         self.orders = [s.order for s in self.all]
         self.elements = {s: element(s) for s in self.all}
+        self.growing: dict[tuple[Site, type], bool] = {}
 
     def below(self, site: Site) -> list[Site]:
         """Those of a site, itself included."""
@@ -385,14 +386,16 @@ def _ends(site: Site, leaves: Leaves) -> list[Site]:
 def _grows(site: Site, leaves: Leaves) -> bool:
     """Whether most of its like go d -> h -> e: nothing is added to d there, as in dense blocks."""
     holder = element(site)
-    if holder is None or holder.parent is None:
+    if holder is None or holder.parent is None or len(leaves.below(holder)) != 2:
         return False
-    kind, much = type(holder.module), len(leaves.below(holder))
-    alike = [s for s in holder.parent.children if type(s.module) is kind]
-    shapes = [[linear(leaf.module) for leaf in leaves.below(s)] for s in alike]
-    ends = [(s[0], s[-1]) for s in shapes if len(s) == much == 2]
-    open_ended = [a and b and a.width != b.out and a.out == b.width for a, b in ends]
-    return sum(map(bool, open_ended)) > len(alike) / 2
+    known = holder.parent, type(holder.module)
+    if known not in leaves.growing:
+        alike = [s for s in holder.parent.children if type(s.module) is known[1]]
+        pairs = [own for s in alike if len(own := leaves.below(s)) == 2]
+        ends = [(linear(first.module), linear(last.module)) for first, last in pairs]
+        open_ended = [a and b and a.width != b.out and a.out == b.width for a, b in ends]
+        leaves.growing[known] = sum(map(bool, open_ended)) > len(alike) / 2
+    return leaves.growing[known]
 
 
 def _projects(site: Site) -> bool:
