@@ -21,6 +21,9 @@ MODEL = "timm:NAME, or package.module:function (or file.py:function) that return
 RULES = "the name of a rule set, or package.module:NAME (or file.py:NAME) of rules of your own"
 
 
+ZOOS = ("timm", "torchvision", "transformers")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 not, 130 interrupted).
 
@@ -104,10 +107,15 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", default="out", help="folder for the adapter and the picture")
 
 
+def _source(text: str) -> str:
+    if text not in ZOOS:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ZOOS)}")
+    return text
+
+
 def _survey_arguments(survey: argparse.ArgumentParser) -> None:
-    sources = ("timm", "torchvision", "transformers")
-    survey.add_argument("sources", nargs="*", metavar="SOURCE", choices=[*sources, []], default=[])
-    survey.set_defaults(all=list(sources))
+    survey.add_argument("sources", nargs="*", metavar="SOURCE", type=_source, help=", ".join(ZOOS))
+    survey.set_defaults(all=list(ZOOS))
     survey.add_argument("--only", default="", help='names or patterns: "vit_*,swin_*"')
     survey.add_argument("--meta", action="store_true", help="read and plan; run nothing")
     survey.add_argument("--seconds", type=_count, default=60, help="limit for a model (default 60)")

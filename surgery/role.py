@@ -148,8 +148,8 @@ class _Anatomy:
         for site in around:
             if any(s in self.rest and not _is_conv(s) for s in self.leaves.below(site)):
                 return site
-        called = (s for s in holders(ffn) if not is_list(s.module))
-        return around[0] if around else next(called)
+        called = [s for s in holders(ffn) if not is_list(s.module)]
+        return [*around, *called, ffn][0]
 
     def _attentions(self, block: Site, met: set[Site]) -> list[Site]:
         """The smallest modules that hold what else projects in a block, branch by branch.

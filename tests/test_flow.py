@@ -517,6 +517,21 @@ def test_a_forward_shows_networks_that_modules_do_not(kind, site):
     assert "read off a forward" in str(surgery.report(model))
 
 
+def test_a_model_that_is_one_network_is_its_own_block():
+    class Alone(Bare):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.two(torch.relu(self.one(x)))
+
+    model = Alone().eval()
+    assert paths(model, ffn, TOKENS) == [""]
+    assert surgery.anatomy(model, TOKENS).rows[-1][:3] == ("ffn", "", 1)
+    surgery.apply(model, "adapterx_ffn", example=TOKENS)
+
+
 def test_what_structure_shows_a_forward_does_not_change():
     class Both(nn.Module):
         def __init__(self) -> None:
