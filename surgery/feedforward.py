@@ -54,6 +54,9 @@ def feed_forwards(leaves: Leaves) -> FeedForwards:
     found = FeedForwards([], set(), [], _fused(leaves))
     _find_whole(leaves, found)
     _find_split(leaves, found)
+    for site in _doubtful(found.sites, leaves):
+        found.sites.remove(site)
+        found.taken.difference_update(leaves.below(site))
     sites = [s for s in _lifted(found.sites, leaves, found.taken) if _is_placed(s, leaves)]
     sites = [s for s in sites if not _grows(s, leaves)]
     return found._replace(sites=sorted(sites, key=lambda s: s.order))
@@ -381,6 +384,20 @@ def _is_placed(site: Site, leaves: Leaves) -> bool:
 
 def _ends(site: Site, leaves: Leaves) -> list[Site]:
     return [s for s in leaves.all if site.order <= s.order < site.end]
+
+
+def _doubtful(sites: list[Site], leaves: Leaves) -> list[Site]:
+    """Two d -> h and h -> d, no activation, beside a network with one: an attention (Reformer)."""
+    three = [s for s in sites if len(leaves.below(s)) == 3 and not _acts_inside(s)]
+    if not three:
+        return []
+    sure = {element(s) for s in sites if s not in three and _acts_inside(s)} - {None}
+    return [s for s in three if element(s) in sure]
+
+
+def _acts_inside(site: Site) -> bool:
+    around = holders(site)[0] if site.is_span else site
+    return any(bends(s.module) for s in around.below())
 
 
 def _grows(site: Site, leaves: Leaves) -> bool:

@@ -68,9 +68,11 @@ def _matmul(op: Op) -> Linear | None:
 def _conv(op: Op) -> Linear | None:
     weight, stride = op.arg(1, "weight"), op.arg(3, "stride", 1)
     strides = stride if isinstance(stride, list) else [stride]
-    if op.arg(6, "groups", 1) != 1 or prod(weight.shape[2:]) != 1 or any(s != 1 for s in strides):
+    out, width, *kernel = weight.shape
+    if width < 2 or prod(kernel) != 1 or any(s != 1 for s in strides):
         return None
-    return _product(op, op.arg(0, "input"), weight, 1, weight.shape[1::-1])
+    sizes = (width * op.arg(6, "groups", 1), out)
+    return _product(op, op.arg(0, "input"), weight, 1, sizes)
 
 
 def _einsum(op: Op) -> Linear | None:

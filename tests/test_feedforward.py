@@ -157,6 +157,18 @@ FOUND = {
         Block(mlp=Block(None, a=nn.Linear(D, D), act=OwnAct(), b=nn.Linear(D, D))),
         ["mlp"],
     ),
+    "beside a shared query and key": (
+        Block(
+            attn=Block(
+                None,
+                inner=Block(None, qk=nn.Linear(D, H), v=nn.Linear(D, H)),
+                out=Block(None, dense=nn.Linear(H, D)),
+            ),
+            up=Block(None, dense=nn.Linear(D, H), act=nn.GELU()),
+            down=Block(None, dense=nn.Linear(H, D)),
+        ),
+        ["(up.dense to down.dense)"],
+    ),
     "held experts": (
         Block(moe=Block(None, router=nn.Linear(D, 4), up=Held(4, 2 * H, D), down=Held(4, D, H))),
         ["moe"],
