@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .leaf import CONVS, Shape, bends, experts, is_list, is_norm, linear, shape
-from .tree import Site, Tree, span
-
-NARROWEST = 8  # features; anything below is no model width
+from .experts import stacked
+from .leaf import CONVS, NARROWEST, Shape, bends, experts, is_list, is_norm, linear, shape
+from .tree import Site, Tree, element, holders, span
 
 
 class Leaves:
@@ -75,19 +74,6 @@ def _fused(leaves: Leaves) -> list[Site]:
     return found
 
 
-def element(site: Site) -> Site | None:
-    """The nearest element of a container that holds a site."""
-    return next((s for s in holders(site) if s.is_element), None)
-
-
-def holders(site: Site) -> list[Site]:
-    """What a site lies in, nearest first; a span's smallest holder may be its own module."""
-    if not site.is_span:
-        return list(site.above())
-    above = set(site.exit.above())
-    return [s for s in site.entry.above() if s in above]
-
-
 # whole modules --------------------------------------------------------------------------------
 
 
@@ -96,7 +82,7 @@ def _find_whole(leaves: Leaves, found: FeedForwards) -> None:
         if any(site.order <= f.order < site.end for f in found.sites[-1:]):
             continue
         own = [s for s in leaves.below(site) if s not in found.taken]
-        if made := _experts(site, own):
+        if made := stacked(site, own):
             found.sites.append(made)
         elif not site.children or not 1 <= len(own) <= 3 or _is_listed(own) or is_list(site.module):
             continue
@@ -207,41 +193,6 @@ def _is_gated(site: Site, own: list[Site]) -> bool:
 
 
 # experts --------------------------------------------------------------------------------------
-
-
-def _experts(site: Site, own: list[Site]) -> Site | None:
-    """A module with two or three stacks of matrices [experts, ., .], and routers at most."""
-    stacks = [(s, found) for s in (site, *site.below()) for found in experts(s.module)]
-    shapes = [found for _, found in stacks]
-    together = len({s for s, _ in stacks}) == 1  # then some experts may be none (LongCat)
-    if not 2 <= len(shapes) <= 3 or (len({n for n, _, _ in shapes}) > 1 and not together):
-        return None
-    routers = [linear(s.module) for s in own]
-    widths = _expert_widths(shapes)
-    if not any(
-        bends(s.module) for s in site.below()
-    ):  # then only a gate tells them from projections
-        widths = [d for d in widths if len(shapes) == 3 or _is_packed(shapes, d)]
-    if not widths or any(found is None or found.out > shapes[0][0] for found in routers):
-        return None
-    around = ([s for s in holder.children if is_norm(s.module)] for holder in holders(site))
-    norms = next((norms for norms in around if norms), [])
-    known = {found.width for found in (shape(s.module) for s in norms) if found}
-    width = next((w for w in widths if w in known), min(widths))
-    site._shape = Shape(width, width, -1)
-    return site
-
-
-def _expert_widths(shapes: list[tuple[int, int, int]]) -> list[int]:
-    """The widths d for which the stacks are of d x h (or d x 2h) and h x d, whichever way round."""
-    *ups, down = [found[1:] for found in shapes]
-    ways = [(d, h) for d, h in (down, down[::-1]) if d >= NARROWEST]
-    return [d for d, h in ways if all(set(up) in ({d, h}, {d, 2 * h}) for up in ups)]
-
-
-def _is_packed(shapes: list[tuple[int, int, int]], width: int) -> bool:
-    (_, *up), (_, *down) = shapes
-    return sum(up) - width == 2 * (sum(down) - width)
 
 
 def _lifted(sites: list[Site], leaves: Leaves, taken: set[Site]) -> list[Site]:

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 from .feedforward import FeedForwards, Leaves, is_routed, whole_or_span
 from .flow import is_sum, norm_before
-from .leaf import Shape, is_list
+from .leaf import NARROWEST, Shape, is_list
 from .products import Linear, is_depthwise, linear
 from .trace import MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
 from .tree import Site, span
 
-NARROWEST = 8  # features; anything below is no model width
 FARTHEST = 200  # operations between the two ends of one network
 
 NORMS = {"layer_norm": -1, "rms_norm": -1, "batch_norm": 1, "group_norm": 1, "instance_norm": 1}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NARROWEST = 8  # features; anything below is no model width
 
 
 class Shape(NamedTuple):

@@ -15,12 +15,12 @@ from torch import nn
 
 from .address import generalise
 from .errors import RuleError
-from .feedforward import NARROWEST, Leaves, feed_forwards, holders, is_spatial
+from .feedforward import Leaves, feed_forwards, is_spatial
 from .feeds import as_they_ran
 from .flow import OPERANDS, Fed
-from .leaf import CONVS, is_list, is_norm, linear
+from .leaf import CONVS, NARROWEST, is_list, is_norm, linear
 from .pattern import Found, Pattern
-from .tree import Site, Tree
+from .tree import Site, Tree, holders
 
 
 @dataclass(frozen=True, repr=False)

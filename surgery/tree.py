@@ -134,6 +134,19 @@ def span(entry: Site, exit: Site) -> Site:
     return site
 
 
+def element(site: Site) -> Site | None:
+    """The nearest element of a container that holds a site."""
+    return next((s for s in holders(site) if s.is_element), None)
+
+
+def holders(site: Site) -> list[Site]:
+    """What a site lies in, nearest first; a span's smallest holder may be its own module."""
+    if not site.is_span:
+        return list(site.above())
+    above = set(site.exit.above())
+    return [s for s in site.entry.above() if s in above]
+
+
 def _first_shape(site: Site, but: Collection[Site], backwards: bool = False) -> Shape | None:
     """That of the first leaf; a norm of another width than projections beside it is per head."""
     if site in but:
