@@ -16,12 +16,10 @@ from torch import nn
 from . import anatomy, plan, rulesets
 from .errors import RuleError, SurgeryError, nearest_names
 from .rule import Rules
+from .survey import SOURCES
 
 MODEL = "timm:NAME, or package.module:function (or file.py:function) that returns a model"
 RULES = "the name of a rule set, or package.module:NAME (or file.py:NAME) of rules of your own"
-
-
-ZOOS = ("timm", "torchvision", "transformers")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,14 +106,15 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
 
 
 def _source(text: str) -> str:
-    if text not in ZOOS:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ZOOS)}")
+    if text not in SOURCES:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(SOURCES)}")
     return text
 
 
 def _survey_arguments(survey: argparse.ArgumentParser) -> None:
-    survey.add_argument("sources", nargs="*", metavar="SOURCE", type=_source, help=", ".join(ZOOS))
-    survey.set_defaults(all=list(ZOOS))
+    survey.add_argument(
+        "sources", nargs="*", metavar="SOURCE", type=_source, help=", ".join(SOURCES)
+    )
     survey.add_argument("--only", default="", help='names or patterns: "vit_*,swin_*"')
     survey.add_argument("--meta", action="store_true", help="read and plan; run nothing")
     survey.add_argument("--seconds", type=_count, default=60, help="limit for a model (default 60)")
@@ -152,7 +151,7 @@ def _survey(arguments: argparse.Namespace) -> None:
 
     try:
         survey(
-            arguments.sources or arguments.all,
+            arguments.sources or list(SOURCES),
             only=arguments.only,
             real=not arguments.meta,
             seconds=arguments.seconds,

@@ -327,22 +327,16 @@ def _is_placed(site: Site, leaves: Leaves) -> bool:
     around = holders(site)
     if not around:
         return False
-    own = set(leaves.below(site)) if not site.is_span else set(_ends(site, leaves))
+    own = set(leaves.below(site))
     beside = [s for s in leaves.below(around[0]) if s not in own]
     attends = len(beside) > 1 or any(isinstance(s.module, nn.MultiheadAttention) for s in beside)
     return attends and any(is_norm(s.module) for s in around[0].children)
 
 
-def _ends(site: Site, leaves: Leaves) -> list[Site]:
-    return [s for s in leaves.all if site.order <= s.order < site.end]
-
-
 def _doubtful(sites: list[Site], leaves: Leaves) -> list[Site]:
     """Two d -> h and h -> d, no activation, beside a network with one: an attention (Reformer)."""
     three = [s for s in sites if len(leaves.below(s)) == 3 and not _acts_inside(s)]
-    if not three:
-        return []
-    sure = {element(s) for s in sites if s not in three and _acts_inside(s)} - {None}
+    sure = {element(s) for s in sites if _acts_inside(s)} - {None} if three else set()
     return [s for s in three if element(s) in sure]
 
 

@@ -348,19 +348,19 @@ def as_they_ran(trace: Trace, leaves: Leaves, found: FeedForwards) -> FeedForwar
 
     found  what structure found, which was no network
     """
-    sites: list[Site] = []
-    for feed in ffns(trace):
-        site = _site(feed, leaves) if feed.kind == "ffn" else None
-        if site is not None and all(site.path != other.path for other in sites):
-            site._shape = Shape(feed.width, feed.width, feed.axis)
-            sites.append(site)
-    taken = {leaf for site in sites for leaf in leaves.below(site)}
-    return found._replace(sites=sorted(sites, key=lambda s: s.order), taken=taken)
-
-
-def _site(feed: Feed, leaves: Leaves) -> Site | None:
-    """The module that holds both ends and nothing else, or the span; of experts the layer."""
     at = {site.path: site for site in leaves.tree.sites}
+    sites: dict[str, Site] = {}
+    for feed in ffns(trace):
+        site = _site(feed, at, leaves) if feed.kind == "ffn" else None
+        if site is not None and site.path not in sites:
+            site._shape = Shape(feed.width, feed.width, feed.axis)
+            sites[site.path] = site
+    taken = {leaf for site in sites.values() for leaf in leaves.below(site)}
+    return found._replace(sites=sorted(sites.values(), key=lambda s: s.order), taken=taken)
+
+
+def _site(feed: Feed, at: dict[str, Site], leaves: Leaves) -> Site | None:
+    """The module that holds both ends and nothing else, or the span; of experts the layer."""
     owner, entry, exit = (at.get(path) for path in (feed.owner, feed.entry, feed.exit))
     if owner is None:
         return None

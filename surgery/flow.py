@@ -14,7 +14,7 @@ from torch import nn
 from .leaf import is_norm
 from .trace import SUMS, Op, Trace, Value, is_cheap, names, upstream
 from .trace import trace as run
-from .tree import Site
+from .tree import Site, Tree
 
 OPERANDS = ("query", "key", "value")
 PRODUCTS = names("matmul bmm baddbmm einsum")
@@ -75,6 +75,20 @@ class Fed:
                     for module in _makers(value, made):
                         found.setdefault(made[module], set()).add(word)
         return found
+
+
+def follow(tree: Tree, example: Any) -> Fed:
+    """Let a forward on the example, where there is one, decide what feeds what in this tree."""
+    fed = Fed(tree.model, example)
+    if example is not None:
+        tree.memo["fed"] = fed
+    return fed
+
+
+def followed(tree: Tree) -> Fed | None:
+    """What tells what feeds what in this tree; None where nothing but the order of modules does."""
+    found: Fed | None = tree.memo.get("fed")
+    return found
 
 
 def _operands(op: Op) -> Iterator[tuple[str, Value]]:

@@ -113,10 +113,10 @@ _BENDS: dict[type[nn.Module], bool] = {}
 
 
 def _tried(module: nn.Module) -> bool:
-    copied = copy.copy(module)
-    copied.training = False
     x = torch.linspace(-2, 2, 8, device="cpu").reshape(1, 1, 8)
     try:
+        copied = copy.copy(module)
+        copied.training = False
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             once, twice, minus = (copied.forward(scale * x) for scale in (1, 2, -1))
             return not (torch.equal(2 * once, twice) and torch.equal(-once, minus))

@@ -66,6 +66,14 @@ class Pattern(Term):
         return self.pattern if isinstance(self, Other) else Other(self)
 
 
+@dataclass(frozen=True, repr=False)
+class Selection(Pattern):
+    """Base of patterns that select as a whole, by `select`, spans of their own among it."""
+
+    def candidates(self, tree: Tree) -> list[Site]:
+        return list(self.find(tree))
+
+
 def where(what: Where) -> Pattern:
     """Anything that says where, as a pattern: an address, a class or a predicate on a site.
 

@@ -16,7 +16,7 @@ from .account import Record, Row, count, summary
 from .address import generalise, nearest
 from .edit import Joined, Trained
 from .errors import ConflictError, FileError, MatchError, OperationError, RuleError
-from .flow import Fed
+from .flow import follow, followed
 from .graft import Balance, Step, is_replaced
 from .pattern import Address
 from .place import Placed, check_called, name_all
@@ -76,9 +76,7 @@ class Plan:
         self.model, self.seed, self.name, self.balance = model, seed, name, balance
         self.rules = flatten(rules)
         self.tree = Tree(model)
-        self.fed = Fed(model, example)
-        if example is not None:
-            self.tree.memo["fed"] = self.fed
+        self.fed = follow(self.tree, example)
         self.matches = [(rule, _matched(rule, self.tree)) for rule in self.rules]
         self.placed = [
             Placed(rule, edit, site.seen(shape=edit.port(site), captures=captures))
@@ -340,7 +338,7 @@ def _advice(rule: Rule, tree: Tree) -> str:
     roles = anatomise(tree)
     if not isinstance(rule.where, Address):
         known = ", ".join(f"{role} ({len(roles[role.name])})" for role in ROLES if roles[role.name])
-        more = "" if roles["ffn"] or "fed" in tree.memo else SHOW
+        more = "" if roles["ffn"] or followed(tree) else SHOW
         return (
             f"Roles found in it: {known or 'none'}. print(surgery.anatomy(model)) shows more.{more}"
         )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from .errors import RuleError
+from .flow import followed
 from .leaf import Shape, is_norm, linear
-from .pattern import Address, Found, Pattern, Where, plain, where
+from .pattern import Address, Found, Pattern, Selection, Where, plain, where
 from .term import show
 from .tree import Site, Tree
 from .tree import span as make_span
-
-Fed: TypeAlias = Callable[[Site, list[Site], bool], "Site | None"]  # or LookupError; see flow.Fed
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,7 +50,7 @@ class Holding(_Around):
 
 
 @dataclass(frozen=True, repr=False)
-class Nearest(Pattern):
+class Nearest(Selection):
     pattern: Pattern
     before: Pattern | None = field(default=None, kw_only=True)
     after: Pattern | None = field(default=None, kw_only=True)
@@ -73,8 +71,7 @@ class Nearest(Pattern):
     def _partner(self, tree: Tree, anchor: Site, found: list[Site], whole: bool) -> Site | None:
         if self.before is None:
             return _after(anchor, found)
-        fed: Fed | None = tree.memo.get("fed")
-        if fed:
+        if fed := followed(tree):
             with suppress(LookupError):
                 return fed(anchor, found, whole)
         return _before(anchor, found, isinstance(self.pattern, Address))
@@ -83,15 +80,9 @@ class Nearest(Pattern):
         near = {site for site, _ in self.pairs(tree)}
         return {site: {} for site in sorted(near, key=lambda site: site.order)}
 
-    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
-        return self.find(tree).get(site)
-
-    def candidates(self, tree: Tree) -> list[Site]:
-        return list(self.find(tree))
-
 
 @dataclass(frozen=True, repr=False)
-class Span(Pattern):
+class Span(Selection):
     entry: Pattern
     exit: Pattern
 
@@ -104,12 +95,6 @@ class Span(Pattern):
         near = {b: a for a, b in pairs if named or _is_alike(a, b) or not is_norm(a.module)}
         anchors = self.exit.find(tree)
         return {_from(near[site], site) if site in near else site: {} for site in anchors}
-
-    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
-        return self.find(tree).get(site)
-
-    def candidates(self, tree: Tree) -> list[Site]:
-        return list(self.find(tree))
 
 
 def inside(pattern: Where) -> Pattern:

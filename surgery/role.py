@@ -1,4 +1,5 @@
-"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name.
+"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
+query, key and value, which a forward on an example tells apart.
 
 Attention is what projects features inside a block and is no feed-forward network; a block is the
 repeated module that holds them.
@@ -17,14 +18,14 @@ from .address import generalise
 from .errors import RuleError
 from .feedforward import Leaves, feed_forwards, is_spatial
 from .feeds import as_they_ran
-from .flow import OPERANDS, Fed
+from .flow import OPERANDS, Fed, followed
 from .leaf import CONVS, NARROWEST, is_list, is_norm, linear
-from .pattern import Found, Pattern
+from .pattern import Found, Selection
 from .tree import Site, Tree, holders
 
 
 @dataclass(frozen=True, repr=False)
-class Role(Pattern):
+class Role(Selection):
     """A place by its function in a transformer."""
 
     name: str
@@ -39,19 +40,13 @@ class Role(Pattern):
     def select(self, tree: Tree) -> Found:
         return {site: {} for site in anatomise(tree)[self.name]}
 
-    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
-        return self.find(tree).get(site)
-
-    def candidates(self, tree: Tree) -> list[Site]:
-        return list(self.find(tree))
-
 
 @dataclass(frozen=True, repr=False)
 class Operand(Role):
     """A projection that makes the query, the key or the value of attention, and nothing else."""
 
     def select(self, tree: Tree) -> Found:
-        fed: Fed | None = tree.memo.get("fed")
+        fed = followed(tree)
         if fed is None:
             raise RuleError(
                 f"at({self.name}, ...)",
@@ -115,7 +110,7 @@ class _Anatomy:
         self.tree = tree
         self.leaves = Leaves(tree)
         self.found = feed_forwards(self.leaves)
-        fed: Fed | None = tree.memo.get("fed")
+        fed = followed(tree)
         if fed and not self.found.sites:
             self.found = as_they_ran(fed.trace, self.leaves, self.found)
         ffns = self.found.sites
@@ -130,7 +125,7 @@ class _Anatomy:
             if not site.shape.out:
                 site.measure(but=aside)
         projections = [[s for s in self.leaves.below(a) if s not in aside] for a in attns]
-        last = [self._last(a, made) for a, made in zip(attns, projections, strict=True)]
+        last = {self._last(a, made): a for a, made in zip(attns, projections, strict=True)}
         self.roles: dict[str, list[Site]] = {
             "ffn": ffns,
             "block": blocks,

@@ -11,7 +11,7 @@ from torch import nn
 
 from .account import count, summary
 from .address import generalise
-from .flow import OPERANDS, Fed
+from .flow import OPERANDS, follow
 from .operate import Routing, _operated
 from .plan import check_operable
 from .relation import Nearest
@@ -43,9 +43,8 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
     what feeds what: by order; anatomy(model, example) runs a forward to see
     """
     check_operable(model)
-    tree, fed = Tree(model), Fed(model, example)
-    if example is not None:
-        tree.memo["fed"] = fed
+    tree = Tree(model)
+    fed = follow(tree, example)
     rows: list[tuple[object, ...]] = []
     roles, feeds = anatomise(tree), _feeds(tree)
     if example is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -150,7 +151,14 @@ class Trace:
 
     def calls_of(self, module: nn.Module | str) -> list[Call]:
         wanted = self.model.get_submodule(module) if isinstance(module, str) else module
-        return [call for call in self.calls if call.module is wanted]
+        return self._calls.get(id(wanted), [])
+
+    @cached_property
+    def _calls(self) -> dict[int, list[Call]]:
+        found: dict[int, list[Call]] = {}
+        for each in self.calls:
+            found.setdefault(id(each.module), []).append(each)
+        return found
 
 
 def upstream(values: Iterable[Value], through: Callable[[Op], bool] = is_cheap) -> Iterator[Value]:

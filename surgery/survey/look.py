@@ -13,7 +13,7 @@ from .. import operate
 from ..address import generalise
 from ..errors import SurgeryError
 from ..feeds import Feed, ffns
-from ..flow import Fed
+from ..flow import follow
 from ..plan import plan
 from ..role import anatomise, instead_of_ffns
 from ..trace import Trace, trace
@@ -58,8 +58,7 @@ def read(row: Row, model: nn.Module, example: Inputs | None = None) -> Row:
         parameters=sum(p.numel() for p in model.parameters()),
     )
     tree = Tree(model)
-    if example is not None:
-        tree.memo["fed"] = Fed(model, example)
+    follow(tree, example)
     roles = anatomise(tree)
     found = roles["ffn"]
     row = row._replace(

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..table import Table
-from .look import RULES, Row
+from .look import ALONE, RULES, Row
 
 STATUSES = ("operated", "planned", "refused", "failed")
 MEANING = {
@@ -84,9 +84,11 @@ def _facts(rows: list[Row]) -> list[str]:
     ran = [row for row in rows if "forward agrees" in row.run or "forward sees" in row.run]
     agree = [row for row in ran if "forward agrees" in row.run]
     without = sum(not row.sites for row in ran)
+    shown = sum(ALONE in row.run for row in rows)
+    how = f"those of {shown} models by a forward alone, the rest" if shown else "all found"
     return [
         f"{len(rows):,} models, {len(sites):,} of them with feed-forward networks: "
-        f"{sum(sites):,} sites, all found by structure. {HOW[rows[0].source == 'transformers']}",
+        f"{sum(sites):,} sites, {how} by structure. {HOW[rows[0].source == 'transformers']}",
         "",
         f"A forward of {len(ran):,} of them ({without:,} without sites) was traced, which finds "
         f"feed-forward networks by what feeds what: it agrees on {len(agree):,}, and sees "
