@@ -37,11 +37,14 @@ class Step(NamedTuple):
 
 
 class Switch(nn.Module):
-    """What all grafts of one operation obey: whether they run, and who adds the balance loss."""
+    """What all grafts of one operation obey: whether they run, and who adds the balance loss.
+
+    merged  the parts are folded into the base, which answers for them
+    """
 
     def __init__(self, balance: Balance) -> None:
         super().__init__()
-        self.enabled, self.balance = True, balance
+        self.enabled, self.merged, self.balance = True, False, balance
 
 
 class Mark(nn.Module):
@@ -176,6 +179,8 @@ class Graft:
 
     def active(self) -> bool:
         """Whether the parts run. While disabled no gradient may be asked for: it would be wrong."""
+        if self.switch.merged:
+            return False
         if not self.switch.enabled and torch.is_grad_enabled():
             raise GraftError(
                 "disabled(model)",

@@ -77,7 +77,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     >>> hasattr(revert(model), "surgery")
     False
     """
-    done = _operated(model, "revert(model)")
+    done = operated(model, "revert(model)", merged=None)
     if name is not None and name != done[-1].name:
         names = ", ".join(op.name for op in done)
         raise OperationError(
@@ -103,7 +103,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     ...     model(torch.ones(1, 2))
     tensor([[1., 1.]])
     """
-    done = _operated(model, "disabled(model)")
+    done = operated(model, "disabled(model)")
     now = [(tensor, tensor.detach().clone(), before) for tensor, before in _changed(done)]
     enabled = [operation.enabled for operation in done]
     try:
@@ -128,7 +128,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> torch.optim.AdamW(parameters(model), lr=1e-3).param_groups[0]["params"][0].shape
     torch.Size([2, 4])
     """
-    _operated(model, "parameters(model)")
+    operated(model, "parameters(model)")
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -149,7 +149,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     >>> 0 < balance_loss(model).item() <= 4
     True
     """
-    done = _operated(model, "balance_loss(model)")
+    done = operated(model, "balance_loss(model)")
     losses: list[Tensor] = []
     for operation in done:
         for graft in operation.routers:
@@ -173,12 +173,16 @@ def routing(model: nn.Module) -> dict[str, Routing]:
     >>> [(path, round(r.load.sum().item(), 6)) for path, r in routing(model).items()]
     [('0.(linear1 to linear2)', 1.0)]
     """
-    routers = [g for op in _operated(model, "routing(model)") for g in op.routers]
+    routers = [g for op in operated(model, "routing(model)") for g in op.routers]
     kept = {graft.path: _gates(graft, "routing(model)").detach() for graft in routers}
     return {path: Routing(gates, ops.load(gates)) for path, gates in kept.items()}
 
 
-def _operated(model: nn.Module, call: str) -> list[Operation]:
+def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[Operation]:
+    """All operations on a model, oldest first; merged or not, as asked (None: either).
+
+    Raises OperationError where there are none, or not such.
+    """
     check_operable(model)
     done = operations(model)
     if not done:
@@ -186,6 +190,12 @@ def _operated(model: nn.Module, call: str) -> list[Operation]:
             call,
             f"this {type(model).__name__} was never operated.",
             "Call surgery.apply(model, rules) first, and give that same model, not a wrapper.",
+        )
+    if merged is not None and done[-1].merged is not merged:
+        raise OperationError(
+            call,
+            f"the parts of this {type(model).__name__} are {'not ' * merged}merged.",
+            "Call surgery.merge(model) first." if merged else "Call surgery.unmerge(model) first.",
         )
     return done
 

@@ -6,9 +6,10 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Generic, ParamSpec
+from functools import reduce
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import RuleError
 from .term import Term, show
@@ -113,6 +114,54 @@ def maker(value: Maker, word: str) -> Maker:
             f"Write {word}(lambda site: YourModule(site.width)).",
         )
     return value
+
+
+class Affine(NamedTuple):
+    """The map x -> weight x + bias: weight (out, in); bias (out,), or None for zero."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def after(self, first: Affine) -> Affine:
+        """This map of what `first` gives."""
+        bias = self.bias if first.bias is None else self.weight @ first.bias
+        if first.bias is not None and self.bias is not None:
+            bias = self.weight @ first.bias + self.bias
+        return Affine(self.weight @ first.weight, bias)
+
+    def plus(self, other: Affine) -> Affine:
+        """The sum of two maps of one input."""
+        both = [bias for bias in (self.bias, other.bias) if bias is not None]
+        return Affine(
+            self.weight + other.weight, both[0] + both[1] if both[1:] else (*both, None)[0]
+        )
+
+    def times(self, scale: float) -> Affine:
+        """The map, scaled."""
+        return Affine(self.weight * scale, None if self.bias is None else self.bias * scale)
+
+
+def affine(part: nn.Module) -> Affine | None:
+    """A part as weight and bias; None where it is not linear, or does not say how.
+
+    A part of one's own says so by a method `affine()` that returns (weight, bias or None).
+
+    >>> affine(nn.Linear(2, 3, bias=False)).weight.shape
+    torch.Size([3, 2])
+    """
+    forward = type(part).forward
+    if isinstance(part, nn.Linear) and forward is nn.Linear.forward:
+        return Affine(part.weight, part.bias)
+    if isinstance(part, nn.Sequential) and forward is nn.Sequential.forward:
+        maps = [affine(each) for each in part]
+        known = [each for each in maps if each is not None]
+        return (
+            reduce(lambda first, then: then.after(first), known)
+            if known and len(known) == len(maps)
+            else None
+        )
+    told = getattr(part, "affine", None)
+    return Affine(*told()) if callable(told) else None
 
 
 def positive(rule: str, **values: object) -> None:

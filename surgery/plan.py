@@ -305,6 +305,10 @@ def _check_model(model: nn.Module, name: str) -> None:
         )
     if not name or "." in name or hasattr(nn.Module, name):
         raise OperationError(f'name="{name}"', "it cannot name an operation.", "Use a plain word.")
+    if any(operation.merged for operation in operations(model)):
+        raise OperationError(
+            kind, "its parts are merged.", "Call surgery.unmerge(model) or surgery.revert(model)."
+        )
     earlier = room._modules.get(name) if room else None
     if isinstance(earlier, Operation):
         rules = ", ".join(row["rule"] for row in earlier.record["rows"])

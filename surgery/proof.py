@@ -144,7 +144,7 @@ def _check_gradients(answer: Any, trainees: Iterable[Trainee]) -> list[str]:
 
     Only some, for the experts of a mixture that got no token, and tokens that models mask with.
     """
-    outputs = [tensor for tensor in _tensors(answer) if tensor.requires_grad]
+    outputs = [tensor for tensor in tensors(answer) if tensor.requires_grad]
     reached, whole = _reached(outputs)
     trained = (
         each._replace(tensors=[t for t in each.tensors if t[1].requires_grad]) for each in trainees
@@ -191,7 +191,7 @@ def _reached(outputs: list[Tensor]) -> tuple[set[int], bool]:
     return reached, whole
 
 
-def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+def tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """The tensors in an output of any form: containers, dataclasses, objects that hold tensors."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
@@ -205,7 +205,7 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         else:
             inner = getattr(value, "__dict__", {}).values()
         for each in inner:
-            yield from _tensors(each, seen)
+            yield from tensors(each, seen)
 
 
 # the start -------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def _check_start(operation: Operation, run: Run, answer: Any) -> None:
 
 def _apart(answer: Any, base: Any) -> bool:
     """Whether two answers differ by more than rounding can."""
-    a, b = ([t for t in _tensors(value) if _comparable(t)] for value in (answer, base))
+    a, b = ([t for t in tensors(value) if _comparable(t)] for value in (answer, base))
     return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
 
 

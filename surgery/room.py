@@ -63,6 +63,7 @@ class Operation(Switch):
         self.was_value: list[tuple[nn.Module, str, Tensor]] = []
         self.was_buffer: list[tuple[nn.Module, str, Tensor]] = []
         self.was_grad: list[tuple[nn.Module, str, Tensor | None]] = []
+        self.was_merged: list[tuple[nn.Module, str, Tensor]] = []
         self.was_nested: list[nn.TransformerEncoder] = []
         self.encoders: list[nn.TransformerEncoder] = []
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
@@ -176,6 +177,7 @@ class Operation(Switch):
 
     def undo(self) -> None:
         """Take everything off and bring everything back, however far the work had come."""
+        self.unfold()
         for model in self.model:
             for witness in hooked(model._forward_hooks, Witness).values():
                 if witness.operation is self:
@@ -197,6 +199,27 @@ class Operation(Switch):
             module.training = training
         for model in self.model:
             self._leave_room(model)
+
+    def fold(self, maps: list[tuple[nn.Linear, Tensor, Tensor | None]]) -> None:
+        """Write other weights and biases to linears, the former kept."""
+        for linear, weight, bias in maps:
+            for name, value in (("weight", weight), ("bias", bias)):
+                tensor = linear._parameters[name]
+                if tensor is not None and value is not None:
+                    self.was_merged.append((linear, name, tensor.detach().clone()))
+        with torch.no_grad():
+            for linear, weight, bias in maps:
+                linear.weight.copy_(weight)
+                if linear.bias is not None and bias is not None:
+                    linear.bias.copy_(bias)
+
+    def unfold(self) -> None:
+        """Bring back what was folded over."""
+        with torch.no_grad():
+            for linear, name, value in self.was_merged:
+                getattr(linear, name).copy_(value)
+        self.was_merged.clear()
+        self.merged = False
 
     def _restore_values(self) -> None:
         for module, name, buffer in self.was_buffer:

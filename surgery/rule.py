@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ from .part import Part, Shared
 from .pattern import Pattern, Where, plain, where
 from .term import Term, show
 
-Rules: TypeAlias = "str | Rule | list[str | Rule] | tuple[str | Rule, ...]"
+Rules: TypeAlias = "str | Rule | Sequence[str | Rule]"
 
 
 @dataclass(frozen=True, repr=False)

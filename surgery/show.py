@@ -12,7 +12,7 @@ from torch import nn
 from .account import count, summary
 from .address import generalise
 from .flow import OPERANDS, follow
-from .operate import Routing, _operated
+from .operate import Routing, operated
 from .plan import check_operable
 from .relation import Nearest
 from .role import ROLES, anatomise, attn, ffn, instead_of_ffns, norm, operands, stages
@@ -72,7 +72,7 @@ def report(model: nn.Module) -> Table:
     *      parallel(adapter(rank=2))  0/parallel     42         0
     added 42, unfrozen 0: 42 trainable, 58.33 % of the base's 72
     """
-    done = _operated(model, "report(model)")
+    done = operated(model, "report(model)")
     base = count([model]) - count([room_of(model) or nn.Module()])
     rows: list[tuple[object, ...]] = []
     notes: list[str] = []

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import FileError, OperationError
-from .operate import apply, revert
+from .operate import apply, operated, revert
 from .plan import check_operable
 from .room import Operation, operations, room_of, same
 from .rule import Rule, Rules
@@ -174,6 +174,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
         raise OperationError(
             f'name="{name}"', f"this {type(model).__name__} was not operated under it.", known
         )
+    operated(model, "state_dict(model)")  # what is merged is not what was trained
     return done[name]
 
 

@@ -54,6 +54,7 @@ FLOORS = {
     "proof": 8,
     "plan": 9,
     "operate": 10,
+    "merge": 11,
     "state": 11,
     "show": 11,
     "": 12,  # the public screen

@@ -32,6 +32,7 @@ class MixtureOfAdapters(nn.Module):
 
     starts_at_zero = True  # apply(..., example=x) holds it to that
     routes = True  # it returns gates, for balance_loss and routing
+    by_expert = ("embeddings", "down", "down_bias", "up", "up_bias")  # a row for each expert
     note: str | None = None
 
     def __init__(

@@ -1,0 +1,176 @@
+"""What every property is about: a model, rules for it, and the inputs of one forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..example import call, copied
+from ..graft import Graft, Step
+from ..operate import parameters
+from ..pattern import Pattern
+from ..plan import Plan, flatten, plan
+from ..proof import tensors
+from ..room import Operation, operations
+from ..rule import Rule, Rules
+from ..tree import Site
+from .fault import Line, events
+
+
+class Case:
+    """A model m, rules R, and inputs x; S is m operated by R.
+
+    model   a module, or a function that builds one; every property gets a copy of its own
+    inputs  a tensor, a tuple or a dict, or a function that gives one
+    dtype   of the model and the inputs; where the model does not run in it, its own
+
+    Models are in eval mode. What feeds what (`example=`) is read off a forward on the inputs, and
+    rules are applied without the proof that `apply(example=)` makes: here the properties are it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        rules: Rules,
+        inputs: Any,
+        *,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        built = model if isinstance(model, nn.Module) else model()
+        given = inputs() if callable(inputs) and not isinstance(inputs, Tensor) else inputs
+        self.rules = flatten(rules)
+        self._model, self._inputs = _runs(built, given, dtype)
+
+    def __repr__(self) -> str:
+        return f"<{type(self._model).__name__}, {self.rules!r}>"
+
+    def model(self) -> nn.Module:
+        """A fresh copy of m."""
+        return copy.deepcopy(self._model)
+
+    def twin(self, operated: nn.Module) -> nn.Module:
+        """A fresh copy of m, frozen where S is: torch rounds attention by its weights' flags too."""
+        model, flags = self.model(), dict(operated.named_parameters(remove_duplicate=False))
+        for name, p in model.named_parameters(remove_duplicate=False):
+            p.requires_grad_(flags[name].requires_grad)
+        return model
+
+    def inputs(self) -> Any:
+        """A fresh copy of x."""
+        return copied(self._inputs)
+
+    def plan(self, model: nn.Module, rules: Rules | None = None, **named: Any) -> Plan:
+        """The plan for a model, with what a forward on the inputs tells."""
+        return plan(model, self.rules if rules is None else rules, example=self.inputs(), **named)
+
+    @cached_property
+    def needs_example(self) -> bool:
+        """Whether the rules ask what feeds what, which a forward tells."""
+        return self.plan(self.model()).fed.asked
+
+    def operated(
+        self,
+        model: nn.Module | None = None,
+        rules: Rules | None = None,
+        *,
+        stirred: int | None = None,
+        **named: Any,
+    ) -> nn.Module:
+        """S: the model (a copy of m) operated; `stirred` is the seed of values for all it trains."""
+        model = self.model() if model is None else model
+        self.plan(model, rules, **named).apply()
+        if stirred is not None:
+            stir(model, stirred)
+        return model
+
+    def outputs(self, model: nn.Module, inputs: Any = None) -> list[Tensor]:
+        """The tensors of a model's answer, without gradients."""
+        with torch.no_grad():
+            answer = call(model, self.inputs() if inputs is None else inputs)
+            return [tensor.detach().clone() for tensor in tensors(answer)]
+
+    def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
+        """A scalar in which every floating output counts with a weight of its own."""
+        generator = torch.Generator().manual_seed(seed)
+        total = None
+        for tensor in tensors(call(model, self.inputs())):
+            if tensor.is_floating_point() and tensor.requires_grad:
+                weight = torch.randn(tensor.shape, generator=generator).to(tensor)
+                term = (tensor.nan_to_num(0, 0, 0) * weight).sum()
+                total = term if total is None else total + term
+        return torch.zeros((), requires_grad=True) if total is None else total
+
+    @cached_property
+    def places(self) -> list[tuple[Rule, Site]]:
+        """(rule, site) for every place that a rule matches."""
+        made = self.plan(self.model())
+        return [(rule, site) for rule, sites in made.matches for site in sites]
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """Every line of surgery that applying the rules runs, in order, with its caches filled."""
+        self.operated()
+        return events(self.plan(self.model()).apply)
+
+    @cached_property
+    def patterns(self) -> list[Pattern]:
+        """Where the rules say."""
+        return [rule.where for rule in self.rules]
+
+
+def stir(model: nn.Module, seed: int) -> None:
+    """Other values for all that is trained: parts well away from zero, the base hardly moved."""
+    generator = torch.Generator().manual_seed(seed)
+    own = {id(p) for operation in operations(model) for p in operation.parameters()}
+    with torch.no_grad():
+        for p in parameters(model):
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p += (0.2 if id(p) in own else 0.01) * noise.to(p)
+
+
+def operation(model: nn.Module) -> Operation:
+    """The last operation on a model."""
+    return operations(model)[-1]
+
+
+def steps(model: nn.Module) -> list[tuple[Graft, Step]]:
+    """Every part where it is joined."""
+    return [(graft, step) for graft in operation(model).grafts for step in graft.steps]
+
+
+def train(case: Case, model: nn.Module, times: int = 3) -> None:
+    """A few steps of AdamW on everything that asks for a gradient, in training mode."""
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(chosen, lr=0.01)
+    model.train()
+    for seed in range(times):
+        optimiser.zero_grad()
+        case.loss(model, seed).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    model.eval()
+
+
+def floats(inputs: Any, dtype: torch.dtype) -> Any:
+    """Inputs with their floating tensors in a dtype."""
+    change = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
+    return pytree.tree_map(change, inputs)
+
+
+def _runs(model: nn.Module, inputs: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A copy of the model, and its inputs, in the dtype if it runs in it."""
+    own = copy.deepcopy(model).eval()
+    try:
+        cast, given = copy.deepcopy(own).to(dtype), floats(copied(inputs), dtype)
+        with torch.no_grad():
+            call(cast, copied(given))
+        return cast, given
+    except (RuntimeError, TypeError, ValueError):
+        with torch.no_grad():
+            call(own, copied(inputs))  # an error of the model itself passes through
+        return own, copied(inputs)

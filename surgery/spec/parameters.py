@@ -1,0 +1,246 @@
+"""Laws of parameters: what is added, trained, shared. m is the model, S the operated one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ..edit import Trained
+from ..part import Shared
+from ..place import Placed
+from ..tree import ROOM
+from .case import Case, operation, steps, stir, train
+from .function import SEEDS
+from .law import Draw, given, holds
+from .seen import base_of, listed, ties
+
+
+def freezing_is_exact(case: Case, draw: Draw) -> None:
+    """{p : p.requires_grad} = what the rules say, the last word counting; the rest never moves.
+
+    After three steps of AdamW all other parameters have no gradient and the same bytes.
+    """
+    model = case.model()
+    declared = _declared(case, model)
+    case.operated(model, seed=draw(SEEDS, "seed"))
+    parts = {id(p): f"{ROOM}.{n}" for n, p in operation(model).named_parameters()}
+    names = {id(p): n for n, p in _base_parameters(model)}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    own = {id(p) for p in operation(model).parameters() if p.requires_grad}
+    frozen_by_mistake = [names[i] for i in declared - trained]
+    free_by_mistake = [names.get(i, parts.get(i, "?")) for i in trained - declared - own]
+    holds(not frozen_by_mistake, f"the rules unfreeze {listed(frozen_by_mistake)}, which is frozen")
+    holds(not free_by_mistake, f"no rule unfreezes {listed(free_by_mistake)}, which is trained")
+    rest = [(n, p, p.detach().clone()) for n, p in _base_parameters(model) if id(p) not in declared]
+    train(case, model)
+    moved = [n for n, p, was in rest if not torch.equal(p, was)]
+    holds(not moved, f"training moved {listed(moved)}, which is frozen")
+    graded = [n for n, p, _ in rest if p.grad is not None]
+    holds(not graded, f"a gradient came to {listed(graded)}, which is frozen")
+
+
+def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (f"{path}.{name}".strip("."), p)
+        for path, module in base_of(model)
+        for name, p in module._parameters.items()
+        if p is not None
+    ]
+
+
+def _declared(case: Case, model: nn.Module) -> set[int]:
+    """Ids of the parameters of the base that the rules leave trained, rule after rule."""
+    chosen: set[int] = set()
+    for rule, sites in case.plan(model).matches:
+        for edit in rule.rest:
+            for site in sites if isinstance(edit, Trained) else []:
+                held = [*site.entry.module.parameters(), *site.exit.module.parameters()]
+                ids = {id(p) for p in held if p.is_floating_point()}
+                chosen = chosen | ids if edit.trained else chosen - ids  # type: ignore[union-attr]
+    return chosen
+
+
+def gradients_reach_every_part(case: Case, draw: Draw) -> None:
+    """Within two steps every trained tensor of every part has had a gradient that is not zero.
+
+    (Where one factor starts at zero, the other's first gradient is zero: one step says nothing.)
+    A module that a rule unfreezes has had one for one tensor at least, unless the rule is optional.
+    """
+    model = case.operated(seed=draw(SEEDS, "seed"))
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(chosen, lr=0.01)
+    reached: set[int] = set()
+    for seed in range(3):
+        optimiser.zero_grad()
+        case.loss(model, seed).backward()  # type: ignore[no-untyped-call]
+        reached |= {id(p) for p in chosen if p.grad is not None and p.grad.any()}
+        optimiser.step()
+    parts = operation(model).named_parameters()
+    dry = [name for name, p in parts if p.requires_grad and id(p) not in reached]
+    holds(not dry, f"no gradient comes to {listed(dry)}")
+    for rule, site in case.places:
+        if rule.optional or not any(isinstance(e, Trained) and e.trained for e in rule.rest):
+            continue
+        ends = (model.get_submodule(site.entry.path), model.get_submodule(site.exit.path))
+        held = [p for end in ends for p in end.parameters() if p.requires_grad]
+        holds(not held or any(id(p) in reached for p in held), f"no gradient comes to {site.path}")
+
+
+def counts_are_closed_forms(case: Case, draw: Draw) -> None:
+    """added = sum over sites of numel(part) where each has its own, numel(part) once where shared.
+
+    Shared: once for each width, device, dtype and captured name, however many sites. plan(m) says
+    the same numbers as S holds.
+    """
+    model = case.model()
+    made = case.plan(model)
+    want, groups = 0, set[Any]()
+    for p in made.placed:
+        group = _group(p)
+        if group is None or group not in groups:
+            want += sum(q.numel() for q in p.sketch().parameters())
+        groups.add(group)
+    added, trainable = made.added, made.trainable
+    made.apply()
+    holds(added == want, f"plan(m).added is {added:,}, and its parts have {want:,} parameters")
+    here = sum(p.numel() for p in operation(model).parameters())
+    holds(here == added, f"S holds {here:,} new parameters, and plan(m).added said {added:,}")
+    free = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    holds(
+        free == trainable, f"S trains {free:,} parameters, and plan(m).trainable said {trainable:,}"
+    )
+
+
+def _group(p: Placed) -> Any:
+    """What a shared part must be the same for; None for a part of one site."""
+    part, site = p.edit.part, p.site
+    if not isinstance(part, Shared):
+        return None
+    inner = part.part if hasattr(part.part, "word") else id(part.part)
+    captured = site.captures.get(part.by) if part.by else None
+    return inner, part.name, part.by, captured, site.width, site.out, p.device, p.dtype
+
+
+def sharing_is_kept(case: Case, draw: Draw) -> None:
+    """As many distinct parts as planned, each at all of its sites, in S and in its copies.
+
+    Copies: deepcopy, pickle, .to(dtype), load_state_dict. The state holds each tensor once.
+    """
+    model = case.model()
+    made = case.plan(model)
+    given(made.placed, "these rules join no part")
+    groups: dict[Any, list[str]] = {}
+    for i, p in enumerate(made.placed):
+        groups.setdefault(_group(p) or i, []).append(p.site.path)
+    want = sorted(sorted(paths) for paths in groups.values())
+    made.apply()
+    way = draw(st.sampled_from([*COPIES]), "copy")
+    for name, each in (("S", model), (f"S after {way}", COPIES[way](model))):
+        found: dict[int, list[str]] = {}
+        for graft, step in steps(each):
+            found.setdefault(id(step.part), []).append(graft.path)
+        have = sorted(sorted(paths) for paths in found.values())
+        holds(have == want, f"{name} has {len(have)} parts, not {len(want)}: {_uneven(want, have)}")
+        own = [p.data_ptr() for p in operation(each).state_dict().values() if p.numel()]
+        holds(len(own) == len(set(own)), f"{name} holds a tensor under two keys")
+        tied = {id(p) for p in operation(each).parameters()}
+        used = {id(p) for _, step in steps(each) for p in step.part.parameters()}
+        holds(tied == used, f"{name} runs parts that it does not hold")
+
+
+def _uneven(want: list[list[str]], have: list[list[str]]) -> str:
+    other = [paths for paths in have if paths not in want] or [p for p in want if p not in have]
+    return listed(other[0]) if other else ""
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    """A copy by way of bytes."""
+    copied: nn.Module = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+def cast(model: nn.Module) -> nn.Module:
+    """A copy in bfloat16."""
+    return copy.deepcopy(model).to(torch.bfloat16)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """A copy that was filled with the state of another."""
+    copied, state = copy.deepcopy(model), {k: v.clone() for k, v in model.state_dict().items()}
+    copied.load_state_dict(state)
+    return copied
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": pickled,
+    ".to(bfloat16)": cast,
+    "load_state_dict": filled,
+}
+
+
+def aliases_are_kept(case: Case, draw: Draw) -> None:
+    """m.a is m.b if and only if S.a is S.b, for all pairs of paths to modules and tensors.
+
+    Before and after training; what was one tensor moves as one.
+    """
+    model = case.model()
+    before = ties(model)
+    case.operated(model)
+    stir(model, draw(SEEDS, "seed"))
+    after = ties(model)
+    split = [sorted(group) for group in before - after]
+    joined = [sorted(group) for group in after - before]
+    holds(not split, f"one and the same in m, and not in S: {listed(split[0] if split else [])}")
+    holds(not joined, f"one and the same in S, and not in m: {listed(joined[0] if joined else [])}")
+
+
+def parts_are_like_their_site(case: Case, draw: Draw) -> None:
+    """A part has device, dtype and training flag of its site, in float32 and bfloat16 too."""
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), "dtype")
+    model = case.model().to(dtype)
+    site_modes: dict[str, bool] = {}
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    for p in case.plan(case.model()).placed:
+        site_modes[p.site.path] = model.get_submodule(p.site.module and _path(p)).training
+    try:
+        case.operated(model)
+    except RuntimeError as error:
+        given(False, f"the base does not run in {dtype}: {error}")
+    for graft, step in steps(model):
+        held: list[Tensor] = [t for t in step.part.parameters() if t.is_floating_point()]
+        weights = [t for t in graft.entry.parameters() if t.is_floating_point()][:1]
+        for t in held if weights else []:
+            same = (t.dtype, t.device) == (weights[0].dtype, weights[0].device)
+            holds(
+                same,
+                f"the part at {graft.path} is {t.dtype} on {t.device}, its site {weights[0].dtype}",
+            )
+        shared = (
+            sum(other is step.part for _, other, *_ in [(g, s.part) for g, s in steps(model)]) > 1
+        )
+        if not shared and graft.path in site_modes:
+            want = site_modes[graft.path]
+            told = f"the part at {graft.path} has training={step.part.training}, its site {want}"
+            holds(step.part.training == want, told)
+
+
+def _path(p: Placed) -> str:
+    """The path of the module of a site: of a span, of the smallest module that holds it."""
+    return ".".join(step.name for step in p.site.steps)
+
+
+LAWS = (
+    freezing_is_exact,
+    gradients_reach_every_part,
+    counts_are_closed_forms,
+    sharing_is_kept,
+    aliases_are_kept,
+    parts_are_like_their_site,
+)

@@ -1,0 +1,176 @@
+"""Laws of routing, for parts that declare `routes`: g are the gates of N experts, u sub-tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from .. import operate, ops
+from ..graft import routes
+from .case import Case, operation, steps
+from .function import SEEDS
+from .law import Draw, given, holds
+from .seen import SITE, gap, listed
+
+
+def _routed(case: Case, draw: Draw) -> nn.Module:
+    model = case.operated(stirred=draw(SEEDS, "seed"))
+    given(operation(model).routers, "no part routes")
+    return model
+
+
+def gates_lie_on_the_simplex(case: Case, draw: Draw) -> None:
+    """g >= 0 and |sum g - 1| <= N eps, for every sub-token; the chosen one of top-1 is one."""
+    model = _routed(case, draw)
+    case.outputs(model)
+    for path, routed in operate.routing(model).items():
+        gates = routed.gates
+        least, n = gates.min().item(), gates.shape[-1]
+        holds(least >= 0, f"{path}: a gate is {least:.3g}")
+        sums = gates.sum(-1)
+        far = (sums - 1).abs().max().item()
+        worst = sums[int((sums - 1).abs().argmax())].item()
+        told = f"{path}: the gates of a sub-token sum to {worst:.6g}, not 1"
+        holds(far <= n * torch.finfo(gates.dtype).eps, told)
+        chosen = ops.top1(gates)
+        holds(
+            bool((chosen.sum(-1) == 1).all() and ((chosen != 0).sum(-1) == 1).all()),
+            f"{path}: top-1 is not one expert",
+        )
+        load = routed.load
+        close = (load.sum() - 1).abs().item() <= n * torch.finfo(load.dtype).eps
+        holds(close and load.min() >= 0, f"{path}: the loads are {listed(load.tolist())}")
+
+
+class _Router:
+    """A part that routes, what it is given, and the names of what it holds for each expert."""
+
+    def __init__(self, case: Case, draw: Draw) -> None:
+        model = _routed(case, draw)
+        found = [(graft.path, step.part) for graft, step in steps(model) if routes(step)]
+        self.path, self.part = draw(st.sampled_from(found), "router at", lambda each: each[0])
+        self.names = getattr(self.part, "by_expert", None)
+        given(
+            self.names,
+            f"{type(self.part).__name__} does not say what it holds for each expert (by_expert)",
+        )
+        seen: list[Tensor] = []
+        self.part.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+        case.outputs(model)
+        self.part._forward_pre_hooks.clear()
+        self.x = seen[0]
+        self.experts = len(getattr(self.part, self.names[0]))
+
+    def having(self, chosen: list[int]) -> nn.Module:
+        """A copy of the part with these experts, in this order."""
+        made = copy.deepcopy(self.part)
+        for name in self.names:
+            setattr(made, name, nn.Parameter(getattr(self.part, name).detach()[chosen].clone()))
+        return made
+
+    def answer(self, part: nn.Module) -> ops.Routed:
+        with torch.no_grad():
+            routed: ops.Routed = part(self.x)
+        return routed
+
+
+def experts_have_no_order(case: Case, draw: Draw) -> None:
+    """The answer ~4 itself, and the gates are permuted, when experts are permuted with the router."""
+    router = _Router(case, draw)
+    order = draw(st.permutations(range(router.experts)), "order")
+    output, gates = router.answer(router.part)
+    other = router.answer(router.having(list(order)))
+    far = gap(other.output, output)
+    holds(
+        far <= SITE,
+        f"{router.path}: with the experts in the order {order} the answer moves by {far:.3g} eps",
+    )
+    moved = gap(other.gates, gates[:, list(order)])
+    holds(
+        moved <= SITE, f"{router.path}: the gates do not move with the experts, by {moved:.3g} eps"
+    )
+
+
+def equal_experts_are_one(case: Case, draw: Draw) -> None:
+    """One expert: g = 1.0 exactly. N times the same: g = 1/N, and the answer ~4 that of the one.
+
+    (With top_k=1 the answer is scaled by its gate: then ~4 a 1/N of it.)
+    """
+    router = _Router(case, draw)
+    which = draw(st.integers(0, router.experts - 1), "expert")
+    one = router.answer(router.having([which]))
+    holds(bool((one.gates == 1).all()), f"{router.path}: the gate of one expert alone is not 1")
+    many = router.answer(router.having([which] * router.experts))
+    share = 1 / router.experts if getattr(router.part, "top_k", None) == 1 else 1.0
+    far = gap(many.output, one.output * share)
+    holds(far <= SITE, f"{router.path}: {router.experts} equal experts are {far:.3g} eps from one")
+    even = (many.gates - 1 / router.experts).abs().max().item()
+    holds(
+        even <= torch.finfo(many.gates.dtype).eps, f"{router.path}: equal experts have other gates"
+    )
+
+
+def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
+    """L = sum over sites of N sum_p t_p mean(g_p), each in (0, N]; importance N sum P^2 in [1, N].
+
+    t_p is the fraction of sub-tokens whose likeliest expert is p, and carries no gradient; L = 1
+    at a site whose loads are even. (L >= 1 is no law: 2/3 can be had with 4 experts.) A gradient of
+    L comes to each router. With apply(balance=c) the gradient of c L is added without L in the loss.
+    """
+    model = _routed(case, draw)
+    loss = case.loss(model)
+    balance = operate.balance_loss(model)
+    want = torch.zeros((), dtype=torch.float64)
+    for path, routed in operate.routing(model).items():
+        gates = routed.gates.double()
+        n, mean = gates.shape[-1], gates.mean(0)
+        loads = torch.stack([(gates.argmax(-1) == p).double().mean() for p in range(n)])
+        site = (n * (loads * mean).sum()).item()
+        holds(
+            0 < site <= n * (1 + 1e-9), f"{path}: its balance loss is {site:.6g}, not in (0, {n}]"
+        )
+        importance = (n * mean.square().sum()).item()
+        holds(
+            1 - 1e-9 <= importance <= n * (1 + 1e-9), f"{path}: its importance is {importance:.6g}"
+        )
+        want += site
+    far = (balance.double() - want).abs().item()
+    most = 64 * torch.finfo(balance.dtype).eps * max(want.item(), 1.0)
+    holds(
+        far <= most,
+        f"balance_loss(S) is {balance.item():.9g}, and the formula gives {want.item():.9g}",
+    )
+    if not any(p.requires_grad for p in operation(model).parameters()):
+        return
+    both = _gradients(model, loss + 0.5 * balance)
+    unseen = case.operated(balance=0.5)
+    unseen.load_state_dict(model.state_dict())
+    other = _gradients(unseen, case.loss(unseen))
+    for name, slope in both.items():
+        far = gap(other[name], slope) if slope.any() else other[name].abs().max().item()
+        holds(
+            far <= 1e4,
+            f"with balance=0.5 the gradient of {name} is {far:.3g} eps from that of the sum",
+        )
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    named = operation(model).named_parameters()
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in named
+        if p.requires_grad
+    }
+
+
+LAWS = (
+    gates_lie_on_the_simplex,
+    experts_have_no_order,
+    equal_experts_are_one,
+    balance_is_the_switch_loss,
+)
