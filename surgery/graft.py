@@ -97,10 +97,10 @@ class Graft:
     def forget(self) -> None:
         """Drop what is kept of the last forward."""
         self.inputs: dict[int, Tensor] = {}
-        self.gates: Tensor | None = None
+        self.gates: dict[int, Tensor] = {}  # by the number of the step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": {}, "gates": None}
+        return {**self.__dict__, "inputs": {}, "gates": {}}
 
     def join(self) -> None:
         """Hook into the site; inputs meet the last rule first."""
@@ -136,7 +136,7 @@ class Graft:
         x, put = _input(args, kwargs, self)
         for i, step in reversed(list(enumerate(self.steps))):
             if step.place == "before":
-                x = self._act(step, x, x)
+                x = self._act(i, step, x, x)
             elif step.place == "beside" and self.remembers:
                 self.inputs[i] = x
         return put(x)
@@ -149,10 +149,10 @@ class Graft:
         y, put = _first_tensor(output, self.path)
         for i, step in enumerate(self.steps):
             if step.place == "after":
-                y = self._act(step, y, y)
+                y = self._act(i, step, y, y)
             elif step.place == "beside":
                 x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
-                y = self._act(step, x, y)
+                y = self._act(i, step, x, y)
         return put(y)
 
     def _remembered(self, i: int) -> Tensor:
@@ -190,7 +190,7 @@ class Graft:
             )
         return self.switch.enabled
 
-    def _act(self, step: Step, x: Tensor, base: Tensor) -> Tensor:
+    def _act(self, i: int, step: Step, x: Tensor, base: Tensor) -> Tensor:
         """`base` with the part's answer to `x`; parts see features on the last axis."""
         if x.is_nested or base.is_nested:
             raise GraftError(
@@ -203,7 +203,7 @@ class Graft:
         axis, axis_out = _axis(x, *taken), _axis(base, *given)
         out = self._run(step, x if axis == -1 else x.movedim(axis, -1), taken[1])
         if isinstance(out, ops.Routed):
-            out = self._routed(out, x)
+            out = self._routed(i, out, x)
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = self._fitting(step, out, base)
@@ -221,14 +221,14 @@ class Graft:
                 "Put the rule on a module with weights of that width, or give the width yourself.",
             ) from error
 
-    def _routed(self, routed: ops.Routed, x: Tensor) -> Tensor:
+    def _routed(self, i: int, routed: ops.Routed, x: Tensor) -> Tensor:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
         balance = self.switch.balance
         if balance is None:
-            self.gates = routed.gates
+            self.gates[i] = routed.gates
             return routed.output
         if not torch.compiler.is_compiling():
-            self.gates = routed.gates.detach()
+            self.gates[i] = routed.gates.detach()
         if not callable(balance) and _in_half_autocast(x):
             raise GraftError(
                 f"apply(..., balance={balance})",

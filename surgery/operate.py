@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -153,16 +154,18 @@ def balance_loss(model: nn.Module) -> Tensor:
     losses: list[Tensor] = []
     for operation in done:
         for graft in operation.routers:
-            gates = _gates(graft, "balance_loss(model)")
-            if operation.balance is None:
-                _check_gradient(graft, gates)
-            losses.append(ops.balance(gates))
+            for gates in _gates(graft, "balance_loss(model)"):
+                if operation.balance is None:
+                    _check_gradient(graft, gates)
+                losses.append(ops.balance(gates))
     place = losses[0] if losses else next(model.parameters(), torch.zeros(()))
     return sum((loss.to(place.device) for loss in losses), place.new_zeros(()))
 
 
 def routing(model: nn.Module) -> dict[str, Routing]:
     """Per site, what its router did in the last forward: gates, and the load of each expert.
+
+    Further routers at one site are told under its address and a number, "blocks.0.mlp/2".
 
     Raises OperationError on a model never operated, GraftError before any forward.
 
@@ -174,8 +177,15 @@ def routing(model: nn.Module) -> dict[str, Routing]:
     [('0.(linear1 to linear2)', 1.0)]
     """
     routers = [g for op in operated(model, "routing(model)") for g in op.routers]
-    kept = {graft.path: _gates(graft, "routing(model)").detach() for graft in routers}
-    return {path: Routing(gates, ops.load(gates)) for path, gates in kept.items()}
+    kept, seen = dict[str, Routing](), Counter[str]()
+    for graft in routers:
+        for gates in _gates(graft, "routing(model)"):
+            seen[graft.path] += 1
+            n = seen[graft.path]
+            kept[graft.path if n == 1 else f"{graft.path}/{n}"] = Routing(
+                gates.detach(), ops.load(gates.detach())
+            )
+    return kept
 
 
 def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[Operation]:
@@ -200,15 +210,16 @@ def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[O
     return done
 
 
-def _gates(graft: Graft, call: str) -> Tensor:
-    if graft.gates is None:
+def _gates(graft: Graft, call: str) -> list[Tensor]:
+    """Those of the last forward, of each router at a site, in rule order."""
+    if not graft.gates:
         raise GraftError(
             call,
             f"the router at {graft.path} has not run since the model was operated, copied or "
             "loaded.",
             "Run a forward first; under torch.compile with balance=..., run one outside of it.",
         )
-    return graft.gates
+    return [gates for _, gates in sorted(graft.gates.items())]
 
 
 def _check_gradient(graft: Graft, gates: Tensor) -> None:

@@ -173,7 +173,7 @@ class Operation(Switch):
     @property
     def routers(self) -> list[Graft]:
         """The grafts with a part that routes."""
-        return [g for g in self.grafts if g.gates is not None or any(map(routes, g.steps))]
+        return [g for g in self.grafts if g.gates or any(map(routes, g.steps))]
 
     def undo(self) -> None:
         """Take everything off and bring everything back, however far the work had come."""

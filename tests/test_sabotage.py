@@ -188,8 +188,8 @@ def parts_start_at_random(patch: Patch) -> None:
 
 
 def parts_do_nothing(patch: Patch) -> None:
-    def act(real: Any, self: Graft, step: Any, x: Any, base: Any, *axes: Any) -> Any:
-        return base + 0.0 * real(self, step, x, base, *axes)  # a gradient comes to them
+    def act(real: Any, self: Graft, i: int, step: Any, x: Any, base: Any) -> Any:
+        return base + 0.0 * real(self, i, step, x, base)  # a gradient comes to them
 
     wrapped(patch, Graft, "_act", act)
 

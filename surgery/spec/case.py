@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -132,6 +132,19 @@ def stir(model: nn.Module, seed: int) -> None:
         for p in parameters(model):
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             p += (0.2 if id(p) in own else 0.01) * noise.to(p)
+
+
+def mark(model: nn.Module, flags: Sequence[bool]) -> None:
+    """Training flags and `requires_grad` of both kinds, in turn, and a hook of the user's own."""
+    for i, module in enumerate(model.modules()):
+        module.training = flags[i % len(flags)]
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(flags[i % len(flags)] and p.is_floating_point())
+    model.register_forward_hook(_user_hook)
+
+
+def _user_hook(module: nn.Module, args: Any, output: Any) -> None:
+    return None
 
 
 def operation(model: nn.Module) -> Operation:

@@ -5,6 +5,7 @@ a ~k b: max |a - b| <= k eps(dtype) max |b|. Parts are stirred, so that they do 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from .law import Broken, Draw, given, holds
 from .seen import MODEL, SITE, equal, gap, listed, near, snapshot, unchanged
 
 SEEDS = st.integers(0, 99)
+FLAGS = st.lists(st.booleans(), min_size=1, max_size=4)  # dealt out in turn
 
 
 def outputs_keep_their_form(case: Case, draw: Draw) -> None:
@@ -96,23 +98,34 @@ def _first(value: object) -> Tensor:
 
 
 def every_part_runs(case: Case, draw: Draw) -> None:
-    """In one forward every graft runs at least once, and its part with it."""
+    """In a forward each part runs once for each call of each of its sites, and each is called."""
     model = case.operated(stirred=draw(SEEDS, "seed"))
     given(steps(model), "these rules join no part")
-    calls: dict[int, int] = {}
-    for _, step in steps(model):
-        if id(step.part) not in calls:
-            calls[id(step.part)] = 0
-            step.part.register_forward_hook(lambda m, *_: calls.update({id(m): calls[id(m)] + 1}))
-    for graft in operation(model).grafts:
-        graft.unmark()
-    case.outputs(model)
-    idle = [graft.path for graft in operation(model).grafts if not graft.ran]
-    holds(not idle, f"{len(idle)} sites did not run: {listed(idle)}")
-    for part in {id(step.part): step.part for _, step in steps(model)}.values():
-        places = [graft.path for graft, step in steps(model) if step.part is part]
-        times = calls[id(part)]
-        holds(times >= len(places), f"{type(part).__name__} ran {times} times at {listed(places)}")
+    runs(case, model)
+
+
+def runs(case: Case, model: nn.Module) -> None:
+    """Raise Broken unless every part of S runs in a forward as often as its sites are called."""
+    calls: Counter[int] = Counter()
+    ends = [graft.entry if s.place == "before" else graft.exit for graft, s in steps(model)]
+    watched = {id(m): m for m in [*ends, *(step.part for _, step in steps(model))]}
+    hooks = [
+        module.register_forward_pre_hook(lambda m, *_: calls.update([id(m)]))
+        for module in watched.values()
+    ]
+    try:
+        case.outputs(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    want: Counter[int] = Counter()
+    for (graft, step), end in zip(steps(model), ends, strict=True):
+        holds(calls[id(end)], f"{graft.path} is never called")
+        want[id(step.part)] += calls[id(end)]
+    for graft, step in steps(model):
+        n, times = want[id(step.part)], calls[id(step.part)]
+        told = f"{type(step.part).__name__} at {graft.path} runs {times} times, and its sites {n}"
+        holds(times == n, told)
 
 
 def samples_do_not_mix(case: Case, draw: Draw) -> None:

@@ -20,7 +20,8 @@ from ..role import anatomise, attn, ffn
 from ..rule import at
 from ..show import anatomy
 from ..tree import Site, Tree
-from .case import Case
+from .case import Case, mark
+from .function import FLAGS
 from .law import Broken, Draw, given, holds
 from .seen import listed, raised, snapshot, unchanged
 from .strategies import from_model
@@ -35,6 +36,7 @@ def matching_is_pure(case: Case, draw: Draw) -> None:
     """
     model = case.model()
     pattern = draw(from_model(model).patterns(), "pattern")
+    mark(model, draw(FLAGS, "flags"))
     before = snapshot(model)
     made = case.plan(model)
     _ = str(made), made.added, made.trainable, made.record
@@ -263,8 +265,8 @@ def missing_or_miscounted_sites_raise(case: Case, draw: Draw) -> None:
     before = snapshot(model)
     rule = draw(st.sampled_from(case.rules), "rule")
     times = draw(st.integers(1, 99), "times")
-    none = draw(from_model(model).addresses(), "address") + ".nowhere"
-    count = sum(1 for each, _ in case.places if each is rule)
+    none = f"{draw(from_model(model).addresses(), 'address')}.nowhere".lstrip(".")
+    count = len(next(sites for each, sites in case.plan(model).matches if each is rule))
     if times != count and count:
         wrong = at(rule.where, *rule.rest, times=times)
         _told(model, case, wrong, f"times={times}", str(count))

@@ -14,8 +14,8 @@ from ..edit import Trained
 from ..part import Shared
 from ..place import Placed
 from ..tree import ROOM
-from .case import Case, operation, steps, stir, train
-from .function import SEEDS
+from .case import Case, mark, operation, steps, stir, train
+from .function import FLAGS, SEEDS, runs
 from .law import Draw, given, holds
 from .seen import base_of, listed, ties
 
@@ -151,6 +151,8 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
         tied = {id(p) for p in operation(each).parameters()}
         used = {id(p) for _, step in steps(each) for p in step.part.parameters()}
         holds(tied == used, f"{name} runs parts that it does not hold")
+        if way != ".to(bfloat16)":
+            runs(case, each)
 
 
 def _uneven(want: list[list[str]], have: list[list[str]]) -> str:
@@ -205,8 +207,7 @@ def parts_are_like_their_site(case: Case, draw: Draw) -> None:
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), "dtype")
     model = case.model().to(dtype)
     site_modes: dict[str, bool] = {}
-    for i, module in enumerate(model.modules()):
-        module.training = i % 2 == 0
+    mark(model, draw(FLAGS, "flags"))
     for p in case.plan(case.model()).placed:
         site_modes[p.site.path] = model.get_submodule(p.site.module and _path(p)).training
     try:

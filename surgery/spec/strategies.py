@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import nn
 
+from ..address import Step
 from ..edit import Edit, append, freeze, parallel, prepend, replace, unfreeze
 from ..part import Maker, part, shared
-from ..parts import adapter, moa
+from ..parts import QuickGELU, adapter, moa
 from ..pattern import Pattern, where
 from ..relation import holding, inside, nearest
 from ..role import ROLES, attn, block, ffn, head, norm
@@ -51,15 +52,23 @@ def affine(site: Site, bias: bool = True) -> nn.Module:
     return nn.Linear(site.width, site.out, bias=bias)
 
 
+@part
+def other(site: Site) -> nn.Module:
+    """Something to run in place of a site: a linear map along its features, wherever they lie."""
+    kind = nn.Linear(site.width, site.out)
+    return nn.Conv2d(site.width, site.out, 1) if site.axis == 1 else kind
+
+
 def parts() -> SearchStrategy[Maker]:
     """Parts for a rule: adapters, linear maps and mixtures, one for each site or shared."""
-    rank, flag = st.integers(1, 3), st.booleans()
+    smooth = st.sampled_from([nn.GELU, QuickGELU])
     own = st.one_of(
-        st.builds(adapter, rank=rank, activation=st.sampled_from([nn.ReLU, nn.GELU])),
-        st.builds(affine, bias=flag),
+        st.builds(adapter, rank=st.integers(1, 3), activation=smooth),
+        st.just(adapter(rank=8)),  # of fewer units with ReLU all may be dead
+        st.builds(affine, bias=st.booleans()),
         mixtures(),
     )
-    return st.one_of(own, own.map(shared))
+    return own | own.map(shared)
 
 
 def mixtures() -> SearchStrategy[Maker]:
@@ -67,39 +76,62 @@ def mixtures() -> SearchStrategy[Maker]:
     return st.builds(
         moa,
         experts=st.integers(2, 4),
-        rank=st.integers(1, 3),
+        rank=st.integers(2, 3),  # of 1, embeddings of unit length are +1 or -1: experts tie
         heads=st.integers(1, 2),
         top_k=st.sampled_from([1, None]),
+        activation=st.just(nn.GELU),
         fit=st.just(True),
     )
 
 
-def edits() -> SearchStrategy[Edit]:
-    """Edits that suit any site with features."""
-    scale = st.sampled_from([1.0, 0.1, 2.0])
+def edits(parts: SearchStrategy[Maker]) -> SearchStrategy[Edit]:
+    """Edits that join parts to any site with features, or train it."""
+    scale, word = st.sampled_from([1.0, 0.1, 2.0]), st.sampled_from([append, prepend])
     return st.one_of(
-        st.builds(lambda part, scale: parallel(part, scale=scale), parts(), scale),
-        st.builds(lambda part, residual: append(part, residual=residual), parts(), st.booleans()),
-        st.builds(lambda part, residual: prepend(part, residual=residual), parts(), st.booleans()),
+        st.builds(lambda part, scale: parallel(part, scale=scale), parts, scale),
+        st.builds(lambda word, part: word(part, residual=True), word, parts),
+        st.builds(
+            lambda word: word(affine()), word
+        ),  # one that starts at zero would let nothing by
         st.just(unfreeze),
     )
 
 
-def rules() -> SearchStrategy[list[Rule]]:
-    """One to three rules, by role, that suit every one of `transformers()`."""
+def rules(of: SearchStrategy[Maker] | None = None) -> SearchStrategy[list[Rule]]:
+    """One to three rules, by role, that suit every one of `transformers()`.
+
+    of  the parts to use; None: any of `parts()`
+
+    >>> isinstance(rules().example()[0], Rule)
+    True
+    """
+    of = parts() if of is None else of
+    any_edit = edits(of)
     places = st.sampled_from(
         [ffn, attn, block, norm & inside(block), where(nn.Linear) & inside(attn)]
     )
     joined = st.builds(
-        lambda where, *rest: at(where, *rest, optional=True), places, edits(), edits()
+        lambda place, *rest: at(place, *rest, optional=True), places, any_edit, any_edit
     )
-    replaced = st.builds(lambda part: at(attn, replace(part)), parts())
-    trained = st.sampled_from(
-        [at(head, unfreeze), at(nearest(norm, before=ffn), unfreeze, freeze, unfreeze)]
+    trained = st.sampled_from([at(head, unfreeze), at(nearest(norm, before=ffn), freeze, unfreeze)])
+    sure = st.builds(lambda part: at(ffn, parallel(part, scale=0.5)), of)
+    replaced = at(attn & ~where(_gives_weights), replace(other()), optional=True)
+    more, swap = st.lists(joined | trained, max_size=2), st.sampled_from([[], [replaced]])
+    return st.builds(lambda one, more, swap: [one, *more, *swap], sure, more, swap)
+
+
+def mergeable() -> SearchStrategy[list[Rule]]:
+    """Rules with linear parts at linears."""
+    flag, word = st.booleans(), st.sampled_from([append, prepend])
+    edit = st.one_of(
+        st.builds(lambda bias: parallel(affine(bias=bias), scale=0.5), flag),
+        st.builds(lambda word, bias, to: word(affine(bias=bias), residual=to), word, flag, flag),
     )
-    sure = st.builds(lambda part: at(ffn, parallel(part, scale=0.5)), parts())
-    some = st.lists(joined | trained, max_size=2)
-    return st.one_of(st.builds(lambda a, more: [a, *more], sure, some), replaced.map(lambda a: [a]))
+    return st.lists(edit.map(lambda edit: at(nn.Linear, edit)), min_size=1, max_size=3)
+
+
+def _gives_weights(site: Site) -> bool:
+    return bool(getattr(site.module, "weights", False))
 
 
 def addresses(paths: Sequence[str] = ()) -> SearchStrategy[str]:
@@ -108,22 +140,29 @@ def addresses(paths: Sequence[str] = ()) -> SearchStrategy[str]:
     >>> from surgery.address import parse
     >>> _ = parse(addresses(["blocks.0.mlp"]).example())
     """
-    known = st.sampled_from(list(paths) or ["blocks.0.mlp.fc1", "head"]).map(lambda p: p.split("."))
-    strange = st.lists(st.sampled_from(NAMES), max_size=4)
-    return (known | strange).flatmap(lambda steps: st.tuples(*map(_form, steps))).map(".".join)
+    known = [[Step(name, 0, 2) for name in p.split(".")] for p in paths or ["blocks.0.mlp", "head"]]
+    return _addresses(known)
 
 
-def _form(name: str) -> SearchStrategy[str]:
+def _addresses(paths: Sequence[Sequence[Step]]) -> SearchStrategy[str]:
+    strange = st.lists(st.sampled_from(NAMES).map(lambda name: Step(name, 1, 3)), max_size=4)
+    steps = st.sampled_from(paths) | st.sampled_from(paths) | strange
+    return steps.flatmap(lambda path: st.tuples(*map(_form, path))).map(".".join)
+
+
+def _form(step: Step) -> SearchStrategy[str]:
     """A step as it is, or one that may stand for it."""
-    bound = st.none() | st.integers(-3, 3)
+    name, place, siblings = step
+    near = st.sampled_from([place, place - siblings]) | st.integers(-3, 3)
+    bound = st.none() | near
     slices = st.builds(
         lambda a, b, c: f"[{_n(a)}:{_n(b)}{'' if c is None else f':{c}'}]",
         bound, bound, st.none() | st.sampled_from([-2, -1, 1, 2]),
     )  # fmt: skip
     return st.one_of(
         st.just(name),
-        st.sampled_from(["*", "**", "{a}", "{b}", "{%s,other}" % name]),
-        st.integers(-3, 3).map(lambda i: f"[{i}]"),
+        st.sampled_from(["*", "**", "{a}", "{b}", f"{{{name},other}}"]),
+        near.map(lambda i: f"[{i}]"),
         slices,
     )
 
@@ -137,11 +176,10 @@ class ModelStrategies:
 
     def __init__(self, model: nn.Module) -> None:
         self.tree = Tree(model)
-        self.paths = [site.path for site in self.tree.sites if site.path]
 
     def addresses(self) -> SearchStrategy[str]:
         """Addresses, many of which match."""
-        return addresses(self.paths)
+        return _addresses([site.steps for site in self.tree.sites if site.path] or [()])
 
     def sites(self) -> SearchStrategy[str]:
         """The address of one site."""
@@ -158,7 +196,7 @@ class ModelStrategies:
     def rules(self) -> SearchStrategy[list[Rule]]:
         """One or two rules at sites of the model that have a width."""
         wide = [s.path for s in self.tree.sites if s.path and s.shape.width and s.shape.out]
-        one = st.builds(lambda path, edit: at(path, edit), st.sampled_from(wide), edits())
+        one = st.builds(lambda path, edit: at(path, edit), st.sampled_from(wide), edits(parts()))
         return st.lists(one, min_size=1, max_size=2, unique_by=lambda rule: repr(rule.where))
 
 
