@@ -22,7 +22,11 @@ from surgery.tree import Tree
 FEW = {"it_compiles_whole": 3}
 EXAMPLES = 300 if os.environ.get("THOROUGH") else 15
 ANY = settings(
-    deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    deadline=None,
+    database=None,
+    derandomize=True,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
 )
 
 

@@ -14,7 +14,7 @@ from ..part import Maker, part, shared
 from ..parts import QuickGELU, adapter, moa
 from ..pattern import Pattern, where
 from ..relation import holding, inside, nearest
-from ..role import ROLES, attn, block, ffn, head, norm
+from ..role import ROLES, attn, block, ffn, head, norm, proj
 from ..rule import Rule, at
 from ..tree import Site, Tree
 from .transformer import Row, Transformer
@@ -107,17 +107,16 @@ def rules(of: SearchStrategy[Maker] | None = None) -> SearchStrategy[list[Rule]]
     """
     of = parts() if of is None else of
     any_edit = edits(of)
-    places = st.sampled_from(
-        [ffn, attn, block, norm & inside(block), where(nn.Linear) & inside(attn)]
-    )
+    places = st.sampled_from([ffn, attn, block, norm & inside(block), proj])
     joined = st.builds(
         lambda place, *rest: at(place, *rest, optional=True), places, any_edit, any_edit
     )
     trained = st.sampled_from([at(head, unfreeze), at(nearest(norm, before=ffn), freeze, unfreeze)])
     sure = st.builds(lambda part: at(ffn, parallel(part, scale=0.5)), of)
     replaced = at(attn & ~where(_gives_weights), replace(other()), optional=True)
-    more, swap = st.lists(joined | trained, max_size=2), st.sampled_from([[], [replaced]])
-    return st.builds(lambda one, more, swap: [one, *more, *swap], sure, more, swap)
+    few, alone = st.lists(joined | trained, max_size=2), st.sampled_from([[], [replaced]])
+    more = alone | few  # in what is replaced no part would run
+    return st.builds(lambda one, more: [one, *more], sure, more)
 
 
 def mergeable() -> SearchStrategy[list[Rule]]:
