@@ -30,11 +30,11 @@ TESTS = {
     "address": ["tests/test_address.py", "tests/test_pattern.py", "tests/test_plan.py", *SPEC],
     "pattern": ["tests/test_pattern.py", "tests/test_plan.py", "tests/test_role.py", *SPEC],
     "graft": ["tests/test_bypass.py", "tests/test_laws.py", "tests/test_mixture.py"],
-    "operate": ["tests/test_laws.py", "tests/test_mixture.py", "tests/test_state.py"],
-    "ops": ["tests/test_mixture.py", "tests/test_modes.py"],
+    "operate": ["tests/test_laws.py", "tests/test_mixture.py", "tests/test_state.py", *SPEC],
+    "ops": ["tests/test_mixture.py", "tests/test_modes.py", *SPEC],
 }
 MORE = ["tests/test_modes.py", "tests/test_errors.py", "tests/test_rulesets.py", *SPEC]
-SLOW = "not fault and not idle_site_is_no_silence and not inductor and not backbones"
+SLOW = "not fault and not idle_site_is_no_silence and not inductor and not little_else"
 Mutant = tuple[str, str, int, str]  # file, operator, occurrence, where
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,16 +78,23 @@ def name_all(placed: list[Placed]) -> None:
     edits = {id(p.edit): p.edit for p in placed}
     said = {key: (repr(edit), repr(edit.part)) for key, edit in edits.items()}
     stems = Counter[str]()
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, dict[tuple[Any, ...], str]] = {}
     for p in placed:
         p.said, part = said[id(p.edit)]
         if isinstance(p.edit.part, Shared):
             p.key = _stem(p, p.edit.part)
-            groups.setdefault(p.key, set()).add(_group(p, p.edit.part, part))
+            groups.setdefault(p.key, {})[_group(p, p.edit.part, part)] = ""
+    for stem, alike in groups.items():
+        for group in alike:
+            stems[key := f"{stem}/{_digest(group[0])}"] += 1
+            alike[group] = (
+                (key if stems[key] == 1 else f"{key}/{stems[key]}")
+                if alike.keys() - {group}
+                else stem
+            )
     for p in placed:
         if isinstance(p.edit.part, Shared):
-            if len(groups[p.key]) > 1:
-                p.key += f"/{_digest(_group(p, p.edit.part, said[id(p.edit)][1]))}"
+            p.key = groups[p.key][_group(p, p.edit.part, said[id(p.edit)][1])]
         else:
             stem = f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}"
             stems[stem] += 1
@@ -100,10 +108,14 @@ def _stem(p: Placed, shared: Shared) -> str:
     return f"shared/{word}/{p.site.shape.width}{by}".replace(".", "_")
 
 
-def _group(p: Placed, shared: Shared, said: str) -> str:
-    """What parts must agree in to be one; `said` is the shared part in words."""
+def _group(p: Placed, shared: Shared, said: str) -> tuple[Any, ...]:
+    """What parts must agree in to be one; `said` is the shared part in words.
+
+    The first of it alone makes the key, which a file must find again on another machine.
+    """
     own = id(shared.part) if not hasattr(shared.part, "word") else 0
-    return f"{said} {own} {tuple(p.site.shape[:2])} {p.device} {p.dtype} {_captured(p, shared)}"
+    words = f"{said} {tuple(p.site.shape[:2])} {_captured(p, shared)}"
+    return words, own, p.device, p.dtype
 
 
 def _captured(p: Placed, shared: Shared) -> str | None:
