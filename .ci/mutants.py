@@ -98,7 +98,17 @@ def run_tests(copy: Path, name: str, every: bool) -> None:
     sys.path.insert(0, str(copy))
     chosen = [*TESTS[name], *(MORE if every or name == "graft" else []), f"surgery/{name}.py"]
     tests = [test for test in dict.fromkeys(chosen) if (copy / test).exists()]
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore:Module already imported", "-k", SLOW]
+    options = [
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore:Module already imported",
+        "-k",
+        SLOW,
+    ]
     code = 1
     try:
         import pytest
@@ -163,8 +173,15 @@ def table(out: Path, all_of_them: list[Mutant]) -> str:
         done = [rows[k]["outcome"] for k in keys if k in rows]
         killed = sum(o != "survived" for o in done)
         total = [total[0] + killed, total[1] + len(done)]
-        lines.append(f"{name:8} {killed:4} of {len(done):4} mutants  {killed / max(len(done), 1):.1%}")
-    return "\n".join([*lines, f"all      {total[0]:4} of {total[1]:4} mutants  {total[0] / max(total[1], 1):.1%}"])
+        lines.append(
+            f"{name:8} {killed:4} of {len(done):4} mutants  {killed / max(len(done), 1):.1%}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            f"all      {total[0]:4} of {total[1]:4} mutants  {total[0] / max(total[1], 1):.1%}",
+        ]
+    )
 
 
 def read(out: Path) -> dict[str, dict[str, str]]:

@@ -45,7 +45,8 @@ __all__ = [
     "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError",
     "adapter", "anatomy", "append", "apply", "at", "attn", "balance_loss", "block", "disabled",
     "draw_loads", "embed", "ffn", "fingerprint", "freeze", "head", "holding", "inside", "key",
-    "load", "load_state_dict", "merge", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part",
-    "parts", "plan", "prepend", "proj", "qkv", "query", "replace", "report", "revert", "routing",
-    "rulesets", "save", "shared", "span", "state_dict", "unfreeze", "unmerge", "value", "where",
+    "load", "load_state_dict", "merge", "moa", "nearest", "norm", "ops", "parallel", "parameters",
+    "part", "parts", "plan", "prepend", "proj", "qkv", "query", "replace", "report", "revert",
+    "routing", "rulesets", "save", "shared", "span", "state_dict", "unfreeze", "unmerge", "value",
+    "where",
 ]  # fmt: skip

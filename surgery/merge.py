@@ -1,4 +1,4 @@
-"""Merge: fold parts that are linear into the linear modules they stand at, and take them out again."""
+"""Merge: fold linear parts into the linear modules they stand at, and take them out again."""
 
 from __future__ import annotations
 

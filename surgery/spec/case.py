@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..room import Operation, operations
 from ..rule import Rule, Rules
 from ..tree import Site
 from .fault import Line, events
+from .law import Draw
 
 
 class Case:
@@ -55,7 +56,7 @@ class Case:
         return copy.deepcopy(self._model)
 
     def twin(self, operated: nn.Module) -> nn.Module:
-        """A fresh copy of m, frozen where S is: torch rounds attention by its weights' flags too."""
+        """A fresh copy of m, frozen where S is: torch rounds attention by the flags of weights."""
         model, flags = self.model(), dict(operated.named_parameters(remove_duplicate=False))
         for name, p in model.named_parameters(remove_duplicate=False):
             p.requires_grad_(flags[name].requires_grad)
@@ -82,7 +83,7 @@ class Case:
         stirred: int | None = None,
         **named: Any,
     ) -> nn.Module:
-        """S: the model (a copy of m) operated; `stirred` is the seed of values for all it trains."""
+        """S: the model (a copy of m) operated; `stirred` is a seed of values for all it trains."""
         model = self.model() if model is None else model
         self.plan(model, rules, **named).apply()
         if stirred is not None:
@@ -98,13 +99,13 @@ class Case:
     def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
         """A scalar in which every floating output counts with a weight of its own."""
         generator = torch.Generator().manual_seed(seed)
-        total = None
+        total = torch.zeros(())
         for tensor in tensors(call(model, self.inputs())):
             if tensor.is_floating_point() and tensor.requires_grad:
                 weight = torch.randn(tensor.shape, generator=generator).to(tensor)
                 term = (tensor.nan_to_num(0, 0, 0) * weight).sum()
-                total = term if total is None else total + term
-        return torch.zeros((), requires_grad=True) if total is None else total
+                total = total + term
+        return total if total.requires_grad else total.requires_grad_()
 
     @cached_property
     def places(self) -> list[tuple[Rule, Site]]:
@@ -130,8 +131,8 @@ def stir(model: nn.Module, seed: int) -> None:
     own = {id(p) for operation in operations(model) for p in operation.parameters()}
     with torch.no_grad():
         for p in parameters(model):
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            p += (0.2 if id(p) in own else 0.01) * noise.to(p)
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p.add_(noise, alpha=0.2 if id(p) in own else 0.01)
 
 
 def mark(model: nn.Module, flags: Sequence[bool]) -> None:
@@ -187,3 +188,6 @@ def _runs(model: nn.Module, inputs: Any, dtype: torch.dtype) -> tuple[nn.Module,
         with torch.no_grad():
             call(own, copied(inputs))  # an error of the model itself passes through
         return own, copied(inputs)
+
+
+Property: TypeAlias = Callable[[Case, Draw], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,8 +17,11 @@ from ..errors import RuleError, nearest_names
 from ..rule import Rules
 from ..table import Table
 from . import function, life, matching, parameters, routing
-from .case import Case
-from .law import Absent, Broken, Draw, Property, law
+from .case import Case, Property
+from .law import Absent, Broken, Draw, law
+
+if TYPE_CHECKING:
+    import pytest
 
 GROUPS: dict[str, tuple[Property, ...]] = {
     "matching": matching.LAWS,
@@ -33,12 +36,12 @@ PROPERTIES: dict[str, Property] = {p.__name__: p for laws in GROUPS.values() for
 @contextmanager
 def plain_path() -> Iterator[None]:
     """Without the fused kernels of nn.TransformerEncoder, which are not taken where parts are."""
-    was = torch.backends.mha.get_fastpath_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(was)  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 class Verdict(NamedTuple):
@@ -53,7 +56,7 @@ class Verdict(NamedTuple):
 
 
 class Report:
-    """What came of all properties. Prints as a table; `raise_broken()` raises where one is broken."""
+    """What came of all properties. Prints as a table; `raise_broken()` raises if one is broken."""
 
     def __init__(self, about: str, verdicts: list[Verdict]) -> None:
         self.about, self.verdicts = about, verdicts
@@ -64,7 +67,7 @@ class Report:
         return [verdict for verdict in self.verdicts if verdict.outcome == "broken"]
 
     def raise_broken(self) -> Report:
-        """Itself where all is well. Raises Broken, with every message, where a property is broken."""
+        """Itself where all is well. Raises Broken, with every message, if a property is broken."""
         if self.broken:
             raise Broken("\n\n".join(verdict.told for verdict in self.broken))
         return self
@@ -170,7 +173,9 @@ class Run:
         try:
             options(given(st.data())(self._one))()
         except Broken as broken:
-            broken.__notes__ = []  # hypothesis tells the example in its own words too
+            broken.__dict__.pop(
+                "__notes__", None
+            )  # hypothesis tells the example in its own words too
             raise
         except FlakyFailure as flaky:  # it fails for an example, and then does not
             first = next((e for e in flaky.exceptions if isinstance(e, Broken)), flaky)
@@ -217,7 +222,7 @@ def specify(
     inputs: Any,
     expected_failures: Mapping[str, str] | None = None,
     examples: int = 5,
-) -> Callable[[Callable[[Callable[[], None]], None]], Any]:
+) -> pytest.MarkDecorator:
     """Make a test function that takes `property` into one pytest id for each property.
 
     Takes what `check` takes; the model is built once, when the first test runs. Properties that say

@@ -18,7 +18,7 @@ class Fault(Exception):
 
 
 class Tripwire:
-    """Raises once, at the n-th time that any line of surgery is about to run; 0: writes them down."""
+    """Raises once, at the n-th time that a line of surgery is about to run; 0: writes them down."""
 
     def __init__(self, at_event: int, error: type[BaseException] = Fault) -> None:
         self.left, self.error, self.lines = at_event, error, list[Line]()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DataObject, SearchStrategy
 
-    from .case import Case
-
 T = TypeVar("T")
-Property: TypeAlias = "Callable[[Case, Draw], None]"
 
 
 class Broken(AssertionError):

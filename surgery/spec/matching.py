@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -219,7 +220,7 @@ def _between(case: Case, model: nn.Module, site: Site) -> tuple[Tensor | None, T
     """What a site is given, as a leaf of its own, and what it gives, in one forward."""
     seen: dict[str, Tensor] = {}
 
-    def enter(module: nn.Module, args: object, kwargs: object) -> object:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         first = next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), None)
         if first is None:

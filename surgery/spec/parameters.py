@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,10 +59,12 @@ def _declared(case: Case, model: nn.Module) -> set[int]:
     chosen: set[int] = set()
     for rule, sites in case.plan(model).matches:
         for edit in rule.rest:
-            for site in sites if isinstance(edit, Trained) else []:
+            if not isinstance(edit, Trained):
+                continue
+            for site in sites:
                 held = [*site.entry.module.parameters(), *site.exit.module.parameters()]
                 ids = {id(p) for p in held if p.is_floating_point()}
-                chosen = chosen | ids if edit.trained else chosen - ids  # type: ignore[union-attr]
+                chosen = chosen | ids if edit.trained else chosen - ids
     return chosen
 
 
@@ -178,7 +181,7 @@ def filled(model: nn.Module) -> nn.Module:
     return copied
 
 
-COPIES = {
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": pickled,
     ".to(bfloat16)": cast,
@@ -209,7 +212,7 @@ def parts_are_like_their_site(case: Case, draw: Draw) -> None:
     site_modes: dict[str, bool] = {}
     mark(model, draw(FLAGS, "flags"))
     for p in case.plan(case.model()).placed:
-        site_modes[p.site.path] = model.get_submodule(p.site.module and _path(p)).training
+        site_modes[p.site.path] = model.get_submodule(_path(p)).training
     try:
         case.operated(model)
     except RuntimeError as error:

@@ -25,7 +25,7 @@ def snapshot(model: nn.Module) -> Marks:
     seen: Marks = {
         "random numbers of torch": torch.get_rng_state().numpy().tobytes(),
         "random numbers of Python": random.getstate(),
-        "random numbers of numpy": np.random.get_state()[1].tobytes(),  # type: ignore[index,union-attr]
+        "random numbers of numpy": np.random.get_state()[1].tobytes(),  # type: ignore[index]
         "keys": tuple(model.state_dict()),
         "modes": (torch.is_grad_enabled(), torch.empty(0).device.type),
     }
@@ -114,7 +114,7 @@ def equal(a: Sequence[Tensor], b: Sequence[Tensor], what: str) -> None:
 
 
 def near(a: Sequence[Tensor], b: Sequence[Tensor], eps: float, what: str) -> None:
-    """Raise Broken unless a ~eps b, each pair of tensors: max |a - b| <= eps * eps(dtype) * max |b|."""
+    """Raise Broken unless a ~eps b, pair by pair: max |a - b| <= eps * eps(dtype) * max |b|."""
     holds(len(a) == len(b), f"{what}: {len(a)} tensors, not {len(b)}")
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         far = gap(x, y)
@@ -164,5 +164,5 @@ def raised(kind: type[BaseException], call: Callable[[], object], when: str) -> 
 
 def listed(names: Iterable[object], most: int = 4) -> str:
     """The first few of some names, and how many more there are."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+    told = [str(name) for name in names]
+    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if told[most:] else "")

@@ -1,4 +1,4 @@
-"""Strategies for hypothesis: models, parts, rules, patterns and addresses at random, small first."""
+"""Strategies for hypothesis: models, parts, rules, patterns, addresses at random, small first."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def transformers() -> SearchStrategy[nn.Module]:
         heads=st.sampled_from([1, 2]),
         act=st.sampled_from([nn.GELU, nn.ReLU, nn.SiLU]),
         seed=st.integers(0, 3),
-        **dict.fromkeys(("post", "fused", "gated", "spread", "first"), flag),  # type: ignore[arg-type]
-        **dict.fromkeys(("aliased", "weights", "named"), flag),  # type: ignore[arg-type]
+        **dict.fromkeys(("post", "fused", "gated", "spread", "first"), flag),
+        **dict.fromkeys(("aliased", "weights", "named"), flag),
     )
     return whole | whole.filter(lambda model: not (model.named or model.again)).map(Row)
 

@@ -1,4 +1,4 @@
-"""A small transformer in any of the forms that transformers come in, for `transformers()` to draw."""
+"""A small transformer in any of the forms that they come in, for `transformers()` to draw."""
 
 from __future__ import annotations
 
@@ -131,24 +131,30 @@ class Transformer(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.embed = _linear(3, widths[0], first)
-            forms = dict(post=post, fused=fused, gated=gated, spread=spread, first=first)
-            self.stages = nn.ModuleList()
+            names = ("post", "fused", "gated", "spread", "first")
+            forms = {name: own[name] for name in names}
+            stages: list[nn.ModuleList] = []
             for i, width in enumerate(widths):
                 blocks = [Block(width, heads, act, weights=weights, **forms) for _ in range(depth)]
                 step = [_linear(widths[i - 1], width, first)] if i else []
-                self.stages.append(nn.ModuleList([*step, *blocks]))
-            self.again = self.stages[-1][-1] if aliased else None
+                stages.append(nn.ModuleList([*step, *blocks]))
+            self.stages = nn.ModuleList(stages)
+            self.again = stages[-1][-1] if aliased else None
             self.norm, self.pool = _norm(widths[-1], first), Pool(first)
             self.head = nn.Linear(widths[-1], CLASSES)
         self.eval().double()
 
     def forward(self, x: Tensor) -> Any:
         x = self.embed(x)
-        for layer in [layer for stage in self.stages for layer in stage]:
+        for layer in self.layers():
             x = layer(hidden=x) if self.named and isinstance(layer, Block) else layer(x)
         x = self.again(x) if self.again is not None else x
         answer = self.head(self.pool(self.norm(x)))
         return {"logits": answer, "hidden": x} if self.named else answer
+
+    def layers(self) -> list[nn.Module]:
+        """The blocks, and what steps up between stages, in order."""
+        return [layer for stage in self.stages for layer in stage.children()]
 
     def example(self) -> Tensor:
         """Two samples: (2, 6, 3), or (2, 3, 2, 3)."""
@@ -167,8 +173,7 @@ class Row(nn.Sequential):
     """A Transformer without stages as a root that calls its children in a row."""
 
     def __init__(self, made: Transformer) -> None:
-        blocks = [layer for stage in made.stages for layer in stage]
-        super().__init__(made.embed, *blocks, made.norm, made.pool, made.head)
+        super().__init__(made.embed, *made.layers(), made.norm, made.pool, made.head)
         self.__dict__["made"] = made
         self.eval()
 
