@@ -29,12 +29,12 @@ SPEC = ["tests/test_spec.py", "tests/test_teeth.py"]
 TESTS = {
     "address": ["tests/test_address.py", "tests/test_pattern.py", "tests/test_plan.py", *SPEC],
     "pattern": ["tests/test_pattern.py", "tests/test_plan.py", "tests/test_role.py", *SPEC],
-    "graft": ["tests/test_bypass.py", "tests/test_laws.py", "tests/test_mixture.py"],
+    "graft": ["tests/test_bypass.py", "tests/test_laws.py", "tests/test_mixture.py", *SPEC],
     "operate": ["tests/test_laws.py", "tests/test_mixture.py", "tests/test_state.py", *SPEC],
     "ops": ["tests/test_mixture.py", "tests/test_modes.py", *SPEC],
 }
-MORE = ["tests/test_modes.py", "tests/test_errors.py", "tests/test_rulesets.py", *SPEC]
-SLOW = "not fault and not idle_site_is_no_silence and not inductor and not little_else"
+MORE = ["tests/test_modes.py", "tests/test_errors.py", "tests/test_flow.py", "tests/test_plan.py"]
+SLOW = "not fault and not idle_site and not inductor and not little_else and not compile"
 Mutant = tuple[str, str, int, str]  # file, operator, occurrence, where
 
 
@@ -96,7 +96,7 @@ def run_tests(copy: Path, name: str, every: bool) -> None:
         os.dup2(sink, 1), os.dup2(sink, 2)
     os.chdir(copy)
     sys.path.insert(0, str(copy))
-    chosen = [*TESTS[name], *(MORE if every or name == "graft" else []), f"surgery/{name}.py"]
+    chosen = [*TESTS[name], *(MORE if every else []), f"surgery/{name}.py"]
     tests = [test for test in dict.fromkeys(chosen) if (copy / test).exists()]
     options = [
         "-x",
@@ -201,7 +201,7 @@ def main() -> None:
     everything = [m for name in arguments.files for m in mutants(name)]
     done = read(arguments.out)
     if arguments.survivors:
-        todo = [m for m in everything if done.get(key(m), {}).get("outcome") == "survived"]
+        todo = [m for m in everything if done.get(key(m), {}).get("outcome") != "killed"]
     else:
         todo = [m for m in everything if key(m) not in done]
     if not arguments.show:

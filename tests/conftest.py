@@ -39,3 +39,13 @@ def bert() -> nn.Module:
 @pytest.fixture
 def encoder() -> nn.Module:
     return models.encoder()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="many more examples of each property")
+
+
+@pytest.fixture
+def examples(request: pytest.FixtureRequest) -> int:
+    """How many to try of each property."""
+    return 50 if request.config.getoption("--thorough") else 2

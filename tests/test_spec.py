@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
@@ -19,8 +17,7 @@ from surgery.spec.law import Draw, law
 from surgery.spec.strategies import mergeable, mixtures
 from surgery.tree import Tree
 
-FEW = {"it_compiles_whole": 3}
-EXAMPLES = 300 if os.environ.get("THOROUGH") else 15
+FEW = {"it_compiles_whole": 2}
 ANY = settings(
     deadline=None,
     database=None,
@@ -38,10 +35,10 @@ def suited(name: str) -> st.SearchStrategy:
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_a_property_holds_of_any_model_under_any_rules(name):
+def test_a_property_holds_of_any_model_under_any_rules(name, examples):
     spoken = []
 
-    @settings(ANY, max_examples=FEW.get(name, EXAMPLES))
+    @settings(ANY, max_examples=FEW.get(name, 8) * examples)
     @given(transformers(), suited(name), st.data())
     def test(model, chosen, data):
         case = Case(model, chosen, model.example())
