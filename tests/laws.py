@@ -7,15 +7,11 @@ each must fail there, or it would show nothing here.
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -38,6 +34,9 @@ from surgery import (
     shared,
     unfreeze,
 )
+from surgery.spec.fault import Fault, Line, Tripwire, committed, events
+from surgery.spec.seen import base_of, raised, snapshot
+from surgery.spec.seen import unchanged as assert_same
 from surgery.tree import Tree
 from tests.models import images, tiny_vit
 
@@ -81,12 +80,6 @@ def plain(site: surgery.Site) -> nn.Linear:
     return nn.Linear(site.width, site.out)
 
 
-def base_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every (path, module) of the base, aliases included."""
-    named = model.named_modules(remove_duplicate=False)
-    return [(p, m) for p, m in named if "surgery" not in p.split(".")]
-
-
 def stir(model: nn.Module, seed: int = 1) -> None:
     """Give every trainable parameter of the parts another value, so that parts do something."""
     generator = torch.Generator().manual_seed(seed)
@@ -111,46 +104,6 @@ def train(model: nn.Module, x: Tensor, steps: int = 3) -> None:
         optimiser.zero_grad()
         model(x).square().sum().backward()
         optimiser.step()
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that can be seen of a model and of the random numbers; stronger than a fingerprint."""
-    seen: dict[str, Any] = {
-        "torch": torch.get_rng_state().numpy().tobytes(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state()[1].tobytes(),  # type: ignore[union-attr]
-        "keys": tuple(model.state_dict()),
-        "modes": (torch.is_grad_enabled(), torch.empty(0).device.type),
-    }
-    for path, module in model.named_modules(remove_duplicate=False):
-        hooks = [(k, list(map(id, v.values()))) for k, v in vars(module).items() if "_hooks" in k]
-        seen[path] = (id(module), type(module), module.training, tuple(vars(module)), hooks)
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            seen[f"{path}:{name}"] = tensor if tensor is None else _marks(tensor)
-    return seen
-
-
-def _marks(tensor: Tensor) -> tuple[Any, ...]:
-    grad = None if tensor.grad is None else (id(tensor.grad), tensor.grad.clone().numpy().tobytes())
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return id(tensor), tensor.requires_grad, tensor.data_ptr(), tensor.dtype, grad, raw
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
-    """Two snapshots (or fingerprints) are equal; names what differs."""
-    differ = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
-    assert not differ, f"{when}: {', '.join(differ[:5])} changed"
-
-
-def raised(kind: type[BaseException], call: Callable[[], object]) -> BaseException:
-    """The error of that kind that `call` raises; AssertionError where it raises none."""
-    try:
-        call()
-    except kind as error:
-        return error
-    except surgery.SurgeryError as other:
-        raise AssertionError(f"{type(other).__name__}, not {kind.__name__}") from other
-    raise AssertionError(f"{kind.__name__} was not raised")
 
 
 # 1 ---------------------------------------------------------------------------------------------
@@ -281,70 +234,6 @@ def edits_act_in_rule_order() -> None:
 
 
 # 4 ---------------------------------------------------------------------------------------------
-
-HERE = str(Path(surgery.__file__).parent)
-Line = tuple[str, int]
-
-
-@lru_cache(maxsize=100)
-def _text(file: str) -> list[str]:
-    return Path(file).read_text().splitlines()
-
-
-def source(line: Line) -> str:
-    """What is written there."""
-    return _text(line[0])[line[1] - 1].strip()
-
-
-class Fault(Exception):
-    """The fault that is injected."""
-
-
-class Tripwire:
-    """Raises once, at the n-th time that any line of surgery (or of `module`) is about to run."""
-
-    def __init__(self, at_event: int, error: type[BaseException] = Fault) -> None:
-        self.left, self.error, self.lines = at_event, error, list[Line]()
-        self.where: Line | None = None
-        self.last: dict[FrameType, int] = {}
-
-    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        return self.step if frame.f_code.co_filename.startswith(HERE) else None
-
-    def step(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line" and self.where is None:
-            line, last = (frame.f_code.co_filename, frame.f_lineno), self.last.get(frame, 0)
-            self.last[frame] = line[1]
-            if last > line[1] and source(line).startswith("with "):
-                return self.step  # on its way out: Python would never call __exit__
-            self.lines.append(line)
-            self.left -= 1
-            if self.left == 0:
-                self.where = line
-                raise self.error
-        return self.step
-
-    def run(self, call: Callable[[], object]) -> None:
-        sys.settrace(self)
-        try:
-            call()
-        except self.error:
-            assert self.where, "it raised of itself"
-        finally:
-            sys.settrace(None)
-
-
-def events(call: Callable[[], object]) -> list[Line]:
-    """Every line of surgery that `call` runs, in order, repeats included."""
-    wire = Tripwire(0)
-    wire.run(call)
-    return wire.lines
-
-
-def committed(line: Line) -> bool:
-    """Whether nothing is left to do there but to hand the model back."""
-    return source(line) in ("return model", "return self.model")
-
 
 # words only: a fault in an `except` clause (as for rules with code) unbalances CPython's own state
 FAULTY = [
@@ -520,8 +409,7 @@ def revert_is_bitwise(
     surgery.revert(model)
     assert_same(seen, shape_of(model), "revert")
     if via is None:
-        torch_state = {"torch": before["torch"]}  # training may draw; reverting may not
-        assert_same({**before, **torch_state}, {**snapshot(model), **torch_state}, "revert")
+        assert_same(before, snapshot(model), "revert", but=["random"])  # training may draw
 
 
 def _user_hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -551,10 +439,6 @@ def _named(hook: object) -> object:
 
 def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
 
 
 # 9 ---------------------------------------------------------------------------------------------
@@ -599,8 +483,10 @@ def applying_draws_nothing() -> None:
     before = snapshot(model)
     surgery.apply(model, at("one", parallel(random_part)))
     after = snapshot(model)
-    for generator in ("torch", "python", "numpy"):
-        assert before[generator] == after[generator], f"the {generator} generator moved"
+    for generator in ("torch", "Python", "numpy"):
+        assert (
+            before[f"random numbers of {generator}"] == after[f"random numbers of {generator}"]
+        ), generator
 
 
 # 10 --------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def test_load_keeps_all_random_number_generators(file: Path) -> None:
     before = laws.snapshot(model)
     surgery.load(model, file)
     after = laws.snapshot(model)
-    assert all(before[g] == after[g] for g in ("torch", "python", "numpy"))
+    moved = [mark for mark in before if "random" in mark and before[mark] != after[mark]]
+    assert moved == []
 
 
 def test_balance_is_given_again_at_load(file: Path) -> None:

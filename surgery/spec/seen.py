@@ -151,7 +151,9 @@ def ties(model: nn.Module) -> set[frozenset[str]]:
     return {frozenset(group) for group in groups.values() if len(group) > 1}
 
 
-def raised(kind: type[BaseException], call: Callable[[], object], when: str) -> BaseException:
+def raised(
+    kind: type[BaseException], call: Callable[[], object], when: str = "the call"
+) -> BaseException:
     """The error of that kind that `call` raises; Broken where it raises none, or another."""
     try:
         call()
