@@ -25,10 +25,11 @@ FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(eq=False)
 class Placed:
-    """A part that one rule joins to one site, seen with the widths that the part meets there."""
+    """A part that one rule joins to a place; `site` is the place with the widths the part meets."""
 
     rule: Rule
     edit: Joined
+    place: Site
     site: Site
     key: str = ""  # its name in the room; the same for all sites that share it
     said: str = ""  # its edit in words

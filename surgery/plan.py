@@ -79,7 +79,7 @@ class Plan:
         self.fed = follow(self.tree, example)
         self.matches = [(rule, _matched(rule, self.tree)) for rule in self.rules]
         self.placed = [
-            Placed(rule, edit, site.seen(shape=edit.port(site), captures=captures))
+            Placed(rule, edit, site, site.seen(shape=edit.port(site), captures=captures))
             for rule, sites in self.matches
             for edit in rule.rest
             if isinstance(edit, Joined)
@@ -177,7 +177,7 @@ class Plan:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():
             steps = [Step(p.edit.place, parts[p.key], p.edit.scale) for p in there]
-            operation.join(there[0].site, steps)
+            operation.join(there[0].place, steps)
         operation.watch(self.model)
 
     def _trainees(self, operation: Operation) -> Iterator[Trainee]:

@@ -864,3 +864,64 @@ def test_what_an_optional_rule_unfreezes_in_vain_is_a_note() -> None:
     assert told in str(surgery.report(model))
     with_all = surgery.apply(Spare(), at("used", unfreeze, optional=True), example=x)
     assert "no gradient" not in str(surgery.report(with_all))
+
+
+# where features lie
+
+
+WIDTHS = [(append, (12, 12)), (prepend, (8, 8)), (parallel, (8, 12))]
+
+
+@pytest.mark.parametrize("side", [8, 12])
+@pytest.mark.parametrize(("edit", "widths"), WIDTHS)
+def test_features_are_where_the_weights_say_though_positions_are_as_many(edit, widths, side):
+    conv = nn.Conv2d(8, 12, 1)
+    model = nn.Sequential(conv)
+    part = nn.Linear(*widths)
+    surgery.apply(model, at("0", edit(lambda site: part)))
+    x = torch.randn(2, 8, 3, side)
+    by_hand = {
+        append: lambda x: last(part, conv(x)),
+        prepend: lambda x: conv(last(part, x)),
+        parallel: lambda x: conv(x) + last(part, x),
+    }
+    got = model(x)
+    surgery.revert(model)
+    torch.testing.assert_close(got, by_hand[edit](x))
+
+
+def last(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return part(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_what_a_part_of_its_own_raises_is_not_told_as_a_wrong_width():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("of its own")
+
+    model = surgery.apply(nn.Sequential(nn.Linear(8, 8)), at("0", append(lambda site: Fails())))
+    with pytest.raises(RuntimeError, match="of its own"):
+        model(torch.randn(2, 8))
+    model[0].weight, model[0].bias = nn.Parameter(torch.randn(4, 8)), None
+    with pytest.raises(surgery.GraftError, match="taken to have 8 features"):
+        model(torch.randn(2, 8))
+
+
+SERIES = [(append, prepend), (append, parallel), (prepend, append), (append, prepend, parallel)]
+
+
+@pytest.mark.parametrize("edits", SERIES)
+def test_the_first_edit_at_a_site_does_not_say_what_the_others_are_given(edits):
+    """Found by the suite: after append, a site was taken to be given as much as it gives."""
+    linear = nn.Linear(3, 8)
+    model = surgery.apply(nn.Sequential(linear), [at("0", edit(plain)) for edit in edits])
+    parts, x = dict(model.surgery.default.named_children()), torch.randn(2, 8, 3)
+    want = linear.forward
+    for edit in edits:
+        part, inner = parts[f"0/{edit.__name__}"], want
+        want = {
+            append: lambda x, f=inner, p=part: p(f(x)),
+            prepend: lambda x, f=inner, p=part: f(p(x)),
+            parallel: lambda x, f=inner, p=part: f(x) + p(x),
+        }[edit]
+    torch.testing.assert_close(model(x), want(x))

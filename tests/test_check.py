@@ -70,7 +70,7 @@ def test_names_that_do_not_exist_are_errors():
 
 def test_the_model_and_the_inputs_are_left_alone():
     model = Transformer().float()
-    x, before = torch.randn(2, 6, 3), surgery.fingerprint(model)
+    x, before = torch.randn(2, 8, 3), surgery.fingerprint(model)
     check(model, GOOD, x, examples=1)
     assert x.dtype == torch.float32
     after = surgery.fingerprint(model)
@@ -88,7 +88,7 @@ def test_a_model_that_does_not_run_in_float64_is_tried_in_its_own_dtype():
 
     case = Case(Stubborn, at("fc", parallel(adapter(rank=8))), torch.randn(2, 8))
     assert case.model().fc.weight.dtype == torch.float32
-    assert Case(Transformer().float(), GOOD, torch.randn(2, 6, 3)).model().head.weight.dtype == (
+    assert Case(Transformer().float(), GOOD, torch.randn(2, 8, 3)).model().head.weight.dtype == (
         torch.float64
     )
 
@@ -135,7 +135,7 @@ def test_inputs_are_told_or_guessed():
     model = models.tiny_vit()
     model.default_cfg = {"input_size": (3, 16, 16)}
     assert inputs_of("", model).shape == (2, 3, 16, 16)
-    assert inputs_of("", Transformer()).shape == (2, 6, 3)
+    assert inputs_of("", Transformer()).shape == (2, 8, 3)
     assert inputs_of("", zoo.tiny("distilbert")[0])["input_ids"].dim() == 2
     with pytest.raises(surgery.RuleError, match="Give --inputs"):
         inputs_of("", nn.Bilinear(2, 3, 4))

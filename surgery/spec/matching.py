@@ -211,7 +211,7 @@ def _positions(case: Case, model: nn.Module, site: Site) -> int:
 
 def _rows(x: Tensor, width: int, axis: int) -> Tensor:
     """(positions, features), wherever features lie."""
-    if x.dim() > 2 and axis != -1 and x.shape[axis] == width != x.shape[-1]:
+    if x.dim() > 2 and axis != -1 and x.shape[axis] == width:
         x = x.movedim(axis, -1)
     return x.flatten(0, -2)
 

@@ -157,9 +157,9 @@ class Transformer(nn.Module):
         return [layer for stage in self.stages for layer in stage.children()]
 
     def example(self) -> Tensor:
-        """Two samples: (2, 6, 3), or (2, 3, 2, 3)."""
+        """Two samples: (2, 8, 3), or (2, 3, 2, 8); as many positions as there may be features."""
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (2, 3, 2, 3) if self.first else (2, 6, 3)
+        shape = (2, 3, 2, 8) if self.first else (2, 8, 3)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def __repr__(self) -> str:
