@@ -35,32 +35,12 @@ TESTS = {
 }
 MORE = ["tests/test_modes.py", "tests/test_errors.py", "tests/test_flow.py", "tests/test_plan.py"]
 SLOW = "not fault and not idle_site and not inductor and not little_else and not compile"
-# one other operator for each (cosmic-ray knows all pairs), and the bounds and the contrary of < and >
-PAIRS = [
-    "Add_Sub",
-    "Sub_Add",
-    "Mul_Div",
-    "Div_Mul",
-    "Pow_Mul",
-    "BitOr_BitAnd",
-    "BitAnd_BitOr",
-    "Eq_NotEq",
-    "NotEq_Eq",
-    "Lt_LtE",
-    "Lt_GtE",
-    "LtE_Lt",
-    "LtE_Gt",
-    "Gt_GtE",
-    "Gt_LtE",
-    "GtE_Gt",
-    "GtE_Lt",
-    "Is_IsNot",
-    "IsNot_Is",
-    "In_NotIn",
-    "NotIn_In",
-    "Delete_Not",
-    "USub_UAdd",
-]
+# one other operator for each (cosmic-ray knows all pairs); of < and > the bounds and the contrary
+PAIRS = (
+    "Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Pow_Mul", "BitOr_BitAnd", "BitAnd_BitOr",
+    "Eq_NotEq", "NotEq_Eq", "Lt_LtE", "Lt_GtE", "LtE_Lt", "LtE_Gt", "Gt_GtE", "Gt_LtE", "GtE_Gt",
+    "GtE_Lt", "Is_IsNot", "IsNot_Is", "In_NotIn", "NotIn_In", "Delete_Not", "USub_UAdd",
+)  # fmt: skip
 Mutant = tuple[str, str, int, str]  # file, operator, occurrence, where
 
 

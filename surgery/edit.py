@@ -11,7 +11,6 @@ from .term import Term
 from .tree import Site
 
 
-@dataclass(frozen=True, repr=False)
 class Edit(Term):
     """Base of all edits."""
 
@@ -71,7 +70,6 @@ class _Serial(Joined):
         return 1.0 if self.residual else None
 
 
-@dataclass(frozen=True, repr=False)
 class Append(_Serial):
     place = "after"
 
@@ -79,7 +77,6 @@ class Append(_Serial):
         return Shape(site.shape.out, site.shape.out, site.exit.axis)
 
 
-@dataclass(frozen=True, repr=False)
 class Prepend(_Serial):
     place = "before"
 
@@ -87,7 +84,6 @@ class Prepend(_Serial):
         return Shape(site.shape.width, site.shape.width, site.axis)
 
 
-@dataclass(frozen=True, repr=False)
 class Replace(Joined):
     place = "instead"
 

@@ -22,7 +22,6 @@ Where: TypeAlias = "Pattern | str | type | UnionType | Callable[[Site], bool]"
 Found: TypeAlias = dict[Site, dict[str, str]]  # the selected sites, with what each captured
 
 
-@dataclass(frozen=True, repr=False)
 class Pattern(Term):
     """Base of all patterns. `find` selects, a subclass says how by `test` or by `select`.
 
@@ -66,7 +65,6 @@ class Pattern(Term):
         return self.pattern if isinstance(self, Other) else Other(self)
 
 
-@dataclass(frozen=True, repr=False)
 class Selection(Pattern):
     """Base of patterns that select as a whole, by `select`, spans of their own among it."""
 
@@ -112,7 +110,6 @@ class _Leaf(Pattern):
         return "where"
 
 
-@dataclass(frozen=True, repr=False)
 class Address(_Leaf):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         for steps in (site.steps, *site.aliases):
@@ -121,13 +118,11 @@ class Address(_Leaf):
         return None
 
 
-@dataclass(frozen=True, repr=False)
 class Kind(_Leaf):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         return {} if isinstance(site.module, self.what) else None
 
 
-@dataclass(frozen=True, repr=False)
 class Predicate(_Leaf):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         return {} if self.what(site) else None
@@ -153,7 +148,6 @@ class _Infix(Pattern):
         return f"{left} {self.word} {right}"
 
 
-@dataclass(frozen=True, repr=False)
 class Both(_Infix):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         left = self.left.test(tree, site)
@@ -161,7 +155,6 @@ class Both(_Infix):
         return None if left is None or right is None else {**left, **right}
 
 
-@dataclass(frozen=True, repr=False)
 class Either(_Infix):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         left = self.left.test(tree, site)

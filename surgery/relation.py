@@ -24,7 +24,6 @@ class _Around(Pattern):
         return (plain(self.pattern),), {}
 
 
-@dataclass(frozen=True, repr=False)
 class Inside(_Around):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         inner = tree.memo.get((self, "inner"))
@@ -38,7 +37,6 @@ class Inside(_Around):
         return {} if id(site.entry.module) in inner and id(site.exit.module) in inner else None
 
 
-@dataclass(frozen=True, repr=False)
 class Holding(_Around):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         if (self, "tops") not in tree.memo:

@@ -41,7 +41,6 @@ class Role(Selection):
         return {site: {} for site in anatomise(tree)[self.name]}
 
 
-@dataclass(frozen=True, repr=False)
 class Operand(Role):
     """A projection that makes the query, the key or the value of attention, and nothing else."""
 

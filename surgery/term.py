@@ -19,7 +19,7 @@ from .errors import FileError, SurgeryError
 
 @dataclass(frozen=True, repr=False)
 class Term:
-    """Base of all rule values. A subclass is a frozen dataclass; `word` is what users write."""
+    """Base of all rule values, frozen dataclasses; `word` is what users write."""
 
     @property
     def word(self) -> str:

@@ -210,3 +210,32 @@ def test_nearest_of_a_slip_of_one_letter_is_what_was_meant():
     assert nearest("block.*.mlp", paths)[0] == ("blocks.*.mlp", 3)
     assert nearest("blocks.*.atn.qkv", paths)[0] == ("blocks.*.attn.qkv", 3)
     assert nearest("hed", paths)[0] == ("head", 1)
+
+
+# the nearest addresses, in order
+
+PATHS = ["blocks.0.mlp", "blocks.1.mlp", "blocks.0.attn", "blocks.1.attn", "head", "stem.mlp"]
+NEAREST = [
+    ("blocks.*.mpl", [], [("blocks.*.mlp", 2), ("blocks.*.attn", 2)]),  # likeness
+    ("blocks.*.x", [], [("blocks.*.attn", 2), ("blocks.*.mlp", 2)]),  # alike: by the alphabet
+    ("blocks.*.x", ["blocks.*.mlp"], [("blocks.*.mlp", 2), ("blocks.*.attn", 2)]),  # preferred
+    ("blocks.*.x", ["q", "blocks.*.mlp", "blocks.*.attn"], [("blocks.*.mlp", 2)]),  # the first
+    ("hed", [], [("head", 1)]),
+    ("mlp", [], [("head", 1)]),  # an address is a whole path: nothing is alike
+    ("**.mlp", [], [("stem.mlp", 1), ("blocks.*.mlp", 2)]),  # as alike: the shorter
+    ("**.attn", [], [("blocks.*.attn", 2)]),
+    ("stem.**", [], [("stem.mlp", 1)]),
+    ("blocks.7.mlp", [], [("blocks.*.mlp", 2)]),
+]
+
+
+@pytest.mark.parametrize(("asked", "preferred", "near"), NEAREST)
+def test_nearest_addresses_come_in_order(asked, preferred, near):
+    assert nearest(asked, PATHS, preferred)[: len(near)] == near
+
+
+def test_as_many_nearest_addresses_as_asked_for():
+    assert len(nearest("blocks.*.mlp", PATHS)) == 2
+    assert len(nearest("blocks.*.mlp", PATHS, most=3)) == 3
+    assert nearest("x", ["", "a.0.b", "a.1.b"], most=9) == [("a.*.b", 2)]
+    assert nearest("x", [""]) == []

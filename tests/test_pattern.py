@@ -417,3 +417,26 @@ def test_a_site_prints_its_path_and_kind():
     assert repr(root) == "<the model: VisionTransformer>"
     assert repr(last) == "<head: Linear>"
     assert isinstance(last, Site)
+
+
+def test_a_pattern_is_written_with_the_brackets_that_it_needs():
+    a, b, c = (surgery.where(name) for name in "abc")
+    written = {
+        (a & b) & c: 'where("a") & where("b") & where("c")',
+        a & (b & c): 'where("a") & (where("b") & where("c"))',
+        a | (b | c): 'where("a") | (where("b") | where("c"))',
+        (a | b) & c: '(where("a") | where("b")) & where("c")',
+        (a & b) | c: '(where("a") & where("b")) | where("c")',
+        ~(a & b): '~(where("a") & where("b"))',
+        ~~a: 'where("a")',
+    }
+    for pattern, text in written.items():
+        assert repr(pattern) == text
+        assert eval(text, {"where": surgery.where}) == pattern
+
+
+def test_a_module_is_named_by_its_class_where_a_place_is_expected():
+    with pytest.raises(surgery.RuleError, match=r"^where\(Linear\): Linear says no place"):
+        surgery.where(nn.Linear(2, 2))
+    with pytest.raises(surgery.RuleError, match=r"^where\(3\): int says no place"):
+        surgery.where(3)
