@@ -148,6 +148,8 @@ def _executed(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot read {path}")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as python file.py does
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -220,3 +220,12 @@ def test_without_a_model_nothing_is_run(mine):
 def test_absent_and_broken_are_told_apart():
     assert not issubclass(Absent, Broken)
     assert issubclass(Broken, AssertionError)
+
+
+def test_the_tutorial_holds_and_is_short(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    rules = ROOT / "examples/custom_rules.py"
+    assert len(rules.read_text().splitlines()) < 40
+    backbone = "examples/custom_backbone.py:Loom"
+    assert main(["check", backbone, "--rules", f"{rules}:RULES", "--examples", "1"]) == 0
+    assert "parts_start_as_the_identity           holds" in capsys.readouterr().out
