@@ -68,7 +68,9 @@ class Case:
 
     def plan(self, model: nn.Module, rules: Rules | None = None, **named: Any) -> Plan:
         """The plan for a model, with what a forward on the inputs tells."""
-        return plan(model, self.rules if rules is None else rules, example=self.inputs(), **named)
+        kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        example = floats(self.inputs(), kinds[0]) if kinds else self.inputs()
+        return plan(model, self.rules if rules is None else rules, example=example, **named)
 
     @cached_property
     def needs_example(self) -> bool:
