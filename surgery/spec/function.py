@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..edit import Parallel
-from ..example import call
+from ..example import call, copied
 from ..operate import disabled
 from ..ops import Routed
 from ..pattern import where
@@ -175,35 +175,28 @@ def _mixed(model: nn.Module, x: Any, i: int, j: int) -> str:
     for a, b in zip(*ways, strict=True):
         if a.dim() and a.shape[0] > max(i, j) and (far := gap(a[i], b[i], size=b)) > MODEL:
             return f"sample {i} of the output moves by {far:.3g} eps with sample {j} of the inputs"
-    leaves = pytree.tree_map(
-        lambda t: (
-            t.clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
-        ),
-        x,
-    )
-    floating = [t for t in tensors(leaves) if t.requires_grad and t.dim() and t.shape[0] > j]
+    most = _slope(model, x, i, j)
+    return f"d S(x)_{i} / d x_{j} reaches {most:.3g}, and not 0" if most else ""
+
+
+def _slope(model: nn.Module, x: Any, i: int, j: int) -> float:
+    """The largest |d S(x)_i / d x_j|, where the inputs are floating."""
+    leaves = copied(x)
+    floating = [t for t in tensors(leaves) if t.is_floating_point() and t.dim() and len(t) > j]
+    for t in floating:
+        t.requires_grad_()
     with torch.enable_grad():
-        outputs = [
-            t
-            for t in tensors(call(model, leaves))
-            if t.requires_grad and t.dim() and t.shape[0] > i
-        ]
-        for y in outputs if floating else []:
-            slopes = torch.autograd.grad(
-                y[i].nan_to_num(0, 0, 0).square().sum(),
-                floating,
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for slope in slopes:
-                if slope is not None and (most := slope[j].abs().max().item()) > 0:
-                    return f"d S(x)_{i} / d x_{j} reaches {most:.3g}, and not 0"
-    return ""
+        rows = [t[i] for t in tensors(call(model, leaves)) if t.dim() and t.shape[0] > i]
+        total = [row.nan_to_num(0, 0, 0).square().sum() for row in rows if row.requires_grad]
+    if not (floating and total):
+        return 0.0
+    slopes = torch.autograd.grad(total, floating, allow_unused=True)
+    return max((s[j].abs().max().item() for s in slopes if s is not None), default=0.0)
 
 
 def _run(model: nn.Module, x: Any) -> list[Tensor]:
     with torch.no_grad():
-        return list(tensors(call(model, pytree.tree_map(lambda t: t, x))))
+        return list(tensors(call(model, copied(x))))
 
 
 def _suspect(case: Case, model: nn.Module, x: Any, i: int, j: int) -> str:
