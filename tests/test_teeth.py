@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import random
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -84,6 +85,84 @@ class CountsItsCalls(Part):
         return self.linear(x)
 
 
+class WritesToItsInput(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.mul_(1.01)
+        return self.linear(x)
+
+
+class TurnsGradientsOff(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return self.linear(x)
+
+
+class SeedsTheWorld(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        random.seed(0)
+        return self.linear(x)
+
+
+class RemembersItsFirstInput(Part):
+    starts_at_zero = True
+    first: Tensor | None = None
+
+    def __init__(self, site: surgery.Site) -> None:
+        super().__init__(site)
+        nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = x.detach().abs().mean()
+        return self.linear(x) * self.first
+
+
+class CountsSamples(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * len(x)
+
+
+class TakesTwoSamples(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.view(2, 8, -1))
+
+
+class KnowsPositions(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + torch.arange(x.shape[-2]).to(x).unsqueeze(-1)
+
+
+class SaysThatItIsAffine(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return 7 * self.linear.weight, self.linear.bias
+
+
+class RoutesInSilence(Part):
+    def forward(self, x: Tensor) -> ops.Routed:
+        return ops.Routed(self.linear(x), torch.ones(x.shape[:-1].numel(), 1).to(x))
+
+
+class KeepsWhatFilesDoNot(Part):
+    def __init__(self, site: surgery.Site) -> None:
+        super().__init__(site)
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean += x.detach().mean()
+        return self.linear(x) + self.mean
+
+
+class Fails(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ZeroDivisionError("of its own")
+
+
 class DropsInEval(Part):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(self.linear(x), 0.1, training=True)
@@ -91,7 +170,7 @@ class DropsInEval(Part):
 
 class BreaksTheGraph(Part):
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * (1.0 if float(x.sum()) > 0 else 0.5)
+        return self.linear(x) * (1.0 if float(x.detach().sum()) > 0 else 0.5)
 
 
 class Detaches(Part):
@@ -360,6 +439,7 @@ TEETH: list[Tooth] = [
     ("missing_or_miscounted_sites_raise", engine.times_is_a_minimum, "adapterx"),
     ("missing_or_miscounted_sites_raise", engine.errors_have_no_remedy, "adapterx"),
     ("missing_or_miscounted_sites_raise", engine.errors_do_not_name_the_rule, "adapterx"),
+    ("it_runs", none, beside(Fails)),
     ("outputs_keep_their_form", none, after_head(TurnsItsStrides)),
     ("parts_start_as_the_identity", engine.parts_start_at_random, "adapterx"),
     ("parts_start_as_the_identity", none, beside(SaysThatItStartsAtZero)),
@@ -367,9 +447,20 @@ TEETH: list[Tooth] = [
     ("every_part_runs", some_sites_are_left_out, "adapterx"),
     ("every_part_runs", engine.only_the_first_call_is_hooked, "aliased"),
     ("samples_do_not_mix", none, beside(MixesSamples)),
+    ("samples_do_not_mix", none, beside(CountsSamples)),
+    ("samples_do_not_mix", none, beside(TakesTwoSamples)),
     ("tokens_do_not_mix", none, beside(LooksAtOtherTokens)),
+    ("tokens_do_not_mix", none, [*ADAPTERX, at("stages.[0].[1].mlp", append(LooksAtOtherTokens))]),
+    ("tokens_have_no_order", none, beside(KnowsPositions)),
+    ("parts_are_what_they_declare", none, beside(SaysThatItStartsAtZero)),
+    ("parts_are_what_they_declare", none, beside(SaysThatItIsAffine)),
+    ("parts_are_what_they_declare", none, beside(RoutesInSilence)),
     ("forward_changes_nothing", none, beside(CountsItsCalls)),
+    ("forward_changes_nothing", none, beside(WritesToItsInput)),
+    ("forward_changes_nothing", none, beside(TurnsGradientsOff)),
+    ("forward_changes_nothing", none, beside(SeedsTheWorld)),
     ("forward_is_deterministic", none, beside(DropsInEval)),
+    ("forward_is_deterministic", none, beside(RemembersItsFirstInput)),
     ("forward_is_deterministic", seeds_are_of_the_clock, "adapterx"),
     ("disabled_is_the_base", engine.disabled_keeps_trained_values, "adapterx"),
     ("disabled_is_the_base", engine.disabled_keeps_parts, "adapterx"),
@@ -412,6 +503,7 @@ TEETH: list[Tooth] = [
     ("base_keys_are_kept", engine.the_base_is_wrapped, "adapterx"),
     ("files_round_trip", files_hold_parts_only, "adapterx"),
     ("files_round_trip", files_may_lack_keys, "adapterx"),
+    ("files_round_trip", none, beside(KeepsWhatFilesDoNot)),
     ("copies_are_independent", engine.hooks_are_closures, "adapterx"),
     ("meta_has_the_same_plan", meta_parts_are_float32, "adapter"),
     ("merge_is_equivalent", merging_forgets_the_scale, "linear"),
@@ -431,7 +523,7 @@ def case_of(what: Any) -> Case:
 def _name(value: Any) -> str:
     if isinstance(value, list):
         first = value[0]
-        return first if isinstance(first, str) else first.rest[0].part.__name__
+        return first if isinstance(first, str) else getattr(first.rest[0].part, "__name__", "more")
     return value if isinstance(value, str) else engine._name(value)
 
 

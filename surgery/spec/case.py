@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import RuleError
 from ..example import call, copied
 from ..graft import Graft, Step
 from ..operate import parameters
@@ -22,6 +24,10 @@ from ..rule import Rule, Rules
 from ..tree import Site
 from .fault import Line, events
 from .law import Draw
+from .seen import real
+
+SEEDS = st.integers(0, 99)
+FLAGS = st.lists(st.booleans(), min_size=1, max_size=4)  # dealt out in turn
 
 
 class Case:
@@ -43,7 +49,10 @@ class Case:
         *,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        built = model if isinstance(model, nn.Module) else model()
+        built = model() if callable(model) and not isinstance(model, nn.Module) else model
+        if not isinstance(built, nn.Module):
+            kind = type(built).__name__
+            raise RuleError(f"model={kind}", "this is no model.", "Give one, or what builds one.")
         given = inputs() if callable(inputs) and not isinstance(inputs, Tensor) else inputs
         self.rules = flatten(rules)
         self._model, self._inputs = _runs(built, given, dtype)
@@ -96,18 +105,29 @@ class Case:
         """The tensors of a model's answer, without gradients."""
         with torch.no_grad():
             answer = call(model, self.inputs() if inputs is None else inputs)
-            return [tensor.detach().clone() for tensor in tensors(answer)]
+            return [real(tensor.detach().clone()) for tensor in tensors(answer)]
 
     def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
         """A scalar in which every floating output counts with a weight of its own."""
         generator = torch.Generator().manual_seed(seed)
         total = torch.zeros(())
-        for tensor in tensors(call(model, self.inputs())):
+        for tensor in map(real, tensors(call(model, self.inputs()))):
             if tensor.is_floating_point() and tensor.requires_grad:
                 weight = torch.randn(tensor.shape, generator=generator).to(tensor)
                 term = (tensor.nan_to_num(0, 0, 0) * weight).sum()
                 total = total + term
         return total if total.requires_grad else total.requires_grad_()
+
+    @cached_property
+    def trouble(self) -> str | None:
+        """The error of a forward of S and its gradient, in words; None where there is none."""
+        for stirred in (None, 0):
+            try:
+                with torch.enable_grad():
+                    self.loss(self.operated(stirred=stirred)).backward()  # type: ignore[no-untyped-call]
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+        return None
 
     @cached_property
     def places(self) -> list[tuple[Rule, Site]]:
@@ -180,13 +200,18 @@ def floats(inputs: Any, dtype: torch.dtype) -> Any:
 
 def _runs(model: nn.Module, inputs: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """A copy of the model, and its inputs, in the dtype if it runs in it."""
-    own = copy.deepcopy(model).eval()
+    try:
+        own = copy.deepcopy(model).eval()
+    except Exception as error:
+        kind = type(model).__name__
+        remedy = "The suite works on copies: give a model that copy.deepcopy can copy."
+        raise RuleError(kind, f"it cannot be copied: {error}.", remedy) from error
     try:
         cast, given = copy.deepcopy(own).to(dtype), floats(copied(inputs), dtype)
         with torch.no_grad():
             call(cast, copied(given))
         return cast, given
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:
         with torch.no_grad():
             call(own, copied(inputs))  # an error of the model itself passes through
         return own, copied(inputs)

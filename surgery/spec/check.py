@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure, HypothesisException
 from torch import nn
 
+from .. import chance
 from ..errors import RuleError, nearest_names
 from ..rule import Rules
 from ..table import Table
 from . import function, life, matching, parameters, routing
 from .case import Case, Property
 from .law import Absent, Broken, Draw, law
+from .law import given as given_
 
 if TYPE_CHECKING:
     import pytest
@@ -36,13 +38,23 @@ PROPERTIES: dict[str, Property] = {p.__name__: p for laws in GROUPS.values() for
 
 @contextmanager
 def plain_path() -> Iterator[None]:
-    """Without the fused kernels of nn.TransformerEncoder, which are not taken where parts are."""
-    was = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """With gradients, and without the fused kernels of nn.TransformerEncoder.
+
+    (They are not taken where parts are.) Modes and random numbers are the caller's again after it.
+    """
+    was, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
+    restore = chance.remember()
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
+        torch.set_default_dtype(dtype)
+        restore()
+
+
+TROUBLE = "S does not run: see it_runs"
 
 
 class Verdict(NamedTuple):
@@ -113,7 +125,7 @@ def check(
                        with two samples or more, so that mixing them can be seen
     expected_failures  {name of a property: why it need not hold here}
     examples           how many to try of each property
-    only               names of properties; none: all
+    only               names of properties, or of groups; none: all
 
     Models are tried in float64 (in their own dtype where they do not run in it), in eval mode, on
     copies. Raises RuleError on a property that does not exist, and what `apply` raises where the
@@ -127,11 +139,11 @@ def check(
     >>> report.raise_broken().verdicts[0].outcome
     'holds'
     """
-    excused = dict(expected_failures or {})
-    chosen = _chosen([*only]) if only else PROPERTIES
-    _chosen([*excused])
-    case = Case(model, rules, inputs)
-    _ = case.places  # rules that do not fit the model are an error of their own
+    excused = _excused(expected_failures)
+    chosen = _chosen([only] if isinstance(only, str) else [*only]) or PROPERTIES
+    if examples < 1:
+        raise RuleError(f"examples={examples}", "nothing would be tried.", "Give 1 or more.")
+    case = _case(model, rules, inputs)
     verdicts = [judged(name, case, examples, excused.get(name)) for name in chosen]
     return Report(f"{case!r}", verdicts)
 
@@ -146,6 +158,8 @@ def judged(name: str, case: Case, examples: int, excuse: str | None = None) -> V
         outcome, told = "absent", str(absent)
     except Broken as broken:
         outcome, told = ("expected", excuse) if excuse else ("broken", str(broken))
+    except HypothesisException as error:
+        outcome, told = "absent", f"no example could be drawn: {error}"
     group = next(group for group, laws in GROUPS.items() if PROPERTIES[name] in laws)
     return Verdict(name, group, outcome, run.examples, time.perf_counter() - start, told)
 
@@ -188,6 +202,7 @@ class Run:
         self.examples += 1
         try:
             with plain_path():
+                given_(self.prop is function.it_runs or not self.case.trouble, TROUBLE)
                 self.prop(self.case, draw)
             self.spoken += 1
         except Absent as absent:
@@ -204,7 +219,27 @@ def _message(prop: Property, error: Exception, draw: Draw) -> str:
     return f"{prop.__name__} is broken: {law(prop)}\n  {fact}{smallest}"
 
 
+def _case(model: Any, rules: Rules, inputs: Any) -> Case:
+    """The case; rules that do not fit the model are an error of their own."""
+    with plain_path():
+        case = Case(model, rules, inputs)
+        _ = case.places
+    return case
+
+
+def _excused(expected_failures: Mapping[str, str] | None) -> dict[str, str]:
+    if not isinstance(expected_failures, (Mapping, type(None))):
+        raise RuleError(
+            "expected_failures", "it is no mapping.", 'Give {"name of a property": "why"}.'
+        )
+    excused = dict(expected_failures or {})
+    _chosen([*excused])
+    return excused
+
+
 def _chosen(names: list[str]) -> dict[str, Property]:
+    """The properties of these names; the name of a group stands for all in it."""
+    names = [n for name in names for n in ([p.__name__ for p in GROUPS.get(name, ())] or [name])]
     for name in names:
         if name not in PROPERTIES:
             near = nearest_names(name, PROPERTIES)
@@ -237,13 +272,12 @@ def specify(
     """
     import pytest
 
-    excused = dict(expected_failures or {})
-    _chosen([*excused])
+    excused = _excused(expected_failures)
     held: list[Case] = []
 
     def case() -> Case:
         if not held:
-            held.append(Case(model, rules, inputs))
+            held.append(_case(model, rules, inputs))
         return held[0]
 
     def test(name: str) -> Callable[[], None]:

@@ -5,29 +5,38 @@ a ~k b: max |a - b| <= k eps(dtype) max |b|. Parts are stirred, so that they do 
 
 from __future__ import annotations
 
+import copy
+import random
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..edit import Parallel
-from ..example import call, copied
+from ..example import call
 from ..operate import disabled
 from ..ops import Routed
+from ..part import affine
 from ..pattern import where
 from ..proof import tensors
 from ..rule import at
 from ..tree import Site
-from .case import Case, operation, steps, stir, train
+from . import mixing
+from .case import SEEDS, Case, operation, steps, stir, train
 from .law import Broken, Draw, given, holds
+from .mixing import another, answer_of, each, parts_given
 from .seen import MODEL, SITE, equal, gap, listed, near, snapshot, unchanged
 
-SEEDS = st.integers(0, 99)
-FLAGS = st.lists(st.booleans(), min_size=1, max_size=4)  # dealt out in turn
+
+def it_runs(case: Case, draw: Draw) -> None:
+    """S(x) and its gradient are defined, stirred or not: no error where m(x) has none."""
+    trouble = case.trouble
+    holds(trouble is None, f"a forward of S raises {trouble}")
 
 
 def outputs_keep_their_form(case: Case, draw: Draw) -> None:
@@ -73,9 +82,9 @@ def scale_is_linear(case: Case, draw: Draw) -> None:
     there = where(rule.where) & where(lambda s: s.path == site.path)
     models = [case.operated(rules=[at(there, replace(edit, weight=w))]) for w in (0.0, 0.5, 1.0)]
     stir(models[0], seed)
-    parts = operation(models[0]).state_dict()  # parts are seeded by their edit, scale and all
-    for model in models:
-        operation(model).load_state_dict(parts)
+    (_, first), *_ = steps(models[0])
+    for model in models[1:]:  # parts are seeded by their edit, scale and all: make them the same
+        steps(model)[0][1].part.__dict__.update(copy.deepcopy(vars(first.part)))
     base = _output(case, site, case.twin(models[0]))
     zero, one, two = (_output(case, site, model) for model in models)
     holds(torch.equal(zero, base), f"{site.path}: with scale=0 the part changes the output")
@@ -128,186 +137,77 @@ def runs(case: Case, model: nn.Module) -> None:
         holds(times == n, told)
 
 
-def samples_do_not_mix(case: Case, draw: Draw) -> None:
-    """d S(x)_i / d x_j = 0 exactly for samples i != j; S(x)_i ~16 itself whatever x_j is."""
-    base = case.model()
-    x = _batch(case, base)
-    i, j = draw(st.sampled_from([(0, 1), (1, 0)]), "samples (i, j)")
-    given(not _mixed(base, x, i, j), "the base itself mixes samples")
-    model = case.operated(stirred=draw(SEEDS, "seed"))
-    told = _mixed(model, x, i, j)
-    if told:
-        raise Broken(f"{told}{_suspect(case, model, x, i, j)}")
+def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
+    """`starts_at_zero`: part(x) = 0 at the start; `affine()` is W, b: part(x) ~4 Wx + b.
 
-
-def _batch(case: Case, model: nn.Module) -> Any:
-    """Inputs with two samples or more; where there is one, it is doubled."""
-    x = case.inputs()
-    sizes = {t.shape[0] for t in tensors(x) if t.dim()}
-    given(sizes, "the inputs hold no tensor")
-    if max(sizes) < 2:
-        x = pytree.tree_map(
-            lambda t: t.repeat_interleave(2, 0) if isinstance(t, Tensor) and t.dim() else t, x
-        )
-        try:
-            case.outputs(model, x)
-        except (RuntimeError, ValueError, IndexError) as error:
-            given(False, f"the inputs hold one sample, and two do not run ({error})")
-    return x
-
-
-def _other_sample(x: Any, j: int) -> Any:
-    """Inputs in which sample j is another one: its tokens in reverse, its numbers negated."""
-
-    def change(t: Any) -> Any:
-        if not isinstance(t, Tensor) or t.dim() == 0 or t.shape[0] <= j or t.dtype == torch.bool:
-            return t
-        t = t.clone()
-        t[j] = -1.5 * t[j] if t.is_floating_point() else t[j].flip(-1) if t.dim() > 1 else t[j]
-        return t
-
-    return pytree.tree_map(change, x)
-
-
-def _mixed(model: nn.Module, x: Any, i: int, j: int) -> str:
-    """How sample i of the output depends on sample j of the inputs; "" where it does not."""
-    ways = [_run(model, x), _run(model, _other_sample(x, j))]
-    for a, b in zip(*ways, strict=True):
-        if a.dim() and a.shape[0] > max(i, j) and (far := gap(a[i], b[i], size=b)) > MODEL:
-            return f"sample {i} of the output moves by {far:.3g} eps with sample {j} of the inputs"
-    most = _slope(model, x, i, j)
-    return f"d S(x)_{i} / d x_{j} reaches {most:.3g}, and not 0" if most else ""
-
-
-def _slope(model: nn.Module, x: Any, i: int, j: int) -> float:
-    """The largest |d S(x)_i / d x_j|, where the inputs are floating."""
-    leaves = copied(x)
-    floating = [t for t in tensors(leaves) if t.is_floating_point() and t.dim() and len(t) > j]
-    for t in floating:
-        t.requires_grad_()
-    with torch.enable_grad():
-        rows = [t[i] for t in tensors(call(model, leaves)) if t.dim() and t.shape[0] > i]
-        total = [row.nan_to_num(0, 0, 0).square().sum() for row in rows if row.requires_grad]
-    if not (floating and total):
-        return 0.0
-    slopes = torch.autograd.grad(total, floating, allow_unused=True)
-    return max((s[j].abs().max().item() for s in slopes if s is not None), default=0.0)
-
-
-def _run(model: nn.Module, x: Any) -> list[Tensor]:
-    with torch.no_grad():
-        return list(tensors(call(model, copied(x))))
-
-
-def _suspect(case: Case, model: nn.Module, x: Any, i: int, j: int) -> str:
-    """The first part whose own answer mixes samples, in words."""
-    for graft, step, given_ in _parts(model, x):
-        other = given_.clone()
-        if other.dim() < 2 or other.shape[0] <= max(i, j):
-            continue
-        other[j] *= -1.5
-        a, b = _answer(step.part, given_), _answer(step.part, other)
-        if gap(a[i], b[i], size=b) > SITE:
-            return f": {type(step.part).__name__} at {graft.path} does"
-    return ""
-
-
-def _parts(model: nn.Module, x: Any) -> list[tuple[Any, Any, Tensor]]:
-    """(graft, step, what the part is first given) of every part that takes features."""
-    seen: dict[int, Tensor] = {}
-
-    def hook(module: nn.Module, args: Any) -> None:
-        found = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        if found and found[0].is_floating_point():
-            seen.setdefault(id(module), found[0].detach().clone())
-
-    handles = [step.part.register_forward_pre_hook(hook) for _, step in steps(model)]
-    try:
-        _run(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [
-        (g, s, seen[id(s.part)])
-        for g, s in steps(model)
-        if id(s.part) in seen and s.place != "instead"
-    ]
-
-
-def _answer(part: nn.Module, x: Tensor) -> Tensor:
-    out = part(x)
-    tensor: Tensor = out.output if isinstance(out, Routed) else out
-    return tensor
-
-
-def tokens_do_not_mix(case: Case, draw: Draw) -> None:
-    """d part(x)_i / d x_j = 0 exactly for tokens i != j, and part(Px) ~4 P part(x).
-
-    For parts that do not declare `mixes_tokens = True`.
+    And a part gives gates if and only if it declares `routes`. For every part at each of its sites.
     """
-    model = case.operated(stirred=draw(SEEDS, "seed"))
-    found = [
-        each
-        for each in _parts(model, case.inputs())
-        if not getattr(each[1].part, "mixes_tokens", False)
-    ]
-    found = [each for each in found if each[2].dim() > 2 and each[2].shape[-2] > 1]
-    given(found, "no part here is given tokens that it should keep apart")
-    graft, step, x = draw(st.sampled_from(found), "part at", lambda each: each[0].path)
-    place = f"{type(step.part).__name__} at {graft.path}"
-    tokens = x.shape[-2]
-    i = draw(st.integers(0, tokens - 1), "token")
-    leaf = x.clone().requires_grad_()
-    with torch.enable_grad():
-        row = _answer(step.part, leaf).select(-2, i)
-        slope = (
-            torch.autograd.grad(row.square().sum(), leaf)[0]
-            if row.requires_grad
-            else torch.zeros_like(x)
-        )
-    reads = slope.abs().amax(-1).flatten(0, -2).amax(0) > 0
-    others = [j for j in reads.nonzero().flatten().tolist() if j != i]
-    holds(not others, f"{place}: token {i} depends on token {listed(others)}")
-    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(i))
-    with torch.no_grad():
-        a, b = (
-            _answer(step.part, x.index_select(-2, order)),
-            _answer(step.part, x).index_select(-2, order),
-        )
-    near([a], [b], SITE, f"{place}: tokens in another order give another answer")
+    fresh, model = case.operated(), case.operated(stirred=draw(SEEDS, "seed"))
+    found = parts_given(model, case.inputs())
+    given(found, "no part here is given features")
+    for graft, step, x in parts_given(fresh, case.inputs()):
+        if getattr(step.part, "starts_at_zero", False) and answer_of(step.part, x).any():
+            raise Broken(f"{type(step.part).__name__} at {graft.path} does not start at zero")
+    for graft, step, x in found:
+        place, part = f"{type(step.part).__name__} at {graft.path}", step.part
+        gates, says = isinstance(part(x), Routed), bool(getattr(part, "routes", False))
+        holds(gates == says, f"{place} gives {'gates' if gates else 'no gates'}, and routes={says}")
+        if map := affine(part):
+            want = x @ map.weight.T + (0 if map.bias is None else map.bias)
+            near([answer_of(part, x)], [want], SITE, f"{place} is not what its affine() says")
 
 
 def forward_changes_nothing(case: Case, draw: Draw) -> None:
-    """A forward in eval mode leaves the bytes of inputs, parameters and buffers as they were."""
+    """A forward in eval mode leaves inputs, parameters, buffers, and torch's modes as they were.
+
+    And each part the bytes of what it is given; and all random numbers, if a forward of m does.
+    """
     model = case.operated(stirred=draw(SEEDS, "seed"))
     case.outputs(model)  # the first may fill buffers of the model's own
-    x = case.inputs()
+    x, base = case.inputs(), case.model()
+    case.outputs(base)
+    quiet = snapshot(base)
+    case.outputs(base)
+    draws = any(quiet[mark] != value for mark, value in snapshot(base).items() if "random" in mark)
+    _ = torch.rand(1), random.random(), np.random.rand()  # else one that seeds them is not seen
     before, given_ = snapshot(model), [t.clone() for t in tensors(x)]
-    with torch.no_grad():
-        call(model, x)
-    unchanged(before, snapshot(model), "a forward", but=("random", "attributes"))
+    written: list[str] = []
+    kept: dict[int, Tensor] = {}
+
+    def enter(part: nn.Module, args: Any) -> None:
+        kept[id(part)] = args[0].detach().clone() if args else torch.zeros(0)
+
+    def leave(part: nn.Module, args: Any, output: Any) -> None:
+        if args and not torch.equal(args[0], kept[id(part)]):
+            written.append(type(part).__name__)
+
+    hooks = [s.part.register_forward_pre_hook(enter) for _, s in steps(model)]
+    hooks += [s.part.register_forward_hook(leave) for _, s in steps(model)]
+    call(model, x)
+    for hook in hooks:
+        hook.remove()
+    loud = ("attributes", "random") if draws else ("attributes",)
+    unchanged(before, snapshot(model), "a forward", but=loud)
     equal(list(tensors(x)), given_, "a forward wrote to its inputs")
+    holds(not written, f"{listed(written)} wrote to what it was given")
 
 
 def forward_is_deterministic(case: Case, draw: Draw) -> None:
-    """S(x) = S(x) to the bit; the same seed gives the same S to the bit, another seed another."""
+    """S(x) = S(x) to the bit, whatever came before; S is a function of m, R and the seed."""
     seed = draw(SEEDS, "seed")
-    a, b, c = (case.operated(seed=s) for s in (seed, seed, seed + 1))
-    given(
-        gap_all(case.outputs(case.model()), case.outputs(case.model())) == 0,
-        "the base is not deterministic",
-    )
-    equal(case.outputs(a), case.outputs(a), "two forwards in a row")
-    equal(case.outputs(a), case.outputs(b), f"two operations with seed={seed}")
-    pairs = [
-        (p, q) for p, q in zip(operation(a).parameters(), operation(b).parameters(), strict=True)
-    ]
+    base = case.model()
+    given(gap_all(case.outputs(base), case.outputs(base)) == 0, "the base is not deterministic")
+    one, two = (case.operated(seed=seed, stirred=seed) for _ in range(2))
+    want = case.outputs(one)
+    equal(case.outputs(one), want, "two forwards in a row")
+    other = each(case.inputs(), lambda t: another(t, 0))
+    case.outputs(two, other)
+    equal(case.outputs(two), want, "the forward after one on other inputs")
+    a, b, c = (operation(case.operated(seed=s)) for s in (seed, seed, seed + 1))
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     holds(all(torch.equal(p, q) for p, q in pairs), f"two operations with seed={seed} start apart")
-    drawn = [p for p in operation(a).parameters() if p.numel() > 1 and (p != p.flatten()[0]).any()]
-    same = [
-        torch.equal(p, q)
-        for p, q in zip(operation(a).parameters(), operation(c).parameters(), strict=True)
-    ]
+    drawn = [p for p in a.parameters() if p.numel() > 1 and (p != p.flatten()[0]).any()]
+    same = [torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True)]
     holds(not drawn or not all(same), f"seed={seed} and seed={seed + 1} start alike")
 
 
@@ -356,12 +256,15 @@ def _compiled(case: Case, model: nn.Module) -> str | None:
 
 
 LAWS = (
+    it_runs,
     outputs_keep_their_form,
     parts_start_as_the_identity,
     scale_is_linear,
     every_part_runs,
-    samples_do_not_mix,
-    tokens_do_not_mix,
+    mixing.samples_do_not_mix,
+    mixing.tokens_do_not_mix,
+    mixing.tokens_have_no_order,
+    parts_are_what_they_declare,
     forward_changes_nothing,
     forward_is_deterministic,
     disabled_is_the_base,

@@ -21,8 +21,7 @@ from ..role import anatomise, attn, ffn
 from ..rule import at
 from ..show import anatomy
 from ..tree import Site, Tree
-from .case import Case, mark
-from .function import FLAGS
+from .case import FLAGS, Case, mark
 from .law import Broken, Draw, given, holds
 from .seen import listed, raised, snapshot, unchanged
 from .strategies import from_model

@@ -15,8 +15,8 @@ from ..edit import Trained
 from ..part import Shared
 from ..place import Placed
 from ..tree import ROOM
-from .case import Case, mark, operation, steps, train
-from .function import FLAGS, SEEDS, runs
+from .case import FLAGS, SEEDS, Case, mark, operation, steps, train
+from .function import runs
 from .law import Draw, given, holds
 from .seen import base_of, listed, ties
 

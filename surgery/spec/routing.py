@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .. import operate, ops
 from ..graft import routes
-from .case import Case, operation, steps
-from .function import SEEDS
+from .case import SEEDS, Case, operation
 from .law import Draw, given, holds
+from .mixing import parts_given
 from .seen import SITE, gap, listed
 
 
@@ -46,23 +46,13 @@ def gates_lie_on_the_simplex(case: Case, draw: Draw) -> None:
 
 
 class _Router:
-    """A part that routes, what it is given, and the names of what it holds for each expert."""
+    """A part that routes, what it is given at a site, and what it holds for each expert."""
 
-    def __init__(self, case: Case, draw: Draw) -> None:
-        model = _routed(case, draw)
-        found = [(graft.path, step.part) for graft, step in steps(model) if routes(step)]
-        self.path, self.part = draw(st.sampled_from(found), "router at", lambda each: each[0])
-        self.names: tuple[str, ...] = getattr(self.part, "by_expert", ())
-        given(
-            self.names,
-            f"{type(self.part).__name__} does not say what it holds for each expert (by_expert)",
-        )
-        seen: list[Tensor] = []
-        self.part.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
-        case.outputs(model)
-        self.part._forward_pre_hooks.clear()
-        self.x = seen[0]
-        self.experts = len(getattr(self.part, self.names[0]))
+    def __init__(self, path: str, part: nn.Module, x: Tensor) -> None:
+        self.path, self.part, self.x = path, part, x
+        self.names: tuple[str, ...] = getattr(part, "by_expert", ())
+        self.experts = len(getattr(part, self.names[0])) if self.names else 0
+        self.sparse = getattr(part, "top_k", None) == 1
 
     def having(self, chosen: list[int]) -> nn.Module:
         """A copy of the part with these experts, in this order."""
@@ -77,43 +67,61 @@ class _Router:
         return routed
 
 
+def _routers(case: Case, draw: Draw) -> list[_Router]:
+    """Every router at each of its sites."""
+    model = _routed(case, draw)
+    made = [
+        _Router(g.path, s.part, x) for g, s, x in parts_given(model, case.inputs()) if routes(s)
+    ]
+    silent = [type(router.part).__name__ for router in made if not router.names]
+    named = [router for router in made if router.names]
+    given(named, f"{listed(silent)} does not say what it holds for each expert (by_expert)")
+    return named
+
+
 def experts_have_no_order(case: Case, draw: Draw) -> None:
-    """The answer ~4 itself, and gates are permuted, when experts are permuted with the router."""
-    router = _Router(case, draw)
-    order = draw(st.permutations(range(router.experts)), "order")
-    output, gates = router.answer(router.part)
-    first, second = gates.topk(2, dim=-1).values.unbind(-1)
-    apart = (first - second).min().item() > 64 * torch.finfo(gates.dtype).eps
-    given(apart or getattr(router.part, "top_k", None) is None, "two experts are equally likely")
-    other = router.answer(router.having(list(order)))
-    far = gap(other.output, output)
-    holds(
-        far <= SITE,
-        f"{router.path}: with the experts in the order {order} the answer moves by {far:.3g} eps",
-    )
-    moved = gap(other.gates, gates[:, list(order)])
-    holds(
-        moved <= SITE, f"{router.path}: the gates do not move with the experts, by {moved:.3g} eps"
-    )
+    """The answer ~4 itself, and gates are permuted, when experts are permuted with the router.
+
+    For every router at each of its sites.
+    """
+    turn, spoken = draw(st.integers(1, 5), "turn"), False
+    for router in _routers(case, draw):
+        experts = list(range(router.experts))
+        order = experts[turn % len(experts) :] + experts[: turn % len(experts)]
+        order = order[::-1] if order == experts else order
+        output, gates = router.answer(router.part)
+        best = gates.topk(2, dim=-1).values if router.experts > 1 else gates
+        tie = (best[:, 0] - best[:, -1]).min().item() <= 64 * torch.finfo(gates.dtype).eps
+        if router.sparse and tie:
+            continue  # two experts are equally likely
+        spoken = True
+        other = router.answer(router.having(order))
+        far = gap(other.output, output)
+        told = f"{router.path}: with experts in the order {order} the answer moves by {far:.3g} eps"
+        holds(far <= SITE, told)
+        moved = gap(other.gates, gates[:, order])
+        holds(moved <= SITE, f"{router.path}: the gates do not move with the experts")
+    given(spoken, "two experts are equally likely at every router")
 
 
 def equal_experts_are_one(case: Case, draw: Draw) -> None:
     """One expert: g = 1.0 exactly. N times the same: g = 1/N, and the answer ~4 that of the one.
 
-    (With top_k=1 the answer is scaled by its gate: then ~4 a 1/N of it.)
+    (With top_k=1 the answer is scaled by its gate: then ~4 a 1/N of it.) For every router.
     """
-    router = _Router(case, draw)
-    which = draw(st.integers(0, router.experts - 1), "expert")
-    one = router.answer(router.having([which]))
-    holds(bool((one.gates == 1).all()), f"{router.path}: the gate of one expert alone is not 1")
-    many = router.answer(router.having([which] * router.experts))
-    share = 1 / router.experts if getattr(router.part, "top_k", None) == 1 else 1.0
-    far = gap(many.output, one.output * share)
-    holds(far <= SITE, f"{router.path}: {router.experts} equal experts are {far:.3g} eps from one")
-    even = (many.gates - 1 / router.experts).abs().max().item()
-    holds(
-        even <= torch.finfo(many.gates.dtype).eps, f"{router.path}: equal experts have other gates"
-    )
+    which = draw(st.integers(0, 9), "expert")
+    for router in _routers(case, draw):
+        p = which % router.experts
+        one = router.answer(router.having([p]))
+        holds((one.gates == 1).all(), f"{router.path}: the gate of one expert alone is not 1")
+        many = router.answer(router.having([p] * router.experts))
+        far = gap(many.output, one.output * (1 / router.experts if router.sparse else 1.0))
+        holds(
+            far <= SITE, f"{router.path}: {router.experts} equal experts are {far:.3g} eps from one"
+        )
+        even = (many.gates - 1 / router.experts).abs().max().item()
+        told = f"{router.path}: the gates of equal experts are {even:.3g} from 1/{router.experts}"
+        holds(even <= torch.finfo(many.gates.dtype).eps, told)
 
 
 def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:

@@ -27,7 +27,7 @@ def snapshot(model: nn.Module) -> Marks:
         "random numbers of Python": random.getstate(),
         "random numbers of numpy": np.random.get_state()[1].tobytes(),  # type: ignore[index]
         "keys": tuple(model.state_dict()),
-        "modes": (torch.is_grad_enabled(), torch.empty(0).device.type),
+        "modes": (torch.is_grad_enabled(), torch.empty(0).device.type, torch.get_default_dtype()),
     }
     for path, module in model.named_modules(remove_duplicate=False):
         place = path or "the model"
@@ -83,6 +83,11 @@ def _change(mark: str, was: object, now: object) -> str:
 
 
 # tensors ---------------------------------------------------------------------------------------
+
+
+def real(t: Tensor) -> Tensor:
+    """A tensor as it is, a complex one as pairs of numbers."""
+    return torch.view_as_real(t) if t.is_complex() else t
 
 
 def gap(a: Tensor, b: Tensor, size: Tensor | None = None) -> float:
