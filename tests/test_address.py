@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -239,3 +240,16 @@ def test_as_many_nearest_addresses_as_asked_for():
     assert len(nearest("blocks.*.mlp", PATHS, most=3)) == 3
     assert nearest("x", ["", "a.0.b", "a.1.b"], most=9) == [("a.*.b", 2)]
     assert nearest("x", [""]) == []
+
+
+def test_an_address_that_means_nothing_is_told_by_its_step():
+    with pytest.raises(RuleError, match="it has an empty step"):
+        parse("blocks..mlp")
+    with pytest.raises(RuleError, match=r'the step "\*x" is no address step'):
+        parse("blocks.*x.mlp")
+
+
+def test_what_is_parsed_is_kept_and_cannot_be_changed():
+    for matcher in parse("name.*.[0]"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(matcher, next(iter(vars(matcher))), None)

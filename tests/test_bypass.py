@@ -925,3 +925,57 @@ def test_the_first_edit_at_a_site_does_not_say_what_the_others_are_given(edits):
             parallel: lambda x, f=inner, p=part: f(x) + p(x),
         }[edit]
     torch.testing.assert_close(model(x), want(x))
+
+
+class Turned(nn.Module):
+    """Linear weights, and yet features lie after the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Rows(Turned):
+    """Gives the tokens of all samples in a row, as mixtures of experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).flatten(0, 1)
+
+
+@pytest.mark.parametrize(("edit", "widths"), WIDTHS)
+def test_features_are_where_so_many_are_though_the_weights_say_otherwise(edit, widths):
+    turned, part, x = Turned(), nn.Linear(*widths), torch.randn(2, 8, 3, 5)
+    model = surgery.apply(nn.Sequential(turned), at("0", edit(lambda site: part)))
+    by_hand = {
+        append: lambda x: last(part, Turned.forward(turned, x)),
+        prepend: lambda x: Turned.forward(turned, last(part, x)),
+        parallel: lambda x: Turned.forward(turned, x) + last(part, x),
+    }
+    torch.testing.assert_close(model(x), by_hand[edit](x))
+
+
+def test_a_part_beside_what_gives_tokens_in_a_row_gives_them_in_a_row_too():
+    rows, part, x = Rows(), nn.Linear(8, 12), torch.randn(2, 5, 8)
+    model = surgery.apply(nn.Sequential(rows), at("0", parallel(lambda site: part)))
+    torch.testing.assert_close(model(x), Rows.forward(rows, x) + part(x).flatten(0, 1))
+
+
+def test_what_acts_after_a_module_hooks_nothing_before_it():
+    model = surgery.apply(Linears(), at("one", append(plain), parallel(plain)))
+    assert len(model.one._forward_hooks) == 1
+    assert len(model.one._forward_pre_hooks) == 0
+    surgery.revert(model)
+    surgery.apply(model, at("one", prepend(plain)))
+    assert len(model.one._forward_pre_hooks) == 1
+
+
+def test_a_part_of_another_width_is_told_and_what_a_forward_would_tell_of_a_span():
+    wrong = parallel(lambda site: nn.Linear(site.width, 3))
+    for where, span in (("one", False), (surgery.span("one", "two"), True)):
+        model = surgery.apply(Linears(), at(where, wrong))
+        with pytest.raises(surgery.GraftError, match=r"returned \(2, 3\)") as told:
+            model(torch.randn(2, 8))
+        assert ("where to begin" in str(told.value)) is span

@@ -229,3 +229,7 @@ def test_the_tutorial_holds_and_is_short(monkeypatch, capsys):
     backbone = "examples/custom_backbone.py:Loom"
     assert main(["check", backbone, "--rules", f"{rules}:RULES", "--examples", "1"]) == 0
     assert "parts_start_as_the_identity           holds" in capsys.readouterr().out
+
+
+def test_the_page_says_how_many_laws_there_are():
+    assert f"tries {len(PROPERTIES)} laws on any model" in (ROOT / "README.md").read_text()

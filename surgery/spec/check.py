@@ -19,8 +19,7 @@ from ..rule import Rules
 from ..table import Table
 from . import function, life, matching, parameters, routing
 from .case import Case, Property
-from .law import Absent, Broken, Draw, law
-from .law import given as given_
+from .law import Absent, Broken, Draw, applies, law
 
 if TYPE_CHECKING:
     import pytest
@@ -187,9 +186,7 @@ class Run:
         try:
             options(given(st.data())(self._one))()
         except Broken as broken:
-            broken.__dict__.pop(
-                "__notes__", None
-            )  # hypothesis tells the example in its own words too
+            broken.__dict__.pop("__notes__", None)  # of hypothesis, in words of its own
             raise
         except FlakyFailure as flaky:  # it fails for an example, and then does not
             first = next((e for e in flaky.exceptions if isinstance(e, Broken)), flaky)
@@ -202,7 +199,7 @@ class Run:
         self.examples += 1
         try:
             with plain_path():
-                given_(self.prop is function.it_runs or not self.case.trouble, TROUBLE)
+                applies(self.prop is function.it_runs or not self.case.trouble, TROUBLE)
                 self.prop(self.case, draw)
             self.spoken += 1
         except Absent as absent:

@@ -28,7 +28,7 @@ from ..rule import at
 from ..tree import Site
 from . import mixing
 from .case import SEEDS, Case, operation, steps, stir, train
-from .law import Broken, Draw, given, holds
+from .law import Broken, Draw, applies, holds
 from .mixing import another, answer_of, each, parts_given
 from .seen import MODEL, SITE, equal, gap, listed, near, snapshot, unchanged
 
@@ -64,7 +64,7 @@ def parts_start_as_the_identity(case: Case, draw: Draw) -> None:
     """S(x) = m(x) to the bit at the start, where all parts declare `starts_at_zero`."""
     model = case.operated(seed=draw(SEEDS, "seed"))
     kinds = {type(s.part).__name__ for _, s in steps(model) if not _starts_at_zero(s)}
-    given(not kinds, f"{listed(sorted(kinds))} does not say that it starts at zero")
+    applies(not kinds, f"{listed(sorted(kinds))} does not say that it starts at zero")
     equal(case.outputs(model), case.outputs(case.twin(model)), "S(x) at the start is not m(x)")
 
 
@@ -75,7 +75,7 @@ def _starts_at_zero(step: Any) -> bool:
 def scale_is_linear(case: Case, draw: Draw) -> None:
     """At a site, S_2s - m ~4 2 (S_s - m) in units of the site's output, and S_0 = m to the bit."""
     scaled = [(r, e, s) for r, s in case.places for e in r.rest if isinstance(e, Parallel)]
-    given(scaled, "no rule puts a part beside a site, parallel(part, scale=...)")
+    applies(scaled, "no rule puts a part beside a site, parallel(part, scale=...)")
     rule, edit, site = draw(st.sampled_from(scaled), "site", lambda each: each[2].path)
     seed = draw(SEEDS, "seed")
 
@@ -98,7 +98,7 @@ def _output(case: Case, site: Site, model: nn.Module) -> Tensor:
     exit = model.get_submodule(site.exit.path)
     exit.register_forward_hook(lambda m, args, y: seen.append(_first(y)))
     case.outputs(model)
-    given(seen, f"{site.path} did not run")
+    applies(seen, f"{site.path} did not run")
     return seen[0]
 
 
@@ -109,7 +109,7 @@ def _first(value: object) -> Tensor:
 def every_part_runs(case: Case, draw: Draw) -> None:
     """In a forward each part runs once for each call of each of its sites, and each is called."""
     model = case.operated(stirred=draw(SEEDS, "seed"))
-    given(steps(model), "these rules join no part")
+    applies(steps(model), "these rules join no part")
     runs(case, model)
 
 
@@ -144,7 +144,7 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
     """
     fresh, model = case.operated(), case.operated(stirred=draw(SEEDS, "seed"))
     found = parts_given(model, case.inputs())
-    given(found, "no part here is given features")
+    applies(found, "no part here is given features")
     for graft, step, x in parts_given(fresh, case.inputs()):
         if getattr(step.part, "starts_at_zero", False) and answer_of(step.part, x).any():
             raise Broken(f"{type(step.part).__name__} at {graft.path} does not start at zero")
@@ -196,7 +196,7 @@ def forward_is_deterministic(case: Case, draw: Draw) -> None:
     """S(x) = S(x) to the bit, whatever came before; S is a function of m, R and the seed."""
     seed = draw(SEEDS, "seed")
     base = case.model()
-    given(gap_all(case.outputs(base), case.outputs(base)) == 0, "the base is not deterministic")
+    applies(gap_all(case.outputs(base), case.outputs(base)) == 0, "the base is not deterministic")
     one, two = (case.operated(seed=seed, stirred=seed) for _ in range(2))
     want = case.outputs(one)
     equal(case.outputs(one), want, "two forwards in a row")
@@ -233,7 +233,7 @@ def it_compiles_whole(case: Case, draw: Draw) -> None:
 
     (Top-1 mixtures take a form of static shapes then, which rounds otherwise.)
     """
-    given(_compiled(case, case.model()) is None, "the base itself does not compile whole")
+    applies(_compiled(case, case.model()) is None, "the base itself does not compile whole")
     told = _compiled(case, case.operated(stirred=draw(SEEDS, "seed")))
     holds(told is None, f"compiled whole: {told}")
 

@@ -53,7 +53,7 @@ def holds(fact: object, told: str) -> None:
         raise Broken(told)
 
 
-def given(fact: object, why: str) -> None:
+def applies(fact: object, why: str) -> None:
     """Raise Absent with `why` unless `fact`: then the law says nothing here."""
     if not fact:
         raise Absent(why)

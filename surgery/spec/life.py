@@ -23,7 +23,7 @@ from ..room import operations
 from ..rule import at
 from .case import FLAGS, SEEDS, Case, mark, operation, steps, stir, train
 from .fault import Tripwire, committed, source
-from .law import Draw, given, holds
+from .law import Draw, applies, holds
 from .parameters import COPIES
 from .seen import MODEL, base_of, equal, gap, listed, near, raised, snapshot, unchanged
 
@@ -77,7 +77,7 @@ def twice_is_refused(case: Case, draw: Draw) -> None:
 def stacked_operations_come_off_in_order(case: Case, draw: Draw) -> None:
     """A second operation under another name comes off alone, and leaves S as it was."""
     replaces = any(edit.word == "replace" for rule in case.rules for edit in rule.rest)
-    given(not replaces, "what is replaced cannot be replaced again")
+    applies(not replaces, "what is replaced cannot be replaced again")
     model = case.operated(stirred=draw(SEEDS, "seed"))
     before, want = snapshot(model), case.outputs(model)
     case.operated(model, name="second")
@@ -94,9 +94,9 @@ def disjoint_rules_commute(case: Case, draw: Draw) -> None:
     made = case.plan(model)
     rule = draw(st.sampled_from(case.rules), "rule")
     places = [s for each, sites in made.matches if each is rule for s in sites]
-    given(len(places) > 1, "this rule has fewer than two sites to be divided")
+    applies(len(places) > 1, "this rule has fewer than two sites to be divided")
     cut = draw(st.integers(1, len(places) - 1), "cut")
-    given(_apart(places[:cut], places[cut:]), "its sites lie in one another, or are tied")
+    applies(_apart(places[:cut], places[cut:]), "its sites lie in one another, or are tied")
     first = {site.path for site in places[:cut]}
     n = case.rules.index(rule)
     r = at(where(rule.where) & where(lambda s: s.path in first), *rule.rest)
@@ -144,7 +144,7 @@ def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
     """For a part that cannot be made at the k-th place: fp(m) is unchanged."""
     model = case.model()
     placed = case.plan(model).placed
-    given(placed, "these rules join no part")
+    applies(placed, "these rules join no part")
     mark(model, [True, False])
     path = draw(st.sampled_from([p.site.path for p in placed]), "site")
     rule = next(p.rule for p in placed if p.site.path == path)
@@ -272,7 +272,7 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def meta_has_the_same_plan(case: Case, draw: Draw) -> None:
     """On the meta device S has the keys, shapes and counts that it has in memory."""
-    given(
+    applies(
         not case.needs_example, "its places are read off a forward, which meta tensors have none of"
     )
     real, thin = case.operated(), case.model().to("meta")
@@ -288,7 +288,7 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
     Or merge raises OperationError that names a part which is not linear, and S is unchanged.
     """
     model = case.operated(stirred=draw(SEEDS, "seed"))
-    given(steps(model), "these rules join no part")
+    applies(steps(model), "these rules join no part")
     before, want = snapshot(model), case.outputs(model)
     try:
         merge(model)
@@ -296,7 +296,7 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
         unchanged(before, snapshot(model), "a merge that was refused")
         kinds = {type(step.part).__name__ for _, step in steps(model)}
         holds(any(k in str(error) for k in kinds), f"the refusal names no part: {error}")
-        given(False, str(error).splitlines()[0])
+        applies(False, str(error).splitlines()[0])
     near(case.outputs(model), want, MODEL, "merged, the answer")
     kept = list(case.model().state_dict())
     holds([k for k in model.state_dict() if k in kept] == kept, "merged, the base has other keys")
@@ -308,7 +308,7 @@ def user_hooks_come_first(case: Case, draw: Draw) -> None:
     """Hooks of the user's own at a site fire once a call, in their old order, before any graft."""
     model = case.model()
     placed = [p for p in case.plan(case.model()).placed if p.edit.place != "instead"]
-    given(placed, "these rules join no part")
+    applies(placed, "these rules join no part")
     path = draw(st.sampled_from(sorted({p.site.path for p in placed})), "site")
     site = next(p.site for p in placed if p.site.path == path)
     told: list[str] = []

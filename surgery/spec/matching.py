@@ -22,7 +22,7 @@ from ..rule import at
 from ..show import anatomy
 from ..tree import Site, Tree
 from .case import FLAGS, Case, mark
-from .law import Broken, Draw, given, holds
+from .law import Broken, Draw, applies, holds
 from .seen import listed, raised, snapshot, unchanged
 from .strategies import from_model
 
@@ -173,16 +173,16 @@ def roles_do_what_they_say(case: Case, draw: Draw) -> None:
     model = case.model()
     roles = {ffn.name: ffn.find(Tree(model)), attn.name: attn.find(Tree(model))}
     sites = [(role, site) for role, found in roles.items() for site in found]
-    given(sites, "no feed-forward network and no attention was found by structure")
+    applies(sites, "no feed-forward network and no attention was found by structure")
     role, site = draw(st.sampled_from(sites), "site", lambda each: each[1].path)
     mixing = list(_mixing(case, model, site))
-    given(mixing, f"{site.path} gave no gradient in this forward")
+    applies(mixing, f"{site.path} gave no gradient in this forward")
     mixes = any(others for _, others in mixing)
     told = "; ".join(f"position {i} reads {listed(others, 2)}" for i, others in mixing if others)
     if role == ffn.name:
         holds(not mixes, f"{site.path} is taken for a feed-forward network, and yet {told}")
     else:
-        given(_positions(case, model, site) > 1, f"{site.path} was given one position")
+        applies(_positions(case, model, site) > 1, f"{site.path} was given one position")
         holds(mixes, f"{site.path} is taken for attention, and yet no position reads another")
 
 

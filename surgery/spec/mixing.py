@@ -14,7 +14,7 @@ from ..example import call, copied
 from ..ops import Routed
 from ..proof import tensors
 from .case import SEEDS, Case, steps
-from .law import Broken, Draw, given, holds
+from .law import Broken, Draw, applies, holds
 from .seen import MODEL, SITE, gap, listed, near, real
 
 
@@ -28,7 +28,7 @@ def samples_do_not_mix(case: Case, draw: Draw) -> None:
     x = _batch(case, base)
     i, j = draw(st.sampled_from([(0, 1), (1, 0)]), "samples (i, j)")
     excused = {n for n, _ in _mixed(base, x, i, j)}
-    given(len(excused - {-1}) < len(_run(base, x)), "the base itself mixes samples")
+    applies(len(excused - {-1}) < len(_run(base, x)), "the base itself mixes samples")
     model = case.operated(stirred=draw(SEEDS, "seed"))
     for n, told in _mixed(model, x, i, j):
         if n not in excused:
@@ -43,13 +43,13 @@ def _size(x: Any) -> int:
 def _batch(case: Case, model: nn.Module) -> Any:
     """Inputs with two samples or more; where there is one, it is doubled."""
     x = case.inputs()
-    given(_size(x), "the inputs hold no tensor")
+    applies(_size(x), "the inputs hold no tensor")
     if _size(x) < 2:
         x = each(x, lambda t: torch.cat([t, t]))
         try:
             case.outputs(model, x)
         except Exception as error:
-            given(False, f"the inputs hold one sample, and two do not run ({error})")
+            applies(False, f"the inputs hold one sample, and two do not run ({error})")
     return x
 
 
@@ -199,5 +199,5 @@ def _tokens(model: nn.Module, case: Case) -> list[tuple[str, nn.Module, Tensor]]
         for graft, step, x in parts_given(model, case.inputs())
         if x.dim() > 2 and x.shape[-2] > 1 and not getattr(step.part, "mixes_tokens", False)
     ]
-    given(found, "no part here is given tokens that it should keep apart")
+    applies(found, "no part here is given tokens that it should keep apart")
     return found

@@ -17,7 +17,7 @@ from ..place import Placed
 from ..tree import ROOM
 from .case import FLAGS, SEEDS, Case, mark, operation, steps, train
 from .function import runs
-from .law import Draw, given, holds
+from .law import Draw, applies, holds
 from .seen import base_of, listed, ties
 
 
@@ -136,7 +136,7 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
     """
     model = case.model()
     made = case.plan(model)
-    given(made.placed, "these rules join no part")
+    applies(made.placed, "these rules join no part")
     groups: dict[Any, list[str]] = {}
     for i, p in enumerate(made.placed):
         groups.setdefault(_group(p) or i, []).append(p.site.path)
@@ -216,8 +216,8 @@ def parts_are_like_their_site(case: Case, draw: Draw) -> None:
     try:
         made = case.plan(model)
     except RuntimeError as error:
-        given(False, f"the base does not run in {dtype}: {error}")
-    given(made.placed, "these rules join no part")
+        applies(False, f"the base does not run in {dtype}: {error}")
+    applies(made.placed, "these rules join no part")
     first = {p.key: p.site for p in reversed(made.placed)}
     modes = {key: site.module.training for key, site in first.items()}
     made.apply()

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from .. import operate, ops
 from ..graft import routes
 from .case import SEEDS, Case, operation
-from .law import Draw, given, holds
+from .law import Draw, applies, holds
 from .mixing import parts_given
 from .seen import SITE, gap, listed
 
 
 def _routed(case: Case, draw: Draw) -> nn.Module:
     model = case.operated(stirred=draw(SEEDS, "seed"))
-    given(operation(model).routers, "no part routes")
+    applies(operation(model).routers, "no part routes")
     return model
 
 
@@ -75,7 +75,7 @@ def _routers(case: Case, draw: Draw) -> list[_Router]:
     ]
     silent = [type(router.part).__name__ for router in made if not router.names]
     named = [router for router in made if router.names]
-    given(named, f"{listed(silent)} does not say what it holds for each expert (by_expert)")
+    applies(named, f"{listed(silent)} does not say what it holds for each expert (by_expert)")
     return named
 
 
@@ -101,7 +101,7 @@ def experts_have_no_order(case: Case, draw: Draw) -> None:
         holds(far <= SITE, told)
         moved = gap(other.gates, gates[:, order])
         holds(moved <= SITE, f"{router.path}: the gates do not move with the experts")
-    given(spoken, "two experts are equally likely at every router")
+    applies(spoken, "two experts are equally likely at every router")
 
 
 def equal_experts_are_one(case: Case, draw: Draw) -> None:
