@@ -974,8 +974,8 @@ def test_what_acts_after_a_module_hooks_nothing_before_it():
 
 def test_a_part_of_another_width_is_told_and_what_a_forward_would_tell_of_a_span():
     wrong = parallel(lambda site: nn.Linear(site.width, 3))
-    for where, span in (("one", False), (surgery.span("one", "two"), True)):
+    for where, spans in (("one", False), (surgery.span("one", "two"), True)):
         model = surgery.apply(Linears(), at(where, wrong))
         with pytest.raises(surgery.GraftError, match=r"returned \(2, 3\)") as told:
             model(torch.randn(2, 8))
-        assert ("where to begin" in str(told.value)) is span
+        assert ("where to begin" in str(told.value)) is spans
