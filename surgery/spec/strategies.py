@@ -29,7 +29,8 @@ def transformers() -> SearchStrategy[nn.Module]:
     a module or spread over the block, features last or after the batch, stages of other widths,
     a block under two names, calls by keyword, tuples and dicts, nn.Sequential roots.
 
-    >>> transformers().filter(lambda model: model.example().dim() == 4).example().first
+    >>> from hypothesis import find
+    >>> find(transformers(), lambda model: model.example().dim() == 4).own["first"]
     True
     """
     flag = st.booleans()
@@ -102,8 +103,9 @@ def rules(of: SearchStrategy[Maker] | None = None) -> SearchStrategy[list[Rule]]
 
     of  the parts to use; None: any of `parts()`
 
-    >>> isinstance(rules().example()[0], Rule)
-    True
+    >>> from hypothesis import find
+    >>> find(rules(), lambda drawn: len(drawn) == 1)[0].where
+    ffn
     """
     of = parts() if of is None else of
     any_edit = edits(of)
@@ -136,8 +138,9 @@ def _gives_weights(site: Site) -> bool:
 def addresses(paths: Sequence[str] = ()) -> SearchStrategy[str]:
     """Well-formed addresses; with the paths of a model, many of them match some.
 
-    >>> from surgery.address import parse
-    >>> _ = parse(addresses(["blocks.0.mlp"]).example())
+    >>> from hypothesis import find
+    >>> find(addresses(["blocks.0.mlp"]), lambda address: address.startswith("*"))
+    '*.0.mlp'
     """
     known = [[Step(name, 0, 2) for name in p.split(".")] for p in paths or ["blocks.0.mlp", "head"]]
     return _addresses(known)
@@ -212,7 +215,8 @@ def _combined(inner: SearchStrategy[Pattern]) -> SearchStrategy[Pattern]:
 def from_model(model: nn.Module) -> ModelStrategies:
     """Strategies for one model: `addresses() sites() patterns() rules()`.
 
-    >>> from_model(nn.Sequential(nn.Linear(2, 2))).sites().example() in ("", "0")
-    True
+    >>> from hypothesis import find
+    >>> find(from_model(nn.Sequential(nn.Linear(2, 2))).sites(), lambda path: path != "")
+    '0'
     """
     return ModelStrategies(model)
