@@ -979,3 +979,47 @@ def test_a_part_of_another_width_is_told_and_what_a_forward_would_tell_of_a_span
         with pytest.raises(surgery.GraftError, match=r"returned \(2, 3\)") as told:
             model(torch.randn(2, 8))
         assert ("where to begin" in str(told.value)) is spans
+
+
+def routed(**named: Any) -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8))
+    return surgery.apply(model, at("0", parallel(surgery.moa(rank=2, heads=2))), **named)
+
+
+def test_errors_of_a_graft_name_its_place() -> None:
+    model = surgery.apply(Linears(), at("one", parallel(plain)))
+    with (
+        surgery.disabled(model),
+        torch.enable_grad(),
+        pytest.raises(surgery.GraftError, match="through one, by enable_grad"),
+    ):
+        model(torch.randn(2, 8))
+    model.one.weight, model.one.bias = nn.Parameter(torch.randn(8, 4)), None
+    with pytest.raises(surgery.GraftError, match=r"^Linear at one: it was given"):
+        model(torch.randn(2, 4))
+
+
+def test_a_graft_that_is_unmarked_has_not_run() -> None:
+    model = surgery.apply(Linears(), at("one", parallel(plain)))
+    model(torch.randn(2, 8))
+    (graft,) = model.surgery.default.grafts
+    assert graft.ran
+    graft.unmark()
+    assert not graft.ran
+
+
+def test_a_balance_that_is_not_scaled_is_refused_under_float16_autocast_alone() -> None:
+    x = torch.randn(4, 8)
+    for balance, dtype in (
+        (0.1, torch.bfloat16),
+        (lambda: 0.1, torch.float16),
+        (None, torch.float16),
+    ):
+        with torch.autocast("cpu", dtype=dtype):
+            routed(balance=balance)(x)
+    routed(balance=0.1)(x)
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(surgery.GraftError, match="scal"),
+    ):
+        routed(balance=0.1)(x)
