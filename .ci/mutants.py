@@ -26,11 +26,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ["tests/test_spec.py"]
+LIFE = ["tests/test_laws.py", "tests/test_merge.py", "tests/test_state.py"]
 TESTS = {
     "address": ["tests/test_address.py", "tests/test_pattern.py", "tests/test_plan.py", *SPEC],
     "pattern": ["tests/test_pattern.py", "tests/test_plan.py", "tests/test_role.py", *SPEC],
     "graft": ["tests/test_mixture.py", "tests/test_bypass.py", "tests/test_laws.py", *SPEC],
-    "operate": ["tests/test_laws.py", "tests/test_mixture.py", "tests/test_state.py", *SPEC],
+    "operate": [*LIFE, "tests/test_mixture.py", *SPEC],
     "ops": ["tests/test_mixture.py", "tests/test_modes.py", *SPEC],
 }
 MORE = ["tests/test_modes.py", "tests/test_errors.py", "tests/test_flow.py", "tests/test_plan.py"]
