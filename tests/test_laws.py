@@ -720,3 +720,16 @@ def test_the_plan_of_vit_b_counts_what_the_paper_counts() -> None:
     unshared = at(ffn, parallel(surgery.moa()), times=12)
     assert surgery.plan(model, unshared).added == 1_787_904
     assert len(surgery.plan(model, at(norm, unfreeze, times=25)).sites) == 0
+
+
+def test_what_is_optional_is_given_by_name_and_seeds_start_at_zero() -> None:
+    rule, states = at("one", parallel(plain)), []
+    for named in ({}, {"seed": 0}, {"seed": 1}, {"seed": -1}):
+        states.append(surgery.state_dict(surgery.apply(Linears(), rule, **named)))
+    key = "parts.one/parallel.weight"
+    same = [torch.equal(states[0][key], state[key]) for state in states]
+    assert same == [True, True, False, False]
+    with pytest.raises(TypeError):
+        surgery.apply(Linears(), rule, torch.randn(2, 8))
+    with pytest.raises(TypeError):
+        surgery.revert(surgery.apply(Linears(), rule), "default")
