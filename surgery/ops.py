@@ -49,7 +49,7 @@ def route(u: Tensor, reduction: Tensor, embeddings: Tensor) -> Tensor:
     reduction ``(e, c)`` and the unit embeddings ``(n, e)`` are first folded into one router
     ``(n, c)``; logits ``(n, m)`` lie expert by expert, where a softmax over few experts is fast.
     """
-    router = F.normalize(embeddings, dim=-1) @ reduction
+    router = F.normalize(embeddings, dim=1) @ reduction
     fine = torch.promote_types(u.dtype, torch.float32)
     return (router @ u.t()).softmax(dim=0, dtype=fine).t()
 
@@ -82,10 +82,10 @@ def mix_dense(
     down = rearrange(experts.down, "n r c -> (n r) c")
     down_bias = rearrange(experts.down_bias, "n r -> (n r)")
     up = torch.cat([rearrange(experts.up, "n c r -> (n r) c"), experts.up_bias])
-    hidden = rearrange(act(F.linear(u, down, down_bias)), "m (n r) -> m n r", n=gates.shape[-1])
+    hidden = rearrange(act(F.linear(u, down, down_bias)), "m (n r) -> m n r", n=gates.shape[1])
     gates = gates.to(hidden.dtype)
     gated = rearrange(hidden * gates.unsqueeze(-1), "m n r -> m (n r)")
-    return torch.cat([gated, gates], dim=-1) @ up
+    return torch.cat([gated, gates], dim=1) @ up
 
 
 def mix_top1(u: Tensor, gates: Tensor, experts: Experts, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -94,9 +94,9 @@ def mix_top1(u: Tensor, gates: Tensor, experts: Experts, act: Callable[[Tensor],
     Sub-tokens are sorted by expert, so the sizes depend on the data; `mix_dense` with gates
     ``gates * top1(gates)`` is the same map in static shapes.
     """
-    gate, winner = gates.max(dim=-1, keepdim=True)
+    gate, winner = gates.max(dim=1, keepdim=True)
     order = winner.flatten().argsort()
-    load = winner.flatten().bincount(minlength=gates.shape[-1]).tolist()
+    load = winner.flatten().bincount(minlength=gates.shape[1]).tolist()
     groups = u.index_select(0, order).split_with_sizes(load)
     run = zip(groups, *experts, strict=True)
     mixed = torch.cat([F.linear(act(F.linear(v, d, b)), w, k) for v, d, b, w, k in run])
@@ -116,8 +116,8 @@ def may_sort(u: Tensor) -> bool:
 
 def top1(gates: Tensor) -> Tensor:
     """One-hot ``(m, n)`` of the largest gate of each row, without gradient."""
-    winner = gates.argmax(dim=-1, keepdim=True)
-    return torch.zeros_like(gates).scatter(-1, winner, 1.0)
+    winner = gates.argmax(dim=1, keepdim=True)
+    return torch.zeros_like(gates).scatter(1, winner, 1.0)
 
 
 def balance(gates: Tensor) -> Tensor:
