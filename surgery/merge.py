@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import OperationError
-from .graft import Graft, Step
+from .graft import Graft, Step, is_replaced
 from .leaf import forward_of
 from .operate import operated
 from .part import Affine, affine
@@ -86,17 +86,18 @@ def _linear(graft: Graft, uses: Counter[int]) -> nn.Linear:
     """The nn.Linear that a graft's parts can be folded into. Raises OperationError."""
     module = graft.entry
     kinds = ", ".join(dict.fromkeys(type(step.part).__name__ for step in graft.steps))
-    if graft.exit is not module or type(module).forward is not nn.Linear.forward:
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    own = forward_of(module) is not type(module).forward and not is_replaced(module)
+    if graft.exit is not module or not plain or own:
         kind = "a span" if graft.exit is not module else f"a {type(module).__name__}"
+        kind += " with a forward of its own" if own else ""
         raise OperationError(
             f"merge(model) at {graft.path}",
             f"{kinds} stands at {kind}, and only what stands at an nn.Linear can be folded.",
             "Put such parts on the linears themselves, or leave the model unmerged.",
         )
     assert isinstance(module, nn.Linear)
-    if (not graft.replacement and forward_of(module) is not nn.Linear.forward) or uses[
-        id(module.weight)
-    ] > 1:
+    if uses[id(module.weight)] > 1:
         raise OperationError(
             f"merge(model) at {graft.path}",
             f"its weight is used elsewhere too, so {kinds} cannot be folded into it.",

@@ -86,6 +86,8 @@ def revert(model: Model, *, name: str | None = None) -> Model:
             f"it is not the last operation; they are, in order: {names}.",
             "Take them off last first, or all at once with revert(model).",
         )
+    for operation in done:
+        operation.unfold()
     for operation in reversed(done if name is None else done[-1:]):
         operation.undo()
     return model

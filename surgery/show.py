@@ -72,7 +72,7 @@ def report(model: nn.Module) -> Table:
     *      parallel(adapter(rank=2))  0/parallel     42         0
     added 42, unfrozen 0: 42 trainable, 58.33 % of the base's 72
     """
-    done = operated(model, "report(model)")
+    done = operated(model, "report(model)", merged=None)
     base = count([model]) - count([room_of(model) or nn.Module()])
     rows: list[tuple[object, ...]] = []
     notes: list[str] = []

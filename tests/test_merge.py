@@ -210,3 +210,29 @@ def test_maps_add_and_follow_one_another():
         for got, want in ((one.plus(two), f(x) + g(x)), (two.after(one), g(f(x)))):
             answer = got.weight @ x + (0 if got.bias is None else got.bias)
             torch.testing.assert_close(answer, want)
+
+
+def test_the_last_of_two_merged_operations_comes_off_alone():
+    model, x = operated(parallel(linear)), torch.randn(5, 8, dtype=torch.float64)
+    want = model(x)
+    surgery.apply(model, at(nn.Linear, append(linear)), name="second")
+    surgery.revert(surgery.merge(model), name="second")
+    assert torch.equal(model(x), want)
+
+
+def test_a_merged_model_is_reported():
+    assert "added" in str(surgery.report(surgery.merge(operated(parallel(linear)))))
+
+
+def test_what_is_put_around_a_replaced_linear_by_another_operation_merges():
+    model, x = operated(replace(linear)), torch.randn(5, 8, dtype=torch.float64)
+    surgery.apply(model, at("one", append(linear)), name="second")
+    want = model(x)
+    assert gap(surgery.merge(model)(x), want) <= 16
+
+
+def test_a_forward_of_its_own_is_told_as_such():
+    model = operated(parallel(linear))
+    model.one.forward = lambda x: x
+    with pytest.raises(OperationError, match="a Linear with a forward of its own"):
+        surgery.merge(model)
