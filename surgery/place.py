@@ -87,19 +87,20 @@ def name_all(placed: list[Placed]) -> None:
             groups.setdefault(p.key, {})[_group(p, p.edit.part, part)] = ""
     for stem, alike in groups.items():
         for group in alike:
-            stems[key := f"{stem}/{_digest(group[0])}"] += 1
-            alike[group] = (
-                (key if stems[key] == 1 else f"{key}/{stems[key]}")
-                if alike.keys() - {group}
-                else stem
-            )
+            key = f"{stem}/{_digest(group[0])}" if len(alike) > 1 else stem
+            alike[group] = _numbered(key, stems)
     for p in placed:
         if isinstance(p.edit.part, Shared):
             p.key = groups[p.key][_group(p, p.edit.part, said[id(p.edit)][1])]
         else:
             stem = f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}"
-            stems[stem] += 1
-            p.key = stem if stems[stem] == 1 else f"{stem}/{stems[stem]}"
+            p.key = _numbered(stem, stems)
+
+
+def _numbered(stem: str, seen: Counter[str]) -> str:
+    """The stem, with a number from the second time on."""
+    seen[stem] += 1
+    return stem if seen[stem] == 1 else f"{stem}/{seen[stem]}"
 
 
 def _stem(p: Placed, shared: Shared) -> str:

@@ -175,10 +175,11 @@ def forward_changes_nothing(case: Case, draw: Draw) -> None:
     kept: dict[int, Tensor] = {}
 
     def enter(part: nn.Module, args: Any) -> None:
-        kept[id(part)] = args[0].detach().clone() if args else torch.zeros(0)
+        if args and isinstance(args[0], Tensor):
+            kept[id(part)] = args[0].detach().clone()
 
     def leave(part: nn.Module, args: Any, output: Any) -> None:
-        if args and not torch.equal(args[0], kept[id(part)]):
+        if id(part) in kept and not torch.equal(args[0], kept.pop(id(part))):
             written.append(type(part).__name__)
 
     hooks = [s.part.register_forward_pre_hook(enter) for _, s in steps(model)]
