@@ -529,10 +529,13 @@ def _name(value: Any) -> str:
 
 @pytest.mark.parametrize(("name", "saboteur", "what"), TEETH, ids=_name)
 def test_the_property_sees(name: str, saboteur: Callable[[Patch], object], what: Any) -> None:
+    case = case_of(what)
+    if saboteur is not none:
+        _ = case.trouble  # found out before the saboteur comes, since a case keeps it
     with pytest.MonkeyPatch.context() as patch:
         saboteur(patch)
         with pytest.raises(Broken) as told:
-            Run(PROPERTIES[name], case_of(what), 25)()
+            Run(PROPERTIES[name], copy.copy(case), 25)()
     assert str(told.value).startswith(f"{name} is broken: ")
 
 
