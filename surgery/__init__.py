@@ -6,7 +6,7 @@ surgery.save(model, "tuned.safetensors")
 """
 
 from . import ops, parts
-from .edit import append, freeze, parallel, prepend, replace, unfreeze
+from .edit import append, freeze, insert, parallel, prepend, replace, unfreeze
 from .errors import (
     ConflictError,
     FileError,
@@ -30,8 +30,23 @@ from .part import part, shared
 from .parts import QuickGELU, adapter, moa
 from .pattern import where
 from .plan import Plan, plan
-from .relation import holding, inside, nearest, span
-from .role import attn, block, embed, ffn, head, key, norm, proj, qkv, query, value
+from .relation import holding, inside, nearest, span, until
+from .role import (
+    attn,
+    block,
+    embed,
+    fc1,
+    fc2,
+    ffn,
+    fused,
+    head,
+    key,
+    norm,
+    proj,
+    qkv,
+    query,
+    value,
+)
 from .rule import Rule, at
 from .rulesets import rulesets
 from .show import anatomy, draw_loads, report
@@ -44,9 +59,11 @@ __all__ = [
     "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
     "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError",
     "adapter", "anatomy", "append", "apply", "at", "attn", "balance_loss", "block", "disabled",
-    "draw_loads", "embed", "ffn", "fingerprint", "freeze", "head", "holding", "inside", "key",
+    "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused", "head", "holding",
+    "insert", "inside", "key",
     "load", "load_state_dict", "merge", "moa", "nearest", "norm", "ops", "parallel", "parameters",
     "part", "parts", "plan", "prepend", "proj", "qkv", "query", "replace", "report", "revert",
-    "routing", "rulesets", "save", "shared", "span", "state_dict", "unfreeze", "unmerge", "value",
+    "routing", "rulesets", "save", "shared", "span", "state_dict", "unfreeze", "unmerge", "until",
+    "value",
     "where",
 ]  # fmt: skip

@@ -56,6 +56,8 @@ def summary(record: Record, parts: Mapping[str, nn.Module], base: int, title: st
 def _where(paths: list[str]) -> str:
     shapes = Counter(generalise(path) or "(the model)" for path in paths)
     listed = [f"{path} x{n}" if n > 1 else path for path, n in shapes.items()]
+    if len(listed) > 4:  # stretches, each of another length
+        listed = [*listed[:2], f"... {len(paths)} in all"]
     return ", ".join(listed) or "nothing (optional)"
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import nn
+
+from .address import Step, match, parse
+from .errors import RuleError
 from .leaf import Shape
-from .part import Maker, maker
-from .term import Term
+from .part import Maker, Part, Shared, maker
+from .pattern import Pattern, Where, plain, where
+from .term import Term, show
 from .tree import Site
 
 
@@ -17,16 +22,46 @@ class Edit(Term):
 
 @dataclass(frozen=True, repr=False)
 class Trained(Edit):
-    """Says of the parameters of a site that they are trained, or not."""
+    """Says of the parameters of a site that they are trained, or not.
+
+    Called with addresses, it speaks of those parameters alone, by their names from the site on.
+
+    >>> unfreeze("**.bias")
+    unfreeze("**.bias")
+    """
 
     trained: bool
+    only: tuple[str, ...] = ()
 
     @property
     def word(self) -> str:
         return "unfreeze" if self.trained else "freeze"
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        return self.only, {}
+
     def __repr__(self) -> str:
-        return self.word
+        return super().__repr__() if self.only else self.word
+
+    def __call__(self, *only: str) -> Trained:
+        for each in only:
+            if not isinstance(each, str):
+                raise RuleError(
+                    f"{self.word}({show(each)})",
+                    "parameters are told by an address, from the site on.",
+                    f'Write {self.word}("**.bias"), for example.',
+                )
+            parse(each)
+        return Trained(self.trained, only)
+
+    def parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Those of a module, by name, that it speaks of."""
+        named = list(module.named_parameters(remove_duplicate=False))
+        return [(name, p) for name, p in named if not self.only or self._names(name)]
+
+    def _names(self, name: str) -> bool:
+        steps = tuple(Step(step, 0, 1) for step in name.split("."))
+        return any(match(each, steps) is not None for each in self.only)
 
 
 freeze, unfreeze = Trained(False), Trained(True)
@@ -37,6 +72,7 @@ class Joined(Edit):
     """Joins a part to a site."""
 
     place: ClassVar[str]
+    tells: ClassVar[bool] = True  # whether what its part gives can be heard
     part: Maker
 
     @property
@@ -86,6 +122,28 @@ class Prepend(_Serial):
 
 class Replace(Joined):
     place = "instead"
+    tells = False
+
+
+@dataclass(frozen=True, repr=False)
+class Insert(Joined):
+    """Puts the tokens that a part gives among those of the site."""
+
+    tells = False
+    after: int = field(default=1, kw_only=True)
+    hears: Pattern | None = field(default=None, kw_only=True)
+    keep: bool = field(default=False, kw_only=True)
+
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        return "into" if self.keep else "among"
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        given, named = super().arguments()
+        return given, {**named, **({"hears": plain(self.hears)} if self.hears else {})}
+
+    def port(self, site: Site) -> Shape:
+        return Shape(site.shape.width, site.shape.width, site.axis)
 
 
 def parallel(part: Maker, *, scale: float = 1.0) -> Parallel:
@@ -128,3 +186,41 @@ def replace(part: Maker) -> Replace:
     replace(<<lambda> at ...>)
     """
     return Replace(maker(part, "replace"))
+
+
+def insert(
+    part: Maker, *, after: int = 1, hears: Where | None = None, keep: bool = False
+) -> Insert:
+    """Put the tokens that `part` gives among those that come to the site: [x_1, P, x_2, ...].
+
+    The part is called with the tokens that come, (b, n, width), and gives (b, p, width). They are
+    taken out again where features leave the site: at(block, insert(...)) is VPT-deep, whose every
+    block has its own, and at(until(block[0], block), insert(...)) is VPT-shallow (Jia et al. 2022).
+
+    after   how many tokens stay before them: 1, the class token
+    hears   a pattern: the part is given, as a second argument, what the part at the last such
+            site before this one gave in this forward, features last (Adapter-X's prompts)
+    keep    they are not taken out again
+
+    Raises RuleError or GraftError where the model's attention fixes the number of tokens.
+
+    >>> from surgery.parts import prompt
+    >>> insert(prompt(tokens=10))
+    insert(prompt(tokens=10))
+    """
+    if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+        raise RuleError(
+            f"insert(after={after!r})", "it is no number of tokens.", "Give 0, or 1 (class token)."
+        )
+    heard = None if hears is None else where(hears)
+    return Insert(maker(part, "insert"), after=after, hears=heard, keep=keep)
+
+
+USUAL = {"parallel": parallel, "append": append, "prepend": prepend, "insert": insert}
+
+
+def usual(edit: object) -> object:
+    """A part that is mostly joined in one way, joined so; anything else as it is."""
+    inner = edit.part if isinstance(edit, Shared) else edit
+    way = getattr(inner.build, "edit", None) if isinstance(inner, Part) else None
+    return USUAL[way](edit) if way else edit  # type: ignore[operator]

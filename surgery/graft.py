@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import ops
 from .errors import GraftError
+from .tokens import Tokens
 from .tree import Site
 
 Balance: TypeAlias = "ops.Coefficient | None"
@@ -27,13 +28,18 @@ class Step(NamedTuple):
     """One part at one site.
 
     place   "before" acts on the input, "after" on the output, "beside" on the input for the
-            output, "instead" in place of the module
+            output, "instead" in place of the module; "into" puts tokens into the input, "among"
+            takes them out of the output too
     scale   what is added is `scale` times what the part gives; None: it replaces what it was given
     """
 
     place: str
     part: nn.Module
     scale: float | None
+    tokens: Tokens = Tokens(0)
+
+
+ENTERING = ("before", "into", "among")
 
 
 class Switch(nn.Module):
@@ -71,14 +77,17 @@ class Graft:
         self.entry, self.exit = site.entry.module, site.exit.module
         self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
         self.width, self.out = site.shape.width, site.shape.out
-        first = next((i for i, step in enumerate(steps) if step.place == "before"), len(steps))
+        entering = (i for i, step in enumerate(steps) if step.place in ENTERING)
+        first = next(entering, len(steps))
         besides = [i for i, step in enumerate(steps) if step.place == "beside"]
         self.remembers = bool(besides) and (site.is_span or first < besides[-1])
         self.enters = first < len(steps)
-        self.leaves = any(step.place in ("after", "beside") for step in steps)
+        self.leaves = any(step.place in ("after", "beside", "among") for step in steps)
         self.replacement = next((step.part for step in steps if step.place == "instead"), None)
         self.was_forward = self.entry.__dict__.get("forward")
         self.names = _declared(getattr(type(self.entry), "forward", None))
+        self.hears: dict[int, tuple[Graft, int]] = {}  # step i hears step j of another graft
+        self.listeners: list[tuple[int, Graft, int]] = []  # step j tells step i of another
         self.mark = Mark()
         self.came = Mark() if site.is_span and self.enters else None
         self.forget()
@@ -98,16 +107,18 @@ class Graft:
         """Drop what is kept of the last forward."""
         self.inputs: dict[int, Tensor] = {}
         self.gates: dict[int, Tensor] = {}  # by the number of the step
+        self.heard: dict[int, Tensor] = {}
+        self.inserted: dict[int, int] = {}  # how many tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": {}, "gates": {}}
+        return {**self.__dict__, "inputs": {}, "gates": {}, "heard": {}, "inserted": {}}
 
     def join(self) -> None:
         """Hook into the site; inputs meet the last rule first."""
         replaces = self.replacement is not None
         hooks = self.entry._forward_pre_hooks
         earlier = hooked(hooks, Graft)
-        inner = any(step.place == "before" for graft in earlier.values() for step in graft.steps)
+        inner = any(step.place in ENTERING for graft in earlier.values() for step in graft.steps)
         self.remembers |= inner and any(step.place == "beside" for step in self.steps)
         if self.enters or self.remembers or replaces:
             self.entry.register_forward_pre_hook(self.enter, with_kwargs=True)
@@ -137,6 +148,8 @@ class Graft:
         for i, step in reversed(list(enumerate(self.steps))):
             if step.place == "before":
                 x = self._act(i, step, x, x)
+            elif step.place in ENTERING:
+                x = self._insert(i, step, x, (args, kwargs))
             elif step.place == "beside" and self.remembers:
                 self.inputs[i] = x
         return put(x)
@@ -150,10 +163,51 @@ class Graft:
         for i, step in enumerate(self.steps):
             if step.place == "after":
                 y = self._act(i, step, y, y)
+            elif step.place == "among":
+                y = step.tokens.take_out(y, self.inserted.pop(i, 0))
             elif step.place == "beside":
                 x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
                 y = self._act(i, step, x, y)
         return put(y)
+
+    def _insert(self, i: int, step: Step, x: Tensor, given: Any) -> Tensor:
+        """The tokens that come, with those of the part among them."""
+        step.tokens.check(x, given, self.path)
+        rows = step.tokens.rows(x)
+        new = step.part(rows, self._hear(i)) if i in self.hears else step.part(rows)
+        shape = new.shape if isinstance(new, Tensor) else ()
+        if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
+            raise GraftError(
+                f"{type(step.part).__name__} at {self.path or 'the model'}",
+                f"it returned {_described(new)} where tokens to insert are needed.",
+                f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
+            )
+        self.inserted[i] = shape[1]
+        return step.tokens.put_in(x, new)
+
+    def _hear(self, i: int) -> Tensor:
+        """What the part that a step listens to gave in this forward."""
+        teller, j = self.hears[i]
+        if i not in self.heard:
+            raise GraftError(
+                f"the graft at {self.path}",
+                f"the part that it hears, at {teller.path}, did not run before it.",
+                "Write insert(..., hears=) with a place that runs before this one.",
+            )
+        heard, trained = self.heard.pop(i), _is_trained(teller.steps[j])
+        if torch.is_grad_enabled() and trained and not heard.requires_grad:
+            raise GraftError(
+                f"the graft at {self.path}",
+                f"what it hears from {teller.path} came without a gradient (reentrant "
+                "checkpointing), which would silently be missing.",
+                "Use checkpointing with use_reentrant=False.",
+            )
+        return heard
+
+    def listen(self, i: int, teller: Graft, j: int) -> None:
+        """Let step i be told what step j of another graft gives."""
+        self.hears[i] = teller, j
+        teller.listeners.append((j, self, i))
 
     def _remembered(self, i: int) -> Tensor:
         if i not in self.inputs:
@@ -204,6 +258,9 @@ class Graft:
         out = self._run(step, x if axis == -1 else x.movedim(axis, -1), taken[1])
         if isinstance(out, ops.Routed):
             out = self._routed(i, out, x)
+        for j, listener, k in self.listeners:
+            if i == j and isinstance(out, Tensor):
+                listener.heard[k] = out
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = self._fitting(step, out, base)
@@ -290,6 +347,10 @@ def unhook(module: nn.Module, owner: object) -> None:
 def _owner(method: Any) -> Any:
     """The object that a method is of."""
     return getattr(method, "__self__", None)
+
+
+def _is_trained(step: Step) -> bool:
+    return any(p.requires_grad for p in step.part.parameters())
 
 
 def routes(step: Step) -> bool:

@@ -1,14 +1,15 @@
-"""Merge: fold linear parts into the linear modules they stand at, and take them out again."""
+"""Merge: fold linear parts into the modules with weights that they stand at, and unmerge."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from .errors import OperationError
+from .fold import Held, hold
 from .graft import Graft, Step, is_replaced
 from .leaf import forward_of
 from .operate import operated
@@ -17,21 +18,14 @@ from .part import Affine, affine
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class _Folded(NamedTuple):
-    """What a module will hold once its grafts are folded into it."""
-
-    module: nn.Linear
-    path: str
-    map: Affine
-
-
 @torch.no_grad()
 def merge(model: Model) -> Model:
     """Fold all parts into the base: the same answers at the speed of the base; returns the model.
 
-    Parts must be linear (nn.Linear, nn.Sequential of these, or a module with a method
-    `affine()` that returns weight (out, in) and bias (out,) or None), at an nn.Linear that shares
-    its weight with nothing. The base keeps its keys; parts stay in `model.surgery`, unused, and the
+    Parts must be linear (nn.Linear, nn.Sequential of these, or a module with a method `affine()`
+    that returns weight (out, in), or (out,) where it scales each feature, and bias (out,) or
+    None), at an nn.Linear, a convolution, or, where they scale after it, a norm, that shares its
+    weight with nothing. The base keeps its keys; parts stay in `model.surgery`, unused, and the
     weights as they were are kept, so that `unmerge` and `revert` are exact.
 
     Raises OperationError where a part cannot be merged, or all are already, model untouched.
@@ -44,20 +38,16 @@ def merge(model: Model) -> Model:
     """
     done = operated(model, "merge(model)")
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    folded: dict[int, _Folded] = {}
+    held: dict[int, tuple[str, Held]] = {}
     for graft in [graft for operation in done for graft in operation.grafts]:
-        linear = _linear(graft, uses)
-        known = folded.get(id(linear), _Folded(linear, graft.path, _of(linear)))
-        folded[id(linear)] = known._replace(map=_after(known.map, graft))
-    for each in folded.values():
-        if each.module.bias is None and each.map.bias is not None:
-            raise OperationError(
-                f"merge(model) at {each.path}",
-                "a part there adds a bias, and this nn.Linear has none to fold it into.",
-                "Make the part without a bias, or leave it unmerged.",
-            )
+        base = _held(graft, uses)
+        _, known = held.get(id(base.module), ("", base))
+        for step in graft.steps:
+            known = known._replace(map=_folded(known, step, graft.path))
+        held[id(base.module)] = graft.path, known
+    changes = [(it.module, *_written(it, path)) for path, it in held.values()]
     try:
-        done[-1].fold([(f.module, f.map.weight, f.map.bias) for f in folded.values()])
+        done[-1].fold(changes)
         for operation in done:
             operation.merged = True
     except BaseException:
@@ -82,48 +72,45 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def _linear(graft: Graft, uses: Counter[int]) -> nn.Linear:
-    """The nn.Linear that a graft's parts can be folded into. Raises OperationError."""
+def _held(graft: Graft, uses: Counter[int]) -> Held:
+    """The map of a graft's module, as its weights hold it. Raises OperationError."""
     module = graft.entry
     kinds = ", ".join(dict.fromkeys(type(step.part).__name__ for step in graft.steps))
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     own = forward_of(module) is not type(module).forward and not is_replaced(module)
-    if graft.exit is not module or not plain or own:
+    held = hold(module) if graft.exit is module and not own else None
+    if held is None:
         kind = "a span" if graft.exit is not module else f"a {type(module).__name__}"
         kind += " with a forward of its own" if own else ""
         raise OperationError(
             f"merge(model) at {graft.path}",
-            f"{kinds} stands at {kind}, and only what stands at an nn.Linear can be folded.",
-            "Put such parts on the linears themselves, or leave the model unmerged.",
+            f"{kinds} stands at {kind}, and only what stands at an nn.Linear, a convolution or a "
+            "norm with weights can be folded.",
+            "Put such parts on these themselves, or leave the model unmerged.",
         )
-    assert isinstance(module, nn.Linear)
-    if uses[id(module.weight)] > 1:
+    if uses[id(held.module.weight)] > 1:
         raise OperationError(
             f"merge(model) at {graft.path}",
             f"its weight is used elsewhere too, so {kinds} cannot be folded into it.",
             "Leave the model unmerged.",
         )
-    return module
+    return held
 
 
-def _of(linear: nn.Linear) -> Affine:
-    return Affine(linear.weight, linear.bias)
-
-
-def _after(map: Affine, graft: Graft) -> Affine:
-    """The map of a site with a graft's steps folded in, each around what came before."""
-    for step in graft.steps:
-        map = _folded(map, step, graft.path)
-    return map
-
-
-def _folded(map: Affine, step: Step, path: str) -> Affine:
-    part = affine(step.part)
-    if part is None:
+def _folded(held: Held, step: Step, path: str) -> Affine:
+    """The map of a site with one more step, around what came before."""
+    map, part = held.map, affine(step.part)
+    if part is None or step.place in ("into", "among"):
         raise OperationError(
             f"merge(model) at {path}",
             f"{type(step.part).__name__} is not linear, so it cannot be folded into a weight.",
             "Leave the model unmerged, or use a method that merges (a linear part).",
+        )
+    if step.place != "after" and not held.pointwise:
+        raise OperationError(
+            f"merge(model) at {path}",
+            f"{type(step.part).__name__} acts on the input of a {type(held.module).__name__}, "
+            "which mixes or norms it first: it cannot be folded into its weight.",
+            "Put it after the module, or leave the model unmerged.",
         )
     if step.place == "instead":
         return part
@@ -142,3 +129,20 @@ def _without_bias(through: Affine, map: Affine) -> Affine:
     if map.bias is None or through.bias is None:
         return through
     return Affine(through.weight, through.bias - map.bias)
+
+
+def _written(held: Held, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and the bias that the module is to have. Raises OperationError."""
+    if held.module.bias is None and held.map.bias is not None:
+        raise OperationError(
+            f"merge(model) at {path}",
+            f"a part there adds a bias, and this {held.kind} has none to fold it into.",
+            "Make the part without a bias, or leave it unmerged.",
+        )
+    if held.map.weight.numel() != held.module.weight.numel():
+        raise OperationError(
+            f"merge(model) at {path}",
+            f"the part mixes features, and this {held.kind} holds one number for each.",
+            "Put it on the linear modules that read it, or leave it unmerged.",
+        )
+    return held.weight(), held.map.bias

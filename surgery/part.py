@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from .term import Term, show
 from .tree import Site
 
 P = ParamSpec("P")
+Kind = TypeVar("Kind", bound=Callable[..., nn.Module])
 Maker = Callable[[Site], nn.Module]
 
 
@@ -57,6 +58,16 @@ class _Word(Generic[P]):
         return Part(self._build, tuple(bound.arguments.items()))
 
 
+def usually(edit: str) -> Callable[[Kind], Kind]:
+    """Say how a part is mostly joined, so that `at(where, part())` is enough: "parallel", ..."""
+
+    def say(build: Kind) -> Kind:
+        build.edit = edit  # type: ignore[attr-defined]
+        return build
+
+    return say
+
+
 def part(build: Callable[Concatenate[Site, P], nn.Module]) -> _Word[P]:
     """Make a builder `(site, ...) -> nn.Module` into a word for rules.
 
@@ -76,17 +87,20 @@ def part(build: Callable[Concatenate[Site, P], nn.Module]) -> _Word[P]:
 @dataclass(frozen=True, repr=False)
 class Shared(Term):
     part: Maker
-    by: str | None = field(default=None, kw_only=True)
+    by: str | Term | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
 
     def __call__(self, site: Site) -> nn.Module:
-        return self.part(site)
+        return self.part(site) if site.lender is None else site.lender(self, site)
 
 
-def shared(part: Maker, *, by: str | None = None, name: str | None = None) -> Shared:
+def shared(part: Maker, *, by: str | Term | None = None, name: str | None = None) -> Shared:
     """Make `part` once and join it to every site: once per width and device.
 
-    by      the name of a `{capture}` in the rule's address: once per captured value too
+    It may be an argument of another part too, which then is lent it: `arc(basis=shared(...))`.
+
+    by      the name of a `{capture}` in the rule's address: once per captured value too; or a
+            pattern (attn, block): once for each of its sites that is the site or holds it
     name    tells apart two shared parts that are otherwise written the same; rules that share an
             equal `shared(...)` share one part
 
@@ -106,7 +120,8 @@ def maker(value: Maker, word: str) -> Maker:
             f"{value.__name__} is the word, not yet the part.",
             f"Call it: {word}({value.__name__}()).",
         )
-    if isinstance(value, nn.Module) or not callable(value):
+    other = isinstance(value, Term) and not isinstance(value, (Part, Shared))
+    if isinstance(value, nn.Module) or not callable(value) or other:
         kind = type(value).__name__
         raise RuleError(
             f"{word}({kind if isinstance(value, nn.Module) else show(value)})",
@@ -117,28 +132,39 @@ def maker(value: Maker, word: str) -> Maker:
 
 
 class Affine(NamedTuple):
-    """The map x -> weight x + bias: weight (out, in); bias (out,), or None for zero."""
+    """The map x -> weight x + bias: weight (out, in), or (out,) where it only scales each feature;
+    bias (out,), or None for zero."""
 
     weight: Tensor
     bias: Tensor | None
 
     def after(self, first: Affine) -> Affine:
         """This map of what `first` gives."""
-        bias = self.bias if first.bias is None else self.weight @ first.bias
-        if first.bias is not None and self.bias is not None:
-            bias = self.weight @ first.bias + self.bias
-        return Affine(self.weight @ first.weight, bias)
+        bias = self.bias
+        if first.bias is not None:
+            moved = _product(self.weight, first.bias)
+            bias = moved if bias is None else moved + bias
+        return Affine(_product(self.weight, first.weight), bias)
 
     def plus(self, other: Affine) -> Affine:
         """The sum of two maps of one input."""
-        both = [bias for bias in (self.bias, other.bias) if bias is not None]
-        return Affine(
-            self.weight + other.weight, both[0] + both[1] if both[1:] else (*both, None)[0]
-        )
+        a, b = self.weight, other.weight
+        if a.dim() != b.dim():
+            a, b = (w if w.dim() == 2 else w.diag() for w in (a, b))
+        if self.bias is None or other.bias is None:
+            return Affine(a + b, self.bias if other.bias is None else other.bias)
+        return Affine(a + b, self.bias + other.bias)
 
     def times(self, scale: float) -> Affine:
         """The map, scaled."""
         return Affine(self.weight * scale, None if self.bias is None else self.bias * scale)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, where a vector for `a` is a diagonal matrix, and so for `b` beside a matrix."""
+    if a.dim() == 1:
+        return a * b if b.dim() == 1 else a[:, None] * b
+    return a @ b
 
 
 def affine(part: nn.Module) -> Affine | None:

@@ -64,12 +64,52 @@ class Pattern(Term):
     def __invert__(self) -> Pattern:
         return self.pattern if isinstance(self, Other) else Other(self)
 
+    def __getitem__(self, chosen: int | slice) -> Pattern:
+        """Some of what it selects, counted as Python counts: ffn[-4:], block[0]."""
+        bounds: tuple[int | None, ...]
+        if isinstance(chosen, slice):
+            bounds, counts = (chosen.start, chosen.stop, chosen.step), [int, type(None)]
+        else:
+            bounds, counts = (chosen,), [int]
+        if any(type(bound) not in counts for bound in bounds):
+            raise RuleError(
+                f"{self!r}[{chosen!r}]", "this counts no sites.", f"Write {self!r}[0] or [-4:]."
+            )
+        return Chosen(self, bounds)
+
+    __iter__ = None  # else Python would count on, without end
+
 
 class Selection(Pattern):
     """Base of patterns that select as a whole, by `select`, spans of their own among it."""
 
     def candidates(self, tree: Tree) -> list[Site]:
         return list(self.find(tree))
+
+
+@dataclass(frozen=True, repr=False)
+class Chosen(Selection):
+    """Some of the sites of a pattern, by their number or from, to and step."""
+
+    pattern: Pattern
+    rest: tuple[int | None, ...]
+
+    @property
+    def word(self) -> str:
+        return "[]"
+
+    def select(self, tree: Tree) -> Found:
+        found = list(self.pattern.find(tree).items())
+        if len(self.rest) > 1:
+            return dict(found[slice(*self.rest)])
+        index = self.rest[0] or 0
+        return dict([found[index]] if -len(found) <= index < len(found) else [])
+
+    def __repr__(self) -> str:
+        bounds = ["" if b is None else str(b) for b in self.rest]
+        inner = ":".join(bounds[:2] if bounds[2:] == [""] else bounds)
+        loose = isinstance(self.pattern, (_Infix, Other))
+        return f"({self.pattern!r})[{inner}]" if loose else f"{self.pattern!r}[{inner}]"
 
 
 def where(what: Where) -> Pattern:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,10 +15,11 @@ from torch import nn
 from .edit import Joined
 from .errors import RuleError
 from .leaf import forward_of, is_norm
-from .part import Shared
+from .part import Maker, Shared
+from .pattern import Pattern
 from .rule import Rule
 from .term import show
-from .tree import Site
+from .tree import Site, Tree
 
 FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -44,96 +45,117 @@ class Placed:
 
     def make(self, seed: int) -> nn.Module:
         """The part, seeded by (seed, edit, key), with its site's device, dtype and mode."""
+        return self.made(self._build, f"{seed}|{self.said}|{self.key}")
+
+    def made(self, build: Callable[[], nn.Module], seed: str) -> nn.Module:
+        """What `build` gives for this place, seeded by a text."""
         if self.device.type == "meta":
-            sketch = self.sketch().to(dtype=self.dtype)
+            sketch = self.sketched(build).to(dtype=self.dtype)
             return sketch if self.site.module.training else sketch.eval()
-        digest = hashlib.sha256(f"{seed}|{self.said}|{self.key}".encode()).digest()
+        digest = hashlib.sha256(seed.encode()).digest()
         torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
         if torch.empty(0).device.type == "cpu":  # the default: no context, which costs each call
-            part = self._build()
+            part = build()
         else:
             with torch.device("cpu"):
-                part = self._build()
+                part = build()
         if any(t.dtype != self.dtype or t.device != self.device for t in _tensors(part)):
             part.to(self.device, self.dtype)
         return part if self.site.module.training else part.eval()
 
     def sketch(self) -> nn.Module:
         """The part on the meta device: shapes without memory or random numbers."""
+        return self.sketched(self._build)
+
+    def sketched(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """What `build` gives, on the meta device."""
         with torch.device("meta"):
-            return self._build()
+            return build()
 
     def _build(self) -> nn.Module:
-        part = self.edit.part(self.site)
+        part = self.edit.part
+        return self.built(part.part if isinstance(part, Shared) else part, self.site)
+
+    def built(self, maker: Maker, site: Site) -> nn.Module:
+        """The part of a maker, which must be a module."""
+        part = maker(site)
         if not isinstance(part, nn.Module):
             raise RuleError(
                 self.rule.short,
-                f"{show(self.edit.part)} gave {type(part).__name__}, no module, at {self.site!r}.",
+                f"{show(maker)} gave {type(part).__name__}, no module, at {self.site!r}.",
                 "A part is an nn.Module; return one.",
             )
         return part
 
 
-def name_all(placed: list[Placed]) -> None:
-    """Give each part its key: the path for one of its own, `shared/...` for a shared one."""
+class Names:
+    """Keys of parts: the path for one of its own, `shared/...` for a shared one."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self._stems = Counter[str]()
+        self._shared: dict[tuple[Any, ...], str] = {}
+        self._said: dict[int, tuple[str, Shared]] = {}
+
+    def own(self, p: Placed) -> str:
+        """The key of a part of one site."""
+        return self._numbered(f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}")
+
+    def shared(self, shared: Shared, site: Site, p: Placed) -> str:
+        """The key of a shared part, as `p` asks for it: the same for all that share it."""
+        said, _ = self._said.setdefault(id(shared), (repr(shared), shared))
+        by = self._by(shared, p)
+        own = id(shared.part) if not hasattr(shared.part, "word") else 0
+        group = said, own, tuple(site.shape[:2]), by, p.device, p.dtype
+        if group not in self._shared:
+            self._shared[group] = self._numbered(_stem(shared, site, by))
+        return self._shared[group]
+
+    def _numbered(self, stem: str) -> str:
+        """The stem, with a number from the second time on."""
+        self._stems[stem] += 1
+        n = self._stems[stem]
+        return stem if n == 1 else f"{stem}/{n}"
+
+    def _by(self, shared: Shared, p: Placed) -> str | None:
+        """What a shared part goes by, at one place: a captured name, or the path of a holder."""
+        if isinstance(shared.by, Pattern):
+            around = [site for site in shared.by.find(self.tree) if _lies_in(p.place, site)]
+            if around:
+                return max(around, key=lambda site: (site.entry.order, -site.exit.end)).path
+            raise RuleError(
+                p.rule.short,
+                f"{p.site.path} lies in no {shared.by!r}, which {show(shared)} goes by.",
+                "Go by what holds every site of the rule: shared(..., by=block).",
+            )
+        if shared.by is not None and shared.by not in p.site.captures:
+            raise RuleError(
+                p.rule.short,
+                f'shared(..., by="{shared.by}") has no {{{shared.by}}} to go by.',
+                f'Capture it in the address: "layers.{{{shared.by}}}.blocks.*.mlp".',
+            )
+        return None if shared.by is None else p.site.captures[str(shared.by)]
+
+
+def name_all(placed: list[Placed], names: Names) -> None:
+    """Give each place the key of its part."""
     edits = {id(p.edit): p.edit for p in placed}
-    said = {key: (repr(edit), repr(edit.part)) for key, edit in edits.items()}
-    stems = Counter[str]()
-    groups: dict[str, dict[tuple[Any, ...], str]] = {}
+    said = {key: repr(edit) for key, edit in edits.items()}
     for p in placed:
-        p.said, part = said[id(p.edit)]
-        if isinstance(p.edit.part, Shared):
-            p.key = _stem(p, p.edit.part)
-            groups.setdefault(p.key, {})[_group(p, p.edit.part, part)] = ""
-    for stem, alike in groups.items():
-        for group in alike:
-            key = f"{stem}/{_digest(group[0])}" if len(alike) > 1 else stem
-            alike[group] = _numbered(key, stems)
-    for p in placed:
-        if isinstance(p.edit.part, Shared):
-            p.key = groups[p.key][_group(p, p.edit.part, said[id(p.edit)][1])]
-        else:
-            stem = f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}"
-            p.key = _numbered(stem, stems)
+        p.said, part = said[id(p.edit)], p.edit.part
+        p.key = names.shared(part, p.site, p) if isinstance(part, Shared) else names.own(p)
 
 
-def _numbered(stem: str, seen: Counter[str]) -> str:
-    """The stem, with a number from the second time on."""
-    seen[stem] += 1
-    return stem if seen[stem] == 1 else f"{stem}/{seen[stem]}"
+def _lies_in(place: Site, site: Site) -> bool:
+    """Whether a place is a site, or lies inside it (a span too)."""
+    return site.entry.order <= place.entry.order and place.exit.end <= site.exit.end
 
 
-def _stem(p: Placed, shared: Shared) -> str:
+def _stem(shared: Shared, site: Site, by: str | None) -> str:
     word = shared.name or getattr(shared.part, "word", None) or "part"
-    captured = _captured(p, shared)
-    by = f"/{shared.by}={captured}" if captured is not None else ""
-    return f"shared/{word}/{p.site.shape.width}{by}".replace(".", "_")
-
-
-def _group(p: Placed, shared: Shared, said: str) -> tuple[Any, ...]:
-    """What parts must agree in to be one; `said` is the shared part in words.
-
-    The first of it alone makes the key, which a file must find again on another machine.
-    """
-    own = id(shared.part) if not hasattr(shared.part, "word") else 0
-    words = f"{said} {tuple(p.site.shape[:2])} {_captured(p, shared)}"
-    return words, own, p.device, p.dtype
-
-
-def _captured(p: Placed, shared: Shared) -> str | None:
-    if shared.by is None:
-        return None
-    if shared.by not in p.site.captures:
-        raise RuleError(
-            p.rule.short,
-            f'shared(..., by="{shared.by}") has no {{{shared.by}}} to go by.',
-            f'Capture it in the address: "layers.{{{shared.by}}}.blocks.*.mlp".',
-        )
-    return p.site.captures[shared.by]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    said = shared.by if isinstance(shared.by, str) else "by"
+    suffix = "" if by is None else f"/{said}={by}"
+    return f"shared/{word}/{site.shape.width}{suffix}".replace(".", "_")
 
 
 def _tensors(part: nn.Module) -> Iterator[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,23 +13,21 @@ from torch import nn
 
 from . import chance
 from .account import Record, Row, count, summary
-from .address import generalise, nearest
 from .edit import Joined, Trained
-from .errors import ConflictError, FileError, MatchError, OperationError, RuleError
-from .flow import follow, followed
+from .errors import ConflictError, FileError, OperationError, RuleError
+from .flow import follow
 from .graft import Balance, Step, is_replaced
-from .pattern import Address
-from .place import Placed, check_called, name_all
+from .meeting import flatten, matched, meant, nameless, tellers, tokens_of, training
+from .place import Names, Placed, check_called, name_all
 from .proof import Trainee, prove
-from .role import ROLES, anatomise, attn, block, embed, ffn, head, instead_of_ffns, norm, qkv
 from .room import Operation, operations, room_of
 from .rule import Rule, Rules
-from .rulesets import named
-from .term import encode, show
+from .stock import Stock
+from .term import encode
+from .tokens import Tokens
 from .tree import ROOM, Site, Tree
 from .words import words
 
-SHOW = " With example=inputs a forward is looked at too, for what modules do not show."
 WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
 
 
@@ -77,7 +75,7 @@ class Plan:
         self.rules = flatten(rules)
         self.tree = Tree(model)
         self.fed = follow(self.tree, example)
-        self.matches = [(rule, _matched(rule, self.tree)) for rule in self.rules]
+        self.matches = [(rule, matched(rule, self.tree)) for rule in self.rules]
         self.placed = [
             Placed(rule, edit, site, site.seen(shape=edit.port(site), captures=captures))
             for rule, sites in self.matches
@@ -87,7 +85,10 @@ class Plan:
         ]
         _check_conflicts(self.placed)
         check_called(self.placed)
-        name_all(self.placed)
+        self.tokens = tokens_of(self.placed, self.tree)
+        self.tellers = tellers(self.placed, self.tree)
+        self.names = Names(self.tree)
+        name_all(self.placed, self.names)
         self.unfrozen = self._unfrozen()
         if not (self.placed or self.unfrozen):
             raise RuleError(
@@ -95,7 +96,7 @@ class Plan:
                 "nothing would be left to train: what no rule unfreezes is frozen anyway.",
                 'Put at("", unfreeze) before rules that freeze.',
             )
-        self._parts: dict[str, nn.Module] | None = None
+        self._sketches: Stock | None = None
 
     @property
     def sites(self) -> list[Site]:
@@ -106,13 +107,17 @@ class Plan:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """Every part that would be added, sketched on the meta device."""
-        if self._parts is None:
+        return self._sketched.parts
+
+    @property
+    def _sketched(self) -> Stock:
+        if self._sketches is None:
             restore = chance.remember()
             try:
-                self._parts = {p.key: p.sketch() for p in self._makers()}
+                self._sketches = Stock(self.placed, self.names, None)
             finally:
                 restore()
-        return self._parts
+        return self._sketches
 
     @property
     def added(self) -> int:
@@ -122,13 +127,19 @@ class Plan:
     @property
     def trainable(self) -> int:
         """Parameters that would be trained: those of the parts, and what is unfrozen."""
-        return count(self.parts.values(), trainable=True) + self._numel(self.tree.sites)
+        return count(self.parts.values(), trainable=True) + self._numel(self._base())
 
     @property
     def record(self) -> Record:
         """What the operation writes down of itself: plain data, with no hold on the model."""
+        return self._record(self._sketched)
+
+    def _record(self, stock: Stock | None) -> Record:
         notes = ["what feeds what was read off a forward on the example"] if self.fed.asked else []
-        return Record(rows=self._rows(), seed=self.seed, data=_data(self.rules), notes=notes)
+        borrowed = stock.borrowed if stock else {}
+        return Record(
+            rows=self._rows(borrowed), seed=self.seed, data=_data(self.rules), notes=notes
+        )
 
     def __str__(self) -> str:
         title = f"Plan for {type(self.model).__name__}"
@@ -150,7 +161,7 @@ class Plan:
         where something is not so.
         """
         _check_model(self.model, self.name)
-        operation = Operation(self.name, self.balance, self.record)
+        operation = Operation(self.name, self.balance, self._record(None))
         restore = chance.remember()
         try:
             with _tracking():
@@ -170,37 +181,39 @@ class Plan:
         earlier = [p for p in self._base() if p.requires_grad] if operations(self.model) else []
         operation.open(self.model)
         operation.train_only(modules, self.unfrozen | set(map(id, earlier)))
-        parts = {p.key: p.make(self.seed) for p in self._makers()}
+        stock = Stock(self.placed, self.names, self.seed)
+        parts = stock.parts
+        if stock.borrowed:
+            operation.record = self._record(stock)
         operation.own(parts)
         spots: dict[tuple[int, int], list[Placed]] = {}
         for p in self.placed:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():
-            steps = [Step(p.edit.place, parts[p.key], p.edit.scale) for p in there]
+            steps = [
+                Step(p.edit.place, parts[p.key], p.edit.scale, self.tokens.get(p, Tokens(0)))
+                for p in there
+            ]
             operation.join(there[0].place, steps)
+        grafts = dict(zip(spots, operation.grafts, strict=True))
+        for p, teller in self.tellers.items():
+            mine, theirs = spots[p.spot], spots[teller.spot]
+            grafts[p.spot].listen(mine.index(p), grafts[teller.spot], theirs.index(teller))
         operation.watch(self.model)
 
     def _trainees(self, operation: Operation) -> Iterator[Trainee]:
         """What is to be trained: each part, and each module that a rule unfreezes."""
-        rules = {p.key: p.rule for p in self.placed}
+        rows = zip(operation.record["rows"], self.rules, strict=True)
+        rules = {key: rule for row, rule in rows for key in row["keys"]}
         for key, part in operation.named_children():
             parts = [(f"{key}.{n}", t) for n, t in part.named_parameters()]
             yield Trainee(rules[key].short, [*parts])
         for rule, sites in self.matches:
-            if any(isinstance(edit, Trained) and edit.trained for edit in rule.rest):
+            for edit in training(rule):
                 for site in sites:
-                    ends = dict.fromkeys((site.entry, site.exit))
-                    named = [(e.path, *it) for e in ends for it in e.module.named_parameters()]
-                    held = [(f"{a}.{b}".strip("."), t) for a, b, t in named]
+                    held = meant(edit, [site])
                     chosen = [it for it in held if id(it[1]) in self.unfrozen]
                     yield Trainee(rule.short, [*chosen], rule.optional)
-
-    def _makers(self) -> Iterable[Placed]:
-        """For each part, the first place that asks for it."""
-        first: dict[str, Placed] = {}
-        for p in self.placed:
-            first.setdefault(p.key, p)
-        return first.values()
 
     def _base(self) -> list[nn.Parameter]:
         return [p for site in self.tree.sites for p in site.module.parameters(recurse=False)]
@@ -211,31 +224,35 @@ class Plan:
         for rule, sites in self.matches:
             for edit in rule.rest:
                 if isinstance(edit, Trained):
-                    ids = {id(p) for p in _parameters(sites) if p.is_floating_point()}
+                    named = meant(edit, sites)
+                    if edit.only and sites and not (named or rule.optional):
+                        raise nameless(rule, edit, sites)
+                    ids = {id(p) for _, p in named if p.is_floating_point()}
                     chosen = chosen | ids if edit.trained else chosen - ids
         return chosen
 
-    def _numel(self, sites: Iterable[Site], but: Iterable[int] = ()) -> int:
+    def _numel(self, parameters: Iterable[nn.Parameter], but: Iterable[int] = ()) -> int:
         skip = set(but)
-        held = {id(p): p.numel() for p in _parameters(sites)}
+        held = {id(p): p.numel() for p in parameters}
         return sum(n for i, n in held.items() if i in self.unfrozen and i not in skip)
 
-    def _rows(self) -> list[Row]:
+    def _rows(self, borrowed: Mapping[str, list[str]]) -> list[Row]:
         rows: list[Row] = []
         told: set[int] = set()
         for rule, sites in self.matches:
-            keys = dict.fromkeys(p.key for p in self.placed if p.rule is rule)
-            trains = any(isinstance(edit, Trained) and edit.trained for edit in rule.rest)
+            own = dict.fromkeys(p.key for p in self.placed if p.rule is rule)
+            keys = dict.fromkeys(k for key in own for k in (key, *borrowed.get(key, ())))
+            trained = [p for edit in training(rule) for _, p in meant(edit, sites)]
             rows.append(
                 Row(
                     rule=repr(rule),
                     paths=[site.path for site in sites],
                     edits=[repr(edit) for edit in rule.rest],
                     keys=list(keys),
-                    unfrozen=self._numel(sites, but=told) if trains else 0,
+                    unfrozen=self._numel(trained, but=told),
                 )
             )
-            told.update(map(id, _parameters(sites)) if trains else ())
+            told.update(map(id, trained))
         return rows
 
 
@@ -262,21 +279,6 @@ def plan(
     made = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
     _ = made.parts
     return made
-
-
-def flatten(rules: Rules) -> list[Rule]:
-    """Rules as one list, names looked up. Raises RuleError on what is no rule."""
-    if isinstance(rules, Rule):
-        return [rules]
-    if isinstance(rules, str):
-        return named(rules)
-    if not isinstance(rules, (list, tuple)) or not rules:
-        raise RuleError(
-            f"rules={show(rules)}",
-            "this is no rule, no name of a rule set, and no list of either.",
-            'Write rules="adapterx_ffn", or rules=[at(ffn, parallel(adapter(rank=8)))].',
-        )
-    return [rule for each in rules for rule in flatten(each)]
 
 
 def check_operable(model: nn.Module) -> None:
@@ -319,45 +321,6 @@ def _check_model(model: nn.Module, name: str) -> None:
         )
 
 
-def _matched(rule: Rule, tree: Tree) -> dict[Site, dict[str, str]]:
-    found = rule.where.find(tree)
-    kind = type(tree.model).__name__
-    if not found and not rule.optional:
-        fact = f"matched no module of {kind}"
-        if not (isinstance(rule.where, Address) or anatomise(tree)["ffn"]):
-            fact += f", which has no feed-forward network: {instead_of_ffns(tree)}"
-        raise MatchError(rule.short, f"{fact}.", _advice(rule, tree))
-    if found and rule.times is not None and len(found) != rule.times:
-        paths = [site.path for site in found]
-        listed = ", ".join(paths[:4]) + (" and more" if len(paths) > 4 else "")
-        raise MatchError(
-            rule.short,
-            f"matched {len(found)} sites of {kind}, not times={rule.times}: {listed}.",
-            f"Write times={len(found)}, or a narrower or wider place.",
-        )
-    return found
-
-
-def _advice(rule: Rule, tree: Tree) -> str:
-    roles = anatomise(tree)
-    if not isinstance(rule.where, Address):
-        known = ", ".join(f"{role} ({len(roles[role.name])})" for role in ROLES if roles[role.name])
-        more = "" if roles["ffn"] or followed(tree) else SHOW
-        return (
-            f"Roles found in it: {known or 'none'}. print(surgery.anatomy(model)) shows more.{more}"
-        )
-    asked_for = (ffn, attn, block, qkv, norm, head, embed)  # most often first
-    role_of = {generalise(s.path): role for role in asked_for[::-1] for s in roles[role.name]}
-    preferred = [generalise(s.path) for role in asked_for for s in roles[role.name][:1]]
-    near = nearest(rule.where.what, (site.path for site in tree.sites), preferred)
-    if not near:
-        return 'It has no modules below it. Write at("", ...) for the model itself.'
-    listed = ", ".join(f"{path} ({n})" for path, n in near)
-    best = near[0][0]
-    general = f" or, for any architecture, at({role_of[best]}, ...)" if best in role_of else ""
-    return f'Nearest addresses: {listed}.\nWrite at("{best}", ...){general}.'
-
-
 def _check_conflicts(placed: list[Placed]) -> None:
     replacing: dict[int, Placed] = {}
     for p in placed:
@@ -382,11 +345,6 @@ def _check_conflicts(placed: list[Placed]) -> None:
                 "Keep one of the two, or narrow one of them with & ~where(...).",
             )
         replacing[id(p.site.module)] = p
-
-
-def _parameters(sites: Iterable[Site]) -> list[nn.Parameter]:
-    modules = {id(end.module): end.module for site in sites for end in (site.entry, site.exit)}
-    return [p for module in modules.values() for p in module.parameters()]
 
 
 def _data(rules: list[Rule]) -> str:

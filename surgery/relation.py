@@ -95,6 +95,31 @@ class Span(Selection):
         return {_from(near[site], site) if site in near else site: {} for site in anchors}
 
 
+@dataclass(frozen=True, repr=False)
+class Until(Selection):
+    entry: Pattern
+    exit: Pattern
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (plain(self.entry), plain(self.exit)), {}
+
+    def select(self, tree: Tree) -> Found:
+        ends = list(self.exit.find(tree))
+        return {_stretch(site, ends): {} for site in self.entry.find(tree) if _last(site, ends)}
+
+
+def _last(site: Site, ends: list[Site]) -> Site | None:
+    """The last of its own list, where it is of one, else the last of all, from the site on."""
+    later = [end for end in ends if end.exit.order >= site.exit.order]
+    own = [end for end in later if end.parent is site.parent and site.is_element]
+    return own[-1] if own else later[-1] if later else None
+
+
+def _stretch(site: Site, ends: list[Site]) -> Site:
+    end = _last(site, ends)
+    return site if end is site or end is None else _from(site, end)
+
+
 def inside(pattern: Where) -> Pattern:
     """Every module strictly inside a site that `pattern` selects.
 
@@ -153,6 +178,18 @@ def span(entry: Where, exit: Where) -> Pattern:
     span("**.norm2", "**.mlp")
     """
     return Span(where(entry), where(exit))
+
+
+def until(entry: Where, exit: Where) -> Pattern:
+    """From the input of each `entry` to the output of the last `exit`.
+
+    `until(block[0], block)` is the whole stretch of blocks; `until(block, block)` a stretch from
+    each of them on. Where blocks are in several lists (two towers), each ends with its own list.
+
+    >>> until("blocks.[0]", "blocks.*")
+    until("blocks.[0]", "blocks.*")
+    """
+    return Until(where(entry), where(exit))
 
 
 def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:

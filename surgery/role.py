@@ -1,5 +1,7 @@
 """Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
-query, key and value, which a forward on an example tells apart.
+fused, the one projection that makes query, key and value at once; fc1 and fc2, the layers of a
+feed-forward network; query, key and value, which a forward on an
+example tells apart.
 
 Attention is what projects features inside a block and is no feed-forward network; a block is the
 repeated module that holds them.
@@ -57,6 +59,7 @@ class Operand(Role):
 
 block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))
 norm, embed, head = map(Role, ("norm", "embed", "head"))
+LAYERS = fused, fc1, fc2 = tuple(map(Role, ("fused", "fc1", "fc2")))
 MADE = query, key, value = tuple(map(Operand, OPERANDS))
 ROLES = (embed, block, norm, attn, qkv, proj, ffn, head)
 
@@ -125,16 +128,28 @@ class _Anatomy:
                 site.measure(but=aside)
         projections = [[s for s in self.leaves.below(a) if s not in aside] for a in attns]
         last = {self._last(a, made): a for a, made in zip(attns, projections, strict=True)}
+        rest = [[s for s in made if s not in last] for made in projections]
         self.roles: dict[str, list[Site]] = {
             "ffn": ffns,
             "block": blocks,
             "attn": attns,
-            "qkv": [s for made in projections for s in made if s not in last],
+            "qkv": [s for made in rest for s in made],
             "proj": [s for s in last if not isinstance(s.module, nn.MultiheadAttention)],
             "norm": [s for s in tree.sites if is_norm(s.module)],
+            "fused": [made[0] for made in rest if len(made) == 1],
+            "fc1": [s for f in ffns for s in self._layers(f)[0]],
+            "fc2": [s for f in ffns for s in self._layers(f)[1]],
             "head": self._heads(blocks),
             "embed": self._embeddings(blocks),
         }
+
+    def _layers(self, ffn: Site) -> tuple[list[Site], list[Site]]:
+        """The linear layers of a feed-forward network: what widens (and gates), what narrows."""
+        own = [s for s in self.leaves.below(ffn) if linear(s.module)]
+        fc2 = [s for i, s in enumerate(own) if i and s.out == ffn.out]
+        hidden = {s.width for s in fc2}
+        fits = [s for s in own if s not in fc2 and s.width == ffn.width]
+        return [s for s in fits if s.out in hidden or s.out // 2 in hidden], fc2
 
     def _block(self, ffn: Site) -> Site:
         """The nearest container element around an FFN that also projects; else the nearest."""

@@ -200,24 +200,25 @@ class Operation(Switch):
         for model in self.model:
             self._leave_room(model)
 
-    def fold(self, maps: list[tuple[nn.Linear, Tensor, Tensor | None]]) -> None:
-        """Write other weights and biases to linears, the former kept."""
-        for linear, weight, bias in maps:
-            for name, value in (("weight", weight), ("bias", bias)):
-                tensor = linear._parameters[name]
-                if tensor is not None and value is not None:
-                    self.was_merged.append((linear, name, tensor.detach().clone()))
+    def fold(self, maps: list[tuple[nn.Module, Tensor, Tensor | None]]) -> None:
+        """Write other weights and biases to modules, the former kept."""
+        values = [
+            (module, name, value)
+            for module, weight, bias in maps
+            for name, value in (("weight", weight), ("bias", bias))
+        ]
+        tensors = [(m, n, m._parameters.get(n), v) for m, n, v in values if v is not None]
+        chosen = [(m, n, t, v) for m, n, t, v in tensors if t is not None]
+        self.was_merged += [(m, n, t.detach().clone()) for m, n, t, _ in chosen]
         with torch.no_grad():
-            for linear, weight, bias in maps:
-                linear.weight.copy_(weight)
-                if linear.bias is not None and bias is not None:
-                    linear.bias.copy_(bias)
+            for _, _, tensor, value in chosen:
+                tensor.copy_(value)
 
     def unfold(self) -> None:
         """Bring back what was folded over."""
         with torch.no_grad():
-            for linear, name, value in self.was_merged:
-                getattr(linear, name).copy_(value)
+            for module, name, value in self.was_merged:
+                getattr(module, name).copy_(value)
         self.was_merged.clear()
         self.merged = False
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from .edit import Edit
+from .edit import Edit, usual
 from .errors import RuleError
 from .part import Part, Shared
 from .pattern import Pattern, Where, plain, where
@@ -38,11 +38,14 @@ class Rule(Term):
         return f"at({show(plain(self.where))}, ...)"
 
 
-def at(where_: Where, *edits: Edit, times: int | None = None, optional: bool = False) -> Rule:
+def at(
+    where_: Where, *edits: Edit | Part | Shared, times: int | None = None, optional: bool = False
+) -> Rule:
     """Do `edits` at every site that `where_` selects.
 
     where_    an address ("blocks.*.mlp"), a role (ffn), a class, a predicate, or any mix of these
-    edits     parallel, append, prepend, replace, freeze, unfreeze; at one site in rule order
+    edits     parallel, append, prepend, replace, insert, freeze, unfreeze; at one site in rule
+              order; or a part that is mostly joined in one way: lora(), prompt(), scale_shift()
     times     how many sites must match; None: at least one
     optional  no match is no error
 
@@ -53,8 +56,9 @@ def at(where_: Where, *edits: Edit, times: int | None = None, optional: bool = F
     >>> at("blocks.*.norm2", unfreeze, times=12)
     at("blocks.*.norm2", unfreeze, times=12)
     """
-    rule = Rule(where(where_), edits, times=times, optional=optional)
-    for edit in edits:
+    joined = tuple(map(usual, edits))
+    rule = Rule(where(where_), joined, times=times, optional=optional)  # type: ignore[arg-type]
+    for edit in joined:
         if not isinstance(edit, Edit):
             raise RuleError(rule.short, f"{show(edit)} is no edit.", _remedy(edit))
     if not edits:
@@ -69,4 +73,4 @@ def at(where_: Where, *edits: Edit, times: int | None = None, optional: bool = F
 def _remedy(edit: object) -> str:
     if isinstance(edit, (Part, Shared, type)):
         return f"A part needs an edit that says how it meets the site: parallel({show(edit)})."
-    return "Give parallel(part), append(part), prepend(part), replace(part), freeze or unfreeze."
+    return "Give parallel(part), append, prepend, replace or insert, or freeze or unfreeze."

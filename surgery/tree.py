@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Site:
         self.order = self.end = 0  # in the walk: this site, and one past the last site below it
         self.entry = self.exit = self
         self.captures: dict[str, str] = {}
+        self.lender: Callable[[Any, Site], nn.Module] | None = None  # of shared parts, to parts
         self._shape: Shape | None = None
         self._handed = False  # to a part, which must know its width
 
@@ -107,6 +108,10 @@ class Site:
         site.__dict__.update(self.__dict__, _handed=True)
         site._shape, site.captures = shape, captures if captures is not None else self.captures
         return site
+
+    def sized(self, width: int, out: int) -> Site:
+        """The same site with other widths: how a part asks for a shared one of another size."""
+        return self.seen(shape=Shape(width, out, -1))
 
     def below(self) -> Iterator[Site]:
         """Every site strictly inside this one, in the order of the walk."""

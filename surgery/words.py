@@ -13,14 +13,18 @@ from . import edit, part, parts, pattern, relation, role, rule
 def words() -> dict[str, Any]:
     """Every public word of rules, by name."""
     listed = {
-        edit: ("parallel", "append", "prepend", "replace", "freeze", "unfreeze"),
+        edit: ("parallel", "append", "prepend", "replace", "insert", "freeze", "unfreeze"),
         part: ("shared",),
-        parts: ("adapter", "moa", "QuickGELU"),
+        parts: parts.WORDS,
         pattern: ("where",),
-        relation: ("inside", "holding", "nearest", "span"),
-        role: tuple(each.name for each in (*role.ROLES, *role.MADE)),
+        relation: ("inside", "holding", "nearest", "span", "until"),
+        role: tuple(each.name for each in (*role.ROLES, *role.MADE, *role.LAYERS)),
         rule: ("at",),
     }
-    signs = {"&": operator.and_, "|": operator.or_, "~": operator.invert}
+    signs = {"&": operator.and_, "|": operator.or_, "~": operator.invert, "[]": _chosen}
     named = {name: getattr(module, name) for module, names in listed.items() for name in names}
     return {**named, **signs}
+
+
+def _chosen(some: pattern.Pattern, *bounds: Any) -> pattern.Pattern:
+    return some[bounds[0] if len(bounds) == 1 else slice(*bounds)]

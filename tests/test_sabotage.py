@@ -295,8 +295,8 @@ def parts_are_always_in_training_mode(patch: Patch) -> None:
 
 
 def sharing_is_forgotten(patch: Patch) -> None:
-    def name_all(real: Any, placed: list[Placed]) -> None:
-        real(placed)
+    def name_all(real: Any, placed: list[Placed], names: Any) -> None:
+        real(placed, names)
         for i, p in enumerate(placed):
             p.key = f"{p.key}/{i}"
 

@@ -2,5 +2,11 @@
 
 from .adapter import Adapter, QuickGELU, adapter
 from .moa import MixtureOfAdapters, moa
+from .prompt import Prompt, PromptGenerator, prompt, prompt_generator
 
-__all__ = ["Adapter", "MixtureOfAdapters", "QuickGELU", "adapter", "moa"]
+WORDS = ("QuickGELU", "adapter", "moa", "prompt", "prompt_generator")  # what rules may call
+
+__all__ = [
+    "WORDS", "Adapter", "MixtureOfAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter",
+    "moa", "prompt", "prompt_generator",
+]  # fmt: skip

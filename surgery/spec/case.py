@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from ..errors import RuleError
 from ..example import call, copied
 from ..graft import Graft, Step
+from ..meeting import flatten
 from ..operate import parameters
 from ..pattern import Pattern
-from ..plan import Plan, flatten, plan
+from ..plan import Plan, plan
 from ..proof import tensors
 from ..room import Operation, operations
 from ..rule import Rule, Rules

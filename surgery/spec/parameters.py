@@ -125,7 +125,7 @@ def _group(p: Placed) -> Any:
     if not isinstance(part, Shared):
         return None
     inner = part.part if hasattr(part.part, "word") else id(part.part)
-    captured = site.captures.get(part.by) if part.by else None
+    captured = site.captures.get(part.by) if isinstance(part.by, str) else part.by and p.key
     return inner, part.name, part.by, captured, site.width, site.out, p.device, p.dtype
 
 

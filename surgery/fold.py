@@ -1,0 +1,118 @@
+"""What a module with a weight computes, as a map that parts can be folded into."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .leaf import CONVS, is_norm, linear, shape
+from .part import Affine
+
+
+class Held(NamedTuple):
+    """A module and its map.
+
+    pointwise  whether the map is all that it does to its input, position by position
+    turned     whether it keeps its weight as (in, out)
+    """
+
+    module: Any
+    map: Affine
+    pointwise: bool
+    turned: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "nn.Linear" if type(self.module) is nn.Linear else type(self.module).__name__
+
+    def weight(self) -> Tensor:
+        """The map's weight in the shape that the module keeps it in."""
+        weight = self.map.weight.t() if self.turned else self.map.weight
+        return weight.reshape(self.module.weight.shape)
+
+
+def hold(module: nn.Module) -> Held | None:
+    """The map of a module; None where it has none that parts could be folded into.
+
+    >>> hold(nn.Conv2d(3, 8, 4)).map.weight.shape
+    torch.Size([8, 48])
+    """
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return None
+    map = Affine(weight, module._parameters.get("bias"))
+    if isinstance(module, nn.Linear):
+        return Held(module, map, True) if type(module).forward is nn.Linear.forward else None
+    if isinstance(module, CONVS):
+        points = linear(module) is not None and module.groups == 1 and not any(_padding(module))
+        plain = type(module).forward in [kind.forward for kind in CONVS]
+        return Held(module, Affine(weight.flatten(1), map.bias), points) if plain else None
+    if is_norm(module):
+        return Held(module, map, False) if weight.dim() == 1 and _scales_last(module) else None
+    if linear(module) and _turns(module):
+        return Held(module, Affine(weight.t(), map.bias), True, turned=True)
+    return None
+
+
+def _padding(module: Any) -> tuple[int, ...]:
+    return module.padding if isinstance(module.padding, tuple) else (1,)
+
+
+def _turns(module: nn.Module) -> bool:
+    """Whether it is x @ weight + bias, as GPT-2's Conv1D is; tried on a few numbers."""
+    known, weight = shape(module), module._parameters["weight"]
+    if weight is None or known is None or weight.shape != known[:2]:
+        return False
+    x = torch.linspace(-1, 1, known.width, device=weight.device, dtype=weight.dtype)[None]
+    bias = module._parameters.get("bias")
+    want = x @ weight if bias is None else x @ weight + bias
+    return _gives(module, x, want)
+
+
+def _scales_last(module: nn.Module) -> bool:
+    """Whether weight and bias are the last that a norm does, weight x + bias; tried on a copy.
+
+    (Gemma's norms scale by 1 + weight.)
+    """
+    known, weight = shape(module), module._parameters["weight"]
+    if weight is None or known is None or known.width != weight.numel():
+        return False
+    x = torch.linspace(-1, 2, 2 * known.width, device=weight.device, dtype=weight.dtype)
+    x = x.reshape(2, known.width)
+    other = copy.deepcopy(module).eval()
+    scale = torch.linspace(1, 2, known.width, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            tensor = other._parameters.get(name)
+            if tensor is not None:
+                tensor.mul_(scale)
+        try:
+            was = copy.deepcopy(module).eval().forward(_laid(x, module))
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    return _gives(other, _laid(x, module), was * _laid(scale[None], module))
+
+
+def _laid(x: Tensor, module: nn.Module) -> Tensor:
+    """Rows (n, width) as an input of the module: (n, width, 1, 1) for maps."""
+    known = shape(module)
+    maps = known is not None and known.axis == 1
+    dims = 3 if isinstance(module, nn.BatchNorm3d) else 1 if _one(module) else 2
+    return x.reshape(*x.shape, *[1] * dims) if maps else x
+
+
+def _one(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm1d, nn.InstanceNorm1d))
+
+
+def _gives(module: nn.Module, x: Tensor, want: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            out = type(module).forward(module, x)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    size = 16 * torch.finfo(want.dtype).eps * max(float(want.abs().max()), 1.0)
+    return out.shape == want.shape and bool(((out - want).abs() <= size).all())

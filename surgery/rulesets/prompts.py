@@ -1,0 +1,31 @@
+"""Prompts: tokens that are trained, put among those of the model (Jia et al. 2022)."""
+
+from __future__ import annotations
+
+from ..edit import unfreeze
+from ..parts import prompt
+from ..relation import until
+from ..role import block, head
+from ..rule import Rule, at
+
+
+def vpt_shallow(tokens: int = 50) -> list[Rule]:
+    """Prompts after the class token, before the first block; taken out after the last.
+
+    Source: Jia et al. 2022 (VPT), Eq. 4 and 5
+    """
+    return [
+        at(until(block[0], block), prompt(tokens=tokens, dropout=0.1)),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def vpt_deep(tokens: int = 50) -> list[Rule]:
+    """Prompts of its own for every block, after the class token; taken out behind it.
+
+    Source: Jia et al. 2022 (VPT), Eq. 6 and 7
+    """
+    return [
+        at(block, prompt(tokens=tokens, dropout=0.1)),
+        at(head, unfreeze, optional=True),
+    ]

@@ -1,0 +1,79 @@
+"""Prompts, shallow and deep, against a ViT written out with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery.rulesets.prompts import vpt_deep, vpt_shallow
+from tests.methods.reference import (
+    INPUTS,
+    by_hand,
+    close,
+    parts,
+    reverts,
+    stirred,
+    untrained,
+    vit,
+)
+
+P = 3
+
+
+def embedded(model: Any) -> Tensor:
+    x: Tensor = model._pos_embed(model.patch_embed(INPUTS["vit"]))
+    return x
+
+
+def head(model: Any, x: Tensor) -> Tensor:
+    y: Tensor = model.head(model.norm(x)[:, 0])
+    return y
+
+
+def nothing(plain: nn.Module, parts: Any) -> None:
+    """The backbone as it is."""
+
+
+def prompts(model: nn.Module) -> list[Tensor]:
+    return [part.tokens[None].expand(2, -1, -1) for part in parts(model).values()]
+
+
+def test_vpt_deep_replaces_the_prompts_of_every_block() -> None:
+    model = stirred("vit", vpt_deep(tokens=P))
+    plain: Any = by_hand("vit", model, nothing)
+    with torch.no_grad():
+        x = embedded(plain)
+        cls, rest = x[:, :1], x[:, 1:]
+        for block, new in zip(plain.blocks, prompts(model), strict=True):
+            y = block(torch.cat([cls, new, rest], 1))
+            cls, rest = y[:, :1], y[:, 1 + P :]
+        close(model(INPUTS["vit"]), head(plain, torch.cat([cls, rest], 1)))
+
+
+def test_vpt_shallow_carries_its_prompts_through_all_blocks() -> None:
+    model = stirred("vit", vpt_shallow(tokens=P))
+    plain: Any = by_hand("vit", model, nothing)
+    (new,) = prompts(model)
+    with torch.no_grad():
+        x = embedded(plain)
+        x = torch.cat([x[:, :1], new, x[:, 1:]], 1)
+        for block in plain.blocks:
+            x = block(x)
+        close(model(INPUTS["vit"]), head(plain, x))
+
+
+@pytest.mark.parametrize("rules", [vpt_deep(tokens=P), vpt_shallow(tokens=P)])
+def test_every_prompt_is_trained_and_comes_off(rules: Any) -> None:
+    assert untrained("vit", rules) == []
+    reverts("vit", rules)
+
+
+def test_the_start_is_that_of_vpt() -> None:
+    model = surgery.apply(vit(), vpt_deep(tokens=100))
+    bound = (6 / (24 + 24)) ** 0.5
+    for part in parts(model).values():
+        assert 0.98 * bound < part.tokens.abs().max() <= bound
