@@ -6,7 +6,7 @@ surgery.save(model, "tuned.safetensors")
 """
 
 from . import ops, parts
-from .edit import append, freeze, insert, parallel, prepend, replace, unfreeze
+from .edit import append, freeze, insert, parallel, prepend, replace, token, unfreeze
 from .errors import (
     ConflictError,
     FileError,
@@ -63,7 +63,8 @@ __all__ = [
     "insert", "inside", "key",
     "load", "load_state_dict", "merge", "moa", "nearest", "norm", "ops", "parallel", "parameters",
     "part", "parts", "plan", "prepend", "proj", "qkv", "query", "replace", "report", "revert",
-    "routing", "rulesets", "save", "shared", "span", "state_dict", "unfreeze", "unmerge", "until",
+    "routing", "rulesets", "save", "shared", "span", "state_dict", "token", "unfreeze", "unmerge",
+    "until",
     "value",
     "where",
 ]  # fmt: skip

@@ -21,17 +21,29 @@ class Edit(Term):
 
 
 @dataclass(frozen=True, repr=False)
+class Token(Term):
+    """Learned tokens of a model, such as a class token: parameters (1, 1, width)."""
+
+    def __repr__(self) -> str:
+        return self.word
+
+
+token = Token()
+
+
+@dataclass(frozen=True, repr=False)
 class Trained(Edit):
     """Says of the parameters of a site that they are trained, or not.
 
-    Called with addresses, it speaks of those parameters alone, by their names from the site on.
+    Called with addresses, it speaks of those parameters alone, by their names from the site on;
+    called with `token`, of learned tokens (class tokens), whatever they are called.
 
-    >>> unfreeze("**.bias")
-    unfreeze("**.bias")
+    >>> unfreeze("**.bias"), unfreeze(token)
+    (unfreeze("**.bias"), unfreeze(token))
     """
 
     trained: bool
-    only: tuple[str, ...] = ()
+    only: tuple[str | Token, ...] = ()
 
     @property
     def word(self) -> str:
@@ -43,8 +55,10 @@ class Trained(Edit):
     def __repr__(self) -> str:
         return super().__repr__() if self.only else self.word
 
-    def __call__(self, *only: str) -> Trained:
+    def __call__(self, *only: str | Token) -> Trained:
         for each in only:
+            if isinstance(each, Token):
+                continue
             if not isinstance(each, str):
                 raise RuleError(
                     f"{self.word}({show(each)})",
@@ -57,11 +71,16 @@ class Trained(Edit):
     def parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Those of a module, by name, that it speaks of."""
         named = list(module.named_parameters(remove_duplicate=False))
-        return [(name, p) for name, p in named if not self.only or self._names(name)]
+        return [(name, p) for name, p in named if not self.only or self._means(name, p)]
 
-    def _names(self, name: str) -> bool:
+    def _means(self, name: str, p: nn.Parameter) -> bool:
         steps = tuple(Step(step, 0, 1) for step in name.split("."))
-        return any(match(each, steps) is not None for each in self.only)
+        return any(
+            p.dim() == 3 and p.shape[:2] == (1, 1)
+            if isinstance(each, Token)
+            else match(each, steps) is not None
+            for each in self.only
+        )
 
 
 freeze, unfreeze = Trained(False), Trained(True)

@@ -43,6 +43,7 @@ def hold(module: nn.Module) -> Held | None:
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return None
+    bare = _twin(module, 1.0)
     map = Affine(weight, module._parameters.get("bias"))
     if isinstance(module, nn.Linear):
         return Held(module, map, True) if type(module).forward is nn.Linear.forward else None
@@ -50,9 +51,9 @@ def hold(module: nn.Module) -> Held | None:
         points = linear(module) is not None and module.groups == 1 and not any(_padding(module))
         plain = type(module).forward in [kind.forward for kind in CONVS]
         return Held(module, Affine(weight.flatten(1), map.bias), points) if plain else None
-    if is_norm(module):
-        return Held(module, map, False) if weight.dim() == 1 and _scales_last(module) else None
-    if linear(module) and _turns(module):
+    if is_norm(bare):
+        return Held(module, map, False) if weight.dim() == 1 and _scales_last(bare) else None
+    if linear(bare) and _turns(bare):
         return Held(module, Affine(weight.t(), map.bias), True, turned=True)
     return None
 
@@ -82,18 +83,21 @@ def _scales_last(module: nn.Module) -> bool:
         return False
     x = torch.linspace(-1, 2, 2 * known.width, device=weight.device, dtype=weight.dtype)
     x = x.reshape(2, known.width)
-    other = copy.deepcopy(module).eval()
     scale = torch.linspace(1, 2, known.width, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            tensor = other._parameters.get(name)
-            if tensor is not None:
-                tensor.mul_(scale)
-        try:
-            was = copy.deepcopy(module).eval().forward(_laid(x, module))
-        except (RuntimeError, TypeError, ValueError):
-            return False
-    return _gives(other, _laid(x, module), was * _laid(scale[None], module))
+    was = _tried(_twin(module, 1.0), _laid(x, module))
+    return was is not None and _gives(
+        _twin(module, scale), _laid(x, module), was * _laid(scale[None], module)
+    )
+
+
+def _twin(module: nn.Module, scale: Tensor | float) -> nn.Module:
+    """The module in eval mode with other weights, and nothing that was added to it."""
+    other = copy.copy(module)
+    rooms = {n: m for n, m in module._modules.items() if not hasattr(m, "_is_surgery_room")}
+    named = module._parameters.items()
+    scaled = {n: p if p is None else nn.Parameter(p.detach() * scale) for n, p in named}
+    other.__dict__.update(_parameters=scaled, _modules=rooms, training=False)
+    return other
 
 
 def _laid(x: Tensor, module: nn.Module) -> Tensor:
@@ -108,11 +112,18 @@ def _one(module: nn.Module) -> bool:
     return isinstance(module, (nn.BatchNorm1d, nn.InstanceNorm1d))
 
 
-def _gives(module: nn.Module, x: Tensor, want: Tensor) -> bool:
+def _tried(module: nn.Module, x: Tensor) -> Tensor | None:
     try:
         with torch.no_grad():
-            out = type(module).forward(module, x)
+            out: Tensor = type(module).forward(module, x)
     except (RuntimeError, TypeError, ValueError):
-        return False
+        return None
+    return out
+
+
+def _gives(module: nn.Module, x: Tensor, want: Tensor) -> bool:
+    out = _tried(module, x)
     size = 16 * torch.finfo(want.dtype).eps * max(float(want.abs().max()), 1.0)
-    return out.shape == want.shape and bool(((out - want).abs() <= size).all())
+    if out is None or out.shape != want.shape:
+        return False
+    return bool(((out - want).abs() <= size).all())

@@ -144,12 +144,15 @@ class Graft:
             self.came._surgery_mark(torch.compiler.is_dynamo_compiling())
         if not ((self.enters or self.remembers) and self.active()):
             return None
-        x, put = _input(args, kwargs, self)
+        first, put = _input(args, kwargs, self)
+        x = first
         for i, step in reversed(list(enumerate(self.steps))):
             if step.place == "before":
                 x = self._act(i, step, x, x)
             elif step.place in ENTERING:
-                x = self._insert(i, step, x, (args, kwargs))
+                leaves = pytree.tree_leaves((args, kwargs))
+                others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
+                x = self._insert(i, step, x, others)
             elif step.place == "beside" and self.remembers:
                 self.inputs[i] = x
         return put(x)
@@ -170,9 +173,9 @@ class Graft:
                 y = self._act(i, step, x, y)
         return put(y)
 
-    def _insert(self, i: int, step: Step, x: Tensor, given: Any) -> Tensor:
+    def _insert(self, i: int, step: Step, x: Tensor, others: list[Tensor]) -> Tensor:
         """The tokens that come, with those of the part among them."""
-        step.tokens.check(x, given, self.path)
+        step.tokens.check(x, others, self.path)
         rows = step.tokens.rows(x)
         new = step.part(rows, self._hear(i)) if i in self.hears else step.part(rows)
         shape = new.shape if isinstance(new, Tensor) else ()
@@ -194,7 +197,7 @@ class Graft:
                 f"the part that it hears, at {teller.path}, did not run before it.",
                 "Write insert(..., hears=) with a place that runs before this one.",
             )
-        heard, trained = self.heard.pop(i), _is_trained(teller.steps[j])
+        heard, trained = self.heard[i], _is_trained(teller.steps[j])
         if torch.is_grad_enabled() and trained and not heard.requires_grad:
             raise GraftError(
                 f"the graft at {self.path}",

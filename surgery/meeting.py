@@ -93,7 +93,7 @@ def meant(edit: Trained, sites: Iterable[Site]) -> list[tuple[str, nn.Parameter]
 
 def nameless(rule: Rule, edit: Trained, sites: Iterable[Site]) -> MatchError:
     held = [name for name, _ in meant(Trained(edit.trained), sites)]
-    near = nearest(edit.only[0], held, most=3)
+    near = nearest(str(edit.only[0]), held, most=3)
     listed = ", ".join(f"{path} ({n})" for path, n in near) or "none"
     return MatchError(
         rule.short,

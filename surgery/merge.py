@@ -133,13 +133,13 @@ def _without_bias(through: Affine, map: Affine) -> Affine:
 
 def _written(held: Held, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight and the bias that the module is to have. Raises OperationError."""
-    if held.module.bias is None and held.map.bias is not None:
+    if held.module._parameters.get("bias") is None and held.map.bias is not None:
         raise OperationError(
             f"merge(model) at {path}",
             f"a part there adds a bias, and this {held.kind} has none to fold it into.",
             "Make the part without a bias, or leave it unmerged.",
         )
-    if held.map.weight.numel() != held.module.weight.numel():
+    if (held.map.weight.dim() == 1) is not (held.module.weight.dim() == 1):
         raise OperationError(
             f"merge(model) at {path}",
             f"the part mixes features, and this {held.kind} holds one number for each.",

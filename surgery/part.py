@@ -140,11 +140,13 @@ class Affine(NamedTuple):
 
     def after(self, first: Affine) -> Affine:
         """This map of what `first` gives."""
-        bias = self.bias
+        a, b, bias = self.weight, first.weight, self.bias
         if first.bias is not None:
-            moved = _product(self.weight, first.bias)
+            moved = a * first.bias if a.dim() == 1 else a @ first.bias
             bias = moved if bias is None else moved + bias
-        return Affine(_product(self.weight, first.weight), bias)
+        if a.dim() == b.dim() == 2:
+            return Affine(a @ b, bias)
+        return Affine(a[:, None] * b if a.dim() < b.dim() else a * b, bias)
 
     def plus(self, other: Affine) -> Affine:
         """The sum of two maps of one input."""
@@ -158,13 +160,6 @@ class Affine(NamedTuple):
     def times(self, scale: float) -> Affine:
         """The map, scaled."""
         return Affine(self.weight * scale, None if self.bias is None else self.bias * scale)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, where a vector for `a` is a diagonal matrix, and so for `b` beside a matrix."""
-    if a.dim() == 1:
-        return a * b if b.dim() == 1 else a[:, None] * b
-    return a @ b
 
 
 def affine(part: nn.Module) -> Affine | None:

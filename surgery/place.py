@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ from .part import Maker, Shared
 from .pattern import Pattern
 from .rule import Rule
 from .term import show
-from .tree import Site, Tree
+from .tree import CONTAINERS, Site, Tree
 
 FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -34,6 +34,7 @@ class Placed:
     site: Site
     key: str = ""  # its name in the room; the same for all sites that share it
     said: str = ""  # its edit in words
+    foreign: Collection[int] = ()  # ids of modules that are no part's own: of the base, or lent
 
     def __post_init__(self) -> None:
         self.device, self.dtype = _surroundings(self.site)
@@ -85,7 +86,25 @@ class Placed:
                 f"{show(maker)} gave {type(part).__name__}, no module, at {self.site!r}.",
                 "A part is an nn.Module; return one.",
             )
+        _disown(part, self.foreign, self)
         return part
+
+
+def _disown(part: nn.Module, foreign: Collection[int], p: Placed) -> None:
+    """What a part was lent, or reads of the base, it uses as an attribute: no child of its own."""
+    for module in list(part.modules()) if foreign else []:
+        for name, child in list(module._modules.items()):
+            if id(child) not in foreign:
+                continue
+            if isinstance(module, CONTAINERS):
+                raise RuleError(
+                    p.rule.short,
+                    f"{show(p.edit.part)} keeps what it shares or reads in a "
+                    f"{type(module).__name__}, which would own it.",
+                    "Keep it as an attribute of a module: self.name = part(site).",
+                )
+            del module._modules[name]
+            module.__dict__[name] = child
 
 
 class Names:

@@ -30,10 +30,15 @@ class Room(nn.Module):
 
 
 class Witness:
-    """Hook on the root: after a whole forward, every graft must have run."""
+    """Hooks on the root: after a whole forward, every graft must have run."""
 
     def __init__(self, operation: Operation) -> None:
         self.operation = operation
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """What was heard in an earlier forward is kept for checkpoints only, and now forgotten."""
+        for graft in self.operation.grafts:
+            graft.heard.clear()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.operation.enabled and not self.operation.proved:
@@ -127,7 +132,10 @@ class Operation(Switch):
             ):
                 self.was_nested.append(encoder)
                 encoder.use_nested_tensor = False
-        model.register_forward_hook(Witness(self).leave)
+        witness = Witness(self)
+        model.register_forward_hook(witness.leave)
+        if any(graft.hears for graft in self.grafts):
+            model.register_forward_pre_hook(witness.enter)
 
     @property
     def idle(self) -> list[Graft]:

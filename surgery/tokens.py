@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .errors import GraftError, RuleError
 from .tree import Site, Tree
@@ -34,8 +33,8 @@ class Tokens(NamedTuple):
         first = min(self.after, rows.shape[1] - count)
         return self.rows(torch.cat([rows[:, :first], rows[:, first + count :]], 1))
 
-    def check(self, x: Tensor, given: Any, path: str) -> None:
-        """Raise GraftError where the site is given no tokens, or what is made for their number."""
+    def check(self, x: Tensor, others: list[Tensor], path: str) -> None:
+        """Raise GraftError where x are no tokens, or the site is given what fits their number."""
         if x.dim() != 3:
             raise GraftError(
                 f"insert(...) at {path or 'the model'}",
@@ -44,7 +43,6 @@ class Tokens(NamedTuple):
                 "no tokens.",
             )
         n = self.rows(x).shape[1]
-        others = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t is not x]
         for other in others:
             if other.shape != x.shape and {n, n - self.after} & set(other.shape[-2:]):
                 raise GraftError(

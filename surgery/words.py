@@ -13,7 +13,7 @@ from . import edit, part, parts, pattern, relation, role, rule
 def words() -> dict[str, Any]:
     """Every public word of rules, by name."""
     listed = {
-        edit: ("parallel", "append", "prepend", "replace", "insert", "freeze", "unfreeze"),
+        edit: ("parallel", "append", "prepend", "replace", "insert", "freeze", "unfreeze", "token"),
         part: ("shared",),
         parts: parts.WORDS,
         pattern: ("where",),

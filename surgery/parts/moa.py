@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from .. import ops
@@ -34,6 +35,8 @@ class MixtureOfAdapters(nn.Module):
     routes = True  # it returns gates, for balance_loss and routing
     by_expert = ("embeddings", "down", "down_bias", "up", "up_bias")  # a row for each expert
     note: str | None = None
+    down_bias: Tensor
+    up_bias: Tensor
 
     def __init__(
         self,
@@ -45,6 +48,9 @@ class MixtureOfAdapters(nn.Module):
         top_k: int | None = 1,
         activation: type[nn.Module] = nn.ReLU,
         dropout: float = 0.0,
+        bias: bool = True,
+        router: int | None = None,
+        by_token: bool = False,
     ) -> None:
         super().__init__()
         if heads < 1 or width % heads:
@@ -60,22 +66,30 @@ class MixtureOfAdapters(nn.Module):
                 "there are two mixtures: the likeliest expert, or all of them.",
                 "Write top_k=1 (the default) or top_k=None.",
             )
-        self.heads, self.top_k = heads, top_k
-        c = width // heads
-        self.reduction = nn.Parameter(torch.empty(rank, c))
-        self.embeddings = nn.Parameter(torch.empty(experts, rank))
+        self.heads, self.top_k, self.by_token = heads, top_k, by_token
+        c, features = width // heads, rank if router is None else router
+        self.reduction = nn.Parameter(torch.empty(features, width if by_token else c))
+        self.embeddings = nn.Parameter(torch.empty(experts, features))
         self.down = nn.Parameter(torch.empty(experts, rank, c))
-        self.down_bias = nn.Parameter(torch.zeros(experts, rank))
         self.up = nn.Parameter(torch.zeros(experts, c, rank))
-        self.up_bias = nn.Parameter(torch.zeros(experts, c))
+        for name, hidden in (("down_bias", rank), ("up_bias", c)):
+            zeros = torch.zeros(experts, hidden)
+            if bias:
+                self.register_parameter(name, nn.Parameter(zeros))
+            else:
+                self.register_buffer(name, zeros, persistent=False)
         self.act = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
         for weight in (self.reduction, self.down):  # as nn.Linear: Kaiming uniform, a = sqrt 5
-            nn.init.uniform_(weight, -(c**-0.5), c**-0.5)
+            bound = weight.shape[-1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
         nn.init.normal_(self.embeddings)
 
     def forward(self, x: Tensor) -> ops.Routed:
         u = ops.split(x, self.heads)
-        gates = ops.route(u, self.reduction, self.embeddings)
+        routed = x.flatten(0, -2) if self.by_token else u
+        gates = ops.route(routed, self.reduction, self.embeddings)
+        if self.by_token:
+            gates = repeat(gates, "t n -> (t h) n", h=self.heads)
         experts = ops.Experts(self.down, self.down_bias, self.up, self.up_bias)
         mixed = ops.mix(u, gates, experts, self.act, self.top_k)
         return ops.Routed(ops.merge(mixed, x), gates)
@@ -94,6 +108,9 @@ def moa(
     top_k: int | None = 1,
     activation: type[nn.Module] = nn.ReLU,
     dropout: float = 0.0,
+    bias: bool = True,
+    router: int | None = None,
+    by_token: bool = False,
     fit: bool = False,
 ) -> nn.Module:
     """A mixture of adapters with its router; give it to `shared` to have one for all sites.
@@ -104,17 +121,21 @@ def moa(
                 it is taken (of two equally near, the larger) and the report says so
     top_k       1: the likeliest expert, scaled by its probability; None: all, mixed
     dropout     probability, on the hidden units
+    bias        of the experts
+    router      features of the router; None: as many as rank
+    by_token    the router looks at whole tokens, whose sub-tokens all go one way
 
     Starts by adding nothing. Source: Li et al. 2024 (Adapter-X), Eq. 2 to 6 and Algorithm 1.
 
     >>> moa(rank=16, heads=4)
     moa(rank=16, heads=4)
     """
-    positive("moa", experts=experts, rank=rank, heads=heads)
+    positive("moa", experts=experts, rank=rank, heads=heads, router=router or rank)
     fitting = min(_divisors(site.width), key=lambda n: (abs(n - heads), -n)) if fit else heads
     made = MixtureOfAdapters(
-        site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout
-    )
+        site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout,
+        bias=bias, router=router, by_token=by_token,
+    )  # fmt: skip
     if fitting != heads:
         made.note = f"{fitting} heads: the divisor of {site.width} nearest to {heads}"
     return made

@@ -8,15 +8,20 @@ from collections.abc import Callable
 from ..errors import RuleError, nearest_names
 from ..rule import Rule
 from ..table import Table
-from .adapters import adapter, adaptformer
-from .adapterx import adapterx_ffn
-from .baselines import full, linear_probe
+from .adapters import adapter, adaptformer, houlsby
+from .adapterx import adapterx, adapterx_ffn, adapterx_serial
+from .baselines import bitfit, full, linear_probe
+from .prompts import vpt_deep, vpt_shallow
 
-__all__ = ["adapter", "adapterx_ffn", "adaptformer", "full", "linear_probe"]
+_SETS: dict[str, Callable[..., list[Rule]]] = {
+    made.__name__: made
+    for made in (
+        adapterx, adapterx_serial, adapterx_ffn, adaptformer, adapter, houlsby,
+        vpt_deep, vpt_shallow, bitfit, linear_probe, full,
+    )
+}  # fmt: skip
 
-_SETS: dict[str, Callable[[], list[Rule]]] = {
-    made.__name__: made for made in (adapterx_ffn, adapter, adaptformer, linear_probe, full)
-}
+__all__ = [*_SETS]
 
 
 def rulesets() -> Table:
@@ -42,7 +47,7 @@ def named(name: str) -> list[Rule]:
     return _SETS[name]()
 
 
-def _doc(made: Callable[[], list[Rule]]) -> tuple[str, str]:
+def _doc(made: Callable[..., list[Rule]]) -> tuple[str, str]:
     text = inspect.getdoc(made) or ""
     source = next((line for line in text.splitlines() if line.startswith("Source: ")), "")
     return text.splitlines()[0], source.removeprefix("Source: ")

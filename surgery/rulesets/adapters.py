@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ..edit import append, parallel, unfreeze
 from ..parts import QuickGELU
 from ..parts import adapter as bottleneck
 from ..relation import span
-from ..role import ffn, head, norm
+from ..role import attn, ffn, head, norm
 from ..rule import Rule, at
 
 
-def adapter() -> list[Rule]:
+def adapter(rank: int = 8) -> list[Rule]:
     """A serial bottleneck adapter (rank 8, QuickGELU) after every FFN, before the residual sum.
 
     Source: Zhang et al. 2022 (NOAH), after Houlsby et al. 2019
     """
     return [
-        at(ffn, append(bottleneck(rank=8, activation=QuickGELU, dropout=0.1), residual=True)),
+        at(ffn, append(bottleneck(rank=rank, activation=QuickGELU, dropout=0.1), residual=True)),
         at(head, unfreeze, optional=True),
     ]
 
 
-def adaptformer() -> list[Rule]:
+def houlsby(rank: int = 8) -> list[Rule]:
+    """Two serial bottleneck adapters a block, after attention and after the FFN; all norms.
+
+    Source: Houlsby et al. 2019, section 2.1
+    """
+    small = bottleneck(rank=rank, activation=nn.GELU)
+    return [
+        at(attn | ffn, append(small, residual=True)),
+        at(norm, unfreeze, optional=True),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def adaptformer(rank: int = 64, scale: float = 0.1) -> list[Rule]:
     """A parallel bottleneck adapter (rank 64, ReLU, scale 0.1) from each FFN's norm to its end.
 
     It reads what the norm reads, the residual stream, and adds where the FFN ends: inside
@@ -30,6 +45,6 @@ def adaptformer() -> list[Rule]:
     Source: Chen et al. 2022 (AdaptFormer), Eq. 2 and 3
     """
     return [
-        at(span(norm, ffn), parallel(bottleneck(rank=64, dropout=0.1), scale=0.1)),
+        at(span(norm, ffn), parallel(bottleneck(rank=rank, dropout=0.1), scale=scale)),
         at(head, unfreeze, optional=True),
     ]

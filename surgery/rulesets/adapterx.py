@@ -1,16 +1,24 @@
-"""Adapter-X: A Novel General Parameter-Efficient Fine-Tuning Framework (Li et al. 2024)."""
+"""Adapter-X: A Novel General Parameter-Efficient Fine-Tuning Framework (Li et al. 2024).
+
+The authors released no code, and the paper leaves open how its prompts are made; every reading is
+an argument here. The default (a gamma and beta of width / heads, shared by the heads) is the one
+whose count rounds to the 0.17 M and 0.20 % that the paper prints.
+"""
 
 from __future__ import annotations
 
-from ..edit import parallel, unfreeze
-from ..part import shared
-from ..parts import moa
-from ..relation import nearest
-from ..role import ffn, head, norm
+from ..edit import append as serial
+from ..edit import insert, parallel, token, unfreeze
+from ..part import Maker, shared
+from ..parts import QuickGELU, moa, prompt_generator
+from ..relation import nearest, until
+from ..role import block, ffn, head, norm
 from ..rule import Rule, at
 
 
-def adapterx_ffn() -> list[Rule]:
+def adapterx_ffn(
+    rank: int = 64, experts: int = 4, heads: int = 3, top_k: int | None = 1, scale: float = 0.1
+) -> list[Rule]:
     """One mixture of adapters shared by all blocks, beside every FFN; each block's own norm.
 
     The mixture is fed with the FFN's own input (after the norm, as Fig. 2 taps it); experts are
@@ -18,9 +26,66 @@ def adapterx_ffn() -> list[Rule]:
 
     Source: Li et al. 2024 (Adapter-X), Fig. 2, without its prompts
     """
-    experts = moa(experts=4, rank=64, heads=3, dropout=0.1, fit=True)
+    mixture = moa(experts=experts, rank=rank, heads=heads, top_k=top_k, dropout=0.1, fit=True)
     return [
-        at(ffn, parallel(shared(experts), scale=0.1)),
+        at(ffn, parallel(shared(mixture), scale=scale)),
         at(nearest(norm, before=ffn), unfreeze, optional=True),  # LeViT, Swin V2 have none
         at(head, unfreeze, optional=True),
+    ]
+
+
+def adapterx(
+    rank: int = 64,
+    experts: int = 4,
+    heads: int = 3,
+    top_k: int | None = 1,
+    scale: float = 0.1,
+    generator: Maker | None = None,
+) -> list[Rule]:
+    """One mixture of adapters beside every FFN, each block's own norm and prompt; the class token.
+
+    A prompt is made of what the mixture gave at all tokens of a block, and put after the class
+    token for the next; prompts add up, and are taken out after the last block, whose own nothing
+    would read.
+
+    generator  of a prompt; None: prompt_generator(heads=heads)
+
+    Source: Li et al. 2024 (Adapter-X), Fig. 2, Eq. 2 to 7 (AdaptFormer-X)
+    """
+    made = prompt_generator(heads=heads) if generator is None else generator
+    mixture, *rest = adapterx_ffn(rank, experts, heads, top_k, scale)
+    return [mixture, *_specific(made), *rest]
+
+
+def adapterx_serial(
+    rank: int = 64,
+    experts: int = 4,
+    heads: int = 3,
+    top_k: int | None = 1,
+    generator: Maker | None = None,
+) -> list[Rule]:
+    """As adapterx, with the mixture on every FFN's output, before the residual sum.
+
+    Experts are those of NOAH's serial adapter: QuickGELU, dropout 0.1, no scale.
+
+    Source: Li et al. 2024 (Adapter-X), Eq. 1 to 7
+    """
+    made = prompt_generator(heads=heads) if generator is None else generator
+    mixture = moa(
+        experts=experts, rank=rank, heads=heads, top_k=top_k, activation=QuickGELU, dropout=0.1,
+        fit=True,
+    )  # fmt: skip
+    return [
+        at(ffn, serial(shared(mixture), residual=True)),
+        *_specific(made),
+        at(nearest(norm, before=ffn), unfreeze, optional=True),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def _specific(generator: Maker) -> list[Rule]:
+    """What Adapter-X adds to a mixture: a prompt a block, and the class token is trained."""
+    return [
+        at(until(block[1:], block), insert(generator, hears=ffn)),
+        at("", unfreeze(token), optional=True),
     ]

@@ -21,3 +21,14 @@ def full() -> list[Rule]:
     Source: -
     """
     return [at("", unfreeze)]
+
+
+def bitfit() -> list[Rule]:
+    """Every bias is trained, those of norms and of the patch embedding too.
+
+    Source: Ben Zaken et al. 2022 (BitFit)
+    """
+    return [
+        at("", unfreeze("**.{bias,in_proj_bias,q_bias,k_bias,v_bias}")),
+        at(head, unfreeze, optional=True),
+    ]

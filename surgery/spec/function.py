@@ -153,7 +153,8 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
         gates, says = isinstance(part(x), Routed), bool(getattr(part, "routes", False))
         holds(gates == says, f"{place} gives {'gates' if gates else 'no gates'}, and routes={says}")
         if map := affine(part):
-            want = x @ map.weight.T + (0 if map.bias is None else map.bias)
+            want = x * map.weight if map.weight.dim() == 1 else x @ map.weight.T
+            want = want if map.bias is None else want + map.bias
             near([answer_of(part, x)], [want], SITE, f"{place} is not what its affine() says")
 
 

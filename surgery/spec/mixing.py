@@ -130,7 +130,7 @@ def _suspect(model: nn.Module, x: Any, i: int, j: int) -> str:
 
 
 def parts_given(model: nn.Module, x: Any) -> list[tuple[Any, Any, Tensor]]:
-    """(graft, step, what the part is first given) of every part that takes features."""
+    """(graft, step, what the part is first given) of every part that maps features."""
     seen: dict[int, Tensor] = {}
 
     def hook(module: nn.Module, args: Any) -> None:
@@ -147,7 +147,7 @@ def parts_given(model: nn.Module, x: Any) -> list[tuple[Any, Any, Tensor]]:
     return [
         (g, s, seen[id(s.part)])
         for g, s in steps(model)
-        if id(s.part) in seen and s.place != "instead"
+        if id(s.part) in seen and s.place not in ("instead", "into", "among")
     ]
 
 

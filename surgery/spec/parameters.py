@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ def _declared(case: Case, model: nn.Module) -> set[int]:
             if not isinstance(edit, Trained):
                 continue
             for site in sites:
-                held = [*site.entry.module.parameters(), *site.exit.module.parameters()]
+                ends = (site.entry.module, site.exit.module)
+                held = [p for end in ends for _, p in edit.parameters(end)]
                 ids = {id(p) for p in held if p.is_floating_point()}
                 chosen = chosen | ids if edit.trained else chosen - ids
     return chosen
@@ -108,6 +109,8 @@ def counts_are_closed_forms(case: Case, draw: Draw) -> None:
         if group is None or group not in groups:
             want += sum(q.numel() for q in p.sketch().parameters())
         groups.add(group)
+    placed = {p.key for p in made.placed}
+    want += sum(q.numel() for k, m in made.parts.items() if k not in placed for q in m.parameters())
     added, trainable = made.added, made.trainable
     made.apply()
     holds(added == want, f"plan(m).added is {added:,}, and its parts have {want:,} parameters")
@@ -152,10 +155,20 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
         own = [p.data_ptr() for p in operation(each).state_dict().values() if p.numel()]
         holds(len(own) == len(set(own)), f"{name} holds a tensor under two keys")
         tied = {id(p) for p in operation(each).parameters()}
-        used = {id(p) for _, step in steps(each) for p in step.part.parameters()}
+        base = {id(p) for p in each.parameters()} - tied
+        used = {id(p) for _, step in steps(each) for p in _used(step.part)} - base
         holds(tied == used, f"{name} runs parts that it does not hold")
         if way != ".to(bfloat16)":
             runs(case, each)
+
+
+def _used(part: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a part, and of what it was lent, which is no child of it."""
+    yield from part.parameters()
+    for module in part.modules():
+        for lent in vars(module).values():
+            if isinstance(lent, nn.Module):
+                yield from _used(lent)
 
 
 def _uneven(want: list[list[str]], have: list[list[str]]) -> str:
