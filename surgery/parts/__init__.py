@@ -1,12 +1,36 @@
 """The small trainable modules, one family a file. Each word here makes a part for a rule."""
 
 from .adapter import Adapter, QuickGELU, adapter
+from .arc import arc, projection
+from .binary import binary_adapter, binary_lora
+from .combined import coefficients, combined, scaled
+from .conv import convpass
+from .domains import domains
+from .elastic import elastic_adapter, elastic_lora, elastic_prompt
+from .fact import fact_tk, fact_tt, tk_factors, tt_factors
+from .gated import gated_prompt
+from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
+from .lora import dylora, lora, prolora
 from .moa import MixtureOfAdapters, moa
+from .mosa import sparse_experts
 from .prompt import Prompt, PromptGenerator, prompt, prompt_generator
-
-WORDS = ("QuickGELU", "adapter", "moa", "prompt", "prompt_generator")  # what rules may call
+from .rep import repadapter
+from .reversible import reversible, small_adapter
+from .scale import scale_shift
+from .skills import skill_lora
+from .sparse import sparse
+from .vera import frozen, tied, tied_lora, vera
+from .vida import vida
 
 __all__ = [
-    "WORDS", "Adapter", "MixtureOfAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter",
-    "moa", "prompt", "prompt_generator",
+    "Adapter", "MixtureOfAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc",
+    "binary_adapter", "binary_lora", "coefficients", "combined", "compacter", "convpass",
+    "domains", "dylora", "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk",
+    "fact_tt", "frozen", "gated_prompt", "kadaptation", "krona", "lora", "moa", "phm_rule",
+    "projection", "prolora", "prompt", "prompt_generator", "repadapter", "reversible",
+    "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter", "sparse",
+    "sparse_experts", "tied", "tied_lora", "tk_factors", "tt_factors", "vera", "vida",
 ]  # fmt: skip
+
+# what rules, and files of them, may call
+WORDS = [name for name in __all__ if name == "QuickGELU" or not isinstance(globals()[name], type)]

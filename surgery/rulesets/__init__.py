@@ -10,14 +10,30 @@ from ..rule import Rule
 from ..table import Table
 from .adapters import adapter, adaptformer, houlsby
 from .adapterx import adapterx, adapterx_ffn, adapterx_serial
+from .arc import arc, arc_att
+from .attention import llama_adapter
 from .baselines import bitfit, full, linear_probe
+from .binary import bi_adaptformer, bi_lora
+from .combined import lae, language_adapter, scalearn
+from .conv import convpass, convpass_att, repadapter, repadapter_att
+from .factored import compacter, compacter_pp, fact_tk, fact_tt, kadaptation, krona
+from .lowrank import dylora, lora, prolora, tied_lora, vera, vida
+from .meft import meft
+from .mixed import mhr, mhr_mu, mhr_z, mosa, poly
+from .noah import noah
 from .prompts import vpt_deep, vpt_shallow
+from .scale import ssf
+from .sparse import sparse
 
 _SETS: dict[str, Callable[..., list[Rule]]] = {
     made.__name__: made
     for made in (
         adapterx, adapterx_serial, adapterx_ffn, adaptformer, adapter, houlsby,
-        vpt_deep, vpt_shallow, bitfit, linear_probe, full,
+        lora, ssf, arc, arc_att, vpt_deep, vpt_shallow, bitfit, linear_probe, full,
+        vera, tied_lora, prolora, dylora, krona, kadaptation, compacter, compacter_pp,
+        fact_tt, fact_tk, repadapter, repadapter_att, convpass, convpass_att, vida,
+        bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
+        lae, scalearn, language_adapter, llama_adapter, meft,
     )
 }  # fmt: skip
 

@@ -23,15 +23,17 @@ def adapter(rank: int = 8) -> list[Rule]:
     ]
 
 
-def houlsby(rank: int = 8) -> list[Rule]:
+def houlsby(rank: int = 8, norms: bool = True) -> list[Rule]:
     """Two serial bottleneck adapters a block, after attention and after the FFN; all norms.
+
+    norms  whether they are trained too
 
     Source: Houlsby et al. 2019, section 2.1
     """
     small = bottleneck(rank=rank, activation=nn.GELU)
     return [
         at(attn | ffn, append(small, residual=True)),
-        at(norm, unfreeze, optional=True),
+        *([at(norm, unfreeze, optional=True)] if norms else []),
         at(head, unfreeze, optional=True),
     ]
 

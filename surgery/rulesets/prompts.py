@@ -9,7 +9,7 @@ from ..role import block, head
 from ..rule import Rule, at
 
 
-def vpt_shallow(tokens: int = 50) -> list[Rule]:
+def vpt_shallow(tokens: int = 10) -> list[Rule]:
     """Prompts after the class token, before the first block; taken out after the last.
 
     Source: Jia et al. 2022 (VPT), Eq. 4 and 5
@@ -20,7 +20,7 @@ def vpt_shallow(tokens: int = 50) -> list[Rule]:
     ]
 
 
-def vpt_deep(tokens: int = 50) -> list[Rule]:
+def vpt_deep(tokens: int = 10) -> list[Rule]:
     """Prompts of its own for every block, after the class token; taken out behind it.
 
     Source: Jia et al. 2022 (VPT), Eq. 6 and 7

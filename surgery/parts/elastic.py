@@ -1,0 +1,129 @@
+"""Parts of which the first `active` units run: weight-entangled slices (NOAH, Zhang et al. 2022).
+
+`surgery.search` sets the sizes and searches for them. `active` is no tensor: what is loaded from a
+file runs whole until sizes are chosen again. At 0 a part adds nothing, and inserts no token.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from ..part import part, positive, usually
+from ..tree import Site
+from .adapter import Adapter, QuickGELU
+from .lora import LoRA
+from .prompt import Prompt
+
+
+class ElasticPrompt(Prompt):
+    """The first `active` of `tokens` trained vectors: (b, n, width) to (b, active, width).
+
+    >>> made = ElasticPrompt(768, tokens=10)
+    >>> made.active = 4
+    >>> made(torch.randn(2, 197, 768)).shape
+    torch.Size([2, 4, 768])
+    """
+
+    def __init__(self, width: int, tokens: int = 10, *, dropout: float = 0.0) -> None:
+        super().__init__(width, tokens, dropout=dropout)
+        self.most = self.active = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(self.tokens[: self.active])
+        return repeat(dropped, "p d -> b p d", b=len(x))
+
+
+class ElasticLora(LoRA):
+    """B_k A_k drop(x), k = active: the first k rows of A (1, rank, width), columns of B.
+
+    >>> ElasticLora(768, 2304, rank=10)(torch.randn(2, 197, 768)).shape
+    torch.Size([2, 197, 2304])
+    """
+
+    def __init__(self, width: int, out: int, rank: int = 10, *, dropout: float = 0.0) -> None:
+        super().__init__(width, out, rank, dropout=dropout)
+        self.most = self.active = rank
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        return self.joined(self.A[:, : self.active], self.B[..., : self.active])
+
+
+class ElasticAdapter(Adapter):
+    """A bottleneck adapter of the first `active` of `rank` hidden units; at 0 without its bias.
+
+    >>> ElasticAdapter(768, rank=10)(torch.randn(2, 197, 768)).shape
+    torch.Size([2, 197, 768])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int = 10,
+        *,
+        out: int | None = None,
+        activation: type[nn.Module] = QuickGELU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(width, rank, out=out, activation=activation, dropout=dropout)
+        self.most = self.active = rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, up = self.active, self.up
+        if not k:
+            return x.new_zeros(*x.shape[:-1], up.out_features)
+        hidden = self.act(torch.nn.functional.linear(x, self.down.weight[:k], self.down.bias[:k]))
+        return torch.nn.functional.linear(hidden, up.weight[:, :k], up.bias)
+
+
+@part
+@usually("insert")
+def elastic_prompt(site: Site, tokens: int = 10, dropout: float = 0.0) -> nn.Module:
+    """Trained tokens, of which the first `active` are inserted.
+
+    tokens   how many at most; dropout on them
+
+    Parameters: tokens * width. Source: Zhang et al. 2022 (NOAH), section 3.2.
+
+    >>> elastic_prompt(tokens=100)
+    elastic_prompt(tokens=100)
+    """
+    positive("elastic_prompt", tokens=tokens)
+    return ElasticPrompt(site.width, tokens, dropout=dropout)
+
+
+@part
+@usually("parallel")
+def elastic_lora(site: Site, rank: int = 10, dropout: float = 0.0) -> nn.Module:
+    """A low-rank sum beside a linear, of which the first `active` ranks run; scale 1.
+
+    rank     at most; dropout on the input
+
+    Starts by adding nothing. Parameters: rank * (width + out). Merges, at the rank that is active.
+    Source: Zhang et al. 2022 (NOAH), section 3.2.
+
+    >>> elastic_lora(rank=100)
+    elastic_lora(rank=100)
+    """
+    positive("elastic_lora", rank=rank)
+    return ElasticLora(site.width, site.out, rank, dropout=dropout)
+
+
+@part
+def elastic_adapter(
+    site: Site, rank: int = 10, activation: type[nn.Module] = QuickGELU, dropout: float = 0.0
+) -> nn.Module:
+    """A bottleneck adapter, of whose hidden units the first `active` run.
+
+    rank        hidden units at most
+    activation  a module class; dropout on the hidden units
+
+    Starts by adding nothing. Parameters: width * rank + rank + rank * out + out.
+    Source: Zhang et al. 2022 (NOAH), section 3.2.
+
+    >>> elastic_adapter(rank=100)
+    elastic_adapter(rank=100)
+    """
+    positive("elastic_adapter", rank=rank)
+    return ElasticAdapter(site.width, rank, out=site.out, activation=activation, dropout=dropout)

@@ -1,0 +1,73 @@
+"""Linear adapters that fold away (RepAdapter), and convolutional bypasses (Convpass)."""
+
+from __future__ import annotations
+
+from ..edit import parallel, prepend, unfreeze
+from ..part import shared
+from ..parts.conv import convpass as bypass
+from ..parts.rep import repadapter as linear
+from ..role import attn, fc1, ffn, head
+from ..rule import Rule, at
+from .arc import readers
+
+
+def repadapter(
+    rank: int = 8, groups: int = 2, scale: float = 1.0, bias: bool = True, dropout: float = 0.1
+) -> list[Rule]:
+    """A linear adapter before the projections of attention and the first layer of the FFN.
+
+    Where q, k and v are apart they share it, but each has a dropout of its own.
+
+    Source: Luo et al. 2023 (RepAdapter), section 3
+    """
+    part = shared(linear(rank, groups, scale, bias, dropout), by=ffn)
+    first = repadapter_att(rank, groups, scale, bias, dropout)[:-1]
+    return [*first, at(fc1, prepend(part, residual=True)), _head()]
+
+
+def repadapter_att(
+    rank: int = 8, groups: int = 2, scale: float = 1.0, bias: bool = True, dropout: float = 0.1
+) -> list[Rule]:
+    """A linear adapter before the projections of every attention.
+
+    Source: Luo et al. 2023 (RepAdapter), section 3
+    """
+    part = shared(linear(rank, groups, scale, bias, dropout), by=attn)
+    return [at(readers, prepend(part, residual=True)), _head()]
+
+
+def convpass(
+    hidden: int = 8,
+    scale: float = 1.0,
+    prefix: int | None = None,
+    xavier: bool = False,
+    dropout: float = 0.1,
+) -> list[Rule]:
+    """A bottleneck with a 3 x 3 convolution beside every attention and every FFN.
+
+    It is fed what they are fed (normed, where norms come first), and adds where they end: inside
+    drop-path and layer scale, where a model has them. In Swin's attention a map is a window.
+
+    Source: Jie and Deng 2022 (Convpass), section 3
+    """
+    part = parallel(bypass(hidden, prefix, xavier, dropout), scale=scale)
+    return [*convpass_att(hidden, scale, prefix, xavier, dropout)[:-1], at(ffn, part), _head()]
+
+
+def convpass_att(
+    hidden: int = 8,
+    scale: float = 1.0,
+    prefix: int | None = None,
+    xavier: bool = False,
+    dropout: float = 0.1,
+) -> list[Rule]:
+    """A bottleneck with a 3 x 3 convolution beside every attention.
+
+    Source: Jie and Deng 2022 (Convpass), section 3
+    """
+    part = parallel(bypass(hidden, prefix, xavier, dropout), scale=scale)
+    return [at(attn, part), _head()]
+
+
+def _head() -> Rule:
+    return at(head, unfreeze, optional=True)

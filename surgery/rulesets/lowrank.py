@@ -1,0 +1,91 @@
+"""Low-rank updates of the linear layers of attention: LoRA and what came of it."""
+
+from __future__ import annotations
+
+from ..edit import unfreeze
+from ..part import shared
+from ..parts.lora import dylora as dynamic
+from ..parts.lora import lora as low_rank
+from ..parts.lora import prolora as tiled
+from ..parts.vera import frozen, tied
+from ..parts.vera import tied_lora as tied_low_rank
+from ..parts.vera import vera as vectors
+from ..parts.vida import vida as both_ranks
+from ..role import fc1, fc2, head, proj, qkv
+from ..rule import Rule, at
+from .projections import on_queries_and_values
+
+
+def lora(rank: int = 8) -> list[Rule]:
+    """A low-rank update (LoRA, rank 8) of the queries, keys and values of every attention.
+
+    Where one linear makes all three it has one A and B, as in NOAH; with rows="q _k v" the update
+    is that of Hu et al., of queries and values.
+
+    Source: Hu et al. 2021 (LoRA), Eq. 3
+    """
+    return [at(qkv, low_rank(rank=rank)), at(head, unfreeze, optional=True)]
+
+
+def dylora(rank: int = 8) -> list[Rule]:
+    """LoRA of queries and values that is trained at all ranks up to 8 at once.
+
+    Where queries, keys and values are made apart, the module tree does not tell which is which,
+    and all three have it; with an example, at(query | value, dylora()) says it.
+
+    Source: Valipour et al. 2022 (DyLoRA), Algorithm 1
+    """
+    return on_queries_and_values(lambda rows: dynamic(rank=rank, rows=rows))
+
+
+def prolora(rank: int = 8, unshared: int = 2, tiles: tuple[int, int] = (4, 4)) -> list[Rule]:
+    """LoRA of queries and values whose A and B are tiled of small chunks, but for two ranks.
+
+    Where queries, keys and values are made apart, all three have it (see `dylora`).
+
+    Source: Wang et al. 2024 (PRoLoRA), section 3
+    """
+    return on_queries_and_values(
+        lambda rows: tiled(rank=rank, unshared=unshared, tiles=tiles, rows=rows)
+    )
+
+
+def vera(rank: int = 256) -> list[Rule]:
+    """Two trained vectors a low-rank update of queries and values, on random shared matrices.
+
+    Where queries, keys and values are made apart, all three have it (see `dylora`). Layers of one
+    size share a pair of matrices; of several sizes, each has a pair (Swin's stages).
+
+    Source: Kopiczko et al. 2023 (VeRA), Eq. 2
+    """
+    core = shared(frozen(rank=rank))
+    return on_queries_and_values(lambda rows: vectors(core=core, rows=rows))
+
+
+def tied_lora(
+    rank: int = 8, A: bool = True, B: bool = True, u: bool = True, v: bool = True
+) -> list[Rule]:
+    """LoRA whose A and B all layers share, with two trained vectors for each of them.
+
+    A, B, u, v say what is trained: all of it in the full variant, B and u, v in others.
+
+    Source: Renduchintala et al. 2023 (Tied-LoRA), section 3
+    """
+    core = shared(tied(rank=rank, A=A, B=B))
+    return [at(qkv, tied_low_rank(core=core, u=u, v=v)), at(head, unfreeze, optional=True)]
+
+
+def vida(low: int = 1, high: int = 128) -> list[Rule]:
+    """A low-rank and a high-rank update beside every linear of attention and FFN.
+
+    Rules say the adapters alone. Left to the training loop: the teacher, a moving average of the
+    model; its loss of consistency; and the homeostatic scaling, which sets low_scale and
+    high_scale of the parts by how uncertain the teacher is, at every batch. At test time the head
+    has no labels to train on: leave out the last rule.
+
+    Source: Liu et al. 2023 (ViDA), Eq. 2
+    """
+    return [
+        at(qkv | proj | fc1 | fc2, both_ranks(low=low, high=high)),
+        at(head, unfreeze, optional=True),
+    ]

@@ -1,0 +1,72 @@
+"""Mixtures that end as one: of sparse adapters, and of skills mixed by task."""
+
+from __future__ import annotations
+
+from ..edit import parallel, unfreeze
+from ..parts.mosa import sparse_experts
+from ..parts.skills import skill_lora
+from ..relation import span
+from ..role import ffn, head, norm
+from ..rule import Rule, at
+from .projections import on_queries_and_values
+
+
+def mosa(rank: int = 16, experts: int = 4, scale: float = 0.1) -> list[Rule]:
+    """A parallel adapter (rank 16, GELU) beside every FFN, trained as 4 sparse experts.
+
+    It has a norm of its own on the residual stream, and adds where the FFN ends. Training adds
+    `symmetric_kl` of two forwards to the loss; `deployed` merges the experts for mosa(experts=1).
+
+    Source: Zhang et al. 2023 (MoSA), section 3
+    """
+    return [
+        at(span(norm, ffn), parallel(sparse_experts(rank=rank, experts=experts), scale=scale)),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def poly(skills: int = 8, rank: int = 1, tasks: int = 19) -> list[Rule]:
+    """Low-rank updates of queries and values, mixed for each of 19 tasks of 8 skills.
+
+    `choose(model, task)` says the task. Where queries, keys and values are made apart, all three
+    have it.
+
+    Source: Ponti et al. 2023 (Poly), Eq. 1 to 3
+    """
+    return mhr(skills=skills, rank=rank, tasks=tasks, heads=1)
+
+
+def mhr(skills: int = 8, rank: int = 1, tasks: int = 19, heads: int = 8) -> list[Rule]:
+    """Poly whose skills are split into 8 heads, each mixed for itself.
+
+    `choose(model, task)` says the task. Where queries, keys and values are made apart, all three
+    have it.
+
+    Source: Caccia et al. 2023 (MHR), section 3
+    """
+    return on_queries_and_values(
+        lambda rows: skill_lora(skills=skills, rank=rank, tasks=tasks, heads=heads, rows=rows)
+    )
+
+
+def mhr_z(skills: int = 8, rank: int = 1, heads: int = 8) -> list[Rule]:
+    """Of MHR's skills, trained before, only how one new task mixes them is trained.
+
+    The skills come from a trained model of `mhr`, or of `poly` with heads=1, by `inherit`; without
+    them it changes nothing, and nothing can be learned.
+
+    Source: Caccia et al. 2023 (MHR-z), section 3
+    """
+    return on_queries_and_values(
+        lambda rows: skill_lora(skills=skills, rank=rank, heads=heads, rows=rows, frozen=True)
+    )
+
+
+def mhr_mu(rank: int = 1) -> list[Rule]:
+    """One low-rank update, for a new task, that starts as the average of MHR's skills.
+
+    They come from a trained model of `mhr`, or `poly`, by `inherit`.
+
+    Source: Caccia et al. 2023 (MHR-mu), section 3
+    """
+    return on_queries_and_values(lambda rows: skill_lora(skills=1, rank=rank, tasks=0, rows=rows))
