@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo_arguments(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument("--seeds", type=_count, default=5, help="runs of each method (default 5)")
+    demo.add_argument("--seeds", type=_count, default=3, help="runs of each method (default 3)")
     demo.add_argument("--epochs", type=_count, default=None, help="passes over the 200 images")
     demo.add_argument("--methods", nargs="+", metavar="RULES", help="rule sets to compare")
     demo.add_argument("--pretrain", action="store_true", help="make the backbone anew (minutes)")

@@ -38,14 +38,14 @@ def merge(model: Model) -> Model:
     """
     done = operated(model, "merge(model)")
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    held: dict[int, tuple[str, Held]] = {}
+    held: dict[int, tuple[Graft, Held]] = {}
     for graft in [graft for operation in done for graft in operation.grafts]:
         base = _held(graft, uses)
-        _, known = held.get(id(base.module), ("", base))
+        _, known = held.get(id(base.module), (graft, base))
         for step in graft.steps:
             known = known._replace(map=_folded(known, step, graft.path))
-        held[id(base.module)] = graft.path, known
-    changes = [(it.module, *_written(it, path)) for path, it in held.values()]
+        held[id(base.module)] = graft, known
+    changes = [(it.module, *_written(it, graft)) for graft, it in held.values()]
     try:
         done[-1].fold(changes)
         for operation in done:
@@ -75,7 +75,7 @@ def unmerge(model: Model) -> Model:
 def _held(graft: Graft, uses: Counter[int]) -> Held:
     """The map of a graft's module, as its weights hold it. Raises OperationError."""
     module = graft.entry
-    kinds = ", ".join(dict.fromkeys(type(step.part).__name__ for step in graft.steps))
+    kinds = _kinds(graft)
     own = forward_of(module) is not type(module).forward and not is_replaced(module)
     held = hold(module) if graft.exit is module and not own else None
     if held is None:
@@ -131,18 +131,23 @@ def _without_bias(through: Affine, map: Affine) -> Affine:
     return Affine(through.weight, through.bias - map.bias)
 
 
-def _written(held: Held, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _kinds(graft: Graft) -> str:
+    """The parts there, in words."""
+    return ", ".join(dict.fromkeys(type(step.part).__name__ for step in graft.steps))
+
+
+def _written(held: Held, graft: Graft) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight and the bias that the module is to have. Raises OperationError."""
     if held.module._parameters.get("bias") is None and held.map.bias is not None:
         raise OperationError(
-            f"merge(model) at {path}",
-            f"a part there adds a bias, and this {held.kind} has none to fold it into.",
+            f"merge(model) at {graft.path}",
+            f"{_kinds(graft)} adds a bias, and this {held.kind} has none to fold it into.",
             "Make the part without a bias, or leave it unmerged.",
         )
     if (held.map.weight.dim() == 1) is not (held.module.weight.dim() == 1):
         raise OperationError(
-            f"merge(model) at {path}",
-            f"the part mixes features, and this {held.kind} holds one number for each.",
+            f"merge(model) at {graft.path}",
+            f"{_kinds(graft)} mixes features, and this {held.kind} holds one number for each.",
             "Put it on the linear modules that read it, or leave it unmerged.",
         )
     return held.weight(), held.map.bias

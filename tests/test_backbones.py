@@ -19,6 +19,7 @@ from torch import nn
 from surgery import SurgeryError, apply, fingerprint, rulesets
 from surgery.spec import PROPERTIES, Absent, Case
 from surgery.spec.check import Run
+from surgery.spec.law import Broken
 from tests import models
 
 sets = importlib.import_module("surgery.rulesets")
@@ -54,7 +55,12 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "encoder": (models.encoder, lambda: torch.randn(2, 5, 24)),
 }
 SETS = [str(row[0]) for row in rulesets().rows]
-SMALL = {"kadaptation": {"t": 4}, "mhr": {"heads": 4}, "mhr_z": {"heads": 4}}  # for such widths
+SMALL = {
+    "kadaptation": {"t": 4},
+    "mhr": {"heads": 4},
+    "mhr_z": {"heads": 4},
+    "language_adapter": {"domains": 1},
+}  # for such widths
 EVERYWHERE = {
     "adapterx", "adapterx_ffn", "adapter", "adaptformer", "houlsby", "lora", "ssf", "arc",
     "vpt_deep", "bitfit", "linear_probe", "full",
@@ -68,7 +74,10 @@ REFUSED = {
     ("arc", "convnext"),
     ("linear_probe", "encoder"),  # it has no head
     ("bitfit", "llama"),  # it has no bias
-    ("meft", "swin"),  # stages of other widths
+}
+EMPTY = {  # nothing is learned of what was trained before, until it is filled in
+    ("mhr_z", "gradients_reach_every_part"),
+    ("scalearn", "gradients_reach_every_part"),
 }
 TRIED = [
     (rules, backbone)
@@ -88,8 +97,13 @@ def case(rules: str, backbone: str) -> Case:
 @pytest.mark.parametrize(("rules", "backbone"), [t for t in TRIED if t not in REFUSED])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_suite(rules: str, backbone: str, name: str, examples: int) -> None:
+    run = Run(PROPERTIES[name], case(rules, backbone), examples, thorough=examples > 2)
+    if (rules, name) in EMPTY:
+        with pytest.raises(Broken, match="no gradient comes to"):
+            run()
+        return
     try:
-        Run(PROPERTIES[name], case(rules, backbone), examples, thorough=examples > 2)()
+        run()
     except Absent as absent:
         pytest.skip(str(absent))
 
@@ -98,10 +112,10 @@ def test_suite(rules: str, backbone: str, name: str, examples: int) -> None:
 def test_what_a_model_has_no_place_for_is_refused(rules: str, backbone: str) -> None:
     """With a reason, by the rules or by a forward, and the model as it was."""
     build, inputs = BACKBONES[backbone]
-    model = build()
+    model, example = build(), inputs()
     mark = fingerprint(model)
     with pytest.raises(SurgeryError):
-        apply(model, rules, example=inputs())
+        apply(model, rules, example=example)
     assert fingerprint(model) == mark
 
 

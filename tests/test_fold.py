@@ -107,7 +107,7 @@ def test_a_linear_part_folds_into_a_pointwise_convolution(edit: Any) -> None:
 def test_a_norm_without_bias_takes_a_scale_alone() -> None:
     merged(stirred(nn.RMSNorm(4)), at("one", append(bare)), ROWS)
     model = surgery.apply(Root(nn.RMSNorm(4)), at("one", append(scale)))
-    with pytest.raises(OperationError, match="a part there adds a bias, and this RMSNorm has none"):
+    with pytest.raises(OperationError, match="Scale adds a bias, and this RMSNorm has none"):
         surgery.merge(model)
 
 

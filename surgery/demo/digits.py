@@ -25,7 +25,10 @@ from surgery.table import Table
 
 from . import glyphs
 
-METHODS = ["linear_probe", "full", "adapter", "adaptformer", "adapterx_ffn"]
+METHODS = [
+    "linear_probe", "full", "adapter", "adaptformer", "lora", "ssf", "arc", "vpt_deep",
+    "adapterx_ffn", "adapterx",
+]  # fmt: skip
 PER_CLASS, BATCH, EPOCHS = 20, 50, 40
 BALANCE = 0.01  # weight of the load-balance loss, as usual (Li et al. 2024, Eq. 7)
 # The best of RATES on the validation images, mean of 3 seeds: `choose()` prints them all.
@@ -35,7 +38,12 @@ RATE = {
     "full": 1e-3,
     "adapter": 1e-2,
     "adaptformer": 3e-3,
+    "lora": 1e-2,
+    "ssf": 1e-2,
+    "arc": 3e-3,
+    "vpt_deep": 1e-2,
     "adapterx_ffn": 3e-3,
+    "adapterx": 1e-2,
 }
 
 
@@ -112,7 +120,7 @@ def accuracy(model: nn.Module, data: Images) -> float:
 def run(
     *,
     methods: list[str] | None = None,
-    seeds: int = 5,
+    seeds: int = 3,
     epochs: int | None = None,
     pretrain: bool = False,
     out: Path = Path("out"),

@@ -30,7 +30,7 @@ from . import mixing
 from .case import SEEDS, Case, operation, steps, stir, train
 from .law import Broken, Draw, applies, holds
 from .mixing import another, answer_of, each, parts_given
-from .seen import MODEL, SITE, equal, gap, listed, near, snapshot, unchanged
+from .seen import MODEL, SITE, equal, gap, listed, near, rounding, snapshot, unchanged, used
 
 
 def it_runs(case: Case, draw: Draw) -> None:
@@ -138,7 +138,7 @@ def runs(case: Case, model: nn.Module) -> None:
 
 
 def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
-    """`starts_at_zero`: part(x) = 0 at the start; `affine()` is W, b: part(x) ~16 Wx + b.
+    """`starts_at_zero`: part(x) = 0 at the start; `affine()` is W, b: part(x) ~4 Wx + b.
 
     And a part gives gates if and only if it declares `routes`. For every part at each of its sites.
     """
@@ -155,7 +155,8 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
         if map := affine(part):
             want = x * map.weight if map.weight.dim() == 1 else x @ map.weight.T
             want = want if map.bias is None else want + map.bias
-            near([answer_of(part, x)], [want], MODEL, f"{place} is not what its affine() says")
+            most = rounding(lambda: [answer_of(part, x)], used(part), SITE)  # noqa: B023
+            near([answer_of(part, x)], [want], most, f"{place} is not what its affine() says")
 
 
 def forward_changes_nothing(case: Case, draw: Draw) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..tree import ROOM
 from .case import FLAGS, SEEDS, Case, mark, operation, steps, train
 from .function import runs
 from .law import Draw, applies, holds
-from .seen import base_of, listed, ties
+from .seen import base_of, listed, ties, used
 
 
 def freezing_is_exact(case: Case, draw: Draw) -> None:
@@ -156,19 +156,10 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
         holds(len(own) == len(set(own)), f"{name} holds a tensor under two keys")
         tied = {id(p) for p in operation(each).parameters()}
         base = {id(p) for p in each.parameters()} - tied
-        used = {id(p) for _, step in steps(each) for p in _used(step.part)} - base
-        holds(tied == used, f"{name} runs parts that it does not hold")
+        run = {id(p) for _, step in steps(each) for p in used(step.part)} - base
+        holds(tied == run, f"{name} runs parts that it does not hold")
         if way != ".to(bfloat16)":
             runs(case, each)
-
-
-def _used(part: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a part, and of what it was lent, which is no child of it."""
-    yield from part.parameters()
-    for module in part.modules():
-        for lent in vars(module).values():
-            if isinstance(lent, nn.Module):
-                yield from _used(lent)
 
 
 def _uneven(want: list[list[str]], have: list[list[str]]) -> str:

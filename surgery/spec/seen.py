@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,38 @@ def _change(mark: str, was: object, now: object) -> str:
 def real(t: Tensor) -> Tensor:
     """A tensor as it is, a complex one as pairs of numbers."""
     return torch.view_as_real(t) if t.is_complex() else t
+
+
+def rounding(
+    answer: Callable[[], Sequence[Tensor]], numbers: Iterable[Tensor], most: float
+) -> float:
+    """What rounding may do to an answer, in eps: `most`, or more where sums are long.
+
+    Four times as far as the answer moves when each of some numbers moves by a unit of rounding,
+    the largest of three draws: another order of the sums in it does about that.
+    """
+    moved = [t for t in numbers if t.is_floating_point()]
+    want, was = list(answer()), [t.detach().clone() for t in moved]
+    generator, far = torch.Generator().manual_seed(0), 0.0
+    try:
+        for _ in range(3):
+            for tensor, value in zip(moved, was, strict=True):
+                ulps = torch.randint(-1, 2, value.shape, generator=generator).to(value)
+                tensor.detach().copy_(value + ulps * value.abs() * torch.finfo(value.dtype).eps)
+            far = max([far, *(gap(a, b) for a, b in zip(answer(), want, strict=True))])
+    finally:
+        for tensor, value in zip(moved, was, strict=True):
+            tensor.detach().copy_(value)
+    return max(most, 4 * far)
+
+
+def used(part: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a part, and of what it was lent, which is no child of it."""
+    yield from part.parameters()
+    for module in part.modules():
+        for lent in vars(module).values():
+            if isinstance(lent, nn.Module):
+                yield from used(lent)
 
 
 def gap(a: Tensor, b: Tensor, size: Tensor | None = None) -> float:

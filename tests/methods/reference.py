@@ -1,4 +1,4 @@
-"""Methods against plain PyTorch: what a test writes out by hand, in float64, on a ViT and a Swin."""
+"""Methods against plain PyTorch: what a test writes out by hand, in float64; a ViT and a Swin."""
 
 from __future__ import annotations
 

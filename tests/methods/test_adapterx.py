@@ -145,7 +145,7 @@ COUNTS = [
     ("norms, class token", [MIXTURE, NORMS, CLASS], 168_192),
     ("prompts of width d", [MIXTURE, *prompts(WIDTH)], 167_424),
     ("norms, prompts of width d / h", [MIXTURE, NORMS, *prompts(HEADS)], 173_568),
-    ("norms, prompts of width d / h, class token", [MIXTURE, NORMS, *prompts(HEADS), CLASS], 174_336),
+    ("the same, class token", [MIXTURE, NORMS, *prompts(HEADS), CLASS], 174_336),
     ("norms, one generator for all", [MIXTURE, NORMS, *prompts(shared(WIDTH))], 168_960),
     ("norms, scalar prompts", [MIXTURE, NORMS, *prompts(SCALAR)], 167_448),
     ("norms, scalar prompts, class token", [MIXTURE, NORMS, *prompts(SCALAR), CLASS], 168_216),
@@ -159,7 +159,7 @@ COUNTS = [
     ("Algorithm 1 by the letter", [ALGORITHM], 332_032),
     ("twelve mixtures", [UNSHARED], 1_787_904),
     ("twelve mixtures, norms", [UNSHARED, NORMS], 1_806_336),
-    ("twelve mixtures, norms, prompts of width d / h", [UNSHARED, NORMS, *prompts(HEADS)], 1_812_480),
+    ("twelve, norms, prompts of width d / h", [UNSHARED, NORMS, *prompts(HEADS)], 1_812_480),
     ("twelve mixtures, norms, prompts of width d", [UNSHARED, NORMS, *prompts(WIDTH)], 1_824_768),
 ]  # fmt: skip
 
