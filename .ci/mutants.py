@@ -33,6 +33,10 @@ TESTS = {
     "graft": ["tests/test_mixture.py", "tests/test_bypass.py", "tests/test_laws.py", *SPEC],
     "operate": [*LIFE, "tests/test_mixture.py", *SPEC],
     "ops": ["tests/test_mixture.py", "tests/test_modes.py", *SPEC],
+    "tokens": ["tests/test_insert.py", "tests/methods/test_prompts.py"],
+    "stock": ["tests/test_lending.py", "tests/test_plan.py"],
+    "fold": ["tests/test_fold.py", "tests/test_merge.py"],
+    "merge": ["tests/test_fold.py", "tests/test_merge.py"],
 }
 MORE = ["tests/test_modes.py", "tests/test_errors.py", "tests/test_flow.py", "tests/test_plan.py"]
 SLOW = "not fault and not idle_site and not inductor and not shrink and not compile"

@@ -27,7 +27,7 @@ from .operate import (
     routing,
 )
 from .part import part, shared
-from .parts import QuickGELU, adapter, moa
+from .parts import QuickGELU, adapter, lora, moa, prompt, prompt_generator, scale_shift
 from .pattern import where
 from .plan import Plan, plan
 from .relation import holding, inside, nearest, span, until
@@ -56,15 +56,12 @@ from .tree import Site, fingerprint
 __version__ = "0.1.0"
 
 __all__ = [
-    "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
-    "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError",
-    "adapter", "anatomy", "append", "apply", "at", "attn", "balance_loss", "block", "disabled",
-    "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused", "head", "holding",
-    "insert", "inside", "key",
-    "load", "load_state_dict", "merge", "moa", "nearest", "norm", "ops", "parallel", "parameters",
-    "part", "parts", "plan", "prepend", "proj", "qkv", "query", "replace", "report", "revert",
-    "routing", "rulesets", "save", "shared", "span", "state_dict", "token", "unfreeze", "unmerge",
-    "until",
-    "value",
-    "where",
+    "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan", "QuickGELU",
+    "Routing", "Rule", "RuleError", "Site", "SurgeryError", "adapter", "anatomy", "append", "apply",
+    "at", "attn", "balance_loss", "block", "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn",
+    "fingerprint", "freeze", "fused", "head", "holding", "insert", "inside", "key", "load",
+    "load_state_dict", "lora", "merge", "moa", "nearest", "norm", "ops", "parallel", "parameters",
+    "part", "parts", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv", "query",
+    "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared", "span",
+    "state_dict", "token", "unfreeze", "unmerge", "until", "value", "where",
 ]  # fmt: skip
