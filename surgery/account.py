@@ -45,7 +45,7 @@ def summary(record: Record, parts: Mapping[str, nn.Module], base: int, title: st
     rows: list[tuple[object, ...]] = []
     seen: set[str] = set()
     for row in record["rows"]:
-        new = [parts[key] for key in row["keys"] if key not in seen]
+        new = [parts[key] for key in row["keys"] if key in parts and key not in seen]
         seen.update(row["keys"])
         edits, names = "; ".join(row["edits"]), _names(row["keys"])
         rows.append((_where(row["paths"]), edits, names, count(new), row["unfrozen"]))

@@ -65,6 +65,12 @@ class Trained(Edit):
                     "parameters are told by an address, from the site on.",
                     f'Write {self.word}("**.bias"), for example.',
                 )
+            if any(position in each for position in "[]"):
+                raise RuleError(
+                    f"{self.word}({show(each)})",
+                    "a parameter has a name, and no position.",
+                    f'Give the place to at: at("blocks.[-1]", {self.word}("**.bias")).',
+                )
             parse(each)
         return Trained(self.trained, only)
 

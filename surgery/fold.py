@@ -51,6 +51,8 @@ def hold(module: nn.Module) -> Held | None:
         points = linear(module) is not None and module.groups == 1 and not any(_padding(module))
         plain = type(module).forward in [kind.forward for kind in CONVS]
         return Held(module, Affine(weight.flatten(1), map.bias), points) if plain else None
+    if weight.is_meta:
+        return Held(module, map, False)
     if is_norm(bare):
         return Held(module, map, False) if weight.dim() == 1 and _scales_last(bare) else None
     if linear(bare) and _turns(bare):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +17,11 @@ from torch.utils import _pytree as pytree
 
 from . import ops
 from .errors import GraftError
-from .tokens import Tokens
+from .insertion import ENTERING, Insertions, Step
 from .tree import Site
 
 Balance: TypeAlias = "ops.Coefficient | None"
 Kind = TypeVar("Kind")
-
-
-class Step(NamedTuple):
-    """One part at one site.
-
-    place   "before" acts on the input, "after" on the output, "beside" on the input for the
-            output, "instead" in place of the module; "into" puts tokens into the input, "among"
-            takes them out of the output too
-    scale   what is added is `scale` times what the part gives; None: it replaces what it was given
-    """
-
-    place: str
-    part: nn.Module
-    scale: float | None
-    tokens: Tokens = Tokens(0)
-
-
-ENTERING = ("before", "into", "among")
 
 
 class Switch(nn.Module):
@@ -86,8 +68,10 @@ class Graft:
         self.replacement = next((step.part for step in steps if step.place == "instead"), None)
         self.was_forward = self.entry.__dict__.get("forward")
         self.names = _declared(getattr(type(self.entry), "forward", None))
-        self.hears: dict[int, tuple[Graft, int]] = {}  # step i hears step j of another graft
-        self.listeners: list[tuple[int, Graft, int]] = []  # step j tells step i of another
+        self.listeners: list[tuple[int, Insertions, int]] = []  # step j tells step i of another
+        self.inserts = any(step.place in ("into", "among") for step in steps)
+        self.tokens = Insertions(self.path)
+        self.stretch = site.entry.order, site.exit.end
         self.mark = Mark()
         self.came = Mark() if site.is_span and self.enters else None
         self.forget()
@@ -107,14 +91,13 @@ class Graft:
         """Drop what is kept of the last forward."""
         self.inputs: dict[int, Tensor] = {}
         self.gates: dict[int, Tensor] = {}  # by the number of the step
-        self.heard: dict[int, Tensor] = {}
-        self.inserted: dict[int, int] = {}  # how many tokens
+        self.tokens.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": {}, "gates": {}, "heard": {}, "inserted": {}}
+        return {**self.__dict__, "inputs": {}, "gates": {}}
 
     def join(self) -> None:
-        """Hook into the site; inputs meet the last rule first."""
+        """Hook into the site; inputs meet the last rule first, and what holds others before all."""
         replaces = self.replacement is not None
         hooks = self.entry._forward_pre_hooks
         earlier = hooked(hooks, Graft)
@@ -128,6 +111,13 @@ class Graft:
             self.entry.__dict__["forward"] = self.instead
         if self.leaves or not replaces:
             self.exit.register_forward_hook(self.leave, with_kwargs=True)
+        _nest(hooks, first=True)
+        _nest(self.exit._forward_hooks, first=False)
+
+    def holds(self, other: Graft) -> bool:
+        """Whether tokens are in throughout another's stretch, and beyond it."""
+        (a, b), (c, d) = self.stretch, other.stretch
+        return self.inserts and a <= c and d <= b and (a, b) != (c, d)
 
     def part(self) -> None:
         """Take the hooks off, however many of them are there."""
@@ -152,7 +142,7 @@ class Graft:
             elif step.place in ENTERING:
                 leaves = pytree.tree_leaves((args, kwargs))
                 others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
-                x = self._insert(i, step, x, others)
+                x = self.tokens.insert(i, step, x, first, others)
             elif step.place == "beside" and self.remembers:
                 self.inputs[i] = x
         return put(x)
@@ -167,50 +157,16 @@ class Graft:
             if step.place == "after":
                 y = self._act(i, step, y, y)
             elif step.place == "among":
-                y = step.tokens.take_out(y, self.inserted.pop(i, 0))
+                y = self.tokens.take_out(i, step.tokens, y)
             elif step.place == "beside":
                 x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
                 y = self._act(i, step, x, y)
         return put(y)
 
-    def _insert(self, i: int, step: Step, x: Tensor, others: list[Tensor]) -> Tensor:
-        """The tokens that come, with those of the part among them."""
-        step.tokens.check(x, others, self.path)
-        rows = step.tokens.rows(x)
-        new = step.part(rows, self._hear(i)) if i in self.hears else step.part(rows)
-        shape = new.shape if isinstance(new, Tensor) else ()
-        if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
-            raise GraftError(
-                f"{type(step.part).__name__} at {self.path or 'the model'}",
-                f"it returned {_described(new)} where tokens to insert are needed.",
-                f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
-            )
-        self.inserted[i] = shape[1]
-        return step.tokens.put_in(x, new)
-
-    def _hear(self, i: int) -> Tensor:
-        """What the part that a step listens to gave in this forward."""
-        teller, j = self.hears[i]
-        if i not in self.heard:
-            raise GraftError(
-                f"the graft at {self.path}",
-                f"the part that it hears, at {teller.path}, did not run before it.",
-                "Write insert(..., hears=) with a place that runs before this one.",
-            )
-        heard, trained = self.heard[i], _is_trained(teller.steps[j])
-        if torch.is_grad_enabled() and trained and not heard.requires_grad:
-            raise GraftError(
-                f"the graft at {self.path}",
-                f"what it hears from {teller.path} came without a gradient (reentrant "
-                "checkpointing), which would silently be missing.",
-                "Use checkpointing with use_reentrant=False.",
-            )
-        return heard
-
     def listen(self, i: int, teller: Graft, j: int) -> None:
         """Let step i be told what step j of another graft gives."""
-        self.hears[i] = teller, j
-        teller.listeners.append((j, self, i))
+        self.tokens.hears[i] = teller.path, teller.steps[j].part
+        teller.listeners.append((j, self.tokens, i))
 
     def _remembered(self, i: int) -> Tensor:
         if i not in self.inputs:
@@ -323,6 +279,19 @@ def _axis(x: Tensor, axis: int, width: int) -> int:
     return axis
 
 
+def _nest(hooks: dict[int, Any], first: bool) -> None:
+    """Order grafts by what holds what: `first` before what it holds, else after it."""
+    order = list(hooked(hooks, Graft).items())
+    for i in range(1, len(order)):
+        for k in range(i, 0, -1):
+            (_, a), (_, b) = order[k - 1 : k + 1]
+            if not (b.holds(a) if first else a.holds(b)):
+                break
+            order[k - 1 : k + 1] = order[k], order[k - 1]
+    for key, _ in order:
+        hooks[key] = hooks.pop(key)
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether a part of some operation runs instead of the module."""
     return isinstance(_owner(module.__dict__.get("forward")), Graft)
@@ -350,10 +319,6 @@ def unhook(module: nn.Module, owner: object) -> None:
 def _owner(method: Any) -> Any:
     """The object that a method is of."""
     return getattr(method, "__self__", None)
-
-
-def _is_trained(step: Step) -> bool:
-    return any(p.requires_grad for p in step.part.parameters())
 
 
 def routes(step: Step) -> bool:

@@ -29,13 +29,19 @@ def linear(module: nn.Module) -> Shape | None:
         mixes = 0 < 2 * module.groups < module.in_channels  # some, though in groups (SqueezeBERT)
         return Shape(module.in_channels, module.out_channels, 1) if still and mixes else None
     weight = getattr(module, "weight", None)
-    if module._modules or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+    if children(module) or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         return None
     if isinstance(vars(module).get("nf"), int):  # GPT-2's Conv1D
         return Shape(weight.shape[0], weight.shape[1], -1)
     if "linear" in type(module).__name__.lower():  # of no common class, as in I-BERT
         return Shape(weight.shape[1], weight.shape[0], -1)
     return None
+
+
+def children(module: nn.Module) -> list[nn.Module]:
+    """What it is made of, without what was added to it."""
+    found = [child for child in module._modules.values() if child is not None]
+    return [child for child in found if not hasattr(child, "_is_surgery_room")]
 
 
 def experts(module: nn.Module) -> list[tuple[int, int, int]]:
@@ -55,7 +61,8 @@ def is_norm(module: nn.Module) -> bool:
     own = [p for p in module._parameters.values() if p is not None]
     if "norm" not in type(module).__name__.lower() or any(p.dim() > 1 for p in own):
         return False
-    return not module._modules or 0 < len(own) == len(list(module.parameters()))
+    below = [p for child in children(module) for p in child.parameters()]
+    return not children(module) or (len(own) > 0 and not {*map(id, below)} - {*map(id, own)})
 
 
 def shape(module: nn.Module) -> Shape | None:
@@ -100,7 +107,7 @@ def bends(module: nn.Module) -> bool:
     A class that is not torch's own is tried on a few numbers, in eval mode and on a copy: an
     activation bends them, a dropout or a change of shape does not.
     """
-    if module._modules or module._parameters:
+    if children(module) or module._parameters:
         return False
     kind = type(module)
     if kind not in _BENDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -91,15 +91,20 @@ def meant(edit: Trained, sites: Iterable[Site]) -> list[tuple[str, nn.Parameter]
     ]
 
 
-def nameless(rule: Rule, edit: Trained, sites: Iterable[Site]) -> MatchError:
-    held = [name for name, _ in meant(Trained(edit.trained), sites)]
-    near = nearest(str(edit.only[0]), held, most=3)
-    listed = ", ".join(f"{path} ({n})" for path, n in near) or "none"
-    return MatchError(
-        rule.short,
-        f"has no parameter for {edit!r}.",
-        f"Nearest parameters there: {listed}. A name begins at the site.",
-    )
+def check_named(rule: Rule, edit: Trained, sites: Collection[Site]) -> None:
+    """Raise MatchError where an edit speaks of parameters that no site of the rule has."""
+    for each in edit.only if sites else ():
+        alone = Trained(edit.trained, (each,))
+        if meant(alone, sites):
+            continue
+        held = [name for name, _ in meant(Trained(edit.trained), sites)]
+        near = nearest(str(each), held, most=3)
+        listed = ", ".join(f"{path} ({n})" for path, n in near) or "none"
+        raise MatchError(
+            rule.short,
+            f"has no parameter for {alone!r}.",
+            f"Nearest parameters there: {listed}. A name begins at the site.",
+        )
 
 
 def tokens_of(placed: list[Placed], tree: Tree) -> dict[Placed, Tokens]:
@@ -115,12 +120,14 @@ def tellers(placed: list[Placed], tree: Tree) -> dict[Placed, Placed]:
     for p, heard in edits:
         sites, first = heard.find(tree), p.place.entry.order
         tell = [o for o in placed if o.edit.tells and o.place in sites]
-        earlier = [other for other in tell if other.place.exit.end <= first]
+        tell = [o for o in tell if o.place.exit.end <= first]
+        list_ = p.place.entry.parent if p.place.entry.is_element else None
+        earlier = [o for o in tell if list_ is None or list_ in set(o.place.entry.above())]
         if not earlier:
             raise RuleError(
                 p.rule.short,
                 f"before {p.site.path} no rule joins a part at {heard!r} that it could hear.",
                 "Join one there, or leave the first places out: block[1:].",
             )
-        found[p] = max(earlier, key=lambda other: other.place.exit.order)
+        found[p] = max(reversed(earlier), key=lambda other: other.place.exit.order)
     return found

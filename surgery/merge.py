@@ -10,15 +10,16 @@ from torch import nn
 
 from .errors import OperationError
 from .fold import Held, hold
-from .graft import Graft, Step, is_replaced
+from .graft import Graft, is_replaced
+from .insertion import Step
 from .leaf import forward_of
 from .operate import operated
 from .part import Affine, affine
+from .room import Operation
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@torch.no_grad()
 def merge(model: Model) -> Model:
     """Fold all parts into the base: the same answers at the speed of the base; returns the model.
 
@@ -37,14 +38,21 @@ def merge(model: Model) -> Model:
     (True, True)
     """
     done = operated(model, "merge(model)")
+    exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
+    with torch.no_grad(), exact[0], exact[1]:
+        _fold(model, done)
+    return model
+
+
+def _fold(model: nn.Module, done: list[Operation]) -> None:
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     held: dict[int, tuple[Graft, Held]] = {}
-    for graft in [graft for operation in done for graft in operation.grafts]:
+    grafts = [graft for operation in done for graft in operation.grafts]
+    steps = [(graft, step) for graft in grafts for step in graft.steps]
+    for graft, step in sorted(steps, key=lambda it: it[1].place != "instead"):  # others around it
         base = _held(graft, uses)
         _, known = held.get(id(base.module), (graft, base))
-        for step in graft.steps:
-            known = known._replace(map=_folded(known, step, graft.path))
-        held[id(base.module)] = graft, known
+        held[id(base.module)] = graft, known._replace(map=_folded(known, step, graft.path))
     changes = [(it.module, *_written(it, graft)) for graft, it in held.values()]
     try:
         done[-1].fold(changes)
@@ -54,7 +62,6 @@ def merge(model: Model) -> Model:
         for operation in done:
             operation.unfold()
         raise
-    return model
 
 
 def unmerge(model: Model) -> Model:
@@ -87,6 +94,10 @@ def _held(graft: Graft, uses: Counter[int]) -> Held:
             "norm with weights can be folded.",
             "Put such parts on these themselves, or leave the model unmerged.",
         )
+    if held.module.weight.is_meta:
+        raise OperationError(
+            f"merge(model) at {graft.path}", "it is on the meta device.", "Give it memory first."
+        )
     if uses[id(held.module.weight)] > 1:
         raise OperationError(
             f"merge(model) at {graft.path}",
@@ -111,6 +122,12 @@ def _folded(held: Held, step: Step, path: str) -> Affine:
             f"{type(step.part).__name__} acts on the input of a {type(held.module).__name__}, "
             "which mixes or norms it first: it cannot be folded into its weight.",
             "Put it after the module, or leave the model unmerged.",
+        )
+    if part.weight.dim() == 2 and getattr(held.module, "groups", 1) > 1:
+        raise OperationError(
+            f"merge(model) at {path}",
+            f"{type(step.part).__name__} mixes the groups of a {type(held.module).__name__}.",
+            "Leave the model unmerged, or use a part that scales each feature.",
         )
     if step.place == "instead":
         return part

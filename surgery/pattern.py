@@ -71,7 +71,7 @@ class Pattern(Term):
             bounds, counts = (chosen.start, chosen.stop, chosen.step), [int, type(None)]
         else:
             bounds, counts = (chosen,), [int]
-        if any(type(bound) not in counts for bound in bounds):
+        if any(type(bound) not in counts for bound in bounds) or bounds[2:] == (0,):
             raise RuleError(
                 f"{self!r}[{chosen!r}]", "this counts no sites.", f"Write {self!r}[0] or [-4:]."
             )
@@ -213,7 +213,8 @@ class Other(Pattern):
         return {} if self.pattern.test(tree, site) is None else None
 
     def candidates(self, tree: Tree) -> list[Site]:
-        return list(dict.fromkeys([*tree.sites, *self.pattern.candidates(tree)]))
+        both = dict.fromkeys([*tree.sites, *self.pattern.candidates(tree)])
+        return sorted(both, key=lambda site: site.order)
 
     def __repr__(self) -> str:
         inner = repr(self.pattern)

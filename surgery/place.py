@@ -92,7 +92,8 @@ class Placed:
 
 def _disown(part: nn.Module, foreign: Collection[int], p: Placed) -> None:
     """What a part was lent, or reads of the base, it uses as an attribute: no child of its own."""
-    for module in list(part.modules()) if foreign else []:
+    known = not foreign or id(part) in foreign  # it was made, and looked at, before
+    for module in [] if known else list(part.modules()):
         for name, child in list(module._modules.items()):
             if id(child) not in foreign:
                 continue
@@ -122,7 +123,9 @@ class Names:
 
     def shared(self, shared: Shared, site: Site, p: Placed) -> str:
         """The key of a shared part, as `p` asks for it: the same for all that share it."""
-        said, _ = self._said.setdefault(id(shared), (repr(shared), shared))
+        if id(shared) not in self._said:
+            self._said[id(shared)] = repr(shared), shared
+        said, _ = self._said[id(shared)]
         by = self._by(shared, p)
         own = id(shared.part) if not hasattr(shared.part, "word") else 0
         group = said, own, tuple(site.shape[:2]), by, p.device, p.dtype

@@ -16,8 +16,9 @@ from .account import Record, Row, count, summary
 from .edit import Joined, Trained
 from .errors import ConflictError, FileError, OperationError, RuleError
 from .flow import follow
-from .graft import Balance, Step, is_replaced
-from .meeting import flatten, matched, meant, nameless, tellers, tokens_of, training
+from .graft import Balance, is_replaced
+from .insertion import Step
+from .meeting import check_named, flatten, matched, meant, tellers, tokens_of, training
 from .place import Names, Placed, check_called, name_all
 from .proof import Trainee, prove
 from .room import Operation, operations, room_of
@@ -225,8 +226,8 @@ class Plan:
             for edit in rule.rest:
                 if isinstance(edit, Trained):
                     named = meant(edit, sites)
-                    if edit.only and sites and not (named or rule.optional):
-                        raise nameless(rule, edit, sites)
+                    if not rule.optional:
+                        check_named(rule, edit, sites)
                     ids = {id(p) for _, p in named if p.is_floating_point()}
                     chosen = chosen | ids if edit.trained else chosen - ids
         return chosen

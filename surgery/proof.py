@@ -49,6 +49,7 @@ def prove(
         with _evaluating(model), torch.compiler.set_stance("force_eager"):
             with torch.no_grad():
                 answer = _proved(operation, run)
+            _check_rows(operation, example)
             with torch.enable_grad():
                 notes = _check_gradients(_proved(operation, run), trainees)
             operation.record["notes"] += notes
@@ -134,6 +135,20 @@ def _weights(graft: Graft) -> list[nn.Parameter]:
 
 def _listed(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def _check_rows(operation: Operation, example: Any) -> None:
+    """Tokens are put among those of a sample: where the first axis is of tokens, they are not."""
+    batch = next((len(t) for t in tensors(example) if t.dim()), 0)
+    for graft in operation.grafts:
+        for put in graft.tokens.put.values():
+            if put.batch != batch == put.total - put.new:
+                raise GraftError(
+                    f"insert(...) at {graft.path}",
+                    f"it is given {put.batch} x {batch} where the example has {batch} samples: "
+                    "tokens come first here, and would be inserted as samples.",
+                    "Insert into a model that takes samples first (batch_first=True).",
+                )
 
 
 # gradients -------------------------------------------------------------------------------------

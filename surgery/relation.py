@@ -12,7 +12,7 @@ from .flow import followed
 from .leaf import Shape, is_norm, linear
 from .pattern import Address, Found, Pattern, Selection, Where, plain, where
 from .term import show
-from .tree import Site, Tree
+from .tree import Site, Tree, holders
 from .tree import span as make_span
 
 
@@ -105,19 +105,19 @@ class Until(Selection):
 
     def select(self, tree: Tree) -> Found:
         ends = list(self.exit.find(tree))
-        return {_stretch(site, ends): {} for site in self.entry.find(tree) if _last(site, ends)}
+        found = self.entry.find(tree).items()
+        pairs = [(site, _last(site, ends), captures) for site, captures in found]
+        return {a if a is b else _from(a, b): captures for a, b, captures in pairs if b}
 
 
 def _last(site: Site, ends: list[Site]) -> Site | None:
-    """The last of its own list, where it is of one, else the last of all, from the site on."""
+    """The last end from the site on, in the smallest module around it that holds one."""
     later = [end for end in ends if end.exit.order >= site.exit.order]
-    own = [end for end in later if end.parent is site.parent and site.is_element]
-    return own[-1] if own else later[-1] if later else None
-
-
-def _stretch(site: Site, ends: list[Site]) -> Site:
-    end = _last(site, ends)
-    return site if end is site or end is None else _from(site, end)
+    for holder in (*([] if site.is_element else [site]), *holders(site)):
+        near = [end for end in later if holder.order <= end.order and end.exit.end <= holder.end]
+        if near:
+            return near[-1]
+    return later[-1] if later else None
 
 
 def inside(pattern: Where) -> Pattern:

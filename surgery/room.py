@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .account import Record
 from .errors import GraftError, OperationError
-from .graft import Balance, Graft, Step, Switch, hooked, routes, unhook
+from .graft import Balance, Graft, Switch, hooked, routes, unhook
+from .insertion import Step
 from .tree import ROOM, Site
 
 
@@ -36,11 +37,15 @@ class Witness:
         self.operation = operation
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """What was heard in an earlier forward is kept for checkpoints only, and now forgotten."""
-        for graft in self.operation.grafts:
-            graft.heard.clear()
+        """What is left of an earlier forward, which checkpoints may need, is forgotten."""
+        if self.operation.enabled:
+            for graft in self.operation.grafts:
+                graft.tokens.begin()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        for graft in self.operation.grafts if self.operation.enabled else ():
+            if error := graft.tokens.left_in:
+                raise error
         if self.operation.enabled and not self.operation.proved:
             self.operation._surgery_witness(torch.compiler.is_dynamo_compiling())
 
@@ -134,7 +139,7 @@ class Operation(Switch):
                 encoder.use_nested_tensor = False
         witness = Witness(self)
         model.register_forward_hook(witness.leave)
-        if any(graft.hears for graft in self.grafts):
+        if any(graft.inserts for graft in self.grafts):
             model.register_forward_pre_hook(witness.enter)
 
     @property

@@ -37,7 +37,7 @@ class Stock:
 
     def _put(self, key: str, made: nn.Module) -> None:
         self.parts[key] = made
-        self._foreign.add(id(made))
+        self._foreign.update(map(id, made.modules()))
 
     def _lend(self, p: Placed, shared: Shared, site: Site) -> nn.Module:
         """The part that is shared, made if nobody has asked for it before."""

@@ -27,11 +27,18 @@ class Tokens(NamedTuple):
         joined = torch.cat([rows[:, : self.after], new.to(x.dtype), rows[:, self.after :]], 1)
         return self.rows(joined)
 
-    def take_out(self, y: Tensor, count: int) -> Tensor:
-        """y without the `count` tokens that were put in."""
-        rows = self.rows(y)
-        first = min(self.after, rows.shape[1] - count)
-        return self.rows(torch.cat([rows[:, :first], rows[:, first + count :]], 1))
+    def take_out(self, y: Tensor, put: Put, path: str) -> Tensor:
+        """y without the tokens that were put in. Raises GraftError where others came out."""
+        whole = self.rows(y) if y.dim() == 3 else None
+        if whole is None or whole.shape[:2] != (put.batch, put.total):
+            raise GraftError(
+                f"insert(...) at {path or 'the model'}",
+                f"{put.total} tokens a sample went in, {put.new} of them inserted, and "
+                f"{tuple(y.shape)} came out: which of it are they?",
+                "Put it where as many leave as enter: a narrower stretch, or block by block.",
+            )
+        first = min(self.after, put.total - put.new)
+        return self.rows(torch.cat([whole[:, :first], whole[:, first + put.new :]], 1))
 
     def check(self, x: Tensor, others: list[Tensor], path: str) -> None:
         """Raise GraftError where x are no tokens, or the site is given what fits their number."""
@@ -42,15 +49,31 @@ class Tokens(NamedTuple):
                 "Its attention fixes the number of tokens (windows, maps). Use a method that adds "
                 "no tokens.",
             )
-        n = self.rows(x).shape[1]
+        b, n, width = self.rows(x).shape
         for other in others:
-            if other.shape != x.shape and {n, n - self.after} & set(other.shape[-2:]):
+            if _is_made_for({n, n - self.after}, other, b, width):
                 raise GraftError(
                     f"insert(...) at {path or 'the model'}",
                     f"it is also given a tensor {tuple(other.shape)} that is made for {n} tokens "
                     "(a mask, rotary positions), and more would not fit.",
                     "Use a method that adds no tokens.",
                 )
+
+
+class Put(NamedTuple):
+    """What was put in last: how many tokens, of how many then; samples; whether it is still in."""
+
+    new: int
+    total: int
+    batch: int
+    open: bool
+
+
+def _is_made_for(numbers: set[int], other: Tensor, batch: int, width: int) -> bool:
+    """Whether a tensor has a row or a column for each token; features of samples have not."""
+    if other.dim() < 2 or (other.shape[0], other.shape[-1]) == (batch, width):
+        return False
+    return bool(numbers & set(other.shape[-2:]))
 
 
 def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:

@@ -62,7 +62,7 @@ def test_models_and_rules_of_ones_own_file(tmp_path, monkeypatch, capsys):
     ("words", "fact"),
     [
         (["plan", "timm:vit_tiny_patch16_22", "full"], "Nearest: vit_tiny_patch16_224"),
-        (["plan", VIT, "adapterx"], "Nearest: adapterx_ffn"),
+        (["plan", VIT, "adapterx_ff"], "Nearest: adapterx_ffn"),
         (["plan", "nowhere.at_all:build", "full"], "importing nowhere.at_all failed"),
         (["plan", "torch.nn:Nothing", "full"], "Nothing"),
         (["plan", "torch:zeros", "full"], "torch:zeros"),
@@ -71,7 +71,7 @@ def test_models_and_rules_of_ones_own_file(tmp_path, monkeypatch, capsys):
         (["plan"], "required"),
         (["operate"], "invalid choice"),
         (["demo", "--seeds", "0"], "no number from 1 up"),
-        (["demo", "--methods", "adapterx"], "Nearest: adapterx_ffn"),
+        (["demo", "--methods", "adapterx_ff"], "Nearest: adapterx_ffn"),
         (["demo", "--out", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )

@@ -172,3 +172,41 @@ def test_llamas_norms_fold() -> None:
         want = model(**ids).logits
         have = surgery.merge(model)(**ids).logits
         assert (have - want).abs().max() <= 64 * EPS * want.abs().max()
+
+
+def test_what_mixes_groups_is_refused() -> None:
+    model = surgery.apply(Root(nn.Conv2d(4, 4, 3, padding=1, groups=4)), at("one", append(dense)))
+    with pytest.raises(OperationError, match="Linear mixes the groups of a Conv2d"):
+        surgery.merge(model)
+
+
+@pytest.mark.parametrize("edit", [append(dense), parallel(dense), prepend(dense)])
+def test_what_is_written_around_a_replacement_stays(edit: Any) -> None:
+    merged(nn.Linear(4, 4), [at("one", edit), at("one", replace(dense))], ROWS)
+    merged(nn.Linear(4, 4), [at("one", replace(dense)), at("one", edit)], ROWS)
+
+
+def test_on_the_meta_device_there_is_nothing_to_merge() -> None:
+    with torch.device("meta"):
+        model = surgery.apply(Root(nn.LayerNorm(4)), at("one", append(bare)))
+    with pytest.raises(OperationError, match="it is on the meta device"):
+        surgery.merge(model)
+
+
+def test_under_autocast_it_folds_exactly() -> None:
+    model = surgery.apply(Root(nn.Linear(64, 64)), at("one", parallel(dense)))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        want = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            surgery.merge(model)
+        torch.testing.assert_close(model(x), want)
+
+
+def test_a_second_operation_sees_the_module_that_the_first_lives_in() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    surgery.apply(model, at("1", append(bare)))
+    made = surgery.plan(model, at(surgery.norm, append(bare)), name="b")
+    assert [site.path for site in made.sites] == ["0"]
+    surgery.apply(model, at(surgery.norm, append(bare)), name="b")
+    assert surgery.merge(model)(ROWS).shape == ROWS.shape

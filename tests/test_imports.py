@@ -50,7 +50,7 @@ FLOORS = {
     "edit": 4,
     "feedforward": 4,
     "fold": 4,
-    "graft": 4,
+    "insertion": 4,
     "parts.adapter": 4,
     "parts.arc": 4,
     "parts.combined": 4,
@@ -66,6 +66,7 @@ FLOORS = {
     "parts.sparse": 4,
     "relation": 4,
     "feeds": 5,
+    "graft": 5,
     "parts.binary": 5,
     "parts.conv": 5,
     "parts.elastic": 5,
@@ -73,14 +74,14 @@ FLOORS = {
     "parts.reversible": 5,
     "parts.vera": 5,
     "parts.vida": 5,
-    "room": 5,
     "rule": 5,
     "named": 6,
     "parts.skills": 6,
     "place": 6,
-    "proof": 6,
     "role": 6,
+    "room": 6,
     "parts": 7,
+    "proof": 7,
     "rulesets.arc": 7,
     "rulesets.attention": 7,
     "rulesets.baselines": 7,
@@ -261,7 +262,7 @@ def public() -> dict[str, object]:
 EXPLAINED = {
     name: value
     for name, value in public().items()
-    if not isinstance(value, (Pattern, ModuleType, surgery.edit.Trained))
+    if not isinstance(value, (Pattern, ModuleType, surgery.edit.Trained, surgery.edit.Token))
 }
 
 

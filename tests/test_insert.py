@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -117,7 +118,7 @@ def test_maps_windows_and_masks_refuse_them() -> None:
 
 def test_what_is_no_row_of_tokens_is_refused() -> None:
     model = surgery.apply(nn.Sequential(Rows()), at("0", insert(lambda site: nn.Linear(4, 4))))
-    with pytest.raises(GraftError, match=r"it returned \(1, 3, 2\) float32"):
+    with pytest.raises(GraftError, match=r"it returned \(1, 3, 2\) where new tokens"):
         surgery.apply(nn.Sequential(Rows()), at("0", insert(lambda site: nn.Linear(4, 2))))(
             torch.zeros(1, 3, 4)
         )
@@ -159,7 +160,8 @@ class Checkpointed(nn.Module):
         vit: Any = self.vit
         x = vit._pos_embed(vit.patch_embed(x))
         for one in vit.blocks:
-            x = checkpoint(one, x, use_reentrant=self.reentrant)
+            plain = self.reentrant is None
+            x = one(x) if plain else checkpoint(one, x, use_reentrant=self.reentrant)
         out: Tensor = vit.head(vit.norm(x)[:, 0])
         return out
 
@@ -216,3 +218,210 @@ def test_rules_with_tokens_print_and_travel_in_files(tmp_path: Any) -> None:
     torch.manual_seed(0)
     again = surgery.load(tiny_vit().eval(), surgery.save(model, tmp_path / "a.safetensors"))
     assert torch.equal(again(images()), model(images()))
+
+
+# found by a reader who tried to break it ---------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Blocks in a list, each token by itself; each block is run as `order` says."""
+
+    def __init__(self, depth: int = 3, order: list[int] | None = None) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.blocks = nn.ModuleList([copy.deepcopy(layer) for _ in range(depth)])
+        self.order = list(range(depth)) if order is None else order
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in self.order:
+            x = self.blocks[i](x)
+        return x
+
+
+def constant(count: int, value: float) -> Any:
+    def make(site: surgery.Site) -> nn.Module:
+        part = Ones(site, count)
+        nn.init.constant_(part.row, value)
+        return part
+
+    return make
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+
+
+def inner(first: int, after: int, count: int = 2, last: str = "*") -> Any:
+    return at(
+        until(f"blocks.[{first}]", f"blocks.{last}"), insert(constant(count, 7.0), after=after)
+    )
+
+
+def seen_by(model: nn.Module, path: str) -> list[Tensor]:
+    kept: list[Tensor] = []
+    model.get_submodule(path).register_forward_pre_hook(lambda m, a: kept.append(a[0]))
+    return kept
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "b")], ids=["one", "two operations"])
+def test_what_is_put_in_last_comes_out_first(names: tuple[str, str]) -> None:
+    model = Tokens().eval()
+    rules = [inner(0, after=1), inner(1, after=3)]
+    if names[0] == names[1]:
+        surgery.apply(model, rules)
+    else:
+        for rule, name in zip(rules, names, strict=True):
+            surgery.apply(model, rule, name=name)
+    kept = seen_by(model, "blocks.1")
+    out = model(X)
+    assert out.shape == X.shape
+    (row,) = kept
+    assert [i for i in range(9) if (row[0, i] == 7.0).all()] == [3, 4]
+    with pytest.raises(GraftError, match="7 tokens a sample went in, 2 of them inserted"):
+        surgery.apply(Tokens(), [inner(0, 1, last="[1]"), inner(1, 1)])(X)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_stretch_goes_in_before_what_stands_inside_it(order: list[int]) -> None:
+    rules = [inner(0, after=1), at("blocks.*", parallel(adapter(rank=2)))]
+    model = surgery.apply(Tokens().eval(), [rules[i] for i in order])
+    given: list[int] = []
+    for graft in model.surgery.default.grafts:
+        if graft.path.startswith("blocks.") and "(" not in graft.path:
+            part = graft.steps[0].part
+            part.register_forward_hook(lambda m, a, y: given.append(a[0].shape[1]))
+    assert model(X).shape == X.shape
+    assert given == [7, 7, 7]
+
+
+def test_tokens_that_leave_as_others_are_refused() -> None:
+    cait = timm.create_model(
+        "cait_xxs24_224", img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=3
+    )
+    with pytest.raises(GraftError, match="tokens a sample went in, 10 of them inserted, and"):
+        surgery.apply(cait.eval(), "vpt_deep")(images(size=32))
+
+
+@pytest.mark.parametrize(
+    ("order", "fact"),
+    [
+        ([0, 0, 1, 1, 2, 2], "its beginning ran again before its end"),
+        ([0, 1], "its end never ran after its beginning"),
+        ([1, 2], "its end ran without its beginning"),
+    ],
+)
+def test_shared_and_skipped_blocks_are_refused(order: list[int], fact: str) -> None:
+    model = surgery.apply(Tokens(order=order), inner(0, after=1))
+    with pytest.raises(GraftError, match=fact):
+        model(X)
+
+
+def test_a_forward_that_failed_leaves_nothing_behind() -> None:
+    model = Tokens(order=[0, 1])
+    surgery.apply(model, inner(0, after=1))
+    with pytest.raises(GraftError):
+        model(X)
+    model.order = [0, 1, 2]
+    assert model(X).shape == X.shape
+
+
+@pytest.mark.parametrize("rules", [HEARING, [at(until(block[0], block), prompt(tokens=2))]])
+def test_two_forwards_before_one_backward_with_checkpoints(rules: Any) -> None:
+    model, plain = Checkpointed(False), Checkpointed(False)
+    plain.load_state_dict(model.state_dict())
+    plain.reentrant = None  # type: ignore[assignment]
+    grads = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        surgery.apply(each, rules)
+        with torch.no_grad():
+            for i, p in enumerate(surgery.parameters(each)):
+                p.add_(0.1 + 0.01 * i)
+        (each(images()).square().sum() + each(-images()).sin().sum()).backward()
+        with surgery.disabled(each):
+            each(images())
+        grads.append([p.grad for p in surgery.parameters(each)])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_sequence_first_models_hear_sample_by_sample() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    first = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    second = copy.deepcopy(first)
+    for module in second.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.batch_first = True
+    rules = [
+        at(ffn, parallel(adapter(rank=4))),
+        at(until(block[1:], block), insert(prompt_generator(heads=2), hears=ffn)),
+    ]
+    for model in (first, second):
+        surgery.apply(model, rules)
+        with torch.no_grad():
+            for p in surgery.parameters(model):
+                p.add_(0.1)
+    for x in (torch.randn(5, 3, 8), torch.randn(4, 4, 8)):
+        torch.testing.assert_close(first(x), second(x.transpose(0, 1)).transpose(0, 1))
+
+
+def test_an_example_tells_where_samples_lie() -> None:
+    class SequenceFirst(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    with pytest.raises(GraftError, match="it is given 5 x 2 where the example has 2 samples"):
+        surgery.apply(SequenceFirst(), at("blocks.*", prompt(tokens=2)), example=X)
+
+
+def test_what_is_given_beside_is_judged_by_its_tokens() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return x + self.lin(x) + c.mean()
+
+    for batch in (4, 5, 6):
+        model = surgery.apply(Root2(Conditioned()), at("one", prompt(tokens=2)))
+        assert model(torch.randn(batch, 5, 8), torch.randn(batch, 8)).shape == (batch, 5, 8)
+        assert model(torch.randn(batch, 5, 8), torch.randn(batch, 5, 8)).shape == (batch, 5, 8)
+        with pytest.raises(GraftError, match=r"made for 5 tokens"):
+            model(torch.randn(batch, 5, 8), torch.randn(batch, 1, 5, 5))
+
+
+class Root2(nn.Module):
+    def __init__(self, one: nn.Module) -> None:
+        super().__init__()
+        self.one = one
+
+    def forward(self, *args: Tensor) -> Tensor:
+        out: Tensor = self.one(*args)
+        return out
+
+
+def test_a_dynamic_batch_exports() -> None:
+    model = surgery.apply(tiny_vit().eval(), at(block, prompt(tokens=2)))
+    batch = torch.export.Dim("batch", min=2, max=8)
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},), strict=False)
+    x = torch.cat([images()] * 3)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_part_hears_the_last_part_of_its_own_tower() -> None:
+    rules = [at(ffn, parallel(Ones2)), at(ffn, parallel(Twice2)), HEARING[1]]
+    made = surgery.plan(tiny_vit(), rules)
+    assert {t.edit.part for t in made.tellers.values()} == {Twice2}
+
+
+class Ones2(nn.Module):
+    def __init__(self, site: surgery.Site) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(site.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class Twice2(Ones2):
+    pass

@@ -181,3 +181,34 @@ def test_a_part_may_read_the_base() -> None:
     room = dict(twin.surgery.default.named_children())
     assert room["blocks/0/mlp/parallel"].fc2 is twin.blocks[0].mlp.fc2
     assert surgery.fingerprint(surgery.revert(model)) == mark
+
+
+def test_one_module_for_all_sites_is_made_and_told_once() -> None:
+    core = shared(basis())
+
+    def itself(site: surgery.Site) -> nn.Module:
+        return nn.Identity() if site.path.endswith("0.mlp") else core(site)
+
+    one = Scaled(Basis(2, 24))
+    for maker in (itself, lambda site: one):
+        model = surgery.apply(tiny_vit(), at(ffn, parallel(maker)))
+        assert "Report" in str(surgery.report(model))
+        surgery.revert(model)
+    assert [name for name, _ in one.named_parameters()] == ["scale", "basis.weight"]
+
+
+def test_what_lies_inside_a_lent_part_is_stored_once() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Basis(2, 24)
+
+    @part
+    def two(site: surgery.Site) -> nn.Module:
+        return Two()
+
+    core = shared(two())
+    model = surgery.apply(tiny_vit(), at(ffn, parallel(lambda s: Scaled(core(s).inner))))
+    assert [key for key in surgery.state_dict(model) if "weight" in key] == [
+        "parts.shared/two/24.inner.weight"
+    ]

@@ -440,3 +440,36 @@ def test_a_module_is_named_by_its_class_where_a_place_is_expected():
         surgery.where(nn.Linear(2, 2))
     with pytest.raises(surgery.RuleError, match=r"^where\(3\): int says no place"):
         surgery.where(3)
+
+
+# some of them ------------------------------------------------------------------------------------
+
+
+def test_some_are_counted_as_python_counts():
+    model = tiny_vit()
+    whole = paths(model, ffn)
+    for chosen in (slice(1, None), slice(None, -1), slice(None, None, 2), slice(-2, None)):
+        assert paths(model, ffn[chosen]) == whole[chosen]
+    assert paths(model, ffn[0]) == whole[:1]
+    assert paths(model, ffn[-1]) == whole[-1:]
+    assert paths(model, ffn[7]) == []
+    assert paths(model, ffn[1:] & ~ffn[2:]) == whole[1:2]
+    assert paths(model, (~where(nn.Linear))[-3:]) == paths(model, ~where(nn.Linear))[-3:]
+
+
+@pytest.mark.parametrize("pattern", [ffn[1:], ffn[0], (ffn | attn)[-2:], (~ffn)[::2], ffn[1:][0]])
+def test_some_print_as_they_are_written(pattern):
+    assert eval(repr(pattern), vars(surgery)) == pattern
+
+
+@pytest.mark.parametrize("chosen", [slice(None, None, 0), "a", 1.5, True, slice("a", None)])
+def test_what_counts_nothing_is_told(chosen):
+    with pytest.raises(RuleError, match="this counts no sites"):
+        ffn[chosen]
+
+
+def test_a_pattern_is_no_sequence():
+    with pytest.raises(TypeError):
+        list(ffn)
+    with pytest.raises(TypeError):
+        _ = attn in ffn

@@ -17,6 +17,7 @@ from surgery import (
     append,
     at,
     attn,
+    block,
     ffn,
     freeze,
     head,
@@ -26,6 +27,7 @@ from surgery import (
     parallel,
     prepend,
     shared,
+    token,
     unfreeze,
 )
 from tests.models import images, tiny_vit
@@ -172,6 +174,66 @@ def test_the_last_word_on_training_counts():
     assert surgery.plan(model, [at("", freeze), at(head, unfreeze)]).trainable == each
     everything = sum(p.numel() for p in model.parameters())
     assert surgery.plan(model, [at("", unfreeze), at(head, freeze)]).trainable == everything - each
+
+
+# parameters by name
+
+
+def chosen(model: nn.Module, *rules) -> set[str]:
+    unfrozen = surgery.plan(model, list(rules)).unfrozen
+    return {name for name, p in model.named_parameters() if id(p) in unfrozen}
+
+
+def test_parameters_are_chosen_by_their_names_from_the_site_on():
+    model = tiny_vit()
+    every = {name for name, _ in model.named_parameters()}
+    assert chosen(model, at("", unfreeze("**.bias"))) == {n for n in every if n.endswith("bias")}
+    assert chosen(model, at("blocks.*", unfreeze("attn.**.weight"))) == {
+        n for n in every if ".attn." in n and n.endswith("weight")
+    }
+    assert chosen(model, at(block[-1], unfreeze("*.{weight,bias}"))) == {
+        f"blocks.2.norm{i}.{tensor}" for i in (1, 2) for tensor in ("weight", "bias")
+    }
+    assert chosen(model, at("", unfreeze(token))) == {"cls_token"}
+    assert chosen(model, at("", unfreeze), at("", freeze("**.weight"))) == {
+        n for n in every if not n.endswith("weight")
+    }
+
+
+def test_rows_count_what_is_chosen_by_name_once():
+    made = surgery.plan(tiny_vit(), [at(head, unfreeze("bias")), at("", unfreeze("**.bias"))])
+    rows = made.record["rows"]
+    assert rows[0]["unfrozen"] == 5
+    assert sum(row["unfrozen"] for row in rows) == made.trainable
+
+
+@pytest.mark.parametrize(
+    ("edit", "fact"),
+    [
+        (lambda: unfreeze("haed.bias"), 'has no parameter for unfreeze("haed.bias").'),
+        (lambda: unfreeze("**.bias", "x"), 'has no parameter for unfreeze("x").'),
+        (lambda: unfreeze("blocks.[0].**"), "a parameter has a name, and no position"),
+        (lambda: unfreeze(3), "parameters are told by an address"),
+        (lambda: freeze("a b"), "is no address step"),
+    ],
+)
+def test_names_that_mean_nothing_are_told(edit, fact):
+    with pytest.raises(surgery.SurgeryError) as told:
+        surgery.plan(tiny_vit(), [at("", unfreeze), at("", edit())])
+    assert fact in str(told.value)
+
+
+def test_an_optional_rule_may_name_what_is_not_there():
+    rules = [at(head, unfreeze), at("blocks.*", unfreeze("x"), optional=True)]
+    assert surgery.plan(tiny_vit(), rules).trainable == 125
+
+
+def test_a_part_that_is_mostly_joined_in_one_way_needs_no_edit():
+    assert at(ffn, surgery.lora()) == at(ffn, parallel(surgery.lora()))
+    assert at(block, surgery.prompt()) == at(block, surgery.insert(surgery.prompt()))
+    assert at(ffn, shared(surgery.scale_shift())) == at(ffn, append(shared(surgery.scale_shift())))
+    with pytest.raises(RuleError, match="is no edit"):
+        at(ffn, adapter())
 
 
 # shared parts

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import graft, ops, place, proof, room, tree
+from surgery import graft, meeting, ops, place, proof, room, tree
 from surgery.graft import Graft
 from surgery.place import Placed
 from surgery.room import Operation, Room
@@ -45,11 +45,11 @@ def no_match_is_silent(patch: Patch) -> None:
         except surgery.MatchError:
             return {}
 
-    wrapped(patch, plan, "_matched", lenient)
+    wrapped(patch, plan, "matched", lenient)
 
 
 def times_is_a_minimum(patch: Patch) -> None:
-    patch.setattr(plan, "_matched", lambda rule, tree: rule.where.find(tree))
+    patch.setattr(plan, "matched", lambda rule, tree: rule.where.find(tree))
 
 
 def conflicts_are_ignored(patch: Patch) -> None:
@@ -277,7 +277,8 @@ def what_is_unfrozen_stays_so(patch: Patch) -> None:
             for edit in rule.rest
             if getattr(edit, "trained", False)
         ]
-        return {id(p) for sites in trained for p in plan._parameters(sites)}
+        modules = [end.module for sites in trained for s in sites for end in (s.entry, s.exit)]
+        return {id(p) for module in modules for p in module.parameters()}
 
     patch.setattr(plan.Plan, "_unfrozen", unfrozen)
 
@@ -345,7 +346,7 @@ def errors_do_not_name_the_rule(patch: Patch) -> None:
 
 
 def addresses_are_not_looked_up(patch: Patch) -> None:
-    patch.setattr(plan, "_advice", lambda rule, tree: "Write something else.")
+    patch.setattr(meeting, "_advice", lambda rule, tree: "Write something else.")
 
 
 # which check sees it ---------------------------------------------------------------------------

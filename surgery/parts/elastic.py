@@ -32,7 +32,7 @@ class ElasticPrompt(Prompt):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped: Tensor = self.drop(self.tokens[: self.active])
-        return repeat(dropped, "p d -> b p d", b=len(x))
+        return repeat(dropped, "p d -> b p d", b=x.shape[0])
 
 
 class ElasticLora(LoRA):

@@ -30,7 +30,7 @@ class Prompt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped: Tensor = self.drop(self.tokens)
-        return repeat(dropped, "p d -> b p d", b=len(x))
+        return repeat(dropped, "p d -> b p d", b=x.shape[0])
 
 
 class PromptGenerator(nn.Module):

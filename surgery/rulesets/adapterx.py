@@ -86,6 +86,6 @@ def adapterx_serial(
 def _specific(generator: Maker) -> list[Rule]:
     """What Adapter-X adds to a mixture: a prompt a block, and the class token is trained."""
     return [
-        at(until(block[1:], block), insert(generator, hears=ffn)),
+        at(until(block[1:], block), insert(generator, hears=ffn), optional=True),
         at("", unfreeze(token), optional=True),
     ]

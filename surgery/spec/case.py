@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RuleError
 from ..example import call, copied
-from ..graft import Graft, Step
+from ..graft import Graft
+from ..insertion import Step
 from ..meeting import flatten
 from ..operate import parameters
 from ..pattern import Pattern
