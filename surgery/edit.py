@@ -230,8 +230,8 @@ def insert(
     Raises RuleError or GraftError where the model's attention fixes the number of tokens.
 
     >>> from surgery.parts import prompt
-    >>> insert(prompt(tokens=10))
-    insert(prompt(tokens=10))
+    >>> insert(prompt(tokens=5))
+    insert(prompt(tokens=5))
     """
     if isinstance(after, bool) or not isinstance(after, int) or after < 0:
         raise RuleError(

@@ -288,7 +288,9 @@ def _nest(hooks: dict[int, Any], first: bool) -> None:
             if not (b.holds(a) if first else a.holds(b)):
                 break
             order[k - 1 : k + 1] = order[k], order[k - 1]
-    for key, _ in order:
+    grafts = dict(order)
+    new = iter(grafts)
+    for key in [next(new) if key in grafts else key for key in hooks]:  # others keep their place
         hooks[key] = hooks.pop(key)
 
 

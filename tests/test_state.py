@@ -538,7 +538,16 @@ def test_decoding_calls_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_word_of_rules_acts_on_anything() -> None:
     harmless = {"parallel", "append", "prepend", "replace", "freeze", "unfreeze", "shared", "where"}
     harmless |= {"inside", "holding", "nearest", "span", "at", "adapter", "moa", "QuickGELU"}
-    harmless |= {"&", "|", "~"}
+    harmless |= {"&", "|", "~", "[]", "insert", "token", "until", "fused", "fc1", "fc2"}
+    harmless |= {  # each makes a module, and does nothing else
+        "arc", "binary_adapter", "binary_lora", "coefficients", "combined", "compacter",
+        "convpass", "domains", "dylora", "elastic_adapter", "elastic_lora", "elastic_prompt",
+        "fact_tk", "fact_tt", "frozen", "gated_prompt", "kadaptation", "krona", "lora",
+        "phm_rule", "projection", "prolora", "prompt", "prompt_generator", "repadapter",
+        "reversible", "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter",
+        "sparse", "sparse_experts", "tied", "tied_lora", "tk_factors", "tt_factors", "vera",
+        "vida",
+    }  # fmt: skip
     harmless |= {"embed", "block", "norm", "attn", "qkv", "proj", "ffn", "head"}
     harmless |= {"query", "key", "value"}
     assert set(words()) == harmless, "a new word: may a file call it? then add it here"

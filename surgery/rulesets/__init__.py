@@ -45,7 +45,7 @@ def rulesets() -> Table:
 
     >>> print(rulesets())  # doctest: +ELLIPSIS
     Rule sets
-    name          what it does ...
+    name              what it does ...
     """
     rows: list[tuple[object, ...]] = [(name, *_doc(made)) for name, made in _SETS.items()]
     return Table("Rule sets", ("name", "what it does", "source"), rows)
