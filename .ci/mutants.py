@@ -34,6 +34,7 @@ TESTS = {
     "operate": [*LIFE, "tests/test_mixture.py", *SPEC],
     "ops": ["tests/test_mixture.py", "tests/test_modes.py", *SPEC],
     "tokens": ["tests/test_insert.py", "tests/methods/test_prompts.py"],
+    "insertion": ["tests/test_insert.py", "tests/methods/test_adapterx.py"],
     "stock": ["tests/test_lending.py", "tests/test_plan.py"],
     "fold": ["tests/test_fold.py", "tests/test_merge.py"],
     "merge": ["tests/test_fold.py", "tests/test_merge.py"],

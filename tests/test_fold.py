@@ -210,3 +210,56 @@ def test_a_second_operation_sees_the_module_that_the_first_lives_in() -> None:
     assert [site.path for site in made.sites] == ["0"]
     surgery.apply(model, at(surgery.norm, append(bare)), name="b")
     assert surgery.merge(model)(ROWS).shape == ROWS.shape
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.BatchNorm1d(4), torch.randn(2, 4, 6)),
+        (nn.BatchNorm3d(4), torch.randn(2, 4, 3, 3, 3)),
+    ],
+)
+def test_norms_of_other_dimensions_fold(module: nn.Module, x: Tensor) -> None:
+    merged(stirred(module), at("one", append(scale)), x)
+
+
+class TurnedLinear(nn.Module):
+    """GPT-2's Conv1D, or one that does something else with such a weight."""
+
+    def __init__(self, bias: bool, honest: bool = True) -> None:
+        super().__init__()
+        self.nf, self.honest = 6, honest
+        self.weight = nn.Parameter(torch.randn(4, 6))
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight if self.honest else x.abs() @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_transposed_weights_fold_where_they_are_used_plainly(bias: bool) -> None:
+    merged(TurnedLinear(bias), at("one", append(bare)), ROWS)
+    merged(TurnedLinear(bias), at("one", prepend(lambda s: Scale(4, bias=False))), ROWS)
+    model = surgery.apply(Root(TurnedLinear(bias, honest=False)), at("one", append(bare)))
+    with pytest.raises(OperationError, match="Scale stands at a TurnedLinear"):
+        surgery.merge(model)
+
+
+def test_a_fault_while_it_folds_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
+    from surgery.room import Operation
+
+    model = surgery.apply(Root(nn.Linear(4, 4)), at("one", append(scale)))
+    surgery.apply(model, at("one", parallel(dense)), name="b")
+    mark, real = surgery.fingerprint(model), Operation.fold
+
+    def fold(self: Operation, changes: Any) -> None:
+        real(self, changes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Operation, "fold", fold)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.merge(model)
+    assert surgery.fingerprint(model) == mark
+    with pytest.raises(OperationError, match="are not merged"):
+        surgery.unmerge(model)

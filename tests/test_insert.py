@@ -425,3 +425,45 @@ class Ones2(nn.Module):
 
 class Twice2(Ones2):
     pass
+
+
+@pytest.mark.parametrize(
+    ("table", "refused"),
+    [
+        (torch.zeros(4, 4, dtype=torch.long), True),
+        (torch.zeros(4, 4, dtype=torch.int32), True),
+        (torch.zeros(4, 4), False),
+        (torch.zeros(4, 4, dtype=torch.bool), False),
+        (torch.zeros(4, 5, dtype=torch.long), False),
+        (torch.zeros(4, dtype=torch.long), False),
+        (torch.zeros(1, 1, dtype=torch.long), False),
+        (torch.zeros(4, 4, 4, dtype=torch.long), False),
+    ],
+)
+def test_a_table_of_places_refuses_them_before_anything_runs(table: Tensor, refused: bool) -> None:
+    model = Tokens()
+    model.blocks[1].register_buffer("first", None)
+    model.blocks[1].register_buffer("where", table)
+    rule = at("blocks.*", prompt(tokens=2))
+    if refused:
+        with pytest.raises(RuleError, match=r"TransformerEncoderLayer.where is \(4, 4\)"):
+            surgery.plan(model, rule)
+    else:
+        assert len(surgery.plan(model, rule).sites) == 3
+
+
+def test_positions_of_the_patches_alone_refuse_them_too() -> None:
+    model = surgery.apply(Root2(Rotated()), at("one", prompt(tokens=2)))
+    with pytest.raises(GraftError, match=r"a tensor \(4, 3\) that is made for 5 tokens"):
+        model(torch.randn(2, 5, 8), torch.randn(4, 3))
+    assert model(torch.randn(2, 5, 8), torch.randn(3)).shape == (2, 5, 8)
+    assert model(torch.randn(2, 5, 8), torch.randn(7, 9)).shape == (2, 5, 8)
+
+
+class Rotated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        return x + self.lin(x) + rope.mean()
