@@ -1,6 +1,6 @@
 """Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
-fused, the one projection that makes query, key and value at once; fc1 and fc2, the layers of a
-feed-forward network; query, key and value, which a forward on an
+fused, the one projection that makes query, key and value at once, a third each; fc1 and fc2, the
+layers of a feed-forward network; query, key and value, which a forward on an
 example tells apart.
 
 Attention is what projects features inside a block and is no feed-forward network; a block is the
@@ -136,7 +136,11 @@ class _Anatomy:
             "qkv": [s for made in rest for s in made],
             "proj": [s for s in last if not isinstance(s.module, nn.MultiheadAttention)],
             "norm": [s for s in tree.sites if is_norm(s.module)],
-            "fused": [made[0] for made in rest if len(made) == 1],
+            "fused": [
+                own[0]
+                for own, made in zip(rest, projections, strict=True)
+                if len(own) == 1 and own[0].out == 3 * (set(made) - set(own)).pop().width
+            ],
             "fc1": [s for f in ffns for s in self._layers(f)[0]],
             "fc2": [s for f in ffns for s in self._layers(f)[1]],
             "head": self._heads(blocks),

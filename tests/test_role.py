@@ -430,3 +430,35 @@ def test_the_output_projection_is_told_by_its_width_wherever_it_is_registered():
     roles = anatomise(Tree(Phi3Model(Phi3Config(**models._HF, vocab_size=32, pad_token_id=0))))
     assert {generalise(s.path) for s in roles["proj"]} == {"layers.*.self_attn.o_proj"}
     assert {generalise(s.path) for s in roles["qkv"]} == {"layers.*.self_attn.qkv_proj"}
+
+
+class Grouped(nn.Module):
+    """Attention whose one projection makes more of queries than of keys and values."""
+
+    def __init__(self, keys: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(24, 24 + 2 * keys)
+        self.proj = nn.Linear(24, 24)
+
+
+@pytest.mark.parametrize(("keys", "whole"), [(24, True), (12, False), (48, False)])
+def test_fused_is_what_makes_a_third_of_each(keys: int, whole: bool) -> None:
+    model = models.tiny_vit()
+    for one in model.blocks:
+        one.attn = Grouped(keys)
+    roles = anatomise(Tree(model))
+    assert len(roles["qkv"]) == 3
+    assert [s.path for s in roles["fused"]] == [f"blocks.{i}.attn.qkv" for i in range(3) if whole]
+
+
+def test_the_layers_of_feed_forward_networks() -> None:
+    roles = anatomise(Tree(models.tiny_vit()))
+    assert [s.path for s in roles["fc1"]] == [f"blocks.{i}.mlp.fc1" for i in range(3)]
+    assert [s.path for s in roles["fc2"]] == [f"blocks.{i}.mlp.fc2" for i in range(3)]
+    gated = anatomise(Tree(models.hf_llama()))
+    names = [s.path.rpartition(".")[2] for s in gated["fc1"]]
+    assert names == ["gate_proj", "up_proj"] * 3
+    assert {s.path.rpartition(".")[2] for s in gated["fc2"]} == {"down_proj"}
+    split = anatomise(Tree(models.encoder()))
+    assert [s.path for s in split["fc1"]] == ["layers.0.linear1", "layers.1.linear1"]
+    assert [s.path for s in split["fc2"]] == ["layers.0.linear2", "layers.1.linear2"]
