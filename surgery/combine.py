@@ -30,7 +30,7 @@ def average(states: Sequence[State], weights: Sequence[float] | None = None) -> 
 
     Raises FileError where the states do not have the same keys, shapes and dtypes, or differ in
     what has no mean (integers); RuleError where the weights do not fit.
-    Sources: Wortsman et al. 2022 (model soups); Gao et al. 2023 (LAE), Eq. 5, is a mean of two.
+    Sources: Wortsman et al. 2022 (model soups); Gao et al. 2023 (LAE) is a mean of two.
 
     >>> average([{"parts.a": torch.ones(2)}, {"parts.a": torch.zeros(2)}], [3, 1])
     {'parts.a': tensor([0.7500, 0.7500])}
@@ -51,7 +51,7 @@ def accumulate(offline: State, online: State, decay: float = 0.9999) -> dict[str
     configuration), while the head learns: leave them out of the optimiser.
 
     Raises RuleError where decay is not in [0, 1], FileError where the states are not alike.
-    Source: Gao et al. 2023 (LAE), section 4.2 and Eq. 5.
+    Source: Gao et al. 2023 (LAE).
 
     >>> accumulate({"parts.a": torch.ones(2)}, {"parts.a": torch.zeros(2)}, decay=0.75)
     {'parts.a': tensor([0.7500, 0.7500])}
@@ -108,7 +108,7 @@ def ensemble(
 
     Returns (..., classes), which need not sum to 1; no gradients. Raises RuleError without states,
     OperationError where the answer is no tensor, and what `load_state_dict` raises; the model
-    keeps its own state. Source: Gao et al. 2023 (LAE), section 4.3.
+    keeps its own state. Source: Gao et al. 2023 (LAE).
 
     >>> from surgery import apply, at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(2, 2)), at("0", unfreeze))

@@ -4,7 +4,7 @@
     best, *_ = evolve(lambda s: accuracy(choose(model, s)), Space(), budget=640_000)
     plain = carry(model, surgery.apply(backbone(), subnet_rules(best.subnet)))
 
-Source: Zhang et al. 2022 (NOAH), section 3; the search is that of Chen et al. 2021 (AutoFormer).
+Source: Zhang et al. 2022 (NOAH); the search is that of Chen et al. 2021 (AutoFormer).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     rules, indices = spt_lora(model, batches, loss, budget=400_000)
     fill(surgery.apply(model, rules), indices)
 
-Source: He et al. 2023 (SPT), section 3.
+Source: He et al. 2023 (SPT).
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ def spt_lora(
         fill(surgery.apply(model, rules), indices)
 
     Takes what `measure` and `allot` take, and raises what they raise. SPT tries budgets of 0.2,
-    0.4, 0.6, 0.8 and 1.0 million and keeps the best. Source: He et al. 2023 (SPT), section 3.
+    0.4, 0.6, 0.8 and 1.0 million and keeps the best. Source: He et al. 2023 (SPT).
     """
     return allot(measure(model, batches, loss), model, budget, "lora", rank, alpha, beta)
 
@@ -386,6 +386,6 @@ def spt_adapter(
 ) -> Allotment:
     """SPT-Adapter: measure and allot, with an adapter on a linear that is sensitive as a whole.
 
-    Used as `spt_lora` is; it does not merge. Source: He et al. 2023 (SPT), section 3.
+    Used as `spt_lora` is; it does not merge. Source: He et al. 2023 (SPT).
     """
     return allot(measure(model, batches, loss), model, budget, "adapter", rank, alpha, beta)

@@ -1,6 +1,6 @@
 """The sizes of NOAH's parts: drawn for training, chosen, and carried over to a plain model.
 
-Source: Zhang et al. 2022 (NOAH), section 3.
+Source: Zhang et al. 2022 (NOAH).
 """
 
 from __future__ import annotations

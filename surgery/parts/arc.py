@@ -70,7 +70,7 @@ def projection(site: Site, rank: int = 50) -> nn.Module:
     rank  columns of U
 
     Raises RuleError where rank is no integer from 1 up. Parameters: width * rank.
-    Source: Dong et al. 2023 (ARC), section 3.
+    Source: Dong et al. 2023 (ARC).
 
     >>> projection(rank=16)
     projection(rank=16)
@@ -89,7 +89,7 @@ def arc(site: Site, basis: Maker, zero: bool = True, dropout: float = 0.0) -> nn
 
     Linear, and can be merged. Raises RuleError where the basis is no projection.
     Parameters: rank + width, beside the basis: width * rank.
-    Source: Dong et al. 2023 (ARC), section 3.
+    Source: Dong et al. 2023 (ARC).
 
     >>> from surgery import shared
     >>> arc(shared(projection(rank=16), name="attn"))

@@ -171,7 +171,7 @@ def binary_adapter(
 
     Adds little at first, not zero. Raises RuleError for other bits.
     Parameters: rank * (width + out), kept in full for training; `surgery.packed` writes the bits.
-    Source: Jie et al. 2023 (Bi-AdaptFormer), section 3.
+    Source: Jie et al. 2023 (Bi-AdaptFormer).
 
     >>> binary_adapter(rank=8)
     binary_adapter(rank=8)
@@ -196,7 +196,7 @@ def binary_lora(
 
     Adds little at first, not zero. Raises RuleError for other bits, or rows that do not fit.
     Parameters: rank * (width + out) for each pair, kept in full for training.
-    Source: Jie et al. 2023 (Bi-LoRA), section 3.
+    Source: Jie et al. 2023 (Bi-LoRA).
 
     >>> binary_lora(rank=8, rows="q _k v")
     binary_lora(rank=8, rows="q _k v")

@@ -113,7 +113,7 @@ def coefficients(
     dropout     probability, on the numbers of omega while training
 
     Starts normal, mean 2 / count, deviation 0.001. Parameters: count * out, or count.
-    Source: Frohmann et al. 2023 (ScaLearn), section 3.
+    Source: Frohmann et al. 2023 (ScaLearn).
 
     >>> coefficients(count=2, by_feature=False)
     coefficients(count=2, by_feature=False)
@@ -135,7 +135,7 @@ def combined(site: Site, part: Maker, omega: Maker = OF_THREE) -> nn.Module:
 
     Raises RuleError where omega is no coefficients, or `part` is shared or routes.
     Parameters: count * out, or count, and none for what is shared.
-    Source: Frohmann et al. 2023 (ScaLearn), section 3.
+    Source: Frohmann et al. 2023 (ScaLearn).
 
     >>> from surgery.parts.adapter import adapter
     >>> combined(adapter(rank=8), coefficients(count=2))
@@ -172,7 +172,7 @@ def scaled(site: Site, part: Maker, start: float = 1.0) -> nn.Module:
 
     start  of the scale
 
-    Parameters: 1, and those of the part. Source: He et al. 2022, section 4.6 (a learned scale);
+    Parameters: 1, and those of the part. Source: He et al. 2022 (a learned scale);
     Gao et al. 2023 (LAE), whose released configuration trains it.
 
     >>> from surgery.parts.adapter import adapter

@@ -108,7 +108,7 @@ def convpass(
     Starts by adding nothing. Not linear: cannot be merged. Raises RuleError where hidden or
     prefix is no such number; GraftError, in the forward, where the patches are no square.
     Parameters: width * hidden + hidden + 9 * hidden^2 + hidden + hidden * out + out.
-    Source: Jie and Deng 2022 (Convpass), section 3.
+    Source: Jie and Deng 2022 (Convpass).
 
     >>> convpass(prefix=1)
     convpass(prefix=1)

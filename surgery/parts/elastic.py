@@ -84,7 +84,7 @@ def elastic_prompt(site: Site, tokens: int = 10, dropout: float = 0.0) -> nn.Mod
 
     tokens   how many at most; dropout on them
 
-    Parameters: tokens * width. Source: Zhang et al. 2022 (NOAH), section 3.2.
+    Parameters: tokens * width. Source: Zhang et al. 2022 (NOAH).
 
     >>> elastic_prompt(tokens=100)
     elastic_prompt(tokens=100)
@@ -101,7 +101,7 @@ def elastic_lora(site: Site, rank: int = 10, dropout: float = 0.0) -> nn.Module:
     rank     at most; dropout on the input
 
     Starts by adding nothing. Parameters: rank * (width + out). Merges, at the rank that is active.
-    Source: Zhang et al. 2022 (NOAH), section 3.2.
+    Source: Zhang et al. 2022 (NOAH).
 
     >>> elastic_lora(rank=100)
     elastic_lora(rank=100)
@@ -120,7 +120,7 @@ def elastic_adapter(
     activation  a module class; dropout on the hidden units
 
     Starts by adding nothing. Parameters: width * rank + rank + rank * out + out.
-    Source: Zhang et al. 2022 (NOAH), section 3.2.
+    Source: Zhang et al. 2022 (NOAH).
 
     >>> elastic_adapter(rank=100)
     elastic_adapter(rank=100)

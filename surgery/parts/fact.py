@@ -111,7 +111,7 @@ class FacTTK(FacT):
 def tt_factors(site: Site, rank: int = 16) -> nn.Module:
     """U and V of FacT-TT, for `shared`: one pair for all linears of a model at a width.
 
-    Parameters: 2 * width * rank. Source: Jie & Deng 2023 (FacT), section 3.2.
+    Parameters: 2 * width * rank. Source: Jie & Deng 2023 (FacT).
 
     >>> tt_factors(rank=4)
     tt_factors(rank=4)
@@ -124,7 +124,7 @@ def tt_factors(site: Site, rank: int = 16) -> nn.Module:
 def tk_factors(site: Site, rank: int = 32) -> nn.Module:
     """U, V and C of FacT-TK, for `shared`: one set for all linears of a model at a width.
 
-    Parameters: 2 * width * rank + rank ** 3. Source: Jie & Deng 2023 (FacT), section 3.2.
+    Parameters: 2 * width * rank + rank ** 3. Source: Jie & Deng 2023 (FacT).
 
     >>> tk_factors(rank=8)
     tk_factors(rank=8)
@@ -145,7 +145,7 @@ def fact_tt(site: Site, factors: Maker = _TT, dropout: float = 0.1) -> nn.Module
     dropout  probability, on what the cores give
 
     Starts by adding nothing. Parameters: slices * rank ** 2, and those of the factors.
-    Source: Jie & Deng 2023 (FacT), section 3.2.
+    Source: Jie & Deng 2023 (FacT).
 
     >>> fact_tt(factors=shared(tt_factors(rank=4)))
     fact_tt(factors=shared(tt_factors(rank=4)))
@@ -164,7 +164,7 @@ def fact_tk(site: Site, factors: Maker = _TK, dropout: float = 0.1, slices: int 
     slices   of the whole model, 144 in a ViT-B: they set the bound of the start of P alone
 
     Starts by adding nothing. Parameters: slices at the site * rank, and those of the factors.
-    Source: Jie & Deng 2023 (FacT), section 3.2.
+    Source: Jie & Deng 2023 (FacT).
 
     >>> fact_tk(factors=shared(tk_factors(rank=8)))
     fact_tk(factors=shared(tk_factors(rank=8)))

@@ -75,7 +75,7 @@ def gated_prompt(site: Site, tokens: int = 10) -> nn.Module:
     Starts by adding nothing. Raises RuleError where the attention is not made of one linear qkv
     (all of q, then k, then v), proj and num_heads, or does more to queries and keys than norm
     them (rotary positions). Parameters: tokens * width + heads.
-    Source: Zhang et al. 2023 (LLaMA-Adapter), Eq. 1 to 6.
+    Source: Zhang et al. 2023 (LLaMA-Adapter).
 
     >>> gated_prompt(tokens=30)
     gated_prompt(tokens=30)

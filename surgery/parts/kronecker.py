@@ -145,7 +145,7 @@ def phm_rule(site: Site, n: int = 4, std: float = 1e-4) -> nn.Module:
     n     how many, and how many blocks their layers cut features into
     std   of their start, normal
 
-    Parameters: n ** 3. Source: Karimi Mahabadi et al. 2021 (Compacter), section 3.
+    Parameters: n ** 3. Source: Karimi Mahabadi et al. 2021 (Compacter).
 
     >>> phm_rule(n=2)
     phm_rule(n=2)
@@ -166,7 +166,7 @@ def compacter(site: Site, rank: int = 24, rule: Maker = _PHM_RULE) -> nn.Module:
 
     Starts near the identity: A has a deviation of 1e-4, s and t are Glorot uniform (gain sqrt 2).
     Raises RuleError where n does not divide. Parameters: width + 3 * rank + 2 * out, and A's.
-    Source: Karimi Mahabadi et al. 2021 (Compacter), section 3.
+    Source: Karimi Mahabadi et al. 2021 (Compacter).
 
     >>> compacter(rank=8, rule=shared(phm_rule(n=2)))
     compacter(rank=8, rule=shared(phm_rule(n=2)))
@@ -241,7 +241,7 @@ def slow_factors(site: Site, t: int = 32) -> nn.Module:
     t   how many, and how many numbers in each; must divide the widths
 
     `site.out` is the number of matrices that a part adapts (2: q and v). Parameters: 2 * t * t for
-    each of these. Source: He et al. 2023 (KAdaptation), section 3.
+    each of these. Source: He et al. 2023 (KAdaptation).
 
     >>> slow_factors(t=8)
     slow_factors(t=8)
@@ -272,7 +272,7 @@ def kadaptation(
 
     Starts by adding nothing. Raises RuleError where t does not divide the widths.
     Parameters: size + pieces * (size + width), and the shared 2 * pieces * t * t.
-    Source: He et al. 2023 (KAdaptation), section 3.
+    Source: He et al. 2023 (KAdaptation).
 
     >>> kadaptation(slow=shared(slow_factors(t=8)), dropout=0.0)
     kadaptation(slow=shared(slow_factors(t=8)), dropout=0.0)

@@ -265,7 +265,7 @@ def prolora(
 
     Raises RuleError where no rank would be tiled. Starts by adding nothing. Parameters:
     unshared * (width + out) + (rank - unshared) * (width / m + out / n), for each chosen rows.
-    Source: Wang et al. 2024 (PRoLoRA), section 3.
+    Source: Wang et al. 2024 (PRoLoRA).
 
     >>> prolora(rank=4, unshared=1)
     prolora(rank=4, unshared=1)

@@ -110,7 +110,7 @@ def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
     Added to the loss, with weight 1, where a and b are two training forwards of one input, which
     draw other experts. Each answer is drawn to the other as it is (which has no gradient there).
 
-    Source: Zhang et al. 2023 (MoSA), section 3.
+    Source: Zhang et al. 2023 (MoSA).
 
     >>> symmetric_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
     tensor(0.)
@@ -143,7 +143,7 @@ def sparse_experts(
 
     Starts by adding nothing. Raises RuleError for more than 255 experts. Parameters:
     2 * width + width * rank + rank + experts * (rank * out + out); `deployed` leaves one expert.
-    Source: Zhang et al. 2023 (MoSA), section 3.
+    Source: Zhang et al. 2023 (MoSA).
 
     >>> sparse_experts(rank=8)
     sparse_experts(rank=8)

@@ -96,7 +96,7 @@ def prompt_generator(
     activation  of what is heard, before the mean over tokens (nn.GELU in DAPT; none in Fig. 2)
 
     Parameters: 2 * width / heads. Sources: Li et al. 2024 (Adapter-X), Fig. 2 and section 3.3;
-    Zhou et al. 2024 (DAPT), Eq. 7.
+    Zhou et al. 2024 (DAPT).
 
     >>> prompt_generator(heads=3)
     prompt_generator(heads=3)

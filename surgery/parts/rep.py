@@ -99,7 +99,7 @@ def repadapter(
 
     Starts by adding nothing. Linear, and can be merged. Raises RuleError where `groups` divides
     not both rank and features. Parameters: width * rank + rank + out * rank / groups + out.
-    Source: Luo et al. 2023 (RepAdapter), section 3.
+    Source: Luo et al. 2023 (RepAdapter).
 
     >>> repadapter(groups=4)
     repadapter(groups=4)

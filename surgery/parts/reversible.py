@@ -284,7 +284,7 @@ def small_adapter(
     std         deviation of both weights at the start; biases start at zero
 
     Parameters: width * rank + rank + rank * out + out.
-    Source: Liao et al. 2023 (MEFT), section 3.
+    Source: Liao et al. 2023 (MEFT).
 
     >>> small_adapter(rank=16)
     small_adapter(rank=16)
@@ -314,7 +314,7 @@ def reversible(
     the block before. Raises RuleError where the site is not an nn.Sequential of equal blocks of
     one width, features last, or for variant 3 not of pre-norm blocks as timm's ViT has them.
     Parameters: blocks * (2 * width * rank + rank + width), none for variant 3.
-    Source: Liao et al. 2023 (MEFT), section 4 and Eq. 3 to 5.
+    Source: Liao et al. 2023 (MEFT).
 
     >>> reversible(variant=2)
     reversible(variant=2)

@@ -43,7 +43,7 @@ def scale_shift(site: Site, shift: bool | None = True) -> nn.Module:
 
     Linear, and can be merged. Starts near the identity, not at it. Raises RuleError where it
     stands beside a module that changes the number of features. Parameters: 2 * out.
-    Source: Lian et al. 2022 (SSF), section 3.2.
+    Source: Lian et al. 2022 (SSF).
 
     >>> scale_shift()
     scale_shift()

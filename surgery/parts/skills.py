@@ -240,7 +240,7 @@ def skill_lora(
     Starts by adding nothing. It merges for the one task that is chosen. Raises RuleError where the
     heads do not divide width and output. Parameters, for each of the rows:
     skills * rank * (width + out), unless frozen, + tasks * heads * skills.
-    Sources: Ponti et al. 2023 (Poly), Eq. 1 to 3; Caccia et al. 2023 (MHR), section 3.
+    Sources: Ponti et al. 2023 (Poly); Caccia et al. 2023 (MHR).
 
     >>> skill_lora(heads=4, tasks=3)
     skill_lora(tasks=3, heads=4)

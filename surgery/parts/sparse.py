@@ -70,7 +70,7 @@ def sparse(site: Site, entries: int | None = None, share: float = 0.01) -> nn.Mo
     share    a fraction, above 0 and at most 1
 
     Starts by adding nothing, at positions drawn at random. Parameters: entries.
-    Source: He et al. 2023 (SPT), section 3.3.
+    Source: He et al. 2023 (SPT).
 
     >>> sparse(entries=100)
     sparse(entries=100)

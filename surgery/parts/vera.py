@@ -48,7 +48,7 @@ class SharedLoRA(LowRank):
     """scale * v B (u A x) for each of the chosen rows: A and B are shared, u and v of the site.
 
     core  has A (rank, width) and B (size, rank)
-    u, v  the numbers that they start from; None: not trained, and 1. (k, rank) and (k, size)
+    u, v  the numbers that they start from; None: not trained, and 1. (k, rank) and (k, size).
 
     >>> core = Factors(768, 768, 256, gain=2**0.5, A=False, B=False)
     >>> SharedLoRA(core, 768, u=0.1, v=0.0)(torch.randn(2, 197, 768)).shape
@@ -87,7 +87,7 @@ def frozen(site: Site, rank: int = 256) -> nn.Module:
     """Random matrices A (rank, width) and B (out, rank) that stay as they are, VeRA's.
 
     Kaiming uniform with gain sqrt 2. Stored with the parts. Parameters: 0.
-    Source: Kopiczko et al. 2023 (VeRA), section 3.3.
+    Source: Kopiczko et al. 2023 (VeRA).
 
     >>> frozen(rank=64)
     frozen(rank=64)
@@ -104,7 +104,7 @@ def tied(site: Site, rank: int = 8, A: bool = True, B: bool = True) -> nn.Module
 
     B starts at zero where it is trained, else A does where that is; anything else Kaiming uniform
     (a = sqrt 5). Parameters: rank * width for A, rank * out for B, where trained.
-    Source: Renduchintala et al. 2023 (Tied-LoRA), section 3.
+    Source: Renduchintala et al. 2023 (Tied-LoRA).
 
     >>> tied(rank=4, A=False)
     tied(rank=4, A=False)
@@ -134,7 +134,7 @@ def vera(
 
     Raises RuleError where `core` has no such A and B. Starts by adding nothing.
     Parameters: rank + out; with rows, rank + out / chunks for each chosen one.
-    Source: Kopiczko et al. 2023 (VeRA), Eq. 2.
+    Source: Kopiczko et al. 2023 (VeRA).
 
     >>> vera(core=shared(frozen(rank=64)), rows="q _k v")
     vera(core=shared(frozen(rank=64)), rows="q _k v")
@@ -164,7 +164,7 @@ def tied_lora(
 
     u and v are ones; where neither A nor B is trained, v starts at zero instead, or u where v is
     frozen too. Starts by adding nothing. Raises RuleError where nothing is trained.
-    Parameters: rank + out a site. Source: Renduchintala et al. 2023 (Tied-LoRA), section 3.
+    Parameters: rank + out a site. Source: Renduchintala et al. 2023 (Tied-LoRA).
 
     >>> tied_lora(core=shared(tied(rank=4)), u=False)
     tied_lora(core=shared(tied(rank=4)), u=False)

@@ -57,7 +57,7 @@ def vida(
     low_scale, high_scale  also attributes of the part, to be set between forwards
 
     Starts by adding nothing. Parameters: (low + high) * (width + out).
-    Source: Liu et al. 2023 (ViDA), Eq. 2.
+    Source: Liu et al. 2023 (ViDA).
 
     >>> vida(high=64)
     vida(high=64)

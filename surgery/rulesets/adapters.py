@@ -28,7 +28,7 @@ def houlsby(rank: int = 8, norms: bool = True) -> list[Rule]:
 
     norms  whether they are trained too
 
-    Source: Houlsby et al. 2019, section 2.1
+    Source: Houlsby et al. 2019
     """
     small = bottleneck(rank=rank, activation=nn.GELU)
     return [

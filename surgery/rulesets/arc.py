@@ -21,7 +21,7 @@ def arc(rank: int = 50, dropout: float = 0.1) -> list[Rule]:
     and one for FFNs. Starts at the base but for the FFNs, whose c starts at random. Where q, k
     and v are apart they share c and b, but each has a dropout of its own.
 
-    Source: Dong et al. 2023 (ARC), section 3
+    Source: Dong et al. 2023 (ARC)
     """
     basis = shared(projection(rank=rank), name="mlp")
     part = shared(rescaled(basis, zero=False, dropout=dropout), by=ffn)
@@ -31,7 +31,7 @@ def arc(rank: int = 50, dropout: float = 0.1) -> list[Rule]:
 def arc_att(rank: int = 50, dropout: float = 0.1) -> list[Rule]:
     """A re-scaled shared basis before the projections of every attention.
 
-    Source: Dong et al. 2023 (ARC), section 3
+    Source: Dong et al. 2023 (ARC)
     """
     basis = shared(projection(rank=rank), name="attn")
     part = shared(rescaled(basis, dropout=dropout), by=attn)

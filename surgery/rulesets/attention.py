@@ -16,7 +16,7 @@ def llama_adapter(tokens: int = 10, first: int = 2) -> list[Rule]:
 
     Where one linear makes q, k and v, and positions are not rotary: timm's ViT and Swin.
 
-    Source: Zhang et al. 2023 (LLaMA-Adapter), section 3
+    Source: Zhang et al. 2023 (LLaMA-Adapter)
     """
     return [
         at(attn & inside(block[first:]), gated_prompt(tokens=tokens)),

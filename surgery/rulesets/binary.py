@@ -18,7 +18,7 @@ def bi_adaptformer(rank: int = 32, scale: float = 1.0, bits: int = 1) -> list[Ru
     scale  of what is added: 0.01, 0.1, 1 or 10, by the task, in the paper
     bits   of each weight: 1, or 2
 
-    Source: Jie et al. 2023 (Bi-AdaptFormer), section 3
+    Source: Jie et al. 2023 (Bi-AdaptFormer)
     """
     return [
         at(span(norm, ffn), parallel(binary_adapter(rank=rank, bits=bits), scale=scale)),
@@ -35,7 +35,7 @@ def bi_lora(rank: int = 32, scale: float = 1.0, bits: int = 1) -> list[Rule]:
     scale  of what is added: 0.01, 0.1, 1 or 10, by the task, in the paper
     bits   of each weight: 1, or 2
 
-    Source: Jie et al. 2023 (Bi-LoRA), section 3
+    Source: Jie et al. 2023 (Bi-LoRA)
     """
     return on_queries_and_values(
         lambda rows: parallel(binary_lora(rank=rank, bits=bits, rows=rows), scale=scale)

@@ -21,7 +21,7 @@ def lae(rank: int = 5, blocks: int = 5) -> list[Rule]:
     to answer with the online and the offline state, and keeping the online parts still in the
     first epochs of a task, while the head learns.
 
-    Source: Gao et al. 2023 (LAE), section 4
+    Source: Gao et al. 2023 (LAE)
     """
     beside = parallel(scaled(adapter(rank=rank, activation=nn.GELU)))
     return [
@@ -38,7 +38,7 @@ def scalearn(count: int = 3, rank: int = 48, by_feature: bool = True) -> list[Ru
     sum. Without `by_feature` this is ScaLearnUniform; with omega=shared(coefficients(count=3)) in
     rules of one's own, ScaLearn++.
 
-    Source: Frohmann et al. 2023 (ScaLearn), section 3
+    Source: Frohmann et al. 2023 (ScaLearn)
     """
     omega = coefficients(count=count, by_feature=by_feature, dropout=0.3)
     return [
@@ -53,7 +53,7 @@ def language_adapter(domains: int = 2, rank: int = 384) -> list[Rule]:
     `surgery.parts.domains.choose(model, 1)` says which; `surgery.combine.one_domain` and `average`
     merge domains into one plain adapter.
 
-    Source: Pfeiffer et al. 2020 (MAD-X), section 4.1
+    Source: Pfeiffer et al. 2020 (MAD-X)
     """
     return [
         at(ffn, append(for_each_domain(adapter(rank=rank), count=domains), residual=True)),

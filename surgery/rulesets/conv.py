@@ -18,7 +18,7 @@ def repadapter(
 
     Where q, k and v are apart they share it, but each has a dropout of its own.
 
-    Source: Luo et al. 2023 (RepAdapter), section 3
+    Source: Luo et al. 2023 (RepAdapter)
     """
     part = shared(linear(rank, groups, scale, bias, dropout), by=ffn)
     first = repadapter_att(rank, groups, scale, bias, dropout)[:-1]
@@ -30,7 +30,7 @@ def repadapter_att(
 ) -> list[Rule]:
     """A linear adapter before the projections of every attention.
 
-    Source: Luo et al. 2023 (RepAdapter), section 3
+    Source: Luo et al. 2023 (RepAdapter)
     """
     part = shared(linear(rank, groups, scale, bias, dropout), by=attn)
     return [at(readers, prepend(part, residual=True)), _head()]
@@ -48,7 +48,7 @@ def convpass(
     It is fed what they are fed (normed, where norms come first), and adds where they end: inside
     drop-path and layer scale, where a model has them. In Swin's attention a map is a window.
 
-    Source: Jie and Deng 2022 (Convpass), section 3
+    Source: Jie and Deng 2022 (Convpass)
     """
     part = parallel(bypass(hidden, prefix, xavier, dropout), scale=scale)
     return [*convpass_att(hidden, scale, prefix, xavier, dropout)[:-1], at(ffn, part), _head()]
@@ -63,7 +63,7 @@ def convpass_att(
 ) -> list[Rule]:
     """A bottleneck with a 3 x 3 convolution beside every attention.
 
-    Source: Jie and Deng 2022 (Convpass), section 3
+    Source: Jie and Deng 2022 (Convpass)
     """
     part = parallel(bypass(hidden, prefix, xavier, dropout), scale=scale)
     return [at(attn, part), _head()]

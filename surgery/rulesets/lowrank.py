@@ -43,7 +43,7 @@ def prolora(rank: int = 8, unshared: int = 2, tiles: tuple[int, int] = (4, 4)) -
 
     Where queries, keys and values are made apart, all three have it (see `dylora`).
 
-    Source: Wang et al. 2024 (PRoLoRA), section 3
+    Source: Wang et al. 2024 (PRoLoRA)
     """
     return on_queries_and_values(
         lambda rows: tiled(rank=rank, unshared=unshared, tiles=tiles, rows=rows)
@@ -56,7 +56,7 @@ def vera(rank: int = 256) -> list[Rule]:
     Where queries, keys and values are made apart, all three have it (see `dylora`). Layers of one
     size share a pair of matrices; of several sizes, each has a pair (Swin's stages).
 
-    Source: Kopiczko et al. 2023 (VeRA), Eq. 2
+    Source: Kopiczko et al. 2023 (VeRA)
     """
     core = shared(frozen(rank=rank))
     return on_queries_and_values(lambda rows: vectors(core=core, rows=rows))
@@ -69,7 +69,7 @@ def tied_lora(
 
     A, B, u, v say what is trained: all of it in the full variant, B and u, v in others.
 
-    Source: Renduchintala et al. 2023 (Tied-LoRA), section 3
+    Source: Renduchintala et al. 2023 (Tied-LoRA)
     """
     core = shared(tied(rank=rank, A=A, B=B))
     return [at(qkv, tied_low_rank(core=core, u=u, v=v)), at(head, unfreeze, optional=True)]
@@ -83,7 +83,7 @@ def vida(low: int = 1, high: int = 128) -> list[Rule]:
     high_scale of the parts by how uncertain the teacher is, at every batch. At test time the head
     has no labels to train on: leave out the last rule.
 
-    Source: Liu et al. 2023 (ViDA), Eq. 2
+    Source: Liu et al. 2023 (ViDA)
     """
     return [
         at(qkv | proj | fc1 | fc2, both_ranks(low=low, high=high)),

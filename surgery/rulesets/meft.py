@@ -23,7 +23,7 @@ def meft(variant: int = 1, rank: int = 8, keep: int | None = None) -> list[Rule]
     itself (Hugging Face), rules cannot put streams around its blocks, and raise RuleError. Starts
     near the base, not as the base: the streams are those of the last two depths, and averaged.
 
-    Source: Liao et al. 2023 (MEFT), section 4
+    Source: Liao et al. 2023 (MEFT)
     """
     around = holding(block) & ~holding(holding(block))
     beside = parallel(small_adapter(rank=rank))

@@ -17,7 +17,7 @@ def mosa(rank: int = 16, experts: int = 4, scale: float = 0.1) -> list[Rule]:
     It has a norm of its own on the residual stream, and adds where the FFN ends. Training adds
     `symmetric_kl` of two forwards to the loss; `deployed` merges the experts for mosa(experts=1).
 
-    Source: Zhang et al. 2023 (MoSA), section 3
+    Source: Zhang et al. 2023 (MoSA)
     """
     return [
         at(span(norm, ffn), parallel(sparse_experts(rank=rank, experts=experts), scale=scale)),
@@ -31,7 +31,7 @@ def poly(skills: int = 8, rank: int = 1, tasks: int = 19) -> list[Rule]:
     `choose(model, task)` says the task. Where queries, keys and values are made apart, all three
     have it.
 
-    Source: Ponti et al. 2023 (Poly), Eq. 1 to 3
+    Source: Ponti et al. 2023 (Poly)
     """
     return mhr(skills=skills, rank=rank, tasks=tasks, heads=1)
 
@@ -42,7 +42,7 @@ def mhr(skills: int = 8, rank: int = 1, tasks: int = 19, heads: int = 8) -> list
     `choose(model, task)` says the task. Where queries, keys and values are made apart, all three
     have it.
 
-    Source: Caccia et al. 2023 (MHR), section 3
+    Source: Caccia et al. 2023 (MHR)
     """
     return on_queries_and_values(
         lambda rows: skill_lora(skills=skills, rank=rank, tasks=tasks, heads=heads, rows=rows)
@@ -55,7 +55,7 @@ def mhr_z(skills: int = 8, rank: int = 1, heads: int = 8) -> list[Rule]:
     The skills come from a trained model of `mhr`, or of `poly` with heads=1, by `inherit`; without
     them it changes nothing, and nothing can be learned.
 
-    Source: Caccia et al. 2023 (MHR-z), section 3
+    Source: Caccia et al. 2023 (MHR-z)
     """
     return on_queries_and_values(
         lambda rows: skill_lora(skills=skills, rank=rank, heads=heads, rows=rows, frozen=True)
@@ -67,6 +67,6 @@ def mhr_mu(rank: int = 1) -> list[Rule]:
 
     They come from a trained model of `mhr`, or `poly`, by `inherit`.
 
-    Source: Caccia et al. 2023 (MHR-mu), section 3
+    Source: Caccia et al. 2023 (MHR-mu)
     """
     return on_queries_and_values(lambda rows: skill_lora(skills=1, rank=rank, tasks=0, rows=rows))

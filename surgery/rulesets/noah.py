@@ -18,7 +18,7 @@ def noah(tokens: int = 10, rank: int = 10, hidden: int = 10) -> list[Rule]:
 
     tokens, rank, hidden  the largest sizes of the three (10 in NOAH's VTAB space; 100 in another)
 
-    Source: Zhang et al. 2022 (NOAH), section 3
+    Source: Zhang et al. 2022 (NOAH)
     """
     return [
         at(block, elastic_prompt(tokens=tokens, dropout=0.1)),

@@ -12,7 +12,7 @@ from ..rule import Rule, at
 def vpt_shallow(tokens: int = 10) -> list[Rule]:
     """Prompts after the class token, before the first block; taken out after the last.
 
-    Source: Jia et al. 2022 (VPT), Eq. 4 and 5
+    Source: Jia et al. 2022 (VPT), section 3.2
     """
     return [
         at(until(block[0], block), prompt(tokens=tokens, dropout=0.1)),
@@ -23,7 +23,7 @@ def vpt_shallow(tokens: int = 10) -> list[Rule]:
 def vpt_deep(tokens: int = 10) -> list[Rule]:
     """Prompts of its own for every block, after the class token; taken out behind it.
 
-    Source: Jia et al. 2022 (VPT), Eq. 6 and 7
+    Source: Jia et al. 2022 (VPT), section 3.2
     """
     return [
         at(block, prompt(tokens=tokens, dropout=0.1)),

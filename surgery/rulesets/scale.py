@@ -24,7 +24,7 @@ def ssf(mergeable: bool = False) -> list[Rule]:
 
     mergeable  no beta where a module has no bias to fold it into (Swin's patch merging)
 
-    Source: Lian et al. 2022 (SSF), section 3.2
+    Source: Lian et al. 2022 (SSF)
     """
     told = ~(head | inside(head) | inside(nn.MultiheadAttention))
     return [

@@ -15,7 +15,7 @@ def sparse(share: float = 0.01) -> list[Rule]:
 
     share  of each weight, above 0 and at most 1
 
-    Source: He et al. 2023 (SPT), section 3.3, unstructured
+    Source: He et al. 2023 (SPT), unstructured
     """
     return [
         at(qkv | proj | fc1 | fc2, few(share=share)),
