@@ -117,6 +117,7 @@ def _x(
 WIDE = "it prints 0.19: prompts of width d do not fit beside the norms"
 READINGS = [
     _x("the mixture alone", [MIXTURE], 148_992, "1.15 M", "a typing error of the paper for 0.15"),
+    _x("+ class token", [MIXTURE, CLASS], 149_760, "0.15 M"),
     _x("+ norms", [MIXTURE, NORMS], 167_424),
     _x("+ norms, class token", [MIXTURE, NORMS, CLASS], 168_192),
     _x("+ prompts (d)", [MIXTURE, *prompts(WIDTH)], 167_424),

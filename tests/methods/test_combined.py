@@ -239,7 +239,7 @@ def test_scalearn_is_the_sum_of_its_formula(backbone: str, by_feature: bool, onc
     from tests.methods import reference
 
     plain = reference.by_hand(backbone, model, rewrite_scalearn)
-    close(have, plain(INPUTS[backbone]), 64)  # sums of 3 x 3 parts deep: rounding of a longer path
+    close(have, plain(INPUTS[backbone]), 16)
     assert (have - BACKBONES[backbone]()(INPUTS[backbone])).abs().max() > 1e-3
     assert sum("omega" in key or "coefficients" in key for key in surgery.state_dict(model)) == (
         len({b.mlp.fc1.in_features for b in blocks(model)}) if once else len(blocks(model))
@@ -282,7 +282,7 @@ def test_scalearn_counts() -> None:
 
 def test_scalearn_merges_where_its_parts_are_linear() -> None:
     part = combined(linear, coefficients(count=2))
-    merges("vit", at(surgery.proj, append(part, residual=True)), 32)
+    merges("vit", at(surgery.proj, append(part, residual=True)), 16)
     model = stirred("vit", scalearn())
     with pytest.raises(OperationError, match="Combined"):
         surgery.merge(model)
@@ -368,8 +368,7 @@ def test_each_sample_goes_through_the_part_of_its_domain(backbone: str, ids: Any
     x = INPUTS[backbone]
     with torch.no_grad():
         have = model(x)
-        # other products (rows alone) sum in another order
-        close(have, plain(x), 256)
+        close(have, plain(x), 16)
         again = pickle.loads(pickle.dumps(model))
         assert torch.equal(again(x), have)
         assert torch.equal(copy.deepcopy(model)(x), have)
