@@ -11,7 +11,7 @@ from torch import nn
 from ..address import Step
 from ..edit import Edit, append, freeze, parallel, prepend, replace, unfreeze
 from ..part import Maker, part, shared
-from ..parts import QuickGELU, adapter, moa
+from ..parts import QuickGELU, adapter, frozen, lora, moa, vera
 from ..pattern import Pattern, where
 from ..relation import holding, inside, nearest
 from ..role import ROLES, attn, block, ffn, head, norm, proj
@@ -61,12 +61,14 @@ def other(site: Site) -> nn.Module:
 
 
 def parts() -> SearchStrategy[Maker]:
-    """Parts for a rule: adapters, linear maps and mixtures, one for each site or shared."""
+    """Parts for a rule: adapters, linear maps, low-rank ones and mixtures, own or shared."""
     smooth = st.sampled_from([nn.GELU, QuickGELU])
     own = st.one_of(
         st.builds(adapter, rank=st.integers(1, 3), activation=smooth),
         st.just(adapter(rank=8)),  # of fewer units with ReLU all may be dead
         st.builds(affine, bias=st.booleans()),
+        st.builds(lora, rank=st.integers(1, 3)),
+        st.integers(1, 3).map(lambda rank: vera(core=shared(frozen(rank=rank)))),  # it borrows
         mixtures(),
     )
     return own | own.map(shared)
