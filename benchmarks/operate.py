@@ -31,6 +31,10 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(2 * WIDTH, WIDTH)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
 
 class Block(nn.Module):
     """A transformer's block as a tree of modules; nobody runs it here."""

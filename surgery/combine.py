@@ -86,12 +86,15 @@ def swapped(model: nn.Module, state: State, *, name: str = "default") -> Iterato
     >>> model(torch.ones(1, 2)).item() == 0
     False
     """
-    own = [*state_dict(model, name=name).values(), *(buffer.detach() for buffer in model.buffers())]
+    held = [(m, n, t) for m in model.modules() for n, t in m._buffers.items() if t is not None]
+    own = [*state_dict(model, name=name).values(), *(buffer.detach() for _, _, buffer in held)]
     was = [(tensor, tensor.clone()) for tensor in own]
     try:
         load_state_dict(model, state, name=name)
         yield model
     finally:
+        for module, key, buffer in held:  # a forward may have put another there
+            module._buffers[key] = buffer
         with torch.no_grad():
             for tensor, value in was:
                 tensor.copy_(value)

@@ -8,6 +8,7 @@ All numbers are float32, little-endian. The file of Jie et al. 2023 (Bi-AdaptFor
 from __future__ import annotations
 
 import copy
+import math
 import os
 import uuid
 from pathlib import Path
@@ -151,7 +152,8 @@ def _restored(layer: QuantisedLinear, data: bytes, rule: str) -> Tensor:
     trial = copy.deepcopy(layer)
     trial.weight = nn.Parameter(layer.restored(cells, mean, std))
     constant = std > 0 and cells.min() == cells.max()
-    if constant or not torch.equal(trial.cells().cpu(), cells):
+    strange = not (math.isfinite(mean) and math.isfinite(std))
+    if constant or strange or not torch.equal(trial.cells().cpu(), cells):
         raise FileError(
             rule,
             f"no weight of {2**layer.bits} values has these codes of {layer!r} with the mean "

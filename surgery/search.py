@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -56,8 +57,12 @@ def evolve(
     smallest. The same seed gives the same search.
 
     evaluate    a subnet's score, higher is better: lambda s: accuracy(choose(model, s))
+    space       what subnets are drawn from
     budget      the largest `cost` that a subnet may have
+    population  subnets evaluated in a generation, at most; of these so many by mutations and by
+                crossovers, of the `top` best so far; generations of them; seed of all draws
     mutate      probability that a size is drawn anew; `depth`: that the depth of a kind is
+                (NOAH's code redraws depths alone, each kind by the first chance)
     crossovers  each takes prompts, LoRA and adapters of either of two parents
     progress    told (generation, best subnet, its score) after each generation, counted from 1
     resume      a JSON file, written whole after each generation; if it is there, the search goes
@@ -76,6 +81,10 @@ def evolve(
         "seed": seed,
     }  # fmt: skip
     search = _Search(evaluate, space, budget, random.Random(seed))
+    if resume is not None and not Path(resume).parent.is_dir():
+        raise FileError(
+            f'evolve(resume="{resume}")', f"there is no folder {Path(resume).parent}.", "Create it."
+        )
     if resume is not None and Path(resume).exists():
         search.read(Path(resume), told)
     while search.generation < generations:
@@ -174,15 +183,18 @@ class _Search:
             "seen": list(self.seen.items()),
             "generator": self.generator.getstate(),
         }
-        half = path.with_name(f".{path.name}.half")
-        half.write_text(json.dumps(state))
-        os.replace(half, path)
+        half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            half.write_text(json.dumps(state))
+            os.replace(half, path)
+        finally:
+            half.unlink(missing_ok=True)
 
     def read(self, path: Path, told: dict[str, Any]) -> None:
         """Go on from a file. Raises FileError where it is not of this search."""
         try:
             state = json.loads(path.read_text())
-            was, self.generation = state["search"], state["generation"]
+            was, self.generation = dict(state["search"]), state["generation"]
             self.seen = {Subnet(*map(tuple, rows)): score for rows, score in state["seen"]}
             version, numbers, last = state["generator"]
             self.generator.setstate((version, tuple(numbers), last))

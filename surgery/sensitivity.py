@@ -351,6 +351,8 @@ def fill(model: Model, indices: Mapping[str, Tensor]) -> Model:
             "Operate the model by the rules that came with these indices.",
         )
     for path, index in indices.items():
+        found[path].check(index)
+    for path, index in indices.items():
         found[path].aim(index)
     return model
 

@@ -239,3 +239,12 @@ def test_rulesets_is_the_function_and_its_module_stays_reachable():
     assert listed is rulesets
     assert inspect.isfunction(rulesets)
     assert sorted(__import__("surgery.rulesets", fromlist=["x"]).__all__) == sorted(SETS)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_runs_on_the_meta_device(name):
+    with torch.device("meta"):
+        model = surgery.apply(tiny_vit(), rules_of(name))
+        out = model(torch.randn(2, 3, 16, 16))
+    assert (out.shape, out.is_meta) == ((2, 5), True)
+    surgery.revert(model)

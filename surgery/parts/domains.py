@@ -105,8 +105,9 @@ def choose(model: nn.Module, domain: int | Tensor) -> None:
             f"the parts of this {type(model).__name__} have {count} domains.",
             f"Give an integer from 0 to {count - 1}, or a tensor (b,) of such.",
         )
+    kept = domain.detach().clone() if isinstance(domain, Tensor) else domain
     for module in found:
-        module.active = domain
+        module.active = kept
 
 
 def _is_domain(domain: object, count: int) -> bool:

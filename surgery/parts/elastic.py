@@ -31,8 +31,9 @@ class ElasticPrompt(Prompt):
         self.most = self.active = tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped: Tensor = self.drop(self.tokens[: self.active])
-        return repeat(dropped, "p d -> b p d", b=x.shape[0])
+        chosen = self.tokens[: self.active]
+        made: Tensor = self.drop(repeat(chosen, "p d -> b p d", b=x.shape[0]))
+        return made
 
 
 class ElasticLora(LoRA):

@@ -120,6 +120,7 @@ def moa(
     heads       sub-tokens per token; must divide the width, or with `fit` the divisor nearest to
                 it is taken (of two equally near, the larger) and the report says so
     top_k       1: the likeliest expert, scaled by its probability; None: all, mixed
+    activation  of the experts
     dropout     probability, on the hidden units
     bias        of the experts
     router      features of the router; None: as many as rank

@@ -29,8 +29,8 @@ class Prompt(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped: Tensor = self.drop(self.tokens)
-        return repeat(dropped, "p d -> b p d", b=x.shape[0])
+        made: Tensor = self.drop(repeat(self.tokens, "p d -> b p d", b=x.shape[0]))
+        return made
 
 
 class PromptGenerator(nn.Module):

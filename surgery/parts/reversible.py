@@ -62,8 +62,8 @@ class Chance(NamedTuple):
     def now(cls, x: Tensor) -> Chance:
         kind = x.device.type
         autocast = {
-            "enabled": torch.is_autocast_enabled(kind),
-            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": kind != "meta" and torch.is_autocast_enabled(kind),
+            "dtype": None if kind == "meta" else torch.get_autocast_dtype(kind),
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
         state = torch.get_rng_state()
@@ -82,6 +82,9 @@ class Chance(NamedTuple):
         with torch.random.fork_rng(self.devices, device_type=kind):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states, device_type=kind)
+            if self.kind == "meta":  # which has no autocast
+                yield
+                return
             with torch.autocast(self.kind, **self.autocast):
                 yield
 

@@ -28,7 +28,7 @@ class Skills(nn.Module):
     draw in training), or one for each sample, whose features then come beside one another on the
     first axis: one entry for each (tokens), or the same number (windows).
 
-    A (heads, S, width / heads, rank) starts Kaiming uniform (a = sqrt 5) over the whole width,
+    A (heads, S, width / heads, rank) starts Kaiming uniform (a = sqrt 5) in each head,
     B (heads, S, rank, out / heads) at zero, Z (tasks, heads, S) uniform in +-0.001.
 
     tasks   0: there is no Z, and all skills are averaged
@@ -56,7 +56,7 @@ class Skills(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        A = kaiming(heads, skills, width // heads, rank, fan_in=width)
+        A = kaiming(heads, skills, width // heads, rank, fan_in=width // heads)
         B = torch.zeros(heads, skills, rank, out // heads)
         for name, tensor in (("A", A), ("B", B)):
             if frozen:
@@ -82,7 +82,8 @@ class Skills(nn.Module):
         if self.Z is None:
             heads, skills = self.A.shape[:2]
             return self.A.new_full((heads, skills), 1 / skills)
-        logits = self.Z[self.task.to(self.Z.device)]
+        chosen = self.Z.index_select(0, self.task.to(self.Z.device).view(-1))
+        logits = chosen if self.task.dim() else chosen[0]
         if sampled:
             logits = logits + torch.rand_like(logits).logit(torch.finfo(logits.dtype).eps)
         gates = logits.sigmoid()

@@ -37,6 +37,11 @@ class Sparse(nn.Module):
 
         Raises RuleError unless they are `entries` different positions of it, as integers.
         """
+        self.check(index)
+        self.index.copy_(index)
+
+    def check(self, index: Tensor) -> None:
+        """Raise RuleError unless these are positions that it can be aimed at."""
         n, size = len(self.index), self.out * self.width
         inside = bool(((index >= 0) & (index < size)).all())
         whole = not index.is_floating_point() and len(torch.unique(index)) == n
@@ -47,7 +52,6 @@ class Sparse(nn.Module):
                 f"a weight ({self.out}, {self.width}).",
                 "Give flat integers, row * width + column, each once.",
             )
-        self.index.copy_(index)
 
     def weight(self) -> Tensor:
         """D (out, width)."""

@@ -15,6 +15,8 @@ from ..rule import Rule, at
 def adapter(rank: int = 8) -> list[Rule]:
     """A serial bottleneck adapter (rank 8, QuickGELU) after every FFN, before the residual sum.
 
+    It stands inside drop-path and layer scale, where a model has them (NOAH's after them).
+
     Source: Zhang et al. 2022 (NOAH), after Houlsby et al. 2019
     """
     return [

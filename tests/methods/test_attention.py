@@ -18,8 +18,8 @@ from surgery.rulesets.attention import llama_adapter
 from tests.methods.reference import (
     INPUTS,
     agrees,
-    close,
     blocks,
+    close,
     parts,
     reverts,
     starts_as_the_base,

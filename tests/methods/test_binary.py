@@ -359,3 +359,12 @@ def test_projections_of_their_own_have_a_pair_each() -> None:
     model = surgery.apply(nn.ModuleList(layers_), rule)
     assert all(each.down.weight.shape == (2, 8) for each in parts(model).values())
     assert len(parts(model)) == 4
+
+
+def test_weights_that_are_no_numbers_are_not_packed(tmp_path: Path) -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(8, 8)), surgery.at("0", binary_lora(rank=4)))
+    with torch.no_grad():
+        next(iter(surgery.parameters(model))).fill_(torch.nan)
+    with pytest.raises(FileError):
+        packed.save(model, tmp_path / "a.bin")
+    assert list(tmp_path.iterdir()) == []

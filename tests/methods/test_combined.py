@@ -457,3 +457,30 @@ def test_domains_that_are_none_are_told() -> None:
     for part in (domains(adapter(), count=0), domains(shared(adapter())), domains(surgery.moa())):
         with pytest.raises(RuleError):
             surgery.plan(vit(), at(ffn, append(part, residual=True)))
+
+
+def test_what_a_forward_puts_in_place_of_a_buffer_goes_again() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n = self.n + 1
+            out: Tensor = self.lin(x)
+            return out
+
+    model = surgery.apply(Counts(), at("lin", surgery.unfreeze))
+    mark = surgery.fingerprint(model)
+    ensemble(model, [surgery.state_dict(model)], torch.ones(1, 2))
+    assert surgery.fingerprint(model) == mark
+
+
+def test_the_domains_that_were_chosen_are_kept() -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(4, 4)), at("0", append(domains(linear))))
+    ids = torch.tensor([0, 1])
+    choose(model, ids)
+    want = model(torch.ones(2, 4))
+    ids.fill_(7)
+    assert torch.equal(model(torch.ones(2, 4)), want)

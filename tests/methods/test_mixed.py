@@ -305,7 +305,7 @@ def test_skills_start_as_their_paper_says() -> None:
     for part in parts(model).values():
         for each in part.parts:
             assert not each.B.any()
-            assert 0.95 * 24**-0.5 < each.A.abs().max() <= 24**-0.5
+            assert 0.95 * 6**-0.5 < each.A.abs().max() <= 6**-0.5  # of a head
             assert 0.95e-3 < each.Z.abs().max() <= 1e-3
             assert (each.A.shape, each.B.shape) == ((4, 32, 6, 1), (4, 32, 1, 6))
             assert each.Z.shape == (19, 4, 32)

@@ -453,3 +453,17 @@ def test_a_supernet_is_searched_end_to_end() -> None:
     plain = carry(model, surgery.apply(vit(), subnet_rules(best.subnet)).eval())
     with torch.no_grad():
         close(plain(INPUTS["vit"]), choose(model, best.subnet)(INPUTS["vit"]))
+
+
+def test_a_search_that_could_not_be_kept_does_not_begin(tmp_path: Path) -> None:
+    seen: list[Subnet] = []
+    space = Space(blocks=2, depths=(1, 2))
+    with pytest.raises(FileError, match="there is no folder"):
+        evolve(lambda s: float(len(seen.append(s) or [])), space, 80_000, resume=tmp_path / "a/b")
+    assert seen == []
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"search": [], "generation": 1, "seen": [], "generator": [3, [], null]}')
+    with pytest.raises(FileError):
+        evolve(lambda s: 0.0, space, 80_000, resume=wrong)
+    evolve(lambda s: 0.0, space, 80_000, generations=1, resume=tmp_path / "kept.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "wrong.json"]

@@ -77,3 +77,14 @@ def test_the_start_is_that_of_vpt() -> None:
     bound = (6 / (24 + 24)) ** 0.5
     for part in parts(model).values():
         assert 0.98 * bound < part.tokens.abs().max() <= bound
+
+
+def test_dropout_takes_other_numbers_from_each_sample() -> None:
+    from surgery.parts import Prompt
+    from surgery.parts.elastic import ElasticPrompt
+
+    for part in (Prompt(24, 8, dropout=0.5), ElasticPrompt(24, 8, dropout=0.5)):
+        a, b = part.train()(torch.zeros(2, 5, 24))
+        assert not torch.equal(a == 0, b == 0)
+        a, b = part.eval()(torch.zeros(2, 5, 24))
+        assert torch.equal(a, b)

@@ -470,3 +470,13 @@ def test_spt_goes_to_a_file_and_back(tmp_path: Path) -> None:
     again = surgery.load(vit(), path, rules=rules)
     with torch.no_grad():
         assert torch.equal(again(INPUTS["vit"]), model(INPUTS["vit"]))
+
+
+def test_positions_are_filled_in_all_or_none() -> None:
+    from surgery.sensitivity import fill
+
+    model = surgery.apply(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), at("*", few(entries=2)))
+    mark = surgery.fingerprint(model)
+    with pytest.raises(RuleError):
+        fill(model, {"0": torch.tensor([0, 5]), "1": torch.tensor([0, 9])})
+    assert surgery.fingerprint(model) == mark
