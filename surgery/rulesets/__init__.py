@@ -1,7 +1,7 @@
 """The named rule sets, one paper family a file: functions that return a few rules.
 
-Their arguments are those of the parts they are made of, which `surgery.parts` explains under the same
-names; `scale` is a factor of what is added, `dropout` a probability.
+Their arguments are those of the parts they are made of, which `surgery.parts` explains under the
+same names; `scale` is a factor of what is added, `dropout` a probability.
 """
 
 from __future__ import annotations
