@@ -80,13 +80,13 @@ class Insertions:
         put = self.put.get(i)
         if put is None or not (put.open or _is_recomputing()):
             raise self._unmatched("its end ran without its beginning")
-        self.put[i] = put._replace(open=False)
+        self.put[i] = Put(put.new, put.total, put.batch, False)
         return tokens.take_out(y, put, self.path)
 
     @property
     def left_in(self) -> GraftError | None:
         """An error where tokens were put in and never taken out."""
-        still = any(put.open for put in self.put.values())
+        still = [put for put in self.put.values() if put.open]
         return self._unmatched("its end never ran after its beginning") if still else None
 
     def _unmatched(self, fact: str) -> GraftError:
