@@ -121,8 +121,8 @@ def tellers(placed: list[Placed], tree: Tree) -> dict[Placed, Placed]:
         sites, first = heard.find(tree), p.place.entry.order
         tell = [o for o in placed if o.edit.tells and o.place in sites]
         tell = [o for o in tell if o.place.exit.end <= first]
-        list_ = p.place.entry.parent if p.place.entry.is_element else None
-        earlier = [o for o in tell if list_ is None or list_ in set(o.place.entry.above())]
+        tower = p.place.entry.parent if p.place.entry.is_element else None
+        earlier = [o for o in tell if tower is None or tower in set(o.place.entry.above())]
         if not earlier:
             raise RuleError(
                 p.rule.short,

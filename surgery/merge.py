@@ -48,9 +48,10 @@ def _fold(model: nn.Module, done: list[Operation]) -> None:
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     held: dict[int, tuple[Graft, Held]] = {}
     grafts = [graft for operation in done for graft in operation.grafts]
+    bases = {graft: _held(graft, uses) for graft in grafts}
     steps = [(graft, step) for graft in grafts for step in graft.steps]
     for graft, step in sorted(steps, key=lambda it: it[1].place != "instead"):  # others around it
-        base = _held(graft, uses)
+        base = bases[graft]
         _, known = held.get(id(base.module), (graft, base))
         held[id(base.module)] = graft, known._replace(map=_folded(known, step, graft.path))
     changes = [(it.module, *_written(it, graft)) for graft, it in held.values()]

@@ -17,6 +17,7 @@ from .tree import Site
 
 P = ParamSpec("P")
 Kind = TypeVar("Kind", bound=Callable[..., nn.Module])
+Core = TypeVar("Core", bound=nn.Module)
 Maker = Callable[[Site], nn.Module]
 
 
@@ -195,3 +196,33 @@ def positive(rule: str, **values: object) -> None:
             raise RuleError(
                 f"{rule}({name}={value!r})", "it must be an integer from 1 up.", "Give one."
             )
+
+
+def lent(word: str, name: str, make: Maker, site: Site, kind: type[Core]) -> Core:
+    """What a part is lent for a site. Raises RuleError where it is of another kind."""
+    core = maker(make, word)(site)
+    if isinstance(core, kind):
+        return core
+    raise RuleError(
+        f"{word}({name}={show(make)})",
+        f"this makes a {type(core).__name__}, and no {kind.__name__}.",
+        f"Leave out {name}, or see help({word}) for what makes one.",
+    )
+
+
+def divisors(size: int) -> list[int]:
+    """All divisors of a number of features, from 1 up.
+
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
+    return [n for n in range(1, size + 1) if size % n == 0] or [1]
+
+
+def near_divisors(size: int, n: int) -> str:
+    """The three divisors nearest to a number, in words.
+
+    >>> near_divisors(768, 5)
+    '3, 4, 6'
+    """
+    return ", ".join(map(str, sorted(sorted(divisors(size), key=lambda d: (abs(d - n), d))[:3])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import RuleError
-from ..part import Affine, affine, part, positive, usually
+from ..part import Affine, part, positive, usually
 from ..tree import Site
 from .adapter import Adapter
-from .rows import chosen_rows, placed
+from .rows import on_rows
 
 CODES = {  # of a normal variable: the median of each cell, the cells cut halfway between codes
     1: (-0.6744897501960817, 0.6744897501960817),
@@ -123,34 +122,6 @@ class BinaryLora(BinaryAdapter):
 
     def affine(self) -> Affine:
         return Affine(self.up.quantised() @ self.down.quantised(), None)
-
-
-class OnRows(nn.Module):
-    """One part for each chosen slice of the output, all given the same: (..., width) to (..., out).
-
-    >>> OnRows([nn.Linear(4, 2)], [slice(2, 4)], 4)(torch.ones(1, 4))[0, :2]
-    tensor([0., 0.], grad_fn=<SliceBackward0>)
-    """
-
-    def __init__(self, parts: list[nn.Module], slices: list[slice], out: int) -> None:
-        super().__init__()
-        self.parts, self.slices, self.out = nn.ModuleList(parts), slices, out
-        self.starts_at_zero = all(getattr(each, "starts_at_zero", False) for each in parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return placed([each(x) for each in self.parts], self.slices, self.out)
-
-    def affine(self) -> Affine:
-        maps = [affine(each) for each in self.parts]
-        weights = [each.weight.t() for each in maps if each is not None]
-        return Affine(placed(weights, self.slices, self.out).t(), None)
-
-
-def on_rows(rows: str | None, site: Site, rule: str, make: Callable[[int], nn.Module]) -> nn.Module:
-    """`make(out)` for every chosen slice of the site's output; alone where it is all of it."""
-    slices = chosen_rows(rows, site.out, rule)
-    parts = [make(each.stop - each.start) for each in slices]
-    return parts[0] if rows is None else OnRows(parts, slices, site.out)
 
 
 @part

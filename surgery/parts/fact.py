@@ -12,9 +12,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..part import Maker, part, positive, shared, usually
+from ..part import Maker, lent, part, positive, shared, usually
 from ..tree import Site
-from .kronecker import lent
 
 
 class TTFactors(nn.Module):

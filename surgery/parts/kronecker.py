@@ -8,19 +8,15 @@ acts on it, does.
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..part import Maker, maker, part, positive, shared, usually
-from ..term import show
+from ..part import Maker, divisors, lent, near_divisors, part, positive, shared, usually
 from ..tree import Site
 from .rows import chosen_rows, placed
-
-Core = TypeVar("Core", bound=nn.Module)
 
 
 class KronA(nn.Module):
@@ -285,28 +281,15 @@ def kadaptation(
     return KAdaptation(site.width, slices, core, out=site.out, scale=scale, dropout=dropout)
 
 
-def lent(word: str, name: str, make: Maker, site: Site, kind: type[Core]) -> Core:
-    """What a part is lent for a site. Raises RuleError where it is of another kind."""
-    core = maker(make, word)(site)
-    if isinstance(core, kind):
-        return core
-    raise RuleError(
-        f"{word}({name}={show(make)})",
-        f"this makes a {type(core).__name__}, and no {kind.__name__}.",
-        f"Leave out {name}, or see help({word}) for what makes one.",
-    )
-
-
 def divides(word: str, what: str, size: int, **parts: int) -> None:
     """Raise RuleError unless each value divides `size`."""
     positive(word, **parts)
     for name, value in parts.items():
         if size % value:
-            near = sorted(_divisors(size), key=lambda n: (abs(n - value), n))[:3]
             raise RuleError(
                 f"{word}({name}={value})",
                 f"the {what} of {size} features does not divide by {value}.",
-                f"Its divisors nearest to {value}: {', '.join(map(str, sorted(near)))}.",
+                f"Its divisors nearest to {value}: {near_divisors(size, value)}.",
             )
 
 
@@ -318,9 +301,5 @@ def _glorot(n: int, features: int) -> nn.Parameter:
 
 def _near_root(size: int, *, up: bool) -> int:
     """The divisor of `size` nearest to its root, from the root up or down."""
-    fits = [n for n in _divisors(size) if (n * n >= size if up else n * n <= size)]
+    fits = [n for n in divisors(size) if (n * n >= size if up else n * n <= size)]
     return min(fits) if up else max(fits)
-
-
-def _divisors(size: int) -> list[int]:
-    return [n for n in range(1, size + 1) if size % n == 0]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import RuleError
-from ..part import part, positive
+from ..part import divisors, near_divisors, part, positive
 from ..tree import Site
 
 
@@ -57,7 +57,7 @@ class MixtureOfAdapters(nn.Module):
             raise RuleError(
                 f"moa(heads={heads})",
                 f"the width {width} does not divide by {heads} heads.",
-                f"Its divisors nearest to {heads}: {_listed(width, heads)}. "
+                f"Its divisors nearest to {heads}: {near_divisors(width, heads)}. "
                 f"Choose one, or write moa(heads={heads}, fit=True) to take the nearest.",
             )
         if top_k not in (1, None):
@@ -132,7 +132,7 @@ def moa(
     moa(rank=16, heads=4)
     """
     positive("moa", experts=experts, rank=rank, heads=heads, router=router or rank)
-    fitting = min(_divisors(site.width), key=lambda n: (abs(n - heads), -n)) if fit else heads
+    fitting = min(divisors(site.width), key=lambda n: (abs(n - heads), -n)) if fit else heads
     made = MixtureOfAdapters(
         site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout,
         bias=bias, router=router, by_token=by_token,
@@ -140,12 +140,3 @@ def moa(
     if fitting != heads:
         made.note = f"{fitting} heads: the divisor of {site.width} nearest to {heads}"
     return made
-
-
-def _divisors(width: int) -> list[int]:
-    return [n for n in range(1, width + 1) if width % n == 0] or [1]
-
-
-def _listed(width: int, heads: int) -> str:
-    near = sorted(_divisors(width), key=lambda n: (abs(n - heads), n))[:3]
-    return ", ".join(map(str, sorted(near)))

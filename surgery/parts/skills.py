@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import FileError, GraftError, OperationError, RuleError
 from ..part import Affine, part, positive, usually
 from ..tree import Site
-from .binary import on_rows
 from .lora import kaiming, scale_of
+from .rows import on_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -25,7 +25,11 @@ def arc(rank: int = 50, dropout: float = 0.1) -> list[Rule]:
     """
     basis = shared(projection(rank=rank), name="mlp")
     part = shared(rescaled(basis, zero=False, dropout=dropout), by=ffn)
-    return [*arc_att(rank, dropout)[:-1], at(fc1, prepend(part, residual=True)), _head()]
+    return [
+        *arc_att(rank, dropout)[:-1],
+        at(fc1, prepend(part, residual=True)),
+        at(head, unfreeze, optional=True),
+    ]
 
 
 def arc_att(rank: int = 50, dropout: float = 0.1) -> list[Rule]:
@@ -35,8 +39,4 @@ def arc_att(rank: int = 50, dropout: float = 0.1) -> list[Rule]:
     """
     basis = shared(projection(rank=rank), name="attn")
     part = shared(rescaled(basis, dropout=dropout), by=attn)
-    return [at(readers, prepend(part, residual=True)), _head()]
-
-
-def _head() -> Rule:
-    return at(head, unfreeze, optional=True)
+    return [at(readers, prepend(part, residual=True)), at(head, unfreeze, optional=True)]

@@ -22,7 +22,7 @@ def repadapter(
     """
     part = shared(linear(rank, groups, scale, bias, dropout), by=ffn)
     first = repadapter_att(rank, groups, scale, bias, dropout)[:-1]
-    return [*first, at(fc1, prepend(part, residual=True)), _head()]
+    return [*first, at(fc1, prepend(part, residual=True)), at(head, unfreeze, optional=True)]
 
 
 def repadapter_att(
@@ -33,7 +33,7 @@ def repadapter_att(
     Source: Luo et al. 2023 (RepAdapter)
     """
     part = shared(linear(rank, groups, scale, bias, dropout), by=attn)
-    return [at(readers, prepend(part, residual=True)), _head()]
+    return [at(readers, prepend(part, residual=True)), at(head, unfreeze, optional=True)]
 
 
 def convpass(
@@ -51,7 +51,11 @@ def convpass(
     Source: Jie and Deng 2022 (Convpass)
     """
     part = parallel(bypass(hidden, prefix, xavier, dropout), scale=scale)
-    return [*convpass_att(hidden, scale, prefix, xavier, dropout)[:-1], at(ffn, part), _head()]
+    return [
+        *convpass_att(hidden, scale, prefix, xavier, dropout)[:-1],
+        at(ffn, part),
+        at(head, unfreeze, optional=True),
+    ]
 
 
 def convpass_att(
@@ -66,8 +70,4 @@ def convpass_att(
     Source: Jie and Deng 2022 (Convpass)
     """
     part = parallel(bypass(hidden, prefix, xavier, dropout), scale=scale)
-    return [at(attn, part), _head()]
-
-
-def _head() -> Rule:
-    return at(head, unfreeze, optional=True)
+    return [at(attn, part), at(head, unfreeze, optional=True)]
