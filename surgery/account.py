@@ -48,12 +48,13 @@ def summary(record: Record, parts: Mapping[str, nn.Module], base: int, title: st
         new = [parts[key] for key in row["keys"] if key in parts and key not in seen]
         seen.update(row["keys"])
         edits, names = "; ".join(row["edits"]), _names(row["keys"])
-        rows.append((_where(row["paths"]), edits, names, count(new), row["unfrozen"]))
+        rows.append((places(row["paths"]), edits, names, count(new), row["unfrozen"]))
     columns = ("sites", "edits", "parts", "added", "unfrozen")
     return Table(title, columns, rows, _notes(record, parts, base))
 
 
-def _where(paths: list[str]) -> str:
+def places(paths: list[str]) -> str:
+    """Paths in short: their addresses, and how many of each."""
     shapes = Counter(generalise(path) or "(the model)" for path in paths)
     listed = [f"{path} x{n}" if n > 1 else path for path, n in shapes.items()]
     if len(listed) > 4:  # stretches, each of another length

@@ -65,6 +65,12 @@ def is_norm(module: nn.Module) -> bool:
     return not children(module) or (len(own) > 0 and not {*map(id, below)} - {*map(id, own)})
 
 
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether it normalises by running statistics, which every forward in training changes."""
+    norms = nn.modules.batchnorm._NormBase
+    return isinstance(module, norms) and module.running_mean is not None
+
+
 def shape(module: nn.Module) -> Shape | None:
     """The shape of any leaf that fixes a number of features; None where it does not."""
     if found := linear(module):

@@ -10,6 +10,7 @@ from .address import generalise, nearest
 from .edit import Insert, Trained
 from .errors import MatchError, RuleError
 from .flow import followed
+from .leaf import keeps_statistics
 from .pattern import Address
 from .place import Placed
 from .role import ROLES, anatomise, attn, block, embed, ffn, head, instead_of_ffns, norm, qkv
@@ -105,6 +106,21 @@ def check_named(rule: Rule, edit: Trained, sites: Collection[Site]) -> None:
             f"has no parameter for {alone!r}.",
             f"Nearest parameters there: {listed}. A name begins at the site.",
         )
+
+
+def statistics(tree: Tree, trained: Collection[int]) -> list[tuple[Site, bool]]:
+    """The norms with running statistics, and whether each is frozen: none of its parameters (or
+    where it has none, of those around it) is among the trained, told by id."""
+    return [
+        (site, not {id(p) for p in _nearest_parameters(site)} & {*trained})
+        for site in tree.sites
+        if keeps_statistics(site.module)
+    ]
+
+
+def _nearest_parameters(site: Site) -> list[nn.Parameter]:
+    around = (list(near.module.parameters()) for near in (site, *site.above()))
+    return next((found for found in around if found), [])
 
 
 def tokens_of(placed: list[Placed], tree: Tree) -> dict[Placed, Tokens]:

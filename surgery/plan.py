@@ -12,13 +12,22 @@ import torch
 from torch import nn
 
 from . import chance
-from .account import Record, Row, count, summary
-from .edit import Joined, Trained
+from .account import Record, Row, count, places, summary
+from .edit import Insert, Joined, Trained
 from .errors import ConflictError, FileError, OperationError, RuleError
 from .flow import follow
 from .graft import Balance, is_replaced
 from .insertion import Step
-from .meeting import check_named, flatten, matched, meant, tellers, tokens_of, training
+from .meeting import (
+    check_named,
+    flatten,
+    matched,
+    meant,
+    statistics,
+    tellers,
+    tokens_of,
+    training,
+)
 from .place import Names, Placed, check_called, name_all
 from .proof import Trainee, prove
 from .room import Operation, operations, room_of
@@ -137,6 +146,14 @@ class Plan:
 
     def _record(self, stock: Stock | None) -> Record:
         notes = ["what feeds what was read off a forward on the example"] if self.fed.asked else []
+        if any(isinstance(p.edit, Insert) and not p.edit.keep for p in self.tellers):
+            notes.append("no token is made of what is heard last: tokens are taken out before it")
+        trained = {*self.unfrozen, *self._trained_before()}
+        if kept := [s.path for s, frozen in statistics(self.tree, trained) if frozen]:
+            notes.append(
+                "frozen norms keep their running statistics, in eval mode in training too: "
+                + places(kept)
+            )
         borrowed = stock.borrowed if stock else {}
         return Record(
             rows=self._rows(borrowed), seed=self.seed, data=_data(self.rules), notes=notes
@@ -179,9 +196,10 @@ class Plan:
     @no_collection()
     def _carry_out(self, operation: Operation) -> None:
         modules = [site.module for site in self.tree.sites]
-        earlier = [p for p in self._base() if p.requires_grad] if operations(self.model) else []
+        trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
-        operation.train_only(modules, self.unfrozen | set(map(id, earlier)))
+        operation.train_only(modules, trained)
+        operation.still((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         stock = Stock(self.placed, self.names, self.seed)
         parts = stock.parts
         if stock.borrowed:
@@ -218,6 +236,11 @@ class Plan:
 
     def _base(self) -> list[nn.Parameter]:
         return [p for site in self.tree.sites for p in site.module.parameters(recurse=False)]
+
+    def _trained_before(self) -> set[int]:
+        """Ids of the base parameters that earlier operations left trained."""
+        done = operations(self.model)
+        return {id(p) for p in self._base() if p.requires_grad} if done else set()
 
     def _unfrozen(self) -> set[int]:
         """Ids of the base parameters that the rules leave trained; the last word counts."""

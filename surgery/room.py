@@ -8,7 +8,7 @@ Only this file and `graft` write to a model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,6 +50,16 @@ class Witness:
             self.operation._surgery_witness(torch.compiler.is_dynamo_compiling())
 
 
+class Still:
+    """Instead of a module's `train`: it stays in eval mode. An object, so that copies copy it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return self.module
+
+
 def _unreached(idle: list[Graft]) -> tuple[str, str]:
     """Why grafts may not have run in a forward that no one looked into, and what to do."""
     return "", (
@@ -74,6 +84,7 @@ class Operation(Switch):
         self.was_buffer: list[tuple[nn.Module, str, Tensor]] = []
         self.was_grad: list[tuple[nn.Module, str, Tensor | None]] = []
         self.was_merged: list[tuple[nn.Module, str, Tensor]] = []
+        self.was_still: list[tuple[nn.Module, Any]] = []
         self.was_nested: list[nn.TransformerEncoder] = []
         self.encoders: list[nn.TransformerEncoder] = []
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
@@ -118,6 +129,22 @@ class Operation(Switch):
                 if tensor.requires_grad != wanted:
                     self.was_trainable.append((module, name, not wanted))
                     tensor.requires_grad_(wanted)
+
+    def still(self, norms: Iterable[tuple[nn.Module, bool]]) -> None:
+        """Keep norms with running statistics in eval mode, or let them go, whatever train() says.
+
+        Frozen, their statistics would go on drifting, and what is saved would not reproduce.
+        """
+        for norm, frozen in norms:
+            held = vars(norm).get("train")
+            if frozen is isinstance(held, Still):
+                continue
+            self.was_still.append((norm, held))
+            if frozen:
+                vars(norm)["train"] = Still(norm)
+            else:
+                del vars(norm)["train"]
+            norm.training = not frozen and any(model.training for model in self.model)
 
     def join(self, site: Site, steps: list[Step]) -> None:
         """Graft `steps` on `site`."""
@@ -208,6 +235,10 @@ class Operation(Switch):
             if tensor is not None:
                 tensor.grad = grad
         self._restore_values()
+        for norm, held in reversed(self.was_still):
+            vars(norm).pop("train", None)
+            if held is not None:
+                vars(norm)["train"] = held
         for module, training in self.was_training:
             module.training = training
         for model in self.model:

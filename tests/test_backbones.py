@@ -65,7 +65,10 @@ EVERYWHERE = {
     "adapterx", "adapterx_ffn", "adapter", "adaptformer", "houlsby", "lora", "ssf", "arc",
     "vpt_deep", "bitfit", "linear_probe", "full",
 }  # fmt: skip
-TOKENS = {"adapterx", "adapterx_serial", "vpt_deep", "vpt_shallow", "noah", "llama_adapter"}
+TOKENS = {
+    "adapterx", "adapterx_serial", "vpt_deep", "vpt_shallow", "noah", "llama_adapter", "dapt",
+    "daptx", "idpt",
+}  # fmt: skip
 NO_ROOM = {"swin", "convnext", "gpt2", "llama"}  # windows, maps, masks, rotary positions
 NO_PROJECTIONS = {"convnext", "encoder"}  # no attention; nn.MultiheadAttention has its own
 REFUSED = {
@@ -78,6 +81,8 @@ REFUSED = {
 EMPTY = {  # nothing is learned of what was trained before, until it is filled in
     ("mhr_z", "gradients_reach_every_part"),
     ("scalearn", "gradients_reach_every_part"),
+    ("dapt", "gradients_reach_every_part"),  # a class token does not read the last prompt
+    ("daptx", "gradients_reach_every_part"),
 }
 TRIED = [
     (rules, backbone)

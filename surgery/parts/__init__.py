@@ -6,9 +6,11 @@ from .binary import binary_adapter, binary_lora
 from .combined import coefficients, combined, scaled
 from .conv import convpass
 from .domains import domains
+from .dynamic import DynamicAdapter, MixtureOfDynamicAdapters, dynamic_adapter, dynamic_moa
 from .elastic import elastic_adapter, elastic_lora, elastic_prompt
 from .fact import fact_tk, fact_tt, tk_factors, tt_factors
 from .gated import gated_prompt
+from .instance import InstancePrompt, instance_prompt
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
 from .lora import dylora, lora, prolora
 from .moa import MixtureOfAdapters, moa
@@ -23,10 +25,11 @@ from .vera import frozen, tied, tied_lora, vera
 from .vida import vida
 
 __all__ = [
-    "Adapter", "MixtureOfAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc",
-    "binary_adapter", "binary_lora", "coefficients", "combined", "compacter", "convpass",
-    "domains", "dylora", "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk",
-    "fact_tt", "frozen", "gated_prompt", "kadaptation", "krona", "lora", "moa", "phm_rule",
+    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
+    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc", "binary_adapter", "binary_lora",
+    "coefficients", "combined", "compacter", "convpass", "domains", "dylora", "dynamic_adapter",
+    "dynamic_moa", "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt",
+    "frozen", "gated_prompt", "instance_prompt", "kadaptation", "krona", "lora", "moa", "phm_rule",
     "projection", "prolora", "prompt", "prompt_generator", "repadapter", "reversible",
     "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter", "sparse",
     "sparse_experts", "tied", "tied_lora", "tk_factors", "tt_factors", "vera", "vida",

@@ -33,7 +33,13 @@ class MixtureOfAdapters(nn.Module):
 
     starts_at_zero = True  # apply(..., example=x) holds it to that
     routes = True  # it returns gates, for balance_loss and routing
-    by_expert = ("embeddings", "down", "down_bias", "up", "up_bias")  # a row for each expert
+    by_expert: tuple[str, ...] = (
+        "embeddings",
+        "down",
+        "down_bias",
+        "up",
+        "up_bias",
+    )  # a row for each expert
     note: str | None = None
     down_bias: Tensor
     up_bias: Tensor
@@ -90,9 +96,12 @@ class MixtureOfAdapters(nn.Module):
         gates = ops.route(routed, self.reduction, self.embeddings)
         if self.by_token:
             gates = repeat(gates, "t n -> (t h) n", h=self.heads)
+        return ops.Routed(ops.merge(self.mix(u, gates), x), gates)
+
+    def mix(self, u: Tensor, gates: Tensor) -> Tensor:
+        """What the experts give for sub-tokens u (m, c), by gates (m, experts)."""
         experts = ops.Experts(self.down, self.down_bias, self.up, self.up_bias)
-        mixed = ops.mix(u, gates, experts, self.act, self.top_k)
-        return ops.Routed(ops.merge(mixed, x), gates)
+        return ops.mix(u, gates, experts, self.act, self.top_k)
 
     def extra_repr(self) -> str:
         experts, rank, c = self.down.shape
@@ -132,11 +141,21 @@ def moa(
     moa(rank=16, heads=4)
     """
     positive("moa", experts=experts, rank=rank, heads=heads, router=router or rank)
-    fitting = min(divisors(site.width), key=lambda n: (abs(n - heads), -n)) if fit else heads
+    fitting = fitted(site.width, heads) if fit else heads
     made = MixtureOfAdapters(
         site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout,
         bias=bias, router=router, by_token=by_token,
     )  # fmt: skip
-    if fitting != heads:
-        made.note = f"{fitting} heads: the divisor of {site.width} nearest to {heads}"
+    return noted(made, site.width, heads)
+
+
+def fitted(width: int, heads: int) -> int:
+    """The divisor of the width nearest to `heads`; of two equally near, the larger."""
+    return min(divisors(width), key=lambda n: (abs(n - heads), -n))
+
+
+def noted(made: MixtureOfAdapters, width: int, heads: int) -> nn.Module:
+    """A mixture that says so where it has not as many heads as asked for."""
+    if made.heads != heads:
+        made.note = f"{made.heads} heads: the divisor of {width} nearest to {heads}"
     return made

@@ -44,8 +44,6 @@ class PromptGenerator(nn.Module):
     torch.Size([2, 1, 768])
     """
 
-    note = "no prompt is made of what the last block gave: a class token would not read it"
-
     def __init__(
         self, width: int, features: int, *, activation: type[nn.Module] = nn.Identity
     ) -> None:

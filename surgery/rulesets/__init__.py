@@ -13,7 +13,7 @@ from ..errors import RuleError, nearest_names
 from ..rule import Rule
 from ..table import Table
 from .adapters import adapter, adaptformer, houlsby
-from .adapterx import adapterx, adapterx_ffn, adapterx_serial
+from .adapterx import adapterx, adapterx_ffn, adapterx_serial, daptx
 from .arc import arc, arc_att
 from .attention import llama_adapter
 from .baselines import bitfit, full, linear_probe
@@ -25,6 +25,7 @@ from .lowrank import dylora, lora, prolora, tied_lora, vera, vida
 from .meft import meft
 from .mixed import mhr, mhr_mu, mhr_z, mosa, poly
 from .noah import noah
+from .points import dapt, idpt
 from .prompts import vpt_deep, vpt_shallow
 from .scale import ssf
 from .sparse import sparse
@@ -37,7 +38,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         vera, tied_lora, prolora, dylora, krona, kadaptation, compacter, compacter_pp,
         fact_tt, fact_tk, repadapter, repadapter_att, convpass, convpass_att, vida,
         bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
-        lae, scalearn, language_adapter, llama_adapter, meft,
+        lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
     )
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..edit import append as serial
 from ..edit import insert, parallel, token, unfreeze
 from ..part import Maker, shared
-from ..parts import QuickGELU, moa, prompt_generator
+from ..parts import QuickGELU, dynamic_moa, moa, prompt_generator
 from ..relation import nearest, until
 from ..role import block, ffn, head, norm
 from ..rule import Rule, at
@@ -80,6 +80,44 @@ def adapterx_serial(
         *_specific(made),
         at(nearest(norm, before=ffn), unfreeze, optional=True),
         at(head, unfreeze, optional=True),
+    ]
+
+
+def daptx(
+    rank: int = 32,
+    experts: int = 4,
+    heads: int = 3,
+    top_k: int | None = 1,
+    dropout: float = 0.0,
+    generator: Maker | None = None,
+) -> list[Rule]:
+    """A shared mixture of DAPT's adapters beside each FFN, its norm, prompts left in; the token.
+
+    As adapterx, with dynamic adapters for experts and no scale; and prompts, the last block's too,
+    are left in for a head that reads them (`reads=` of `backbones.point_mae.PointMAE`). The rank is
+    the one at which the paper's 1.88 % comes out; it states none for point clouds.
+
+    Source: Li et al. 2024 (Adapter-X), Fig. 2 and section 4.3 (DAPT-X)
+    """
+    made = prompt_generator(heads=heads) if generator is None else generator
+    mixture = dynamic_moa(
+        experts=experts, rank=rank, heads=heads, top_k=top_k, dropout=dropout, fit=True
+    )
+    return [
+        at(ffn, parallel(shared(mixture))),
+        *left_in(made),
+        at(nearest(norm, before=ffn), unfreeze, optional=True),
+        at("", unfreeze(token), optional=True),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def left_in(generator: Maker) -> list[Rule]:
+    """A prompt of what each block's part gave, put in for all that follows, the head too."""
+    last = nearest(norm, after=block[-1:])
+    return [
+        at(block[1:], insert(generator, hears=ffn, keep=True), optional=True),
+        at(last, insert(generator, hears=ffn, keep=True), optional=True),
     ]
 
 

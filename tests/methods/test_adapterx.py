@@ -101,7 +101,7 @@ def test_the_report_says_that_the_last_prompt_is_not_made() -> None:
         "blocks/(1 to 2)/insert",
         "blocks/2/insert",
     ]
-    assert "no prompt is made of what the last block gave" in str(surgery.report(model))
+    assert "no token is made of what is heard last" in str(surgery.report(model))
 
 
 def test_windows_take_no_prompts() -> None:
