@@ -1,0 +1,1 @@
+"""Backbones, a file each, read from top to bottom: point_mae, vit; checkpoint reads their files."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks [mixture] [operate] [overhead] [parameters]: plain tables, one thread."""
+"""python -m benchmarks [subject ...]: plain tables, one thread. Without a subject: all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .measure import machine
 
-SUBJECTS = ("mixture", "operate", "overhead", "parameters")
+SUBJECTS = ("grouping", "mixture", "operate", "overhead", "parameters")
 
 
 def main() -> None:

@@ -199,9 +199,9 @@ class Plan:
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
         operation.train_only(modules, trained)
-        operation.still((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         stock = Stock(self.placed, self.names, self.seed)
         parts = stock.parts
+        operation.still((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if stock.borrowed:
             operation.record = self._record(stock)
         operation.own(parts)

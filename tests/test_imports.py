@@ -20,6 +20,7 @@ ROOT = Path(surgery.__file__).parents[1]
 FLOORS = {
     "chance": 0,
     "demo": 0,
+    "demo.fit": 0,
     "demo.glyphs": 0,
     "errors": 0,
     "example": 0,
@@ -124,6 +125,7 @@ FLOORS = {
     "survey.report": 15,
     "survey.run": 15,
     "demo.digits": 16,
+    "demo.points": 16,
     "search": 16,
     "spec.function": 16,
     "spec.routing": 16,

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import points
 from benchmarks.parameters import Row, first, matches, second, table
 from surgery import rulesets
 
-ROWS = [*first(), *second()]
+ROWS = [*first(), *second(), *points.rows()]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.method} {row.setting}")
@@ -24,6 +25,7 @@ def test_what_does_not_match_has_a_reason() -> None:
     missed = {r.method for r in ROWS if r.verdict.startswith("no: ")}
     assert missed == {
         "vpt_deep", "adapter", "adaptformer", "noah", "arc_att", "repadapter", "Adapter-X",
+        "dapt", "daptx",
     }  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""Published checkpoints: their tensors, whatever they are wrapped in, and what does not fit."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PREFIXES = ("module.", "base_model.", "MAE_encoder.", "ACT_encoder.", "transformer_k.")
+HEAD = "cls_head_finetune."
+
+
+class Loaded(NamedTuple):
+    """What a file did not fill (names of the model), and held beside (names of the file)."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    skipped_head: str = ""
+
+    def __repr__(self) -> str:
+        lists = {"missing": self.missing, "unexpected": self.unexpected}
+        lines = [f"{len(names)} {which}: {_brief(names)}" for which, names in lists.items()]
+        return "\n".join([*lines, self.skipped_head]).rstrip()
+
+
+def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Loaded:
+    """Fill `model` from a published checkpoint, and say what was missing and what was left over.
+
+    The tensors are taken from the file's 'base_model', 'model' or 'state_dict', or are the file
+    itself; 'module.', 'MAE_encoder.' (and its like in ACT and Point-BERT) are taken off a name
+    until the model has it. A classifier filled from a pre-training file misses exactly cls_token,
+    cls_pos and cls_head_finetune.*. A head of other shapes is left as it is, whole, and warned of.
+
+    Raises ValueError if the file holds more than tensors and plain values, if nothing in it fits,
+    or if shapes other than the head's differ; the model is then untouched.
+
+    >>> import pathlib, tempfile
+    >>> from backbones.point_mae import PointMAE
+    >>> model = PointMAE(15, num_groups=8, group_size=4, embed_dim=24, depth=1, num_heads=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder, "ckpt.pth")
+    ...     torch.save({"base_model": {"module.MAE_encoder.norm.bias": torch.ones(24)}}, file)
+    ...     loaded = load_checkpoint(model, file)
+    >>> len(loaded.missing), loaded.unexpected, model.norm.bias[0].item()
+    (52, (), 1.0)
+    """
+    rule, own, state = f"load_checkpoint({str(path)!r})", model.state_dict(), _tensors(path)
+    names = {key: _name(key, own) for key in state}
+    found = {names[key]: value for key, value in state.items() if names[key] in own}
+    if not found:
+        fact = f"The file has {_brief(list(state)) or 'no tensors'}; the model {_brief(list(own))}"
+        kind = type(model).__name__
+        raise ValueError(f"{rule}: nothing in it fits {kind}. {fact}. Give a file of this model.")
+    differ = [key for key, value in found.items() if value.shape != own[key].shape]
+    shapes = [f"{key} {tuple(found[key].shape)} for {tuple(own[key].shape)}" for key in differ]
+    if not all(key.startswith(HEAD) for key in differ):
+        remedy = "Build the model with the file's embed_dim, depth and group_size."
+        raise ValueError(f"{rule}: shapes differ, file for model: {'; '.join(shapes)}. {remedy}")
+    note = ""
+    if differ:
+        found = {key: value for key, value in found.items() if not key.startswith(HEAD)}
+        remedy = "Train it, or build the model with the file's num_classes, head_dim and reads."
+        note = f"{rule}: the head is not loaded, file for model: {'; '.join(shapes)}. {remedy}"
+        warnings.warn(note, stacklevel=2)
+    model.load_state_dict(found, strict=False)
+    left = tuple(key.removeprefix("module.") for key in state if names[key] not in own)
+    return Loaded(tuple(key for key in own if key not in found), left, note)
+
+
+def _tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The named tensors of a file, wherever in it the published layouts keep them."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"load_checkpoint({str(path)!r}): torch.load refused it, for it holds more than "
+            "tensors and plain values, or is no file of PyTorch. If you trust its source, load "
+            "it with weights_only=False and save its tensors anew."
+        ) from error
+    for key in ("base_model", "model", "state_dict"):
+        held = held.get(key, held) if isinstance(held, dict) else {}
+    return {key: value for key, value in held.items() if isinstance(value, Tensor)}
+
+
+def _name(key: str, own: dict[str, Tensor]) -> str:
+    short = key
+    for prefix in PREFIXES:
+        if short in own:
+            break
+        short = short.removeprefix(prefix)
+    return short
+
+
+def _brief(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

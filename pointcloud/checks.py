@@ -1,0 +1,73 @@
+"""What is checked: shapes, where a compiler can see them; values, inside of operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def check_points(name: str, points: Tensor, lengths: Tensor | None = None) -> None:
+    """Clouds are floating-point numbers (b, n, 3); lengths are integers (b,)."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name}(): {type(points).__name__} is no tensor. Give points (b, n, 3).")
+    if points.ndim != 3 or points.shape[2] != 3:
+        raise ValueError(
+            f"{name}(): points are (b, n, 3), these are {tuple(points.shape)}. "
+            "Give a batch of clouds: points[None] for a single one (n, 3)."
+        )
+    if not points.is_floating_point():
+        raise ValueError(f"{name}(): points are {points.dtype}. Give points.float().")
+    if lengths is None:
+        return
+    if lengths.shape != points.shape[:1] or lengths.is_floating_point():
+        raise ValueError(
+            f"{name}(): lengths are integers (b,), one for each of {points.shape[0]} clouds; these "
+            f"are {lengths.dtype} {tuple(lengths.shape)}. Give the points of each cloud."
+        )
+
+
+def check_count(name: str, what: str, count: int, n: int) -> None:
+    """At least one, at most the points that there are."""
+    if count < 1:
+        raise ValueError(f"{name}({what}={count}): nothing is asked for. Give {what} >= 1.")
+    if count > n:
+        raise ValueError(
+            f"{name}({what}={count}): a cloud has {n} points, fewer than the {count} asked for. "
+            f"Give {what} <= {n}, or larger clouds."
+        )
+
+
+def check_backend(name: str, backend: str, backends: Iterable[str], points: Tensor) -> None:
+    """A known backend, which works where the points are."""
+    if backend not in backends:
+        known = ", ".join(backends)
+        raise ValueError(f"{name}(backend={backend!r}): there is no such backend. Give {known}.")
+    if backend in ("numpy", "scipy") and points.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"{name}(backend={backend!r}): works on a CPU, the points are on {points.device}. "
+            "Give backend='torch' or 'auto', or points.cpu()."
+        )
+
+
+def check_values(name: str, what: str, count: int, points: Tensor, lengths: Tensor | None) -> None:
+    """Lengths from `count` to n, and all points finite."""
+    if lengths is not None and lengths.numel():
+        check_count(name, what, count, int(lengths.min()))
+        if (most := int(lengths.max())) > (n := points.shape[1]):
+            raise ValueError(f"{name}(): a length is {most}, of {n} points. Give lengths <= {n}.")
+    if points.numel() and not all(map(math.isfinite, torch.stack(points.aminmax()).tolist())):
+        cloud, point, _ = (~points.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}(): point {point} of cloud {cloud} is {points[cloud, point].tolist()}, "
+            "not finite. Drop such points, or pass them as padding (lengths=)."
+        )
+
+
+def not_empty(name: str, points: Tensor) -> None:
+    """Raise ValueError where clouds (b, n, 3) have no points."""
+    if not points.shape[1]:
+        shape = tuple(points.shape)
+        raise ValueError(f"{name}(): clouds {shape} have no points. Leave out what is empty.")
