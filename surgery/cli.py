@@ -60,8 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo_arguments(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument("--points", action="store_true", help="on point clouds instead of digits")
     demo.add_argument("--seeds", type=_count, default=3, help="runs of each method (default 3)")
-    demo.add_argument("--epochs", type=_count, default=None, help="passes over the 200 images")
+    demo.add_argument("--epochs", type=_count, default=None, help="passes over what is trained on")
     demo.add_argument("--methods", nargs="+", metavar="RULES", help="rule sets to compare")
     demo.add_argument("--pretrain", action="store_true", help="make the backbone anew (minutes)")
     demo.add_argument("--out", default="out", help="folder for the adapter and the picture")
@@ -116,10 +117,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     try:
-        from .demo.digits import run
+        from .demo import digits, points
     except ModuleNotFoundError as error:
         raise missing(error.name or "", "demo") from error
-    run(
+    (points.run_short if arguments.points else digits.run)(
         methods=arguments.methods,
         seeds=arguments.seeds,
         epochs=arguments.epochs,

@@ -1,0 +1,218 @@
+"""The demo on point clouds: what it trains on, its loop, resuming, its table, the short form."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pointcloud import procedural, take
+from surgery.cli import main
+from surgery.demo import points as demo
+from surgery.demo.fit import answers, drawn, fit, steps
+
+RECIPE = demo.small(2)._replace(
+    sizes={**demo.small().sizes, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 8},
+    batch=10, points=64,
+)  # fmt: skip
+FEW = procedural("OBJ_ONLY", 30, 96)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TRAIN", 30), ("TEST", 30), ("POINTS", 64), ("PRETRAIN", 1)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "small", lambda epochs: RECIPE._replace(epochs=epochs or 1))
+
+
+def backbone(folder: Path) -> Path:
+    return demo.pretrain(RECIPE, FEW, folder / "backbone.pth")
+
+
+def test_train_and_test_share_no_cloud_and_seeds_change_the_first_alone() -> None:
+    (train, test), (other, same) = demo.drawn("PB_T50_RS", 0), demo.drawn("PB_T50_RS", 1)
+    assert (len(train.labels), len(test.labels)) == (demo.TRAIN, demo.TEST)
+    assert len(test.labels) >= 1000
+    assert torch.equal(test.points, same.points)
+    held = procedural("PB_T50_RS", 600, demo.POINTS, seed=7)  # what `choose` looks at
+    clouds = [{c.numpy().tobytes() for c in part.points} for part in (train, other, test, held)]
+    assert sum(map(len, clouds)) == len(set.union(*clouds))
+
+
+def test_points_are_drawn_of_the_farthest() -> None:
+    x = torch.randn(2, 1300, 3)
+    some = drawn(x, 1024, torch.Generator().manual_seed(0))
+    assert some.shape == (2, 1024, 3)
+    pool = {tuple(p) for p in x[0].tolist()}
+    chosen = {tuple(p) for p in some[0].tolist()}
+    assert len(chosen) == 1024
+    assert chosen < pool
+
+
+class Odd(nn.Module):
+    """A model with every kind of parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.bias = nn.Parameter(torch.ones(2))
+        self.token = nn.Parameter(torch.ones(1, 1, 2))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_only_matrices_decay() -> None:
+    model = Odd()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return 0 * (model.weight.sum() + model.bias.sum() + model.token.sum())
+
+    fit(model, loss, FEW, points=96, epochs=3, batch=10, rate=0.1, decay=0.5)
+    assert (model.weight < 1).all()
+    for kept in (model.bias, model.token, model.frozen):
+        assert (kept == 1).all()
+
+
+def test_the_rate_warms_up_and_falls_to_its_end() -> None:
+    model, seen = Odd(), []
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return model.weight.sum()  # AdamW moves by the rate
+
+    was = 1.0
+
+    def step() -> None:
+        nonlocal was
+        seen.append(was - model.weight[0, 0].item())
+        was = model.weight[0, 0].item()
+
+    fit(model, loss, FEW, points=96, epochs=40, batch=10, rate=1e-2, decay=0.0, step=step)
+    assert len(seen) == 40 * steps(FEW, 10)
+    assert seen[0] == pytest.approx(1e-6, rel=0.1)
+    assert max(seen) == pytest.approx(1e-2, rel=0.05)
+    assert seen.index(max(seen)) in (3, 4, 5)
+    assert seen[-1] < 1e-4
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "time.monotonic", iter(range(0, 10**6, 100)).__next__
+    )  # always time to save
+    base, keep = backbone(tmp_path), tmp_path / "run.resume"
+    recipe = RECIPE._replace(epochs=4)
+
+    def tuned(step: Any, keep: Path | None) -> dict[str, Tensor]:
+        model = demo.tune("daptx", recipe, FEW, base, seed=3, step=step, keep=keep)
+        return model.state_dict()
+
+    whole = tuned(lambda: None, None)
+    count = iter(range(7))
+    with pytest.raises(StopIteration):
+        tuned(lambda: next(count), keep)
+    assert keep.is_file()
+    told: list[int] = []
+    again = tuned(lambda: told.append(1), keep)
+    assert len(told) == 12, "what was done before counts as done"
+    assert not keep.exists()
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+
+
+def test_a_backbone_is_kept_as_it_is_published(tmp_path: Path) -> None:
+    held = torch.load(backbone(tmp_path), weights_only=True)["base_model"]
+    own = RECIPE.model(15).state_dict()
+    assert set(held) == {key for key in own if "cls_head" not in key}
+    masked = demo.pretrain(RECIPE, FEW, tmp_path / "masked.pth", masked=True)
+    names = set(torch.load(masked, weights_only=True)["base_model"])
+    assert {"mask_token", "MAE_encoder.norm.weight", "increase_dim.0.weight"} <= names
+    demo.tune("daptx", RECIPE, FEW, masked, seed=0, step=lambda: None)
+
+
+def test_the_small_model_learns_what_is_easy(tmp_path: Path) -> None:
+    clouds = procedural("OBJ_ONLY", 90, 64)
+    easy = take(clouds, clouds.labels < 3)._replace(names=clouds.names[:3])
+    recipe = RECIPE._replace(epochs=40, batch=9, augment=lambda x, generator: x)
+    base = demo.pretrain(recipe, easy, tmp_path / "base.pth")
+    model = demo.tune("full", recipe, easy, base, seed=0, step=lambda: None, rate=3e-3)
+    right = answers(model, easy, points=64).argmax(1) == easy.labels
+    assert right.float().mean() > 0.8
+
+
+def test_done_runs_are_read_back(tmp_path: Path, tiny: None) -> None:
+    base = backbone(tmp_path)
+    targets = {"PB_T50_RS": lambda seed: demo.drawn("PB_T50_RS", seed)}
+    chosen: dict[str, Any] = {"methods": ["linear_probe", "full"], "out": tmp_path}
+    first = demo.compare(RECIPE, targets, base, seeds=1, **chosen)
+    again = demo.compare(RECIPE, targets, base, seeds=2, **chosen)
+    assert [r for r in again if r.seed == 0] == first, "their seconds too"
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    other = demo.compare(RECIPE._replace(epochs=1), targets, base, seeds=1, **chosen)
+    assert other != first
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_table_says_how_daptx_stands_to_full() -> None:
+    def result(method: str, seed: int, trained: int, accuracy: float) -> demo.Result:
+        return demo.Result("hard", method, seed, trained, accuracy, 1.0)
+
+    runs = [result("full", s, 1000, 0.5 + s / 100) for s in range(3)]
+    runs += [result("daptx", s, 40, 0.4 + s / 100) for s in range(3)]
+    text = str(demo.table(runs, "title"))
+    assert "daptx is 10.0 points behind full fine-tuning, with 4.0 % of what that trains" in text
+    line = next(row.split() for row in text.splitlines() if "daptx  " in row)
+    assert line == ["hard", "daptx", "40", "4.00", "41.0", "1.0", "1.0"]
+
+
+def test_the_short_form(tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]
+    assert main(["demo", "--points", *arguments]) == 0
+    told = capsys.readouterr().out
+    assert "reverted: every tensor of the backbone equal to the last bit: True" in told
+    for method in demo.METHODS:
+        assert f"PB_T50_RS  {method}" in told
+    for picture in ("clouds.png", "tradeoff.png", "loads.png"):
+        assert (tmp_path / picture).stat().st_size > 5000
+    table = told[told.index("% of full") :]
+    accuracy = next(r for r in table.splitlines() if "daptx  " in r).split()[4]
+    assert f"into a fresh model: {accuracy} % again" in told
+
+
+def test_wrong_names_are_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--points", "--methods", "daptxx", "--out", str(tmp_path / "o")]) == 2
+    assert "Nearest: daptx" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_example_in_full_size_takes_published_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ScanObjectNN's layout and a pre-training file, both made here; sizes cut to be quick."""
+    h5py = pytest.importorskip("h5py")
+    folder = tmp_path / "h5_files" / "main_split"
+    folder.mkdir(parents=True)
+    for split in ("training", "test"):
+        clouds = procedural("PB_T50_RS", 30, 64, train=split == "training")
+        name = f"{split}_objectdataset_augmentedrot_scale75.h5"
+        with h5py.File(folder / name, "w") as file:
+            file["data"], file["label"] = clouds.points.numpy(), clouds.labels.numpy()
+    example = importlib.import_module("examples.point_mae")
+    monkeypatch.setattr(example, "FULL", {**example.FULL, "embed_dim": 24, "depth": 2,
+                                          "num_heads": 2, "group_size": 8})  # fmt: skip
+    recipe = RECIPE._replace(sizes={**RECIPE.sizes, "group_size": 8})
+    base = demo.pretrain(recipe, FEW, tmp_path / "published.pth", masked=True)
+    command = (
+        f"x --data scanobjectnn:{tmp_path / 'h5_files'} --checkpoint {base} --points 64 --seeds 1 "
+        f"--epochs 1 --methods linear_probe daptx --out {tmp_path / 'out'}"
+    )
+    monkeypatch.setattr(sys, "argv", command.split())
+    example.main()
+    told = capsys.readouterr().out
+    assert "scanobjectnn  daptx" in told
+    assert "reverted: every tensor of the backbone equal to the last bit: True" in told
