@@ -90,7 +90,7 @@ def test_it_is_imported_late_and_its_warnings_are_its_own() -> None:
         "print({'torch_geometric', 'matplotlib', 'h5py'} & set(sys.modules)); "
         "import pointcloud.geometric"
     )
-    run = [sys.executable, "-W", "error", "-c", code]
+    run = [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-c", code]
     done = subprocess.run(run, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "set()\n", "")
 
