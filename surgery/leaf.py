@@ -67,8 +67,8 @@ def is_norm(module: nn.Module) -> bool:
 
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether it normalises by running statistics, which every forward in training changes."""
-    norms = nn.modules.batchnorm._NormBase
-    return isinstance(module, norms) and module.running_mean is not None
+    held = module._buffers.items()
+    return any(name.startswith("running_") and tensor is not None for name, tensor in held)
 
 
 def shape(module: nn.Module) -> Shape | None:

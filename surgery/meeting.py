@@ -109,18 +109,21 @@ def check_named(rule: Rule, edit: Trained, sites: Collection[Site]) -> None:
 
 
 def statistics(tree: Tree, trained: Collection[int]) -> list[tuple[Site, bool]]:
-    """The norms with running statistics, and whether each is frozen: none of its parameters (or
-    where it has none, of those around it) is among the trained, told by id."""
+    """The norms with running statistics, and whether each is frozen: none of its parameters is
+    among the trained, told by id; or, where it has none, not all of those around it are."""
     return [
-        (site, not {id(p) for p in _nearest_parameters(site)} & {*trained})
+        (site, not _is_trained(site, trained))
         for site in tree.sites
         if keeps_statistics(site.module)
     ]
 
 
-def _nearest_parameters(site: Site) -> list[nn.Parameter]:
-    around = (list(near.module.parameters()) for near in (site, *site.above()))
-    return next((found for found in around if found), [])
+def _is_trained(norm: Site, trained: Collection[int]) -> bool:
+    own, *around = (list(site.module.parameters()) for site in (norm, *norm.above()))
+    if own:
+        return any(id(p) in trained for p in own)
+    nearest = next((found for found in around if found), [])
+    return bool(nearest) and all(id(p) in trained for p in nearest)
 
 
 def tokens_of(placed: list[Placed], tree: Tree) -> dict[Placed, Tokens]:

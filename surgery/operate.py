@@ -108,6 +108,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     done = operated(model, "disabled(model)")
     now = [(tensor, tensor.detach().clone(), before) for tensor, before in _changed(done)]
+    counted = [(buffer, buffer.detach().clone()) for buffer in _statistics(done)]
     enabled = [operation.enabled for operation in done]
     try:
         for operation in done:
@@ -119,6 +120,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for operation, was in zip(done, enabled, strict=True):
             operation.enabled = was
         _set([(tensor, value) for tensor, value, _ in now])
+        _set([(buffer, value) for buffer, value in counted if not same(buffer, value)])
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -245,6 +247,12 @@ def _changed(done: list[Operation]) -> list[tuple[Tensor, Tensor]]:
             if tensor is not None and not tensor.is_meta:
                 first.setdefault(id(tensor), (tensor, was))
     return [(tensor, was) for tensor, was in first.values() if not same(tensor, was)]
+
+
+def _statistics(done: list[Operation]) -> list[Tensor]:
+    """The buffers that a forward in training changes."""
+    held = [module._buffers.get(name) for op in done for module, name, _ in op.was_value]
+    return [buffer for buffer in held if buffer is not None and not buffer.is_meta]
 
 
 def _set(values: list[tuple[Tensor, Tensor]]) -> None:

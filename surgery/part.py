@@ -219,6 +219,15 @@ def divisors(size: int) -> list[int]:
     return [n for n in range(1, size + 1) if size % n == 0] or [1]
 
 
+def fitted(size: int, n: int) -> int:
+    """The divisor of a number of features nearest to n; of two equally near, the larger.
+
+    >>> fitted(768, 5)
+    6
+    """
+    return min(divisors(size), key=lambda d: (abs(d - n), -d))
+
+
 def near_divisors(size: int, n: int) -> str:
     """The three divisors nearest to a number, in words.
 

@@ -51,13 +51,30 @@ class Witness:
 
 
 class Still:
-    """Instead of a module's `train`: it stays in eval mode. An object, so that copies copy it."""
+    """Methods in place of a norm's own: it stays in eval mode, and keeps its statistics.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    Of a plain object, so that a copy of the model gets its own.
+    """
 
-    def __call__(self, mode: bool = True) -> nn.Module:
-        return self.module
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def train(self, mode: bool = True) -> nn.Module:
+        for child in self.norm.children():  # an activation, a dropout (timm's BatchNormAct2d)
+            child.train(mode)
+        self.norm.training = False  # whoever has set it
+        return self.norm
+
+    def reset_running_stats(self) -> None:
+        """Nothing: torch's update_bn would reset what it then cannot count."""
+
+
+STILL = ("train", "reset_running_stats")  # the methods that it takes the place of
+
+
+def is_still(norm: nn.Module) -> bool:
+    """Whether an operation keeps it in eval mode."""
+    return isinstance(getattr(vars(norm).get("train"), "__self__", None), Still)
 
 
 def _unreached(idle: list[Graft]) -> tuple[str, str]:
@@ -84,7 +101,7 @@ class Operation(Switch):
         self.was_buffer: list[tuple[nn.Module, str, Tensor]] = []
         self.was_grad: list[tuple[nn.Module, str, Tensor | None]] = []
         self.was_merged: list[tuple[nn.Module, str, Tensor]] = []
-        self.was_still: list[tuple[nn.Module, Any]] = []
+        self.was_still: list[tuple[nn.Module, dict[str, Any]]] = []
         self.was_nested: list[nn.TransformerEncoder] = []
         self.encoders: list[nn.TransformerEncoder] = []
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
@@ -136,14 +153,15 @@ class Operation(Switch):
         Frozen, their statistics would go on drifting, and what is saved would not reproduce.
         """
         for norm, frozen in norms:
-            held = vars(norm).get("train")
-            if frozen is isinstance(held, Still):
+            held = {name: vars(norm)[name] for name in STILL if name in vars(norm)}
+            if frozen is is_still(norm):
                 continue
             self.was_still.append((norm, held))
+            for name in held:
+                del vars(norm)[name]
             if frozen:
-                vars(norm)["train"] = Still(norm)
-            else:
-                del vars(norm)["train"]
+                still = Still(norm)
+                vars(norm).update({name: getattr(still, name) for name in STILL})
             norm.training = not frozen and any(model.training for model in self.model)
 
     def join(self, site: Site, steps: list[Step]) -> None:
@@ -236,9 +254,9 @@ class Operation(Switch):
                 tensor.grad = grad
         self._restore_values()
         for norm, held in reversed(self.was_still):
-            vars(norm).pop("train", None)
-            if held is not None:
-                vars(norm)["train"] = held
+            for name in STILL:
+                vars(norm).pop(name, None)
+            vars(norm).update(held)
         for module, training in self.was_training:
             module.training = training
         for model in self.model:

@@ -175,6 +175,15 @@ def _operation(model: nn.Module, name: str) -> Operation:
             f'name="{name}"', f"this {type(model).__name__} was not operated under it.", known
         )
     operated(model, "state_dict(model)")  # what is merged is not what was trained
+    here = {id(module) for module in model.modules()}
+    lost = [module for module, _, _ in done[name].was_value if id(module) not in here]
+    if lost:
+        raise OperationError(
+            "state_dict(model)",
+            f"a {type(lost[0]).__name__} was replaced by another module since the model was "
+            "operated (SyncBatchNorm?): what was trained or grafted there is not known any more.",
+            "Convert the model first, and apply the rules then.",
+        )
     return done[name]
 
 

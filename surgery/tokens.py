@@ -46,8 +46,11 @@ class Tokens(NamedTuple):
             raise GraftError(
                 f"insert(...) at {path or 'the model'}",
                 f"it is given {tuple(x.shape)}, which is no row of tokens (b, n, width).",
-                "Its attention fixes the number of tokens (windows, maps). Use a method that adds "
-                "no tokens.",
+                "It stands behind the pooling of tokens: put it before (daptx(last=False) has none "
+                "there)."
+                if x.dim() < 3
+                else "Its attention fixes the number of tokens (windows, maps). Use a method that "
+                "adds no tokens.",
             )
         b, n, width = self.rows(x).shape
         for other in others:

@@ -236,7 +236,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             module.training,
             tuple(module._modules),
             *(tuple(map(id, hooks.values())) for hooks in _hook_tables(module)),
-            *(name in module.__dict__ for name in ("forward", "train")),
+            *(name in module.__dict__ for name in ("forward", "train", "reset_running_stats")),
         )
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None:

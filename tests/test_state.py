@@ -124,9 +124,12 @@ def test_it_comes_back_bitwise(case: str, tmp_path: Path) -> None:
 
 def test_running_statistics_travel_only_where_they_changed(tmp_path: Path) -> None:
     model = surgery.apply(sequential(), at("0", unfreeze))
+    model.train()(torch.randn(6, 8))  # the norm is frozen
     assert set(surgery.state_dict(model)) == {"base.0.weight", "base.0.bias"}
-    model.train()(torch.randn(6, 8))
-    assert "base.1.running_mean" in surgery.state_dict(model)
+    live = surgery.apply(sequential(), at("1", unfreeze))
+    assert set(surgery.state_dict(live)) == {"base.1.weight", "base.1.bias"}
+    live.train()(torch.randn(6, 8))
+    assert "base.1.running_mean" in surgery.state_dict(live)
 
 
 def test_operations_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
@@ -541,8 +544,9 @@ def test_no_word_of_rules_acts_on_anything() -> None:
     harmless |= {"&", "|", "~", "[]", "insert", "token", "until", "fused", "fc1", "fc2"}
     harmless |= {  # each makes a module, and does nothing else
         "arc", "binary_adapter", "binary_lora", "coefficients", "combined", "compacter",
-        "convpass", "domains", "dylora", "elastic_adapter", "elastic_lora", "elastic_prompt",
-        "fact_tk", "fact_tt", "frozen", "gated_prompt", "kadaptation", "krona", "lora",
+        "convpass", "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter",
+        "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt",
+        "instance_prompt", "kadaptation", "krona", "lora",
         "phm_rule", "projection", "prolora", "prompt", "prompt_generator", "repadapter",
         "reversible", "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter",
         "sparse", "sparse_experts", "tied", "tied_lora", "tk_factors", "tt_factors", "vera",

@@ -134,5 +134,71 @@ def test_a_file_reproduces(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(data(9)), model.eval()(data(9)))
 
 
-def test_the_laws_hold() -> None:
-    check(Net().eval(), FREEZE, data(), examples=1).raise_broken()
+def test_a_norm_without_parameters_goes_with_all_around_it() -> None:
+    """Not with any one of them: the nearest that holds parameters may be the whole model."""
+    plain = nn.Sequential(nn.BatchNorm1d(6, affine=False), nn.Linear(6, 6), nn.Linear(6, 2))
+    assert moved(surgery.apply(copy.deepcopy(plain), at("2", unfreeze))) == set()
+    assert moved(surgery.apply(copy.deepcopy(plain), at("", unfreeze))) == {"0"}
+    alone = nn.Sequential(nn.BatchNorm1d(6, affine=False))
+    surgery.apply(alone, at("0", append(adapter(rank=2), residual=True)))
+    assert moved(alone) == set()
+
+
+def test_what_a_norm_holds_still_hears_of_train_and_eval() -> None:
+    """timm's norms hold an activation and a dropout; the model may itself be a norm."""
+
+    class Dropping(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(6)
+            self.drop = nn.Dropout(0.5)
+
+    model = surgery.apply(nn.Sequential(Dropping(), nn.Linear(6, 6)), at("1", unfreeze))
+    for mode in (True, False):
+        model.train(mode)
+        assert (model[0].training, model[0].drop.training) == (False, mode)
+    root = surgery.apply(Dropping(), at("", append(lambda site: nn.Linear(6, 6))))
+    assert {m.training for m in root.eval().surgery.modules()} == {False}
+    for module in model.modules():
+        module.training = True  # as some do
+    assert not model.train()[0].training
+
+
+def test_statistics_are_not_reset_where_they_could_not_be_counted_again() -> None:
+    model = surgery.apply(Net(), [FREEZE, at("4", unfreeze)])
+    model.train()(data())
+    before = statistics(model)
+    torch.optim.swa_utils.update_bn([data(1)], model)
+    assert all(torch.equal(v, before[k]) for k, v in statistics(model).items() if k[0] != "4")
+    surgery.revert(model)
+    model[0].reset_running_stats()
+    assert not model[0].running_mean.any()
+
+
+def test_a_norm_that_was_converted_is_told_before_anything_is_lost() -> None:
+    model = surgery.apply(Net(), [FREEZE, at("0", unfreeze)])
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(surgery.OperationError, match=r"BatchNorm1d was replaced.*\nConvert"):
+        surgery.state_dict(converted)
+    first = nn.SyncBatchNorm.convert_sync_batchnorm(Net())
+    surgery.state_dict(surgery.apply(first, [FREEZE, at("0", unfreeze)]))
+
+
+def test_disabled_leaves_statistics_alone() -> None:
+    model = surgery.apply(Net(), [FREEZE, at("0", unfreeze)]).train()
+    for _ in range(2):
+        before = statistics(model)
+        with surgery.disabled(model):
+            model(data())
+        assert all(torch.equal(v, before[k]) for k, v in statistics(model).items())
+        model(data())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_laws_hold(mode: bool) -> None:
+    check(Net().train(mode), FREEZE, data(), examples=1).raise_broken()
+
+
+def test_a_law_sees_statistics_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.room.Operation.still", lambda self, norms: None)
+    told = check(Net(), FREEZE, data(), examples=1, only=["freezing_is_exact"])
+    assert "training moved statistics of BatchNorm1d" in str(told)

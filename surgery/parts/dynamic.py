@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..part import part, positive
+from ..part import fitted, part, positive
 from ..tree import Site
 from .adapter import Adapter
-from .moa import MixtureOfAdapters, fitted, noted
+from .moa import MixtureOfAdapters, noted
 
 
 class DynamicAdapter(nn.Module):

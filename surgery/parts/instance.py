@@ -57,6 +57,12 @@ class InstancePrompt(nn.Module):
         self.act = nn.LeakyReLU(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= self.skip:
+            raise RuleError(
+                f"instance_prompt(skip={self.skip})",
+                f"it is given {x.shape[1]} tokens, none of them behind those that it skips.",
+                "Put it where the sample's own tokens are.",
+            )
         seen = [x[:, self.skip :]]
         for layer in self.layers:
             seen.append(layer(seen[-1]))
@@ -67,9 +73,11 @@ class InstancePrompt(nn.Module):
 
 def nearest_tokens(x: Tensor, k: int) -> Tensor:
     """Indices (b, n, k) of the k tokens of (b, n, d) nearest to each, itself among them."""
-    square = x.square().sum(2)
-    distance = rearrange(square, "b m -> b 1 m") - 2 * x @ x.transpose(1, 2)
-    return distance.topk(k, dim=2, largest=False).indices
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x - x.mean(1, keepdim=True)  # far from the origin, products leave nothing of distances
+        square = rearrange(x.square().sum(2), "b m -> b 1 m")
+        return (square - 2 * x @ x.transpose(1, 2)).topk(k, dim=2, largest=False).indices
 
 
 @part

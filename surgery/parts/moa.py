@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import RuleError
-from ..part import divisors, near_divisors, part, positive
+from ..part import fitted, near_divisors, part, positive
 from ..tree import Site
 
 
@@ -147,11 +147,6 @@ def moa(
         bias=bias, router=router, by_token=by_token,
     )  # fmt: skip
     return noted(made, site.width, heads)
-
-
-def fitted(width: int, heads: int) -> int:
-    """The divisor of the width nearest to `heads`; of two equally near, the larger."""
-    return min(divisors(width), key=lambda n: (abs(n - heads), -n))
 
 
 def noted(made: MixtureOfAdapters, width: int, heads: int) -> nn.Module:

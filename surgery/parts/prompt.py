@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..part import part, positive, usually
+from ..part import fitted, part, positive, usually
 from ..tree import Site
 
 
@@ -86,12 +86,14 @@ def prompt_generator(
     heads: int = 1,
     scalar: bool = False,
     activation: type[nn.Module] = nn.Identity,
+    fit: bool = False,
 ) -> nn.Module:
     """A token made of what a part gave: insert(prompt_generator(), hears=ffn) (Adapter-X, DAPT).
 
     heads       gamma and beta have width / heads numbers, shared by the heads
     scalar      gamma and beta are one number each
     activation  of what is heard, before the mean over tokens (nn.GELU in DAPT; none in Fig. 2)
+    fit         where heads do not divide the width, the divisor nearest to them, as in `moa`
 
     Parameters: 2 * width / heads. Sources: Li et al. 2024 (Adapter-X), Fig. 2 and section 3.3;
     Zhou et al. 2024 (DAPT).
@@ -100,6 +102,7 @@ def prompt_generator(
     prompt_generator(heads=3)
     """
     positive("prompt_generator", heads=heads)
+    heads = fitted(site.width, heads) if fit else heads
     if site.width % heads:
         raise RuleError(
             f"prompt_generator(heads={heads})",

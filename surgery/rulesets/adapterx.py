@@ -48,11 +48,11 @@ def adapterx(
     token for the next; prompts add up, and are taken out after the last block, whose own nothing
     would read.
 
-    generator  of a prompt; None: prompt_generator(heads=heads)
+    generator  of a prompt; None: prompt_generator(heads=heads, fit=True)
 
     Source: Li et al. 2024 (Adapter-X), Fig. 2, Eq. 2 to 7 (AdaptFormer-X)
     """
-    made = prompt_generator(heads=heads) if generator is None else generator
+    made = prompt_generator(heads=heads, fit=True) if generator is None else generator
     mixture, *rest = adapterx_ffn(rank, experts, heads, top_k, scale)
     return [mixture, *_specific(made), *rest]
 
@@ -70,7 +70,7 @@ def adapterx_serial(
 
     Source: Li et al. 2024 (Adapter-X), Eq. 1 to 7
     """
-    made = prompt_generator(heads=heads) if generator is None else generator
+    made = prompt_generator(heads=heads, fit=True) if generator is None else generator
     mixture = moa(
         experts=experts, rank=rank, heads=heads, top_k=top_k, activation=QuickGELU, dropout=0.1,
         fit=True,
@@ -90,35 +90,37 @@ def daptx(
     top_k: int | None = 1,
     dropout: float = 0.0,
     generator: Maker | None = None,
+    last: bool = True,
 ) -> list[Rule]:
     """A shared mixture of DAPT's adapters beside each FFN, its norm, prompts left in; the token.
 
-    As adapterx, with dynamic adapters for experts and no scale; and prompts, the last block's too,
-    are left in for a head that reads them (`reads=` of `backbones.point_mae.PointMAE`). The rank is
-    the one at which the paper's 1.88 % comes out; it states none for point clouds.
+    As adapterx, with dynamic adapters for experts and no scale; and prompts are left in for a head
+    that reads them (`reads=` of `backbones.point_mae.PointMAE`). For models with a class token. The
+    rank is the one at which the paper's 1.88 % comes out; it states none for point clouds.
+
+    last  the last block makes a prompt too, which only the head can read; False for a head that
+          reads the class token alone, or a mean over tokens
 
     Source: Li et al. 2024 (Adapter-X), Fig. 2 and section 4.3 (DAPT-X)
     """
-    made = prompt_generator(heads=heads) if generator is None else generator
+    made = prompt_generator(heads=heads, fit=True) if generator is None else generator
     mixture = dynamic_moa(
         experts=experts, rank=rank, heads=heads, top_k=top_k, dropout=dropout, fit=True
     )
     return [
         at(ffn, parallel(shared(mixture))),
-        *left_in(made),
+        *left_in(made, last),
         at(nearest(norm, before=ffn), unfreeze, optional=True),
-        at("", unfreeze(token), optional=True),
+        at("", unfreeze(token)),
         at(head, unfreeze, optional=True),
     ]
 
 
-def left_in(generator: Maker) -> list[Rule]:
+def left_in(generator: Maker, last: bool = True) -> list[Rule]:
     """A prompt of what each block's part gave, put in for all that follows, the head too."""
-    last = nearest(norm, after=block[-1:])
-    return [
-        at(block[1:], insert(generator, hears=ffn, keep=True), optional=True),
-        at(last, insert(generator, hears=ffn, keep=True), optional=True),
-    ]
+    new = insert(generator, hears=ffn, keep=True)
+    final = at(nearest(norm, after=block[-1:]), new, optional=True)
+    return [at(block[1:], new, optional=True), *([final] if last else [])]
 
 
 def _specific(generator: Maker) -> list[Rule]:

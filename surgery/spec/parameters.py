@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ..edit import Trained
+from ..leaf import keeps_statistics
 from ..part import Shared
 from ..place import Placed
 from ..tree import ROOM
@@ -38,7 +39,12 @@ def freezing_is_exact(case: Case, draw: Draw) -> None:
     holds(not frozen_by_mistake, f"the rules unfreeze {listed(frozen_by_mistake)}, which is frozen")
     holds(not free_by_mistake, f"no rule unfreezes {listed(free_by_mistake)}, which is trained")
     rest = [(n, p, p.detach().clone()) for n, p in _base_parameters(model) if id(p) not in declared]
+    norms = [m for _, m in base_of(model) if keeps_statistics(m) and [*m.parameters()]]
+    still = [m for m in norms if not declared & {id(p) for p in m.parameters()}]
+    counted = [(type(m).__name__, b, b.clone()) for m in still for b in m.buffers()]
     train(case, model)
+    drifted = [kind for kind, b, was in counted if not torch.equal(b, was)]
+    holds(not drifted, f"training moved statistics of {listed(drifted)}, which is frozen")
     moved = [n for n, p, was in rest if not torch.equal(p, was)]
     holds(not moved, f"training moved {listed(moved)}, which is frozen")
     graded = [n for n, p, _ in rest if p.grad is not None]

@@ -23,6 +23,7 @@ from surgery.parts import (
     dynamic_moa,
     instance_prompt,
 )
+from surgery.parts.instance import nearest_tokens
 from surgery.rulesets import dapt, daptx, idpt
 from tests.methods.reference import (
     INPUTS,
@@ -35,6 +36,7 @@ from tests.methods.reference import (
     stirred,
     untrained,
 )
+from tests.models import images, tiny_vit
 
 SETS: dict[str, Any] = {"dapt": dapt(rank=4), "daptx": daptx(rank=4), "idpt": idpt(k=3)}
 
@@ -248,6 +250,44 @@ def test_a_prompt_of_the_tokens_alone() -> None:
     shuffled = torch.cat([x[:, :1], x[:, 1:].flip(1)], 1)
     torch.testing.assert_close(part(x), part(shuffled))
     assert part(x[:, :3]).shape == (2, 1, 24), "fewer tokens than k"
+
+
+def test_neighbours_are_right_far_from_the_origin_and_in_half_types() -> None:
+    x = torch.randn(2, 64, 24, generator=torch.Generator().manual_seed(0))
+    x[..., 0] += 300
+    want = (x[:, :, None].double() - x[:, None].double()).square().sum(3).argsort(2)[..., :8]
+    for given, context in ((x, False), (x, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=context):
+            assert torch.equal(nearest_tokens(given, 8), want)
+    rounded = x.bfloat16()
+    exact = rounded.double()
+    want = (exact[:, :, None] - exact[:, None]).square().sum(3).sort(2).values[..., :8]
+    have = nearest_tokens(rounded, 8)
+    near = exact.gather(1, have.flatten(1)[..., None].expand(-1, -1, 24)).unflatten(1, (64, 8))
+    torch.testing.assert_close((near - exact[:, :, None]).square().sum(3), want)
+
+
+def test_models_without_a_class_token_are_told() -> None:
+    model = tiny_vit(class_token=False, global_pool="avg")
+    for rules in SETS.values():
+        with pytest.raises(surgery.MatchError, match=r"no parameter for unfreeze\(token\)"):
+            surgery.plan(model, rules)
+    surgery.apply(model, idpt(k=3, first=0), example=images())
+    (made,) = parts(model).values()
+    assert made.skip == 0
+
+
+def test_a_pooled_model_takes_no_last_prompt() -> None:
+    model = tiny_vit(global_pool="avg")
+    with pytest.raises(surgery.GraftError, match=r"\(2, 24\).*\n.*behind the pooling"):
+        surgery.apply(model, daptx(rank=4), example=images())
+    surgery.apply(model, daptx(rank=4, last=False), example=images())
+
+
+def test_heads_fit_the_width() -> None:
+    model = tiny_vit(embed_dim=32, num_heads=2)
+    surgery.apply(model, daptx(rank=4), example=images())
+    assert "4 heads: the divisor of 32 nearest to 3" in str(surgery.report(model))
 
 
 def test_wrong_values_are_told() -> None:
