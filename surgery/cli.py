@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--points", action="store_true", help="on point clouds instead of digits")
-    demo.add_argument("--seeds", type=_count, default=3, help="runs of each method (default 3)")
-    demo.add_argument("--epochs", type=_count, default=None, help="passes over what is trained on")
+    demo.add_argument("--seeds", type=number, default=3, help="runs of each method (default 3)")
+    demo.add_argument("--epochs", type=number, default=None, help="passes over what is trained on")
     demo.add_argument("--methods", nargs="+", metavar="RULES", help="rule sets to compare")
     demo.add_argument("--pretrain", action="store_true", help="make the backbone anew (minutes)")
     demo.add_argument("--out", default="out", help="folder for the adapter and the picture")
@@ -80,8 +80,8 @@ def _survey_arguments(survey: argparse.ArgumentParser) -> None:
     )
     survey.add_argument("--only", default="", help='names or patterns: "vit_*,swin_*"')
     survey.add_argument("--meta", action="store_true", help="read and plan; run nothing")
-    survey.add_argument("--seconds", type=_count, default=60, help="limit for a model (default 60)")
-    survey.add_argument("--workers", type=_count, default=2, help="processes (default 2)")
+    survey.add_argument("--seconds", type=number, default=60, help="limit for a model (default 60)")
+    survey.add_argument("--workers", type=number, default=2, help="processes (default 2)")
     survey.add_argument("--out", type=Path, default=None, help="write the table to this .md file")
 
 
@@ -94,7 +94,7 @@ def _check_arguments(check: argparse.ArgumentParser) -> None:
         "--expect", nargs="+", metavar="PROPERTY=REASON", type=_excuse, default=[],
         help="properties that need not hold here, and why",
     )  # fmt: skip
-    check.add_argument("--examples", type=_count, default=3, help="of each property (default 3)")
+    check.add_argument("--examples", type=number, default=3, help="of each property (default 3)")
     check.add_argument("--thorough", action="store_true", help="100 examples of each property")
 
 
@@ -105,7 +105,8 @@ def _excuse(text: str) -> tuple[str, str]:
     return name, reason
 
 
-def _count(text: str) -> int:
+def number(text: str) -> int:
+    """A whole number from 1 up, as the command line takes it."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)

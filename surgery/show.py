@@ -88,7 +88,8 @@ def report(model: nn.Module) -> Table:
 def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: str = "") -> Path:
     """Draw the load of every expert at every site, as Fig. 4 (left) of Li et al. 2024.
 
-    loads  what `routing(model)` returns; a bar a site, each expert's fraction of the sub-tokens
+    loads  what `routing(model)` returns; a bar a site, each expert's fraction of the sub-tokens;
+           dotted lines are where the bars would part if all were loaded alike
 
     Writes a picture (PNG, by the ending of `path`) and returns its path. Needs matplotlib.
 
@@ -100,7 +101,7 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 0.9 * len(loads), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.2 + 0.55 * len(loads), 3.6), layout="constrained")
     axes = figure.subplots()
     bottom = [0.0] * len(loads)
     experts = max(len(routing.load) for routing in loads.values())
@@ -108,8 +109,14 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
         heights = [float(routing.load[expert]) for routing in loads.values()]
         axes.bar(range(len(loads)), heights, bottom=bottom, width=0.7, label=f"expert {expert + 1}")
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        axes.axhline((expert + 1) / experts, color="grey", linestyle=":", linewidth=0.8)
     axes.set(ylim=(0, 1), ylabel="fraction of sub-tokens", title=title)
-    axes.set_xticks(range(len(loads)), list(loads), rotation=30, ha="right")
+    addresses = {generalise(path) for path in loads}
+    if len(addresses) == 1:  # told apart by the numbers of blocks alone
+        axes.set_xticks(range(len(loads)))
+        axes.set_xlabel(addresses.pop())
+    else:
+        axes.set_xticks(range(len(loads)), list(loads), rotation=30, ha="right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=150)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from pointcloud.augment import scale_translate
 from pointcloud.clouds import Clouds, batches
 from pointcloud.sample import farthest_points, gather, random_points
 
-POOL = {1024: 1200, 2048: 2400, 4096: 4800}  # of so many farthest points, points are drawn
 Source = Clouds | Dataset[Tensor]  # in memory, or read as it is needed, without labels
 Loss = Callable[[Tensor, Tensor], Tensor]
 Augment = Callable[..., Tensor]
@@ -32,6 +32,7 @@ def fit(
     batch: int,
     rate: float,
     decay: float,
+    clip: float | None = 10.0,
     augment: Augment = scale_translate,
     seed: int = 0,
     step: Callable[[], None] = lambda: None,
@@ -41,7 +42,7 @@ def fit(
 
     loss     of points (b, points, 3) and labels (b,), on the model's device
     rate     of AdamW, after a warm-up over a thirtieth of the steps and along a cosine to 1e-6;
-             weights of two dimensions or more decay, but for tokens; gradients are cut at norm 10
+             weights of two dimensions or more decay, but for tokens; gradients are cut at `clip`
     augment  (points, generator=) -> points
     keep     a file for what a run that is stopped goes on from, written at most once a minute
     """
@@ -64,7 +65,8 @@ def fit(
             model.train()
             optimizer.zero_grad()
             torch.autograd.backward(loss(x, y.to(device)))
-            nn.utils.clip_grad_norm_(trained, 10.0)
+            if clip is not None:
+                nn.utils.clip_grad_norm_(trained, clip)
             optimizer.step()
             schedule.step()
             step()
@@ -77,31 +79,32 @@ def fit(
 
 
 def steps(clouds: Source, batch: int) -> int:
-    """How many batches an epoch has."""
+    """How many batches an epoch has: the last is left out where it is not whole."""
     total = len(clouds.labels) if isinstance(clouds, Clouds) else len(clouds)  # type: ignore[arg-type]
-    return math.ceil(total / batch)
+    return max(1, total // batch)
 
 
 def _epoch(
     clouds: Source, batch: int, epoch: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(clouds, Clouds):
-        yield from batches(clouds, batch, generator=generator)
+        yield from islice(batches(clouds, batch, generator=generator), steps(clouds, batch))
         return
     if hasattr(clouds, "set_epoch"):
         clouds.set_epoch(epoch)
-    for x in DataLoader(clouds, batch, shuffle=True, generator=generator, num_workers=2):
+    loader = DataLoader(clouds, batch, shuffle=True, generator=generator, num_workers=2)
+    for x in islice(loader, steps(clouds, batch)):
         yield x, torch.zeros(len(x), dtype=torch.int64)
 
 
 def drawn(x: Tensor, points: int, generator: torch.Generator) -> Tensor:
     """So many points of each cloud (b, n, 3), as in training: at random, of the farthest 1.17x."""
-    most = min(POOL.get(points, points), x.shape[1])
+    most = min(points if points == 8192 else points * 75 // 64, x.shape[1])  # 1200 for 1024
     pool = x if most == x.shape[1] else gather(x, farthest_points(x, most))
     return random_points(pool, points, generator=generator)
 
 
-def answers(model: nn.Module, clouds: Clouds, *, points: int, batch: int = 100) -> Tensor:
+def answers(model: nn.Module, clouds: Clouds, *, points: int, batch: int = 32) -> Tensor:
     """Logits (n, classes) for the farthest points of each cloud, as in testing: nothing drawn."""
     device = next(model.parameters()).device
 
@@ -125,7 +128,7 @@ def _cosine(done: float, least: float, warm: float = 1 / 30) -> float:
     """The factor of the learning rate when a fraction of all steps is done."""
     if done < warm:
         return least + (1 - least) * done / warm
-    return least + (1 - least) * (1 + math.cos(math.pi * (done - warm) / (1 - warm))) / 2
+    return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
 
 
 def _save(states: dict[str, Any], epoch: int, file: Path) -> None:
@@ -138,7 +141,11 @@ def _resume(states: dict[str, Any], file: Path | None) -> int:
     """Fill the states from a file, where it is there; the epochs that are done."""
     if file is None or not file.is_file():
         return 0
-    held = torch.load(file, weights_only=True)
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever half a file is
+        print(f"{file} cannot be read ({error}): this run starts anew")
+        return 0
     for name, state in states.items():
         state.load_state_dict(held[name])
     return int(held["epoch"])

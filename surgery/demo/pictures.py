@@ -1,0 +1,133 @@
+"""The table and the pictures of the demo on point clouds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pointcloud.clouds import Clouds
+from pointcloud.draw import draw_clouds
+from pointcloud.shapes import procedural
+from surgery.table import Table
+
+
+class Run(Protocol):
+    """What is told of a run: its method, what it trained of how much, accuracy 0..1, seconds."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def trained(self) -> int: ...
+    @property
+    def whole(self) -> int: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+def grouped(results: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+    """The runs of each target and method, in the order in which they come."""
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for result in results:
+        runs.setdefault((result.target, result.method), []).append(result)
+    return runs
+
+
+def spread(runs: Sequence[Run]) -> tuple[float, float]:
+    """Mean and standard deviation of accuracies, in per cent."""
+    scores = [100 * r.accuracy for r in runs]
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+
+
+def table(results: Sequence[Run], title: str) -> Table:
+    """One row for a target and a method; how daptx stands to full fine-tuning below."""
+    runs = grouped(results)
+    rows: list[tuple[object, ...]] = []
+    notes: list[str] = []
+    for (target, method), own in runs.items():
+        mean, deviation = spread(own)
+        share = 100 * own[0].trained / own[0].whole
+        seconds = statistics.mean(r.seconds for r in own)
+        told = f"{share:.2f}", f"{mean:.1f}", f"{deviation:.1f}" if len(own) > 1 else "-"
+        rows.append((target, method, own[0].trained, *told, f"{seconds:.1f}"))
+        if method == "daptx" and (target, "full") in runs:
+            ahead = mean - spread(runs[target, "full"])[0]
+            word = "ahead of" if ahead > 0 else "behind"
+            notes.append(
+                f"{target}: daptx is {abs(ahead):.1f} points {word} full fine-tuning, "
+                f"with {share:.1f} % of what that trains."
+            )
+    seeds = max(map(len, runs.values()))
+    notes.append(f"Mean and standard deviation of {seeds} seeds; every method trains a new head.")
+    columns = ("target", "method", "trained", "% of all", "accuracy %", "+-", "seconds a run")
+    return Table(title, columns, rows, notes)
+
+
+def draw_tradeoff(results: Sequence[Run], path: Path) -> Path:
+    """Accuracy against what is trained, a panel for each target; bars are standard deviations."""
+    from matplotlib.figure import Figure
+
+    runs = grouped(results)
+    targets = list(dict.fromkeys(target for target, _ in runs))
+    methods = list(dict.fromkeys(method for _, method in runs))
+    figure = Figure(figsize=(1.6 + 3.6 * len(targets), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(targets), squeeze=False, sharey=True)[0]
+    for axes, target in zip(panels, targets, strict=True):
+        for i, method in enumerate(methods):
+            if own := runs.get((target, method)):
+                mean, deviation = spread(own)
+                label = method if target == targets[0] else None
+                axes.errorbar(
+                    own[0].trained,
+                    mean,
+                    deviation,
+                    marker="o",
+                    capsize=3,
+                    color=f"C{i}",
+                    label=label,
+                )
+                if method == "full":
+                    axes.axhline(mean, color=f"C{i}", linestyle="--", linewidth=0.8, zorder=0)
+        axes.set(xscale="log", xlabel="parameters trained", title=target)
+        axes.margins(x=0.15, y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy %")
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_targets(tests: Mapping[str, Clouds], path: Path) -> Path:
+    """A row for each target, one cloud of each of five classes, below clean ones."""
+    clean = {"clean": procedural("OBJ_ONLY", 60, 1024, train=False)}
+    rows = [*(clean if _of_the_set(tests) else {}).items(), *tests.items()]
+    fewest = min(clouds.points.shape[1] for _, clouds in rows)
+    points, parts, titles = [], [], []
+    for name, clouds in rows:
+        for label in _five(clouds):
+            i = int((clouds.labels == label).nonzero()[0])
+            points.append(clouds.points[i, :fewest])
+            parts.append(None if clouds.parts is None else clouds.parts[i, :fewest])
+            titles.append(f"{clouds.names[label]}, {name}")
+    known = [p for p in parts if p is not None]
+    colors = torch.stack(known) if len(known) == len(parts) else None
+    return draw_clouds(torch.stack(points), path, titles=titles, colors=colors)
+
+
+def _of_the_set(tests: Mapping[str, Clouds]) -> bool:
+    """Whether they are of the procedural set's classes, and tell their parts as it does."""
+    names = procedural("OBJ_ONLY", 15, 64).names
+    return all(c.names == names and c.parts is not None for c in tests.values())
+
+
+def _five(clouds: Clouds) -> list[int]:
+    """Five classes, spread over those that there are."""
+    there = sorted(set(clouds.labels.tolist()))
+    return [there[i * len(there) // 5] for i in range(5)] if len(there) > 5 else there

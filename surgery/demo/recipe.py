@@ -1,0 +1,190 @@
+"""How Point-MAE is made, pre-trained and tuned in the demo: its recipe, small and at any size."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import surgery
+from backbones.checkpoint import Loaded, load_checkpoint
+from backbones.point_mae import PointMAE, PointMAEPretrain
+from pointcloud.augment import scale_translate
+from pointcloud.clouds import Clouds
+from pointcloud.metrics import overall_accuracy
+from pointcloud.shapes import procedural
+from surgery.rule import Rule, Rules
+from surgery.rulesets.adapterx import adapterx_ffn, daptx
+from surgery.rulesets.points import dapt
+
+from .fit import Augment, Source, answers, fit, steps
+
+ALL = ("cls", "prompt", "patch")
+PROMPTED = {"dapt", "daptx", "idpt"}  # whose head reads the prompts
+BALANCE = 0.01  # weight of the load-balance loss, as usual (Li et al. 2024, Eq. 7)
+Step = Callable[[], None]
+
+# The small recipe: 0.5 M parameters, 60 clouds of a class; ranks a quarter of those at width 384,
+# as the width is; learning rates the best of RATES on validation clouds, see `choose`.
+SMALL: dict[str, Any] = {
+    "num_groups": 32, "group_size": 16, "embed_dim": 96, "depth": 4, "num_heads": 4,
+    "drop_path": 0.0, "head_dim": 32, "drop_rate": 0.1,
+}  # fmt: skip
+POINTS, EPOCHS, PRETRAIN = 512, 8, 10
+RANKED: dict[str, Callable[..., list[Rule]]] = {
+    "dapt": dapt, "daptx": daptx, "adapterx_ffn": adapterx_ffn
+}  # fmt: skip
+RANK = {"dapt": 16, "daptx": 8, "adapterx_ffn": 16}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATE = {"linear_probe": 1e-2, "full": 1e-3, "dapt": 1e-2, "daptx": 1e-2, "adapterx_ffn": 1e-2}
+
+
+def narrow(method: str) -> Rules:
+    """The rules of a method at width 96."""
+    return RANKED[method](rank=RANK[method]) if method in RANKED else method
+
+
+def prompted(method: str) -> dict[str, Any]:
+    """The head reads prompts, where a method makes them."""
+    return {"reads": ALL} if method in PROMPTED else {}
+
+
+class Recipe(NamedTuple):
+    """How models are made and trained.
+
+    sizes    of Point-MAE, and `asks`: what a method asks of it beside them
+    rules    of a method; rate of AdamW for it
+    points   of a cloud
+    """
+
+    sizes: dict[str, Any]
+    rules: Callable[[str], Rules]
+    rate: Callable[[str], float]
+    epochs: int
+    batch: int
+    points: int
+    asks: Callable[[str], dict[str, Any]] = prompted
+    augment: Augment = scale_translate
+    decay: float = 0.05
+    clip: float | None = 10.0
+    device: str = "cpu"
+
+    def model(self, classes: int, method: str = "full") -> PointMAE:
+        """A Point-MAE as a method asks for it."""
+        return PointMAE(classes, **{**self.sizes, **self.asks(method)}).to(self.device)
+
+    def fit(self, model: nn.Module, source: Source, rate: float, **rest: Any) -> nn.Module:
+        """Train it, on labels or, masked, on itself."""
+        masked = isinstance(model, PointMAEPretrain)
+        return fit(
+            model, (lambda x, y: model(x)) if masked else _supervised(model), source, rate=rate,
+            points=self.points, epochs=self.epochs, batch=self.batch, decay=self.decay,
+            clip=self.clip, augment=self.augment, **rest,
+        )  # fmt: skip
+
+    def mark(self, method: str, *of: str) -> str:
+        """What this recipe comes to for a method, and what else it is of, in twelve letters."""
+        augment = getattr(self.augment, "__name__", repr(self.augment))
+        told = (
+            self.sizes, self.asks(method), str(self.rules(method)), self.rate(method), self.epochs,
+            self.batch, self.points, augment, self.decay, self.clip, of,
+        )  # fmt: skip
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+
+
+def small(epochs: int | None = None) -> Recipe:
+    """The recipe of `surgery demo --points`."""
+    return Recipe(SMALL, narrow, lambda m: RATE.get(m, 3e-3), epochs or EPOCHS, 30, POINTS)
+
+
+def digest(source: Source | Path) -> str:
+    """Letters that change with a file, with clouds, or with the description of a data set."""
+    if isinstance(source, Clouds):
+        tensors = (source.points, source.labels)
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+    held = source.read_bytes() if isinstance(source, Path) else repr(vars(source)).encode()
+    return hashlib.sha256(held).hexdigest()
+
+
+def made(
+    recipe: Recipe, out: Path, source: Source | None = None, *, masked: bool = False,
+    anew: bool = False,
+) -> Path:  # fmt: skip
+    """The backbone, trained on clean objects; read back where the same was made before."""
+    source = procedural("OBJ_ONLY", 1500, recipe.points) if source is None else source
+    file = out / f"backbone-{recipe.mark('full', digest(source), str(masked))}.pth"
+    if anew or not file.is_file():
+        with Progress() as progress:
+            bar = progress.add_task("backbone", total=recipe.epochs * steps(source, recipe.batch))
+            pretrain(recipe, source, file, masked=masked, step=partial(progress.advance, bar))
+    return file
+
+
+def pretrain(
+    recipe: Recipe, source: Source, file: Path, *, masked: bool = False, step: Step = lambda: None
+) -> Path:
+    """Train a whole model on clouds, by their labels or by masking, and keep its backbone."""
+    torch.manual_seed(0)
+    if masked:
+        sizes = {k: v for k, v in recipe.sizes.items() if k not in ("head_dim", "drop_rate")}
+        decoder = {
+            "decoder_depth": max(1, sizes["depth"] // 3),
+            "decoder_heads": sizes["num_heads"],
+        }
+        model: nn.Module = PointMAEPretrain(**sizes, **decoder).to(recipe.device)
+    elif isinstance(source, Clouds):
+        model = recipe.model(len(source.names))
+    else:
+        raise ValueError(f"{type(source).__name__} has no labels. Give --pretrain masked.")
+    recipe.fit(model, source, 1e-3, step=step, keep=file.with_suffix(".resume"))
+    state = {k: v.cpu() for k, v in model.state_dict().items() if "cls_head" not in k}
+    half = file.with_suffix(".half")
+    torch.save({"base_model": state, "epoch": recipe.epochs}, half)
+    half.replace(file)
+    return file
+
+
+def fill(model: nn.Module, backbone: Path) -> Loaded:
+    """Load a backbone. Raises ValueError where it lacks more than what is new: token and head."""
+    loaded = load_checkpoint(model, backbone)
+    new = ("cls_token", "cls_pos", "cls_head_finetune.")
+    if lacking := [key for key in loaded.missing if not key.startswith(new)]:
+        raise ValueError(
+            f"{backbone} lacks {len(lacking)} tensors of the backbone, such as {lacking[0]}. "
+            "Give a file of a model of the same depth and sizes."
+        )
+    return loaded
+
+
+def tune(
+    method: str, recipe: Recipe, train: Clouds, backbone: Path, *, seed: int,
+    step: Step = lambda: None, rate: float | None = None, keep: Path | None = None,
+) -> nn.Module:  # fmt: skip
+    """The backbone with a new head, operated by `method` and trained on `train`."""
+    torch.manual_seed(seed)
+    model = recipe.model(len(train.names), method)
+    fill(model, backbone)
+    surgery.apply(model, recipe.rules(method), seed=seed)
+    return recipe.fit(model, train, rate or recipe.rate(method), seed=seed, step=step, keep=keep)
+
+
+def _supervised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        wrong = F.cross_entropy(model(x), y)
+        done = hasattr(model, "surgery")
+        return wrong + BALANCE * surgery.balance_loss(model) if done else wrong
+
+    return loss
+
+
+def score(model: nn.Module, test: Clouds, recipe: Recipe) -> float:
+    """Fraction of the test clouds named rightly."""
+    told = answers(model, test, points=recipe.points, batch=recipe.batch)
+    return overall_accuracy(told, test.labels)
