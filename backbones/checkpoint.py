@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +32,13 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Loaded:
 
     The tensors are taken from the file's 'base_model', 'model' or 'state_dict', or are the file
     itself; 'module.', 'MAE_encoder.' (and its like in ACT and Point-BERT) are taken off a name
-    until the model has it. A classifier filled from a pre-training file misses exactly cls_token,
-    cls_pos and cls_head_finetune.*. A head of other shapes is left as it is, whole, and warned of.
+    until the model has it. The file is one of torch.save, or a .safetensors. A classifier filled
+    from a pre-training file misses exactly cls_token, cls_pos and cls_head_finetune.*. A head of
+    other shapes is left as it is, whole, and warned of.
 
-    Raises ValueError if the file holds more than tensors and plain values, if nothing in it fits,
-    or if shapes other than the head's differ; the model is then untouched.
+    Raises ValueError if the file holds more than tensors and plain values or is damaged, if nothing
+    in it fits, if two tensors of it that differ have one name in the model, or if shapes other than
+    the head's differ; the model is then untouched.
 
     >>> import pathlib, tempfile
     >>> from backbones.point_mae import PointMAE
@@ -51,9 +52,15 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Loaded:
     """
     rule, own, state = f"load_checkpoint({str(path)!r})", model.state_dict(), _tensors(path)
     names = {key: _name(key, own) for key in state}
-    found = {names[key]: value for key, value in state.items() if names[key] in own}
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if names[key] in own and not _same(found.setdefault(names[key], value), value):
+            both = " and ".join(each for each in state if names[each] == names[key])
+            fact = f"{both} differ, and both are {names[key]!r} of the model"
+            raise ValueError(f"{rule}: {fact}. Leave out the one that is not meant.")
     if not found:
-        fact = f"The file has {_brief(list(state)) or 'no tensors'}; the model {_brief(list(own))}"
+        held = _brief(list(state)) or "no named tensors"
+        fact = f"The file has {held}; the model {_brief(list(own))}"
         kind = type(model).__name__
         raise ValueError(f"{rule}: nothing in it fits {kind}. {fact}. Give a file of this model.")
     differ = [key for key, value in found.items() if value.shape != own[key].shape]
@@ -75,16 +82,27 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Loaded:
 def _tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
     """The named tensors of a file, wherever in it the published layouts keep them."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            held: Any = load_file(path)
+        else:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # it names the path
+    except Exception as error:  # what is no file of PyTorch, or half of one, raises nearly any
         raise ValueError(
-            f"load_checkpoint({str(path)!r}): torch.load refused it, for it holds more than "
-            "tensors and plain values, or is no file of PyTorch. If you trust its source, load "
-            "it with weights_only=False and save its tensors anew."
+            f"load_checkpoint({str(path)!r}): refused at {type(error).__name__}, for it holds more "
+            "than tensors and plain values, or is damaged or no file of PyTorch. Get it again; or "
+            "if you trust its source, load it with weights_only=False and save its tensors anew."
         ) from error
     for key in ("base_model", "model", "state_dict"):
         held = held.get(key, held) if isinstance(held, dict) else {}
-    return {key: value for key, value in held.items() if isinstance(value, Tensor)}
+    return {key: x for key, x in held.items() if isinstance(key, str) and isinstance(x, Tensor)}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool((a == b).all()))
 
 
 def _name(key: str, own: dict[str, Tensor]) -> str:

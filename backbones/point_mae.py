@@ -16,6 +16,7 @@ from einops import rearrange, reduce, repeat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from pointcloud.checks import check_points
 from pointcloud.group import group_points, nearest_points
 from pointcloud.metrics import chamfer
 from pointcloud.sample import gather
@@ -108,7 +109,7 @@ class Encoder(nn.Module):
 
     def tokens(self, patches: Tensor) -> Tensor:
         """Patches (b, g, k, 3) as tokens (b, g, d)."""
-        return cast(Tensor, rearrange(self.encoder(patches), "(b g) d -> b g d", b=len(patches)))
+        return cast(Tensor, self.encoder(patches).unflatten(0, patches.shape[:2]))  # b may be 0
 
 
 class PointMAE(Encoder):
@@ -355,6 +356,10 @@ class PointMAEPartSeg(Encoder):
     reads    the blocks, from 1, whose output is read; others as in PointMAE, without class token
     Logits of all parts; the published evaluation looks only at those of the category.
 
+    Tokens that something inserts before the first patch are carried through the blocks and get no
+    position; behind it they would take the place of patches. There is no class token, so a prompt
+    is inserted with after=0. Points are a tensor: what is said of every point has a row for each.
+
     The structure is the published one; the names of its own layers (label_conv, propagation_0,
     convs, bns) follow the published code, but no list of its keys was there to check them by.
     Source: Pang et al. 2022 (Point-MAE), section 4.2.
@@ -397,6 +402,7 @@ class PointMAEPartSeg(Encoder):
         self.apply(start)
 
     def forward(self, points: Tensor, category: Tensor) -> Tensor:
+        check_points("PointMAEPartSeg", points)  # no Batch, whose clouds may be ragged
         centers, patches, _ = group_points(points, self.num_groups, self.group_size)
         tokens = self.read(self.tokens(patches), self.pos_embed(centers))
         kind = F.one_hot(category, self.categories).to(tokens.dtype)

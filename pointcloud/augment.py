@@ -1,5 +1,8 @@
 """Random changes of batches of clouds ``(b, n, 3)``, each cloud its own, and `normalize`.
 
+In place of a tensor all take a torch-geometric Data or Batch as well, ragged or not, and give a
+shallow copy of it with new `pos`; in the docstrings points are tensors.
+
 All are pure, keep dtype and device, and are differentiable in the points. Random numbers are
 drawn in float32 on the device of the generator (of the points where there is none), then moved: a
 seed of a CPU generator means the same change on every device and, but for rounding, in every
@@ -8,7 +11,10 @@ dtype.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from einops import rearrange, reduce
@@ -17,8 +23,27 @@ from torch import Generator, Tensor
 from .checks import check_points, not_empty
 
 AXES = "xyz"
+T = TypeVar("T")  # a Tensor, Data or Batch
+P = ParamSpec("P")
 
 
+def of_clouds(
+    change: Callable[Concatenate[Tensor, P], Tensor],
+) -> Callable[Concatenate[T, P], T]:
+    """`change` of tensors, made one of a torch-geometric Data or Batch as well."""
+
+    @functools.wraps(change)
+    def either(points: Any, *args: P.args, **options: P.kwargs) -> Any:
+        if isinstance(points, Tensor):
+            return change(points, *args, **options)
+        from . import geometric
+
+        return geometric.Augment(lambda x: change(x, *args, **options))(points)
+
+    return cast("Callable[Concatenate[T, P], T]", either)
+
+
+@of_clouds
 def scale_translate(
     points: Tensor,
     low: float = 2 / 3,
@@ -49,6 +74,7 @@ def scale_translate(
     return points * scale + shift * (2 * _uniform(points, each, generator) - 1)
 
 
+@of_clouds
 def rotate(
     points: Tensor,
     axis: str = "y",
@@ -82,6 +108,7 @@ def rotate(
     return torch.stack(planes, -1)
 
 
+@of_clouds
 def jitter(
     points: Tensor, sigma: float = 0.01, clip: float = 0.05, *, generator: Generator | None = None
 ) -> Tensor:
@@ -105,6 +132,7 @@ def jitter(
     return points + (sigma * noise).clamp(-clip, clip)
 
 
+@of_clouds
 def flip(
     points: Tensor, axis: str = "x", probability: float = 0.5, *, generator: Generator | None = None
 ) -> Tensor:
@@ -128,6 +156,7 @@ def flip(
     return torch.where(mirrored & own, -points, points)
 
 
+@of_clouds
 def drop(points: Tensor, most: float = 0.875, *, generator: Generator | None = None) -> Tensor:
     """Drop points at random: each one that goes becomes a copy of its cloud's first point.
 
@@ -148,6 +177,7 @@ def drop(points: Tensor, most: float = 0.875, *, generator: Generator | None = N
     return torch.where(rearrange(gone, "b n -> b n 1"), points[:, :1], points)
 
 
+@of_clouds
 def normalize(points: Tensor) -> Tensor:
     """Centre every cloud on the mean of its points and divide by the largest norm: a unit sphere.
 
@@ -164,8 +194,11 @@ def normalize(points: Tensor) -> Tensor:
     check_points("normalize", points)
     not_empty("normalize", points)
     centred = points - reduce(points, "b n c -> b 1 c", "mean")
+    size = reduce(centred.abs(), "b n c -> b 1 1", "max")  # squares of 1e25 or 1e-30 are no numbers
+    centred = centred / torch.where(size > 0, size, 1.0)
     radius = reduce(torch.linalg.vector_norm(centred, dim=-1), "b n -> b 1 1", "max")
-    return centred / torch.where(radius > 0, radius, 1.0)
+    fitted: Tensor = centred / radius.clamp_min(1.0)  # it is 1 to sqrt(3), or 0
+    return fitted
 
 
 def _uniform(points: Tensor, shape: tuple[int, ...], generator: Generator | None) -> Tensor:

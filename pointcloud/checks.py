@@ -22,6 +22,8 @@ def check_points(name: str, points: Tensor, lengths: Tensor | None = None) -> No
         raise ValueError(f"{name}(): points are {points.dtype}. Give points.float().")
     if lengths is None:
         return
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name}(): lengths are a {type(lengths).__name__}. Give a tensor (b,).")
     if lengths.shape != points.shape[:1] or lengths.is_floating_point():
         raise ValueError(
             f"{name}(): lengths are integers (b,), one for each of {points.shape[0]} clouds; these "
@@ -30,7 +32,11 @@ def check_points(name: str, points: Tensor, lengths: Tensor | None = None) -> No
 
 
 def check_count(name: str, what: str, count: int, n: int) -> None:
-    """At least one, at most the points that there are."""
+    """A whole number, at least one, at most the points that there are."""
+    if isinstance(count, bool) or not hasattr(count, "__index__"):
+        raise TypeError(f"{name}({what}={count!r}): not a whole number. Give an int.")
+    if not n:
+        raise ValueError(f"{name}({what}={count}): a cloud has 0 points. Leave out what is empty.")
     if count < 1:
         raise ValueError(f"{name}({what}={count}): nothing is asked for. Give {what} >= 1.")
     if count > n:
@@ -52,17 +58,36 @@ def check_backend(name: str, backend: str, backends: Iterable[str], points: Tens
         )
 
 
+def check_lengths(name: str, what: str, count: int, points: Tensor, lengths: Tensor) -> None:
+    """From `count` to n."""
+    if not lengths.numel():
+        return
+    check_count(name, what, count, int(lengths.min()))
+    if (most := int(lengths.max())) > (n := points.shape[1]):
+        raise ValueError(f"{name}(): a length is {most}, of {n} points. Give lengths <= {n}.")
+
+
 def check_values(name: str, what: str, count: int, points: Tensor, lengths: Tensor | None) -> None:
     """Lengths from `count` to n, and all points finite."""
-    if lengths is not None and lengths.numel():
-        check_count(name, what, count, int(lengths.min()))
-        if (most := int(lengths.max())) > (n := points.shape[1]):
-            raise ValueError(f"{name}(): a length is {most}, of {n} points. Give lengths <= {n}.")
+    if lengths is not None:
+        check_lengths(name, what, count, points, lengths)
     if points.numel() and not all(map(math.isfinite, torch.stack(points.aminmax()).tolist())):
         cloud, point, _ = (~points.isfinite()).nonzero()[0].tolist()
         raise ValueError(
             f"{name}(): point {point} of cloud {cloud} is {points[cloud, point].tolist()}, "
             "not finite. Drop such points, or pass them as padding (lengths=)."
+        )
+
+
+def check_start(start: Tensor, points: Tensor, lengths: Tensor | None) -> None:
+    """A start (b,) is an index of each cloud."""
+    sizes = points.shape[1] if lengths is None else lengths.to(start.device)
+    wrong = (start < 0) | (start >= sizes)
+    if wrong.any():
+        cloud = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"farthest_points(): start {int(start[cloud])} is no point of cloud {cloud}. "
+            "Give an index of each cloud, or 'random'."
         )
 
 

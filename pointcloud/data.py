@@ -19,7 +19,7 @@ from .augment import normalize as unit_sphere
 from .clouds import Clouds as Clouds
 from .clouds import batches as batches
 from .clouds import take as take
-from .files import h5, lines, missing, normalized, read_arrays, stacked
+from .files import checked, h5, lines, missing, normalized, read_arrays, stacked, told
 from .objects import NAMES
 from .sample import farthest_points, gather
 from .shapes import DIFFICULTIES, procedural
@@ -37,6 +37,9 @@ _SCANOBJECTNN_LAYOUT = "h5_files/{main_split,main_split_nobg}/{training,test}_ob
 _TEXT_LAYOUT = "modelnet40_shape_names.txt, modelnet40_{train,test}.txt and {class}/{id}.txt"
 _H5_LAYOUT = "shape_names.txt and ply_data_{train0..4,test0..1}.h5"
 _FEWSHOT_LAYOUT = "{5,10}way_{10,20}shot/{0..9}.pkl"
+_DAT_LAYOUT = "a pickle of [clouds (p, 6), labels]"
+_PKL_LAYOUT = "a pickle of {'train': [(cloud (p, 6), label, class), ...], 'test': [...]}"
+_NPZ_LAYOUT = "the points and ids that were written here, the ids those of the list"
 _SHAPENET_LAYOUT = "ShapeNet-55/{train,test}.txt and shapenet_pc/{taxonomy}-{model}.npy"
 _SCANOBJECTNN = "https://hkust-vgd.github.io/scanobjectnn has the form to ask for it"
 _MODELNET = "ask at https://modelnet.cs.princeton.edu, or for a copy in the field's repositories"
@@ -59,7 +62,8 @@ def scanobjectnn(
     normalize  centre and scale into the unit sphere; Point-MAE and its followers do not
 
     `parts` is the file's mask where it has one, -1 for background. Raises FileNotFoundError, and
-    ValueError on another variant. Source: Uy et al. 2019; files as in its h5_files.zip.
+    ValueError on another variant or a file that is not as published. Source: Uy et al. 2019;
+    files as in its h5_files.zip.
 
     >>> VARIANTS["PB_T50_RS"]
     ('main_split', '_augmentedrot_scale75')
@@ -74,11 +78,8 @@ def scanobjectnn(
     if not path.is_file():
         missing(rule, path, _SCANOBJECTNN_LAYOUT, _SCANOBJECTNN)
     arrays = h5(path)
-    points = torch.from_numpy(arrays["data"]).float()
-    mask = arrays.get("mask")
-    parts = None if mask is None else torch.from_numpy(mask).long()
-    labels = torch.from_numpy(arrays["label"]).long().flatten()
-    return Clouds(unit_sphere(points) if normalize else points, labels, NAMES, parts)
+    clouds = checked(path, arrays["data"], arrays["label"], NAMES, arrays.get("mask"))
+    return _spheres(clouds) if normalize else clouds
 
 
 def modelnet40(
@@ -100,8 +101,8 @@ def modelnet40(
     that refuses all but arrays; or its own .npz of that name; or makes that from the text files,
     which takes an hour or so for 8192 points, once. (The published cache starts at a random point
     of each cloud, ours at the first.) Raises FileNotFoundError; ValueError on a cloud that is
-    smaller than `points` or a cache that is refused. Source: Wu et al. 2015; Qi et al. 2017
-    (PointNet++); the cache as in Point-BERT and Point-MAE.
+    smaller than `points`, and on a cache that is refused or of another list. Source: Wu et al.
+    2015; Qi et al. 2017 (PointNet++); the cache as in Point-BERT and Point-MAE.
 
     >>> modelnet40("nowhere")  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
@@ -110,22 +111,36 @@ def modelnet40(
     rule, folder = f"modelnet40({str(root)!r})", Path(root)
     names = tuple(lines(rule, folder / "modelnet40_shape_names.txt", _TEXT_LAYOUT, _MODELNET))
     split = "train" if train else "test"
-    stem = Path(cache or root) / f"modelnet40_{split}_{points}pts_fps"
-    if (dat := stem.with_suffix(".dat")).is_file():
-        x, labels = stacked(dat, *read_arrays(dat))
+    path = Path(cache or root) / f"modelnet40_{split}_{points}pts_fps.dat"
+    if path.is_file():
+        held = read_arrays(path)
+        with told(path, _DAT_LAYOUT):
+            x, labels = held
+            x = stacked(x)
     else:
-        if not (npz := stem.with_suffix(".npz")).is_file():
-            _write_modelnet40(rule, folder, split, names, points, npz)
-        with np.load(npz) as arrays:
-            x, labels = map(torch.from_numpy, (arrays["points"], arrays["labels"]))
-    return Clouds(normalized(x) if normalize else x, labels, names)
+        path = path.with_suffix(".npz")
+        ids = lines(rule, folder / f"modelnet40_{split}.txt", _TEXT_LAYOUT, _MODELNET)
+        kinds = [name.rpartition("_")[0] for name in ids]
+        if unknown := set(kinds) - set(names):
+            fact = f"classes {sorted(unknown)} of modelnet40_{split}.txt are not"
+            raise ValueError(f"{rule}: {fact} in modelnet40_shape_names.txt. Mend either list.")
+        labels = [names.index(kind) for kind in kinds]
+        if not path.is_file():
+            _write_modelnet40(rule, folder, ids, points, path)
+        with told(path, _NPZ_LAYOUT), path.open("rb") as file, np.load(file) as arrays:
+            x = arrays["points"]
+            if arrays["ids"].tolist() != ids:
+                raise ValueError(f"its {len(arrays['ids'])} ids are not the {len(ids)} of the list")
+    clouds = checked(path, x, labels, names, points=points)
+    return _spheres(clouds) if normalize else clouds
 
 
 def modelnet40_h5(root: str | Path, *, train: bool = True, normalize: bool = False) -> Clouds:
     """ModelNet40 as in `modelnet40_ply_hdf5_2048` (the root): clouds (n, 2048, 3).
 
     They lie in the unit sphere already. The files are read in the order of their names, the same
-    everywhere. Raises FileNotFoundError. Source: Qi et al. 2017 (PointNet).
+    everywhere. Raises FileNotFoundError; ValueError on a file that is not as published. Source:
+    Qi et al. 2017 (PointNet).
 
     >>> modelnet40_h5("nowhere")  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
@@ -133,12 +148,16 @@ def modelnet40_h5(root: str | Path, *, train: bool = True, normalize: bool = Fal
     """
     rule, folder, split = f"modelnet40_h5({str(root)!r})", Path(root), "train" if train else "test"
     names = tuple(lines(rule, folder / "shape_names.txt", _H5_LAYOUT, _MODELNET))
-    files = [h5(path) for path in sorted(folder.glob(f"ply_data_{split}*.h5"))]
+    files: list[Clouds] = []
+    for path in sorted(folder.glob(f"ply_data_{split}*.h5")):
+        points = files[0].points.shape[1] if files else None  # as many in all
+        arrays = h5(path)
+        files.append(checked(path, arrays["data"], arrays["label"], names, points=points))
     if not files:
         missing(rule, folder / f"ply_data_{split}0.h5", _H5_LAYOUT, _MODELNET)
-    x = torch.from_numpy(np.concatenate([file["data"] for file in files])).float()
-    labels = torch.from_numpy(np.concatenate([file["label"] for file in files])).long().flatten()
-    return Clouds(normalized(x) if normalize else x, labels, names)
+    x, labels = torch.cat([f.points for f in files]), torch.cat([f.labels for f in files])
+    clouds = Clouds(x, labels, names)
+    return _spheres(clouds) if normalize else clouds
 
 
 def modelnet_fewshot(
@@ -150,8 +169,8 @@ def modelnet_fewshot(
     way, shot  classes, 5 or 10, and train clouds of each, 10 or 20
     fold       0 to 9: what is published is the mean and deviation over all ten
 
-    Raises FileNotFoundError; ValueError where the pickle holds more than arrays. Source:
-    Sharma & Kaul 2020; the files as in Point-BERT and Point-MAE.
+    Raises FileNotFoundError; ValueError where the pickle holds more than arrays, or is not as
+    published. Source: Sharma & Kaul 2020; the files as in Point-BERT and Point-MAE.
 
     >>> modelnet_fewshot("nowhere", fold=3)  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
@@ -163,12 +182,14 @@ def modelnet_fewshot(
     if path is None:
         rule = f"modelnet_fewshot({str(root)!r}, way={way}, shot={shot}, fold={fold})"
         missing(rule, tried[0], _FEWSHOT_LAYOUT, _FEWSHOT)
-    folds = read_arrays(path)
-    names = tuple(f"class {i}" for i in range(way))
+    folds, names = read_arrays(path), tuple(f"class {i}" for i in range(way))
 
     def clouds(split: str) -> Clouds:
-        x, labels = stacked(path, *list(zip(*folds[split], strict=True))[:2])
-        return Clouds(normalized(x) if normalize else x, labels, names)
+        with told(path, _PKL_LAYOUT):
+            x, labels, *_ = zip(*folds[split], strict=True)
+            x = stacked(x)
+        made = checked(path, x, labels, names)
+        return _spheres(made) if normalize else made
 
     return clouds("train"), clouds("test")
 
@@ -187,7 +208,9 @@ class ShapeNet55(Dataset[Tensor]):
         path = self.folder / self.files[index]
         if not path.is_file():
             missing("shapenet55", path, _SHAPENET_LAYOUT, _SHAPENET)
-        x = torch.from_numpy(np.load(path)).float()
+        with told(path, "an array (p, 3)"):
+            cloud = np.load(path)[None, :, :3]
+        x = checked(path, cloud, [0], ("cloud",)).points[0]
         if len(x) < self.points:
             raise ValueError(
                 f"shapenet55(points={self.points}): {path} has {len(x)}, fewer. Give points <= "
@@ -211,7 +234,8 @@ def shapenet55(
     points  drawn from the 8192 of each cloud, then normalised
     seed    with the epoch (`set_epoch`) and the index it decides which: the same in any worker
 
-    Raises FileNotFoundError; when a cloud is read, also ValueError on one that has fewer points.
+    Raises FileNotFoundError; when a cloud is read, also ValueError on one that has fewer points
+    or is no array.
     Source: Yu et al. 2022 (Point-BERT), as read by Point-MAE.
 
     >>> shapenet55("nowhere")  # doctest: +IGNORE_EXCEPTION_DETAIL
@@ -224,12 +248,13 @@ def shapenet55(
     return ShapeNet55(folder / "shapenet_pc", files, points, seed)
 
 
-def load(spec: str, *, train: bool = True) -> Clouds:
+def load(spec: str, *, train: bool = True, points: int | None = None) -> Clouds:
     """Clouds by a line of text, such as an example's --data: "source/variant:path".
 
-    spec  procedural[/OBJ_ONLY | /OBJ_BG | /PB_T50_RS]   1500 clouds of 1024 points, 600 to test
-          scanobjectnn[/variant]:path                    see `scanobjectnn`
-          modelnet40:path, modelnet40_h5:path
+    spec    procedural[/OBJ_ONLY | /OBJ_BG | /PB_T50_RS]   1500 clouds, 600 to test
+            scanobjectnn[/variant]:path                    see `scanobjectnn`
+            modelnet40:path, modelnet40_h5:path
+    points  of a procedural cloud, by default 1024; files have as many as they have
 
     Raises ValueError on another line, and what the reader raises.
 
@@ -243,7 +268,8 @@ def load(spec: str, *, train: bool = True) -> Clouds:
         "modelnet40_h5": modelnet40_h5,
     }
     if name == "procedural" and not path:
-        return procedural(variant or "PB_T50_RS", 1500 if train else 600, train=train)
+        clouds, points = 1500 if train else 600, 1024 if points is None else points
+        return procedural(variant or "PB_T50_RS", clouds, points, train=train)
     if name == "scanobjectnn" and path:
         return scanobjectnn(path, variant or "PB_T50_RS", train=train)
     if name in plain and path and not variant:
@@ -255,24 +281,25 @@ def load(spec: str, *, train: bool = True) -> Clouds:
     )
 
 
-def _write_modelnet40(
-    rule: str, folder: Path, split: str, names: tuple[str, ...], points: int, npz: Path
-) -> None:
-    ids = lines(rule, folder / f"modelnet40_{split}.txt", _TEXT_LAYOUT, _MODELNET)
-    classes = [name.rpartition("_")[0] for name in ids]
+def _spheres(clouds: Clouds) -> Clouds:
+    return clouds._replace(points=normalized(clouds.points))
+
+
+def _write_modelnet40(rule: str, folder: Path, ids: list[str], points: int, npz: Path) -> None:
     x = np.empty((len(ids), points, 3), np.float32)
-    for i, (name, kind) in enumerate(zip(ids, classes, strict=True)):
-        path = folder / kind / f"{name}.txt"
+    for i, name in enumerate(ids):
+        path = folder / name.rpartition("_")[0] / f"{name}.txt"
         if not path.is_file():
             missing(rule, path, _TEXT_LAYOUT, _MODELNET)
-        cloud = torch.from_numpy(np.loadtxt(path, np.float32, delimiter=",", ndmin=2)[None, :, :3])
+        with told(path, "lines of x, y, z and a normal, with commas"):
+            rows = np.loadtxt(path, np.float32, delimiter=",", ndmin=2)[None, :, :3]
+        cloud = checked(path, rows, [0], ("cloud",)).points
         if cloud.shape[1] < points:
             raise ValueError(
                 f"modelnet40(points={points}): {path} has {cloud.shape[1]}, fewer. Give points <= "
                 f"{cloud.shape[1]}."
             )
         x[i] = gather(cloud, farthest_points(cloud, points))[0].numpy()
-    labels = np.array([names.index(kind) for kind in classes], np.int64)
     part = npz.with_suffix(".part.npz")  # a run that is stopped leaves no half of a cache
-    np.savez(part, points=x, labels=labels)
+    np.savez(part, points=x, ids=np.array(ids))
     part.replace(npz)

@@ -1,10 +1,15 @@
-"""Published files: pickles of arrays (no code of theirs runs), h5 and lists; and their errors."""
+"""Published files: pickles of arrays (no code of theirs runs), h5 and lists; what is wrong of them.
+
+A reader opens a file within `told` and returns its arrays through `checked`: whatever is not as
+it was published is a ValueError that names the file.
+"""
 
 from __future__ import annotations
 
 import codecs
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .augment import normalize as unit_sphere
+from .clouds import Clouds
 
 # What numpy (1 and 2) and Python write for arrays, by module and name; all build data only.
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -23,6 +29,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.*.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
     ("_codecs", "encode"): codecs.encode,
 }
+_REMEDY = "Get it from its authors again, or delete it where it can be made anew."
 
 
 class _Arrays(pickle.Unpickler):
@@ -46,15 +53,19 @@ def read_arrays(path: Path) -> Any:
     ...     read_arrays(file)[0].shape
     (2, 3)
     """
+    with told(path, "arrays alone in a pickle, of which nothing is executed"), path.open("rb") as f:
+        return _Arrays(f).load()
+
+
+@contextmanager
+def told(path: Path, layout: str) -> Iterator[None]:
+    """Whatever goes wrong with a file inside, by its path and the layout it should have."""
     try:
-        with path.open("rb") as file:
-            return _Arrays(file).load()
-    except (pickle.UnpicklingError, EOFError, IndexError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path}: a pickle of the published layout holds numpy arrays alone; this one was "
-            f"refused at {error} and nothing of it was executed. Get the file from its authors "
-            "again, or delete it where it can be made anew."
-        ) from error
+        yield
+    except Exception as error:  # of pickle, zip, h5 and numpy: garbage raises nearly any
+        kind = type(error).__name__
+        fact = f"the layout is {layout}; this one was refused at {kind}: {error}"
+        raise ValueError(f"{path}: {fact}. {_REMEDY}") from error
 
 
 def missing(rule: str, path: Path, layout: str, ask: str) -> NoReturn:
@@ -76,27 +87,56 @@ def h5(path: Path) -> dict[str, Any]:
         import h5py
     except ImportError as error:
         raise ImportError(f"{path}: h5py reads it and is missing. pip install h5py.") from error
-    with h5py.File(path, "r") as file:
+    with told(path, "HDF5 with the keys data and label"), h5py.File(path, "r") as file:
         arrays = {key: file[key][()] for key in ("data", "label", "mask") if key in file}
-    if absent := {"data", "label"} - set(arrays):
-        raise ValueError(
-            f"{path}: the published layout has the keys data and label; it lacks "
-            f"{', '.join(sorted(absent))}. Give the file as it was published."
-        )
+        if absent := {"data", "label"} - set(arrays):
+            raise ValueError(f"it lacks {', '.join(sorted(absent))}")
     return arrays
 
 
-def stacked(path: Path, clouds: Sequence[Any], labels: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """x, y, z (n, p, 3) of arrays (p, 3 or more) and labels (n,) of numbers or (1,)."""
-    sizes = {len(cloud) for cloud in clouds}
-    if len(sizes) != 1 or len(clouds) != len(labels):
-        raise ValueError(
-            f"{path}: the published layout has clouds of one size, each with a label; here are "
-            f"{len(clouds)} clouds of sizes {sorted(sizes)}, {len(labels)} labels. Delete it, to "
-            "make it anew, or get it again."
-        )
-    x = torch.from_numpy(np.stack([np.asarray(cloud[:, :3], np.float32) for cloud in clouds]))
-    return x, torch.tensor([int(np.asarray(label).item()) for label in labels])
+def stacked(clouds: Sequence[Any]) -> Any:
+    """x, y, z (n, p, 3) of arrays (p, 3 or more) of one size."""
+    if len(sizes := {len(cloud) for cloud in clouds}) > 1:
+        raise ValueError(f"clouds are of sizes {sorted(sizes)}")
+    return np.stack([np.asarray(cloud[:, :3], np.float32) for cloud in clouds])
+
+
+def checked(
+    path: Path,
+    x: Any,
+    labels: Any,
+    names: tuple[str, ...],
+    parts: Any = None,
+    *,
+    points: int | None = None,
+) -> Clouds:
+    """Clouds of the arrays of a file: x (n, p, 3), labels (n,) or (n, 1), parts (n, p) or None.
+
+    Raises ValueError on other shapes, a p other than `points`, labels that are no whole numbers
+    of 0 to len(names) - 1, and points that are not finite.
+    """
+    with told(path, "arrays of numbers"):
+        x, labels = np.asarray(x, np.float32), np.asarray(labels)
+    if fault := next(_faults(x, labels, len(names), parts, points), None):
+        raise ValueError(f"{path}: {fault}. {_REMEDY}")
+    whole = (None if a is None else torch.from_numpy(a.astype(np.int64)) for a in (labels, parts))
+    labels, parts = whole
+    return Clouds(torch.from_numpy(x), labels.flatten(), names, parts)
+
+
+def _faults(x: Any, labels: Any, classes: int, parts: Any, points: int | None) -> Iterator[str]:
+    """What is wrong, in the order in which it can be asked."""
+    n, p = (*x.shape, 0, 0)[:2]
+    if x.shape != (n, points or p, 3) or not x.size:
+        yield f"clouds are {x.shape}, not (n > 0, {points or 'p > 0'}, 3)"
+    if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu":
+        yield f"labels are {labels.dtype} {labels.shape}, no whole number for each of {n} clouds"
+    if labels.min() < 0 or labels.max() >= classes:
+        yield f"labels go from {labels.min()} to {labels.max()}, of {classes} classes"
+    if parts is not None and (parts.shape != (n, p) or parts.dtype.kind not in "iub"):
+        yield f"the mask is {parts.dtype} {parts.shape}, no whole numbers {(n, p)}"
+    if not np.isfinite([x.min(), x.max()]).all():
+        yield "a point is not finite"
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -42,8 +42,15 @@ class Dense(NamedTuple):
         """Indices (b, ...) into each cloud as indices into `pos`."""
         return index + self.offsets.view(-1, *[1] * (index.ndim - 1))
 
+    def alike(self) -> list[Tensor]:
+        """Clouds of one size, (b, n, 3), without padding: all together, or one at a time."""
+        if self.lengths is None:
+            return [self.points]
+        sizes = self.lengths.tolist()
+        return [cloud[None, :n] for cloud, n in zip(self.points, sizes, strict=True)]
+
     def back(self, points: Tensor) -> Tensor:
-        """Points (b, n, 3) as `pos` has them, (total, 3)."""
+        """What each point has, (b, n, c), row by row as in `pos`, (total, c)."""
         if self.lengths is None:
             return rearrange(points, "b n c -> (b n) c")
         return points[~padding(points, self.lengths)]
@@ -58,6 +65,11 @@ def dense(data: Data) -> Dense:
     >>> dense(Data(pos=torch.randn(1024, 3))).points.shape
     torch.Size([1, 1024, 3])
     """
+    if isinstance(data, Tensor):
+        raise TypeError(
+            "points are a tensor beside a Data or Batch. Give both as tensors (b, n, 3), or both "
+            "as Data."
+        )
     if not isinstance(data, Data):
         raise TypeError(
             f"points are a {type(data).__name__}, neither a tensor nor torch-geometric's Data or "
@@ -155,16 +167,19 @@ class Augment(BaseTransform):  # type: ignore[misc]
 
     def forward(self, data: Data) -> Data:
         """`data` (a copy, by torch-geometric's own __call__) with new `pos`."""
-        clouds = dense(data)
+        changed = [rearrange(self._of(x), "b n c -> (b n) c") for x in dense(data).alike()]
+        data.pos = torch.cat(changed)
+        return data
+
+    def _of(self, points: Tensor) -> Tensor:
         options: dict[str, Any] = {} if self.generator is None else {"generator": self.generator}
-        points = self.function(clouds.points, **options)
-        if points.shape != clouds.points.shape:
+        made = self.function(points, **options)
+        if made.shape != points.shape:
             raise ValueError(
-                f"{self!r}: gave {tuple(points.shape)} for {tuple(clouds.points.shape)}. "
+                f"{self!r}: gave {tuple(made.shape)} for {tuple(points.shape)}. "
                 "Give a function that keeps the shape."
             )
-        data.pos = clouds.back(points)
-        return data
+        return made
 
     def __repr__(self) -> str:
         if not isinstance(self.function, functools.partial):

@@ -38,8 +38,8 @@ class Groups(NamedTuple):
 
 
 def nearest_points(
-    queries: Tensor,
-    points: Tensor,
+    queries: Tensor | Data,
+    points: Tensor | Data,
     k: int,
     *,
     lengths: Tensor | None = None,
@@ -59,6 +59,9 @@ def nearest_points(
     dtype: all backends give the same, far from the origin too. Which of several points at the same
     distance is taken, and their order, is the backend's choice. Squares have a gradient.
 
+    Of two torch-geometric Batches (or one and itself) index and square are (total, k), a row for
+    each row of the queries' `pos`, and the indices are into the `pos` of the points.
+
     Raises ValueError for shapes that do not fit, too few points, and coordinates that are not
     finite; ImportError for a backend that is not installed.
 
@@ -67,6 +70,14 @@ def nearest_points(
     >>> nearest_points(points[:, 1:2], points, 2)
     Nearest(index=tensor([[[1, 0]]]), square=tensor([[[0., 1.]]]))
     """
+    if not (isinstance(queries, Tensor) and isinstance(points, Tensor)):
+        from . import geometric
+
+        geometric.whole("nearest_points", lengths)
+        clouds, asked = geometric.dense(points), geometric.dense(queries)
+        options: Any = {"lengths": clouds.lengths, "backend": backend}
+        found = nearest_points(asked.points, clouds.points, k, **options)
+        return Nearest(asked.back(clouds.flat(found.index)), asked.back(found.square))
     index = _index(queries, points, k, lengths, backend)
     square = _square(sample.fine(queries), sample.fine(points), index)
     return Nearest(index, square.to(points.dtype))

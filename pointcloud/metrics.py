@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -17,12 +18,15 @@ from .augment import scale_translate
 from .checks import check_points, not_empty
 from .sample import gather, random_points
 
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
 TILE = {"cpu": 2**18, "else": 2**24}  # distances that live at once: 1 MB stays in a CPU's cache
 
 
 def chamfer(
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | Data,
+    b: Tensor | Data,
     norm: int = 2,
     *,
     lengths_a: Tensor | None = None,
@@ -31,7 +35,7 @@ def chamfer(
 ) -> Tensor:
     """Chamfer distance: how far points are from the nearest of the other cloud, in the mean.
 
-    a, b       (b, n, 3) and (b, m, 3)
+    a, b       (b, n, 3) and (b, m, 3); or two torch-geometric Batches of as many clouds
     norm       2: mean_a min_b |a - b|^2 + mean_b min_a |a - b|^2, in squared units of the points;
                1: (mean_a min_b |a - b| + mean_b min_a |a - b|) / 2, in units of the points
     lengths_a  (b,) whole numbers: of cloud i only the first lengths_a[i] points count, 1 to n
@@ -52,6 +56,12 @@ def chamfer(
     rule = f"chamfer(norm={norm})"
     if norm not in (1, 2):
         raise ValueError(f"{rule}: the norm is 1 or 2. Give 2 for squared distances, 1 for plain.")
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        from . import geometric
+
+        geometric.whole("chamfer", lengths_a if lengths_b is None else lengths_b)
+        a, lengths_a, _ = geometric.dense(a)
+        b, lengths_b, _ = geometric.dense(b)
     _check_pair(rule, a, b)
     fine = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to(fine), b.to(fine)
@@ -68,7 +78,8 @@ def overall_accuracy(answers: Tensor, labels: Tensor) -> float:
     answers  classes, of the shape of labels, or logits (..., classes)
     labels   (n,), or any shape, such as (n, p) of parts
 
-    Raises ValueError on shapes that do not fit, and where there is nothing to count.
+    Raises ValueError on shapes that do not fit, where there is nothing to count, and where the
+    largest logit of an answer is not finite: what diverged would score like a constant answer.
 
     >>> overall_accuracy(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 1, 2]))
     0.75
@@ -100,12 +111,19 @@ def mean_class_accuracy(answers: Tensor, labels: Tensor, classes: int | None = N
     return float((right[many > 0].double() / many[many > 0]).mean())
 
 
-def shape_iou(answers: Tensor, parts: Tensor, categories: Sequence[Sequence[int]]) -> Tensor:
+def shape_iou(
+    answers: Tensor,
+    parts: Tensor,
+    categories: Sequence[Sequence[int]],
+    *,
+    ignore: int | None = -1,
+) -> Tensor:
     """Intersection over union of each shape (n,), the mean over the parts of its category.
 
     answers     (n, p) parts, or logits (n, p, parts), chosen among the parts of the category
     parts       (n, p) the true ones
     categories  n lists: the parts that a shape of its category may have, there or not
+    ignore      points of this true part do not count, such as background; None: all do
 
     A part that a shape neither has nor is said to have counts as 1. Raises ValueError on shapes
     that do not fit and on a true part outside its category. Source: Yi et al. 2016 (ShapeNetPart)
@@ -120,16 +138,22 @@ def shape_iou(answers: Tensor, parts: Tensor, categories: Sequence[Sequence[int]
     logits = answers.dim() == parts.dim() + 1
     _chosen("shape_iou", answers, parts)
     rows = zip(answers, parts, categories, strict=True)
-    return torch.stack([_one_iou(i, *row, logits) for i, row in enumerate(rows)])
+    return torch.stack([_one_iou(i, *row, logits, ignore) for i, row in enumerate(rows)])
 
 
-def mean_iou(answers: Tensor, parts: Tensor, categories: Sequence[Sequence[int]]) -> float:
+def mean_iou(
+    answers: Tensor,
+    parts: Tensor,
+    categories: Sequence[Sequence[int]],
+    *,
+    ignore: int | None = -1,
+) -> float:
     """Instance-average mIoU of part segmentation: the mean over shapes of `shape_iou`.
 
     >>> mean_iou(torch.tensor([[0, 0], [2, 3]]), torch.tensor([[0, 0], [2, 2]]), [[0, 1], [2, 3]])
     0.625
     """
-    return float(shape_iou(answers, parts, categories).mean())
+    return float(shape_iou(answers, parts, categories, ignore=ignore).mean())
 
 
 def vote(
@@ -198,11 +222,13 @@ def _nearest(a: Tensor, b: Tensor) -> Tensor:
     tile = TILE["cpu" if a.device.type == "cpu" else "else"]
     clouds, rows = max(1, tile // (n * m)), max(1, tile // m)
     x, y = (rearrange(p, "b n c -> c b n").contiguous() for p in (a, b))
-    found = [
-        torch.cat([_squares(part, whole).min(-1).indices for part in torch.split(some, rows, 2)], 1)
-        for some, whole in zip(torch.split(x, clouds, 1), torch.split(y, clouds, 1), strict=True)
-    ]
-    return torch.cat(found)
+    # Made first, for what is kept between tiles splits the heap; of both, for vmap of either.
+    index = torch.empty_like(x[0] + y[0, :, :1], dtype=torch.int64)
+    for i in range(0, len(a), clouds):
+        for j in range(0, n, rows):
+            some, whole = x[:, i : i + clouds, j : j + rows], y[:, i : i + clouds]
+            index[i : i + clouds, j : j + rows] = _squares(some, whole).min(-1).indices
+    return index
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
@@ -259,12 +285,22 @@ def _chosen(rule: str, answers: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"{rule}: {fact}. {remedy}.")
     if not labels.numel():
         raise ValueError(f"{rule}: there are no labels to count. Give at least one.")
+    if chosen is not answers and not (top := answers.amax(-1)).isfinite().all():
+        fact = f"the largest logits of {int((~top.isfinite()).sum())} answers are not finite"
+        raise ValueError(f"{rule}: {fact}, as of a run that diverged. Give finite ones.")
     return chosen
 
 
 def _one_iou(
-    i: int, answers: Tensor, parts: Tensor, category: Sequence[int], logits: bool
+    i: int,
+    answers: Tensor,
+    parts: Tensor,
+    category: Sequence[int],
+    logits: bool,
+    ignore: int | None,
 ) -> Tensor:
+    if ignore is not None:
+        answers, parts = answers[parts != ignore], parts[parts != ignore]
     own = torch.tensor(list(category), device=parts.device)
     if not torch.isin(parts, own).all():
         fact = f"shape {i} has parts outside its category {list(category)}"

@@ -12,7 +12,14 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .checks import check_backend, check_count, check_points, check_values
+from .checks import (
+    check_backend,
+    check_count,
+    check_lengths,
+    check_points,
+    check_start,
+    check_values,
+)
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -83,27 +90,51 @@ def farthest_points(
     return index
 
 
-def random_points(points: Tensor, m: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Of each cloud (b, n, 3), `m` points (b, m, 3) drawn without replacement.
+def random_points(
+    points: Tensor | Data,
+    m: int,
+    *,
+    lengths: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Of each cloud, `m` points (b, m, 3) drawn without replacement.
+
+    points   (b, n, 3); or a torch-geometric Data or Batch
+    lengths  (b,): only the first `lengths[i]` points of cloud i exist, the others are padding
 
     Raises ValueError for other shapes, and where a cloud has fewer points.
 
     >>> random_points(torch.randn(2, 1024, 3), 512).shape
     torch.Size([2, 512, 3])
     """
-    check_points("random_points", points)
+    if not isinstance(points, Tensor):
+        from . import geometric
+
+        geometric.whole("random_points", lengths)
+        points, lengths, _ = geometric.dense(points)
+    check_points("random_points", points, lengths)
     check_count("random_points", "m", m, points.shape[1])
     keys = torch.rand(points.shape[:2], generator=generator, device=_home(points, generator))
+    if lengths is not None:
+        check_lengths("random_points", "m", m, points, lengths)
+        keys = keys.masked_fill(padding(points, lengths).to(keys.device), 2.0)
     return gather(points, keys.argsort(dim=1)[:, :m].to(points.device))
 
 
 def gather(points: Tensor, index: Tensor) -> Tensor:
     """Rows (b, ..., c) of points (b, n, c) at indices (b, ...), cloud by cloud.
 
+    Raises ValueError where there are not as many of both.
+
     >>> gather(torch.arange(6.0).view(1, 3, 2), torch.tensor([[2, 0]]))
     tensor([[[4., 5.],
              [0., 1.]]])
     """
+    if index.shape[0] != points.shape[0]:
+        raise ValueError(
+            f"gather(): indices into {index.shape[0]} clouds, {points.shape[0]} clouds of points. "
+            "Give as many of both; one cloud for all is points.expand(b, -1, -1)."
+        )
     rows = repeat(index.flatten(1), "b i -> b i c", c=points.shape[-1])
     return points.gather(1, rows).view(*index.shape, points.shape[-1])
 
@@ -155,12 +186,12 @@ def _first(
         sizes = sizes.to(points.device)
         drawn = torch.rand(b, generator=generator, device=_home(points, generator))
         return (drawn.to(points.device) * sizes).long().minimum(sizes - 1)
-    if not isinstance(start, int) or not 0 <= start < n:
+    if isinstance(start, bool) or not hasattr(start, "__index__") or not 0 <= start < n:
         raise ValueError(
             f"farthest_points(start={start!r}): no index of {n} points. "
             f"Give 0 to {n - 1}, a tensor (b,), or 'random'."
         )
-    return torch.full((b,), start, device=points.device) if start else None
+    return torch.full((b,), int(start), device=points.device) if start else None
 
 
 # The operation: opaque to compilers, so that it may read values and use NumPy.
@@ -189,7 +220,7 @@ def _farthest(
     if start is None:
         start = torch.zeros(len(points), dtype=torch.int64, device=points.device)
     else:
-        _check_start(start, points, lengths)
+        check_start(start, points, lengths)
     if plain and _by_pyg(backend, points):
         from . import geometric
 
@@ -222,17 +253,6 @@ def fold(info: Any, dims: Iterable[int | None], values: Iterable[Any]) -> list[A
 def _(info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
     index = torch.ops.pointcloud.farthest(*fold(info, dims, values))
     return index.unflatten(0, (info.batch_size, -1)), 0
-
-
-def _check_start(start: Tensor, points: Tensor, lengths: Tensor | None) -> None:
-    sizes = points.shape[1] if lengths is None else lengths.to(start.device)
-    wrong = (start < 0) | (start >= sizes)
-    if wrong.any():
-        cloud = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"farthest_points(): start {int(start[cloud])} is no point of cloud {cloud}. "
-            "Give an index of each cloud, or 'random'."
-        )
 
 
 def _by_pyg(backend: str, points: Tensor) -> bool:

@@ -21,7 +21,7 @@ from .errors import RuleError
 from .feedforward import Leaves, feed_forwards, is_spatial
 from .feeds import as_they_ran
 from .flow import OPERANDS, Fed, followed
-from .leaf import CONVS, NARROWEST, is_list, is_norm, linear
+from .leaf import CONVS, NARROWEST, is_list, is_norm, keeps_statistics, linear
 from .pattern import Found, Selection
 from .tree import Site, Tree, holders
 
@@ -202,14 +202,20 @@ class _Anatomy:
         return [s for s in leaves if s in narrow or s.parent in small]
 
     def _heads(self, blocks: list[Site]) -> list[Site]:
-        """The outermost modules after the last block that project to another width than its own."""
+        """The outermost modules after the last block that project to another width than its own.
+
+        And what stands among them and keeps running statistics, which nothing else would train.
+        """
         if not blocks:
             return []
         last = max(b.end for b in blocks)
         late = [s for s in self.leaves.all if s.order >= last and linear(s.module)]
         tops = _unique(_outermost(s, blocks) for s in late)
         width = blocks[-1].out
-        return [s for s in tops if self.leaves.below(s)[-1].out != width] or tops[-1:]
+        heads = [s for s in tops if self.leaves.below(s)[-1].out != width] or tops[-1:]
+        counting = [s for s in self.tree.sites if keeps_statistics(s.module)]
+        among = [s for s in counting if heads and heads[0].order < s.order]
+        return _unique([*heads, *(_outermost(s, blocks) for s in among)])
 
     def _embeddings(self, blocks: list[Site]) -> list[Site]:
         """The outermost modules before the first block that take the input in."""

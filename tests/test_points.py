@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from backbones.point_mae import PointMAE
+from backbones.point_mae import PointMAE, PointMAEPartSeg
 from surgery import at, block, insert, prompt, rulesets
 from surgery.rulesets import dapt, daptx, idpt
 from surgery.spec import PROPERTIES, Absent, Case
@@ -37,7 +37,13 @@ SETS: dict[str, tuple[Any, int]] = {  # rules, and how many tokens the head is g
 
 def tiny(reads: tuple[str, ...] = ALL, groups: int = 8, **changes: Any) -> PointMAE:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"embed_dim": 24, "depth": 3, "num_heads": 2, "head_dim": 16}
+    sizes: dict[str, Any] = {
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "head_dim": 16,
+        "drop_rate": 0,
+    }
     return PointMAE(5, num_groups=groups, group_size=6, reads=reads, **{**sizes, **changes}).eval()
 
 
@@ -164,6 +170,19 @@ def test_the_laws_hold(name: str, law: str, examples: int) -> None:
         Run(PROPERTIES[law], case(name), examples, thorough=examples > 2)()
     except Absent as absent:
         pytest.skip(str(absent))
+
+
+def test_a_head_in_pieces_is_trained_whole() -> None:
+    """Part segmentation: batch norms beside the convolutions, which nothing else would train."""
+    sizes: dict[str, Any] = {"num_groups": 8, "group_size": 6, "embed_dim": 24, "depth": 3}
+    model = PointMAEPartSeg(num_heads=2, reads=(1, 2, 3), **sizes)
+    surgery.apply(model, "linear_probe")
+    backbone = ("encoder.", "pos_embed.", "blocks.", "norm.")
+    for name, p in model.named_parameters():
+        assert p.requires_grad is not name.startswith(backbone), name
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm1d):
+            assert module.training is not name.startswith(backbone), name
 
 
 def test_all_methods_of_the_paper_are_here() -> None:

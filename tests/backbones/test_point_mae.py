@@ -584,6 +584,40 @@ def test_part_segmentation_is_the_formula() -> None:
     close(model(points, category), linear(s, "convs3", y))
 
 
+def test_part_segmentation_takes_tensors_alone() -> None:
+    from torch_geometric.data import Batch, Data
+
+    batch = Batch.from_data_list([Data(pos=torch.randn(n, 3)) for n in (30, 40)])
+    model = PointMAEPartSeg(**SMALL, reads=(1,)).eval()
+    with pytest.raises(TypeError, match=r"PointMAEPartSeg\(\): DataBatch is no tensor\. Give points"):
+        model(batch, torch.tensor([0, 1]))
+
+
+def test_a_batch_of_no_clouds_gives_no_answers() -> None:
+    none = torch.zeros(0, 40, 3)
+    assert PointMAE(5, **SMALL).eval()(none).shape == (0, 5)
+    model = PointMAEPartSeg(**SMALL, reads=(1, 3)).eval()
+    assert model(none, torch.zeros(0, dtype=torch.int64)).shape == (0, 40, 50)
+
+
+def test_options_reach_what_they_are_of() -> None:
+    """skip_origin, the grouping: a cloud whose far point is at the origin itself; drop_rate, the head."""
+    points = 3 + torch.rand(2, 40, 3)
+    points[:, 7] = 0.0
+    for skip in (False, True):
+        for model in (PointMAE(5, **SMALL, skip_origin=skip), pretraining(skip_origin=skip)):
+            seen: list[Tensor] = []
+            position = next(m for n, m in model.named_modules() if n.endswith("pos_embed"))
+            position.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            centers = group_points(points, GROUPS, SIZE, skip_origin=skip).centers
+            model(points, **({"generator": None} if isinstance(model, PointMAEPretrain) else {}))
+            assert (centers == 0).all(-1).any() != skip
+            assert torch.equal(model.group(points).centers, centers)
+    drops = [m.p for m in PointMAE(5, **SMALL, drop_rate=0.3).cls_head_finetune.modules()
+             if isinstance(m, nn.Dropout)]  # fmt: skip
+    assert drops == [0.3, 0.3]
+
+
 def test_part_segmentation_has_the_published_widths() -> None:
     with torch.device("meta"):
         model = PointMAEPartSeg()
@@ -684,7 +718,7 @@ def test_other_shapes_are_refused_and_nothing_is_touched(tmp_path: Path) -> None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("held", [{"model": {"fc.weight": torch.ones(2)}}, {}, [1, 2]])
+@pytest.mark.parametrize("held", [{"model": {"fc.weight": torch.ones(2)}}, {}, [1, 2], {1: torch.ones(2)}])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, held: Any) -> None:
     torch.save(held, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"nothing in it fits PointMAE.*Give a file"):
@@ -695,6 +729,42 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"base_model": {}, "path": Path("x")}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"more than tensors and plain values.*weights_only"):
         load_checkpoint(PointMAE(5, **SMALL), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "half"])
+def test_a_damaged_file_is_told_by_its_path(tmp_path: Path, damage: str) -> None:
+    file = published(PointMAE(5, **SMALL), tmp_path / "a.pth")
+    whole = file.read_bytes()
+    file.write_bytes({"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(ValueError, match=r"a\.pth'\): refused at \w+Error, .*damaged"):
+        load_checkpoint(PointMAE(5, **SMALL), file)
+    with pytest.raises(FileNotFoundError, match=r"b\.pth"):
+        load_checkpoint(PointMAE(5, **SMALL), tmp_path / "b.pth")
+
+
+def test_a_safetensors_file_is_read(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source, model = PointMAE(5, **SMALL), PointMAE(5, **SMALL)
+    state = {f"module.{key}": tensor.clone() for key, tensor in source.state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    assert load_checkpoint(model, tmp_path / "a.safetensors") == Loaded((), ())
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+    (tmp_path / "b.safetensors").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"b\.safetensors'\): refused at SafetensorError"):
+        load_checkpoint(model, tmp_path / "b.safetensors")
+
+
+def test_two_tensors_of_one_name_are_told_unless_equal(tmp_path: Path) -> None:
+    model, file = PointMAE(5, **SMALL), tmp_path / "a.pth"
+    torch.save({"norm.bias": torch.ones(WIDTH), "MAE_encoder.norm.bias": torch.ones(WIDTH)}, file)
+    assert "norm.bias" not in load_checkpoint(model, file).missing
+    assert torch.equal(model.norm.bias, torch.ones(WIDTH))
+    for other in (torch.zeros(WIDTH), torch.ones(1), torch.full((WIDTH,), 2, dtype=torch.int64)):
+        torch.save({"norm.bias": torch.ones(WIDTH), "module.norm.bias": other}, file)
+        told = r"norm\.bias and module\.norm\.bias differ, and both are 'norm\.bias'"
+        with pytest.raises(ValueError, match=told):
+            load_checkpoint(model, file)
 
 
 # Full size.

@@ -219,6 +219,15 @@ def test_normalize_fits_the_unit_sphere(offset: float) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=slack)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e25, 1e35])
+def test_normalize_of_any_size(size: float) -> None:
+    x = clouds(dtype=torch.float64)
+    # one rounding of each point to float32, at most 5 of the largest radius, and those of a mean
+    torch.testing.assert_close(
+        normalize((size * x).float()).double(), normalize(x), rtol=0, atol=16 * 2**-23
+    )
+
+
 def test_empty_clouds() -> None:
     empty = torch.zeros(2, 0, 3)
     for change in RANDOM:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.measure import peak
 from pointcloud import data
 from pointcloud.augment import normalize
 from pointcloud.clouds import Clouds, batches, take
@@ -210,7 +211,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(
     fold = tmp_path / "5way_10shot" / "0.pkl"
     fold.parent.mkdir()
     fold.write_bytes(payload)
-    with pytest.raises(ValueError, match=r"refused at .*(system|eval) and nothing of it was"):
+    with pytest.raises(ValueError, match=r"nothing is executed; .* refused at .*(system|eval)"):
         data.modelnet40(tmp_path, points=16)
     with pytest.raises(ValueError, match="refused at"):
         data.modelnet_fewshot(tmp_path)
@@ -237,7 +238,7 @@ def test_what_is_no_pickle_is_told(tmp_path: Path, raw: bytes) -> None:
 
 def test_a_cache_of_clouds_of_two_sizes_is_told(tmp_path: Path) -> None:
     write_modelnet40(tmp_path)
-    ragged = [[np.zeros((4, 6)), np.zeros((5, 6))], [np.zeros(1), np.zeros(1)]]
+    ragged = [[np.zeros((4, 6)), np.zeros((5, 6))], [0, 1]]
     (tmp_path / "modelnet40_train_16pts_fps.dat").write_bytes(pickle.dumps(ragged))
     with pytest.raises(ValueError, match=r"sizes \[4, 5\]"):
         data.modelnet40(tmp_path, points=16)
@@ -248,6 +249,140 @@ def test_modelnet40_of_too_few_points_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"points=16.*has 10, fewer\. Give points <= 10"):
         data.modelnet40(tmp_path, points=16)
     assert not list(tmp_path.glob("*fps*"))  # no half of a cache
+
+
+N = {"data": RANDOM.normal(size=(6, 16, 3)).astype(np.float32), "label": np.arange(6)}
+FAULTS = [
+    ({"label": np.arange(4)}, r"labels are int64 \(4,\), no whole number for each of 6 clouds"),
+    ({"label": np.zeros((6, 2), int)}, r"labels are int64 \(6, 2\)"),
+    ({"label": np.arange(6) + 0.7}, "labels are float64"),
+    ({"label": np.arange(6) + 99}, "labels go from 99 to 104, of 15 classes"),
+    ({"label": np.arange(6) - 1}, "labels go from -1 to 4"),
+    ({"data": np.zeros((6, 16, 6))}, r"clouds are \(6, 16, 6\), not \(n > 0, p > 0, 3\)"),
+    ({"data": np.zeros((6, 3, 16))}, r"clouds are \(6, 3, 16\)"),
+    ({"data": np.zeros((6, 48))}, r"clouds are \(6, 48\)"),
+    ({"data": np.zeros((0, 16, 3)), "label": np.zeros(0, int)}, r"clouds are \(0, 16, 3\)"),
+    ({"data": N["data"] * np.nan}, "a point is not finite"),
+    ({"data": np.array([b"x"])}, "refused at ValueError"),
+    ({"mask": np.zeros((6, 8), int)}, r"the mask is int64 \(6, 8\), no whole numbers \(6, 16\)"),
+    ({"mask": np.zeros((6, 16))}, "the mask is float64"),
+]
+
+
+def write_h5(path: Path, **arrays: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+    return path
+
+
+@pytest.mark.parametrize(("arrays", "said"), FAULTS)
+def test_a_file_that_is_not_as_published_is_told(tmp_path: Path, arrays, said: str) -> None:
+    path = write_h5(tmp_path / "main_split_nobg/training_objectdataset.h5", **(N | arrays))
+    with pytest.raises(ValueError, match=said) as told:
+        data.scanobjectnn(tmp_path, "OBJ_ONLY")
+    assert str(told.value).startswith(f"{path}: ")
+    assert str(told.value).endswith("anew.")
+
+
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i4", "u8", "i8", ">i4"])
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_labels_may_be_any_integers(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    labels = np.arange(6).astype(kind).reshape(shape)
+    arrays = {"data": N["data"].astype(">f8"), "label": labels, "mask": np.ones((6, 16), bool)}
+    write_h5(tmp_path / "main_split_nobg/training_objectdataset.h5", **arrays)
+    read = data.scanobjectnn(tmp_path, "OBJ_ONLY")
+    assert read.labels.tolist() == list(range(6))
+    assert read.points.equal(torch.from_numpy(N["data"]))
+    assert read.parts is not None
+    assert (read.parts.dtype, read.parts.sum()) == (torch.int64, 96)
+
+
+def test_what_cannot_be_opened_is_told_by_its_path(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "main_split_nobg/training_objectdataset.h5", **N)
+    path.write_bytes(b"no h5")
+    with pytest.raises(ValueError, match=r"training_objectdataset\.h5: .*HDF5 .*OSError"):
+        data.scanobjectnn(tmp_path, "OBJ_ONLY")
+    write_modelnet40(tmp_path)
+    data.modelnet40(tmp_path, points=8)
+    npz = tmp_path / "modelnet40_train_8pts_fps.npz"
+    npz.write_bytes(npz.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"8pts_fps\.npz: .*BadZipFile"):
+        data.modelnet40(tmp_path, points=8)
+    text = tmp_path / "chair" / "chair_0001.txt"
+    text.write_text("no,number\n")
+    with pytest.raises(ValueError, match=r"chair_0001\.txt: .*could not convert"):
+        data.modelnet40(tmp_path, points=9)
+    write_shapenet55(tmp_path)
+    clouds = data.shapenet55(tmp_path, points=8)
+    (tmp_path / "shapenet_pc" / clouds.files[0]).write_bytes(b"no npy")
+    with pytest.raises(ValueError, match=r"a0\.npy: "):
+        clouds[0]
+    np.save(tmp_path / "shapenet_pc" / clouds.files[1], np.full((64, 3), np.nan))
+    with pytest.raises(ValueError, match=r"a1\.npy: a point is not finite"):
+        clouds[1]
+
+
+CLOUD = np.ones((16, 6), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"a": 1}, "not enough values"),
+        ([CLOUD] * 3, "too many values"),
+        ([CLOUD, CLOUD], "too many indices"),
+        ([[CLOUD[:8]], [0]], r"clouds are \(1, 8, 3\), not \(n > 0, 16, 3\)"),
+        ([[CLOUD[:, :2]], [0]], r"clouds are \(1, 16, 2\)"),
+        ([[CLOUD], [9]], "labels go from 9 to 9, of 3 classes"),
+        ([[CLOUD], [0, 1]], r"labels are int64 \(2,\)"),
+    ],
+)
+def test_a_published_cache_of_another_layout_is_told(tmp_path: Path, held, said: str) -> None:
+    write_modelnet40(tmp_path)
+    (tmp_path / "modelnet40_train_16pts_fps.dat").write_bytes(pickle.dumps(held))
+    with pytest.raises(ValueError, match=rf"modelnet40_train_16pts_fps\.dat: .*{said}"):
+        data.modelnet40(tmp_path, points=16)
+
+
+@pytest.mark.parametrize(
+    "held", [[1], {"train": [], "test": []}, {"train": [(CLOUD, 5, 7)], "test": []}]
+)
+def test_a_fold_of_another_layout_is_told(tmp_path: Path, held) -> None:
+    (tmp_path / "5way_10shot").mkdir()
+    (tmp_path / "5way_10shot" / "0.pkl").write_bytes(pickle.dumps(held))
+    with pytest.raises(ValueError, match=r"0\.pkl: (the layout is a pickle of|labels go from 5)"):
+        data.modelnet_fewshot(tmp_path)
+
+
+def test_a_cache_of_another_list_is_told(tmp_path: Path) -> None:
+    write_modelnet40(tmp_path)
+    data.modelnet40(tmp_path, points=8)
+    listed = tmp_path / "modelnet40_train.txt"
+    listed.write_text("\n".join(reversed(IDS)))
+    with pytest.raises(ValueError, match=r"its 4 ids are not the 4 of the list.*delete it"):
+        data.modelnet40(tmp_path, points=8)
+    listed.write_text("sofa_0001")
+    with pytest.raises(ValueError, match=r"classes \['sofa'\] of modelnet40_train\.txt are not in"):
+        data.modelnet40(tmp_path, points=8)
+
+
+def test_h5_files_of_other_point_numbers_are_told(tmp_path: Path) -> None:
+    (tmp_path / "shape_names.txt").write_text("airplane\nbathtub\n")
+    for i, n in enumerate((16, 8)):
+        arrays = {"data": np.zeros((2, n, 3)), "label": np.zeros((2, 1), np.uint8)}
+        write_h5(tmp_path / f"ply_data_train{i}.h5", **arrays)
+    with pytest.raises(ValueError, match=r"train1\.h5: clouds are \(2, 8, 3\), not \(n > 0, 16, 3"):
+        data.modelnet40_h5(tmp_path)
+
+
+def test_normalizing_takes_no_second_copy(tmp_path: Path) -> None:
+    clouds = RANDOM.normal(size=(2048, 256, 3)).astype(np.float32)
+    arrays = {"data": clouds, "label": np.zeros(2048, int)}
+    write_h5(tmp_path / "main_split_nobg/training_objectdataset.h5", **arrays)
+    grown = peak(lambda: data.scanobjectnn(tmp_path, "OBJ_ONLY", normalize=True))
+    assert grown < 2 * clouds.nbytes  # itself, and pieces of 256 of the 2048
 
 
 def test_modelnet40_h5_reads_files_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -365,8 +500,9 @@ def test_load_by_a_line_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(FileNotFoundError, match="training_objectdataset"):
         data.load(f"scanobjectnn:{tmp_path}")
     monkeypatch.setattr(data, "procedural", lambda *args, **kwargs: (args, kwargs))
-    assert data.load("procedural") == (("PB_T50_RS", 1500), {"train": True})
-    assert data.load("procedural/OBJ_BG", train=False) == (("OBJ_BG", 600), {"train": False})
+    assert data.load("procedural") == (("PB_T50_RS", 1500, 1024), {"train": True})
+    other = data.load("procedural/OBJ_BG", train=False, points=2048)
+    assert other == (("OBJ_BG", 600, 2048), {"train": False})
     for reader in ("modelnet40", "modelnet40_h5"):
         monkeypatch.setattr(data, reader, lambda path, train, name=reader: (name, path, train))
         assert data.load(f"{reader}:C:/x", train=False) == (reader, "C:/x", False)

@@ -130,6 +130,14 @@ def test_every_number_up_to_18_has_its_own_color(tmp_path: Path) -> None:
     assert len(seen) == 19
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_numbers_may_be_any_integers(dtype: torch.dtype, tmp_path: Path) -> None:
+    clouds, numbers = torch.randn(2, 9, 3), torch.arange(18).view(2, 9)
+    want = draw_clouds(clouds, tmp_path / "long.png", colors=numbers)
+    made = draw_clouds(clouds, tmp_path / "other.png", colors=numbers.to(dtype))
+    assert made.read_bytes() == want.read_bytes()
+
+
 def test_near_hides_far_and_far_is_paler(tmp_path: Path) -> None:
     toward = torch.tensor([0.4636, 0.3746, 0.8030])  # the viewer's direction: yaw 30, pitch 22
     faded = (255, 191, 135)  # orange, half way to white

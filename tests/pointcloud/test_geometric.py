@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pointcloud import geometric, sample
+from pointcloud import augment, geometric, sample
 from pointcloud.geometric import Augment, Data
 from pointcloud.group import group_points, nearest_points
-from pointcloud.sample import farthest_points
+from pointcloud.metrics import chamfer
+from pointcloud.sample import farthest_points, random_points
 from tests.pointcloud.test_group import correct
 from tests.pointcloud.test_sample import CLOUDS, brute
 
@@ -65,6 +66,82 @@ def test_dense_and_back(sizes: list[int]) -> None:
     assert made.points.shape == (len(sizes), max(sizes), 3)
     assert (made.lengths is None) == (len(set(sizes)) == 1)
     assert torch.equal(made.back(made.points), batch.pos)
+    alike = torch.cat([x.flatten(0, 1) for x in made.alike()])
+    assert torch.equal(alike, batch.pos)
+    assert (len(made.alike()) == 1) == (len(set(sizes)) == 1)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_neighbours_are_rows_of_pos(sizes: list[int]) -> None:
+    queries, points = batched(clouds(sizes[::-1])), batched(clouds(sizes))
+    for asked in (queries, points):
+        found = nearest_points(asked, points, 5)
+        assert found.index.shape == found.square.shape == (len(asked.pos), 5)
+        square = (points.pos[found.index] - asked.pos[:, None]).square().sum(-1)
+        torch.testing.assert_close(found.square, square)
+        assert torch.equal(points.batch[found.index], asked.batch[:, None].expand(-1, 5))
+        for i in range(len(sizes)):
+            alone = nearest_points(asked[i].pos[None], points[i].pos[None], 5)
+            rows = found.index[asked.batch == i] - points.ptr[i]
+            assert torch.equal(rows, alone.index[0])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_random_points_are_of_each_cloud(sizes: list[int]) -> None:
+    batch = batched(clouds(sizes))
+    drawn = random_points(batch, 9)
+    assert drawn.shape == (len(sizes), 9, 3)
+    for i, rows in enumerate(drawn):
+        found = (rows[:, None] == batch[i].pos).all(-1)
+        assert found.any(1).all()
+        assert found.sum(0).max() == 1
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_chamfer_is_of_each_pair_of_clouds(sizes: list[int], norm: int) -> None:
+    a, b = batched(clouds(sizes)), batched(clouds(sizes[::-1]))
+    pairs = [(a[i].pos[None], b[i].pos[None]) for i in range(len(sizes))]
+    want = torch.cat([chamfer(*pair, norm, reduce=False) for pair in pairs])
+    torch.testing.assert_close(chamfer(a, b, norm, reduce=False), want)
+    assert torch.equal(chamfer(a, a, norm), torch.tensor(0.0))
+
+
+CHANGES = [
+    augment.scale_translate, augment.rotate, augment.jitter, augment.flip, augment.drop,
+    augment.normalize,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_augmentations_give_a_copy_with_new_pos(change, sizes: list[int]) -> None:
+    batch = batched(clouds(sizes))
+    before = batch.pos.clone()
+    torch.manual_seed(0)
+    made = change(batch)
+    assert type(made) is type(batch)
+    assert made is not batch
+    assert torch.equal(batch.pos, before)
+    assert (made.y is batch.y, made.batch is batch.batch) == (True, True)
+    torch.manual_seed(0)
+    if len(set(sizes)) == 1:
+        want = change(before.view(len(sizes), -1, 3)).flatten(0, 1)
+    else:
+        want = torch.cat([change(data.pos[None])[0] for data in batch.to_data_list()])
+    assert torch.equal(made.pos, want)
+
+
+def test_augmentations_take_their_arguments_and_compile() -> None:
+    data = Data(pos=torch.randn(20, 3))
+    seeds = [torch.Generator().manual_seed(0) for _ in "ab"]
+    want = augment.rotate(data.pos[None], "z", degrees=20.0, generator=seeds[0])[0]
+    made = augment.rotate(data, "z", degrees=20.0, generator=seeds[1])
+    assert torch.equal(made.pos, want)
+    assert torch.equal(augment.flip(points=data, probability=0.0).pos, data.pos)
+    torch._dynamo.reset()
+    run = torch.compile(augment.normalize, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(data.pos[None]), augment.normalize(data.pos[None]))
 
 
 def test_errors() -> None:
@@ -78,6 +155,22 @@ def test_errors() -> None:
         farthest_points(Data(pos=torch.zeros(3, 3)), 1, lengths=torch.tensor([3]))
     with pytest.raises(ValueError, match="a cloud has 17 points"):
         farthest_points(batched(clouds([40, 17])), 18)
+    data = Data(pos=torch.zeros(3, 3))
+    for call in (nearest_points, chamfer):
+        for pair in ((data, data.pos[None]), (data.pos[None], data)):
+            with pytest.raises(TypeError, match="a tensor beside a Data or Batch"):
+                call(*pair, 1)
+        with pytest.raises(TypeError, match="neither a tensor nor"):
+            call(np.zeros((1, 3, 3)), np.zeros((1, 3, 3)), 1)
+    with pytest.raises(ValueError, match=r"nearest_points\(lengths=\): a Data has lengths"):
+        nearest_points(data, data, 1, lengths=torch.tensor([3]))
+    for lengths in ({"lengths_a": torch.tensor([3])}, {"lengths_b": torch.tensor([3])}):
+        with pytest.raises(ValueError, match=r"chamfer\(lengths=\): a Data has lengths"):
+            chamfer(data, data, **lengths)
+    with pytest.raises(ValueError, match="2 clouds and 1 to compare"):
+        chamfer(batched(clouds([5, 6])), batched(clouds([5])))
+    with pytest.raises(TypeError, match="neither a tensor nor"):
+        augment.rotate([1.0])
     empty = batched([Data(pos=torch.zeros(0, 3)), Data(pos=torch.zeros(4, 3))])
     with pytest.raises(ValueError, match="a cloud has 0 points"):
         farthest_points(empty, 1)

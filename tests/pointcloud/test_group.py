@@ -201,7 +201,7 @@ def test_errors_of_groups() -> None:
         group_points(FLAT, 2, 9)
     with pytest.raises(ValueError, match=r"no such backend\. Give auto, torch, numpy, pyg, scipy"):
         group_points(FLAT, 2, 2, backend="faiss")
-    with pytest.raises(TypeError, match="list is no tensor"):
+    with pytest.raises(TypeError, match="points are a list, neither a tensor nor"):
         nearest_points(FLAT, [1.0], 2)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +22,7 @@ from pointcloud.metrics import (
     shape_iou,
     vote,
 )
+from pointcloud.shapes import procedural
 
 EPS = 2**-23  # of float32
 norms = pytest.mark.parametrize("norm", [1, 2])
@@ -154,6 +157,33 @@ def test_big_clouds_take_memory_of_tiles_only(norm: int) -> None:
     assert peak(step) < whole / 64  # 8 MiB of 512: three tiles of 1 MiB and tensors of (b, n, 3)
 
 
+def test_the_heap_does_not_grow_with_the_product_of_the_sizes() -> None:
+    """What the kernel saw, in a process of its own: what is kept between tiles splits the heap."""
+    code = (
+        "import re, torch; from pointcloud.metrics import chamfer\n"
+        "def most(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "a, b = torch.randn(2, 1, 6000, 3); chamfer(a[:, :9], b[:, :9]); before = most()\n"
+        "chamfer(a, b); print(most() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40 * 1024  # KiB; it was 130 MiB, and all distances are 137
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)])
+def test_vmap_and_compile_see_through_the_tiles(
+    dims: tuple[int | None, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "TILE", {"cpu": 20, "else": 20})
+    each = [torch.randn(3, 2, n, 3, generator=seeded(n)) for n in (9, 7)]
+    a, b = (x if dim == 0 else x[0] for x, dim in zip(each, dims, strict=True))
+    pairs = zip(a.expand(3, 2, 9, 3), b.expand(3, 2, 7, 3), strict=True)
+    want = torch.stack([brute(*pair, 2).mean() for pair in pairs]).float()
+    torch.testing.assert_close(torch.vmap(chamfer, in_dims=dims)(a, b), want)
+    torch._dynamo.reset()
+    run = torch.compile(chamfer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(each[0][0], each[1][0]), want[0])
+
+
 def test_half_precision_is_measured_in_single() -> None:
     a, b = (x.half() for x in pair(4, 32, 32))
     got = chamfer(a, b, reduce=False)
@@ -264,6 +294,39 @@ def test_iou_of_logits_chooses_among_the_parts_of_the_category() -> None:
     parts = torch.tensor([[2, 3]])
     assert mean_iou(logits, parts, [[2, 3]]) == 1.0
     assert mean_iou(logits, parts, [[0, 2, 3]]) == 0.0
+
+
+@pytest.mark.parametrize("call", [overall_accuracy, mean_class_accuracy])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_of_a_run_that_diverged_are_refused(
+    call: Callable[[Tensor, Tensor], float], value: float
+) -> None:
+    labels = torch.tensor([0, 0, 1])
+    logits = torch.eye(2)[labels]
+    logits[:, 1] = logits[:, 1].masked_fill(labels == 1, -math.inf)  # a class that is barred
+    assert call(logits, labels) < 1
+    logits[2] = value
+    with pytest.raises(ValueError, match="largest logits of 1 answers are not finite"):
+        call(logits, labels)
+    with pytest.raises(ValueError, match="of 3 answers are not finite"):
+        call(torch.full((3, 2), -math.inf), labels)
+
+
+def test_points_of_the_background_do_not_count() -> None:
+    parts = torch.tensor([[0, 0, 1, 1, -1, -1], [-1] * 6])
+    said = torch.tensor([[0, 0, 1, 0, 0, 1], [0] * 6])
+    whole = shape_iou(said[:1, :4], parts[:1, :4], [[0, 1]])
+    got = shape_iou(said, parts, [[0, 1]] * 2)
+    assert got.tolist() == [whole.item(), 1.0]  # with nothing left there is nothing wrong
+    assert mean_iou(said, parts, [[0, 1]] * 2) == got.mean()
+    logits = torch.nn.functional.one_hot(said, 2).float()
+    assert torch.equal(shape_iou(logits, parts, [[0, 1]] * 2), got)
+    assert mean_iou(said, said, [[0, 1]] * 2, ignore=0) == 1.0
+    with pytest.raises(ValueError, match="parts outside its category"):
+        mean_iou(said, parts, [[0, 1]] * 2, ignore=None)
+    clouds = procedural("OBJ_BG", 15, 64)
+    categories = [sorted(set(p.tolist()) - {-1}) for p in clouds.parts]
+    assert mean_iou(clouds.parts, clouds.parts, categories) == 1.0
 
 
 def test_wrong_parts_are_refused() -> None:

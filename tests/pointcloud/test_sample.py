@@ -234,6 +234,17 @@ def test_random_points_are_drawn_without_replacement_and_evenly() -> None:
     assert everything.shape == (2, 9, 3)
 
 
+def test_random_points_are_of_each_ragged_cloud() -> None:
+    points, lengths = torch.randn(3, 9, 3), torch.tensor([4, 9, 6])
+    drawn = random_points(points, 4, lengths=lengths)
+    for cloud, n, rows in zip(points, lengths, drawn, strict=True):
+        found = (rows[:, None] == cloud[:n]).all(-1)
+        assert found.any(1).all()
+        assert found.sum(0).max() == 1
+    other = random_points(points, 4, lengths=lengths)
+    assert not torch.equal(other[1], drawn[1])
+
+
 NAN = torch.zeros(2, 8, 3).index_fill(1, torch.tensor([5]), float("nan"))
 FLAT = torch.zeros(2, 8, 3)
 WRONG = [
@@ -243,7 +254,7 @@ WRONG = [
         "farthest_points(m=9): a cloud has 8 points, fewer than the 9 asked for. Give",
     ),
     (FLAT, {"m": 0}, "m=0"),
-    (FLAT[:, :0], {"m": 1}, "a cloud has 0 points"),
+    (FLAT[:, :0], {"m": 1}, "(m=1): a cloud has 0 points. Leave out what is empty."),
     (FLAT, {"m": 4, "lengths": torch.tensor([8, 3])}, "(m=4): a cloud has 3 points"),
     (FLAT, {"m": 1, "lengths": torch.tensor([8, 0])}, "a cloud has 0 points"),
     (FLAT, {"m": 1, "lengths": torch.tensor([8, 9])}, "a length is 9, of 8 points"),
@@ -258,6 +269,8 @@ WRONG = [
     (FLAT, {"m": 1, "start": 8}, "start=8): no index of 8 points. Give 0 to 7"),
     (FLAT, {"m": 1, "start": -1}, "no index of 8 points"),
     (FLAT, {"m": 1, "start": "first"}, "'random'"),
+    (FLAT, {"m": 1, "start": True}, "start=True): no index of 8 points"),
+    (FLAT, {"m": 1, "start": 2.0}, "start=2.0): no index of 8 points"),
     (FLAT, {"m": 1, "start": torch.tensor([0, 8])}, "start 8 is no point of cloud 1"),
     (FLAT, {"m": 1, "start": torch.tensor([0])}, "Give integers (2,)"),
     (
@@ -274,7 +287,25 @@ def test_errors_say_what_is_wrong(points: Tensor, given: dict[str, object], says
         farthest_points(points, **given)
 
 
+def test_any_index_is_a_start_or_a_count() -> None:
+    points = torch.randn(2, 8, 3)
+    want = farthest_points(points, 3, start=2)
+    assert torch.equal(farthest_points(points, np.int64(3), start=np.int64(2)), want)
+    assert random_points(points, np.int32(3)).shape == (2, 3, 3)
+
+
 def test_other_errors() -> None:
+    for m in (5.0, "5", True, None):
+        with pytest.raises(TypeError, match=rf"farthest_points\(m={m!r}\): not a whole number"):
+            farthest_points(FLAT, m)
+    with pytest.raises(TypeError, match=r"lengths are a list\. Give a tensor \(b,\)"):
+        farthest_points(FLAT, 2, lengths=[5, 5])
+    with pytest.raises(ValueError, match=r"gather\(\): indices into 1 clouds, 2 clouds of points"):
+        gather(FLAT, torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"indices into 3 clouds"):
+        gather(FLAT, torch.zeros(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=re.escape("random_points(m=4): a cloud has 3 points")):
+        random_points(FLAT, 4, lengths=torch.tensor([8, 3]))
     with pytest.raises(ValueError, match=re.escape("random_points(m=9): a cloud has 8 points")):
         random_points(FLAT, 9)
     with pytest.raises(TypeError, match="neither a tensor nor"):
