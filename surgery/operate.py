@@ -38,7 +38,8 @@ def apply(
 ) -> Model:
     """Rewrite `model` in place by `rules`, all or nothing, and return it.
 
-    What the rules add and unfreeze is trained; everything else is frozen.
+    What the rules add and unfreeze is trained; everything else is frozen: norms with running
+    statistics, too, which then stay in eval mode. (Convert to SyncBatchNorm before, not after.)
 
     rules    the name of a rule set, a rule, or a list of either
     example  inputs (a tensor, tuple or dict) for a few forwards, in eval mode on copies, that show

@@ -589,7 +589,9 @@ def test_part_segmentation_takes_tensors_alone() -> None:
 
     batch = Batch.from_data_list([Data(pos=torch.randn(n, 3)) for n in (30, 40)])
     model = PointMAEPartSeg(**SMALL, reads=(1,)).eval()
-    with pytest.raises(TypeError, match=r"PointMAEPartSeg\(\): DataBatch is no tensor\. Give points"):
+    with pytest.raises(
+        TypeError, match=r"PointMAEPartSeg\(\): DataBatch is no tensor\. Give points"
+    ):
         model(batch, torch.tensor([0, 1]))
 
 
@@ -600,22 +602,25 @@ def test_a_batch_of_no_clouds_gives_no_answers() -> None:
     assert model(none, torch.zeros(0, dtype=torch.int64)).shape == (0, 40, 50)
 
 
-def test_options_reach_what_they_are_of() -> None:
-    """skip_origin, the grouping: a cloud whose far point is at the origin itself; drop_rate, the head."""
+@pytest.mark.parametrize("skip", [False, True])
+def test_skip_origin_reaches_the_grouping(skip: bool) -> None:
     points = 3 + torch.rand(2, 40, 3)
-    points[:, 7] = 0.0
-    for skip in (False, True):
-        for model in (PointMAE(5, **SMALL, skip_origin=skip), pretraining(skip_origin=skip)):
-            seen: list[Tensor] = []
-            position = next(m for n, m in model.named_modules() if n.endswith("pos_embed"))
-            position.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-            centers = group_points(points, GROUPS, SIZE, skip_origin=skip).centers
-            model(points, **({"generator": None} if isinstance(model, PointMAEPretrain) else {}))
-            assert (centers == 0).all(-1).any() != skip
-            assert torch.equal(model.group(points).centers, centers)
-    drops = [m.p for m in PointMAE(5, **SMALL, drop_rate=0.3).cls_head_finetune.modules()
-             if isinstance(m, nn.Dropout)]  # fmt: skip
-    assert drops == [0.3, 0.3]
+    points[:, 7] = 0.0  # far from all others: the second center, unless passed over
+    classifier = PointMAE(5, **SMALL, skip_origin=skip)
+    masked = pretraining(skip_origin=skip)
+    for model, part, at in (
+        (classifier, classifier.pos_embed, 0),
+        (masked, masked.MAE_encoder, 1),
+    ):
+        seen: list[Tensor] = []
+        part.register_forward_pre_hook(lambda _, args, at=at, seen=seen: seen.append(args[at]))
+        model(points)
+        assert (seen[0] == 0).all(-1).any(1).tolist() == [not skip] * 2
+
+
+def test_drop_rate_reaches_the_head() -> None:
+    head = PointMAE(5, **SMALL, drop_rate=0.3).cls_head_finetune
+    assert [part.p for part in head if isinstance(part, nn.Dropout)] == [0.3, 0.3]
 
 
 def test_part_segmentation_has_the_published_widths() -> None:
@@ -718,7 +723,9 @@ def test_other_shapes_are_refused_and_nothing_is_touched(tmp_path: Path) -> None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("held", [{"model": {"fc.weight": torch.ones(2)}}, {}, [1, 2], {1: torch.ones(2)}])
+@pytest.mark.parametrize(
+    "held", [{"model": {"fc.weight": torch.ones(2)}}, {}, [1, 2], {1: torch.ones(2)}]
+)
 def test_a_file_of_something_else_is_refused(tmp_path: Path, held: Any) -> None:
     torch.save(held, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"nothing in it fits PointMAE.*Give a file"):
