@@ -210,9 +210,9 @@ def _scipy(queries: Tensor, points: Tensor, k: int, lengths: Tensor | None) -> T
     sizes = [points.shape[1]] * len(points) if lengths is None else lengths.tolist()
     workers = torch.get_num_threads()
     options: Any = {"leafsize": 32, "balanced_tree": False, "compact_nodes": False}
-    for cloud, size in enumerate(sizes):
-        tree = cKDTree(points[cloud, :size].numpy(), **options)
-        found = tree.query(queries[cloud].numpy(), k, workers=workers)[1]
+    pairs = zip(points.numpy(), queries.numpy(), sizes, strict=True)
+    for cloud, (held, asked, size) in enumerate(pairs):
+        found = cKDTree(held[:size], **options).query(asked, k, workers=workers)[1]
         index[cloud] = found.reshape(-1, k)  # of one neighbour, SciPy drops the dimension
     return torch.from_numpy(index)
 

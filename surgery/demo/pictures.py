@@ -78,7 +78,7 @@ def draw_tradeoff(results: Sequence[Run], path: Path) -> Path:
     targets = list(dict.fromkeys(target for target, _ in runs))
     methods = list(dict.fromkeys(method for _, method in runs))
     figure = Figure(figsize=(1.6 + 3.6 * len(targets), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(targets), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(targets), squeeze=False)[0]
     for axes, target in zip(panels, targets, strict=True):
         for i, method in enumerate(methods):
             if own := runs.get((target, method)):
