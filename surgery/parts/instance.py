@@ -73,11 +73,10 @@ class InstancePrompt(nn.Module):
 
 def nearest_tokens(x: Tensor, k: int) -> Tensor:
     """Indices (b, n, k) of the k tokens of (b, n, d) nearest to each, itself among them."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = x - x.mean(1, keepdim=True)  # far from the origin, products leave nothing of distances
-        square = rearrange(x.square().sum(2), "b m -> b 1 m")
-        return (square - 2 * x @ x.transpose(1, 2)).topk(k, dim=2, largest=False).indices
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    by_differences = "donot_use_mm_for_euclid_dist"  # products leave nothing of it far from 0
+    distance = torch.cdist(x, x, compute_mode=by_differences)
+    return distance.topk(k, dim=2, largest=False).indices
 
 
 @part
