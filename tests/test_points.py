@@ -38,12 +38,9 @@ SETS: dict[str, tuple[Any, int]] = {  # rules, and how many tokens the head is g
 def tiny(reads: tuple[str, ...] = ALL, groups: int = 8, **changes: Any) -> PointMAE:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "head_dim": 16,
-        "drop_rate": 0,
-    }
+        "embed_dim": 24, "depth": 3, "num_heads": 2, "head_dim": 16, "drop_rate": 0.0,
+        "drop_path": 0.0,
+    }  # fmt: skip
     return PointMAE(5, num_groups=groups, group_size=6, reads=reads, **{**sizes, **changes}).eval()
 
 
