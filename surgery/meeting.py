@@ -119,9 +119,9 @@ def statistics(tree: Tree, trained: Collection[int]) -> list[tuple[Site, bool]]:
 
 
 def _is_trained(norm: Site, trained: Collection[int]) -> bool:
-    own, *around = (list(site.module.parameters()) for site in (norm, *norm.above()))
-    if own:
+    if own := list(norm.module.parameters()):
         return any(id(p) in trained for p in own)
+    around = (list(site.module.parameters()) for site in norm.above())
     nearest = next((found for found in around if found), [])
     return bool(nearest) and all(id(p) in trained for p in nearest)
 

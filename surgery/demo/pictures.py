@@ -1,52 +1,57 @@
-"""The table and the pictures of the demo on point clouds."""
+"""What a run of the demo on point clouds came to; its table and its pictures."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 
 from pointcloud.clouds import Clouds
 from pointcloud.draw import draw_clouds
+from pointcloud.objects import NAMES
 from pointcloud.shapes import procedural
 from surgery.table import Table
 
 
-class Run(Protocol):
-    """What is told of a run: its method, what it trained of how much, accuracy 0..1, seconds."""
+class Result(NamedTuple):
+    """One run: trained parameters, the head's too, of the whole; accuracy 0..1; seconds.
+
+    mark  letters that change with all that it depends on
+    """
+
+    target: str
+    method: str
+    seed: int
+    trained: int
+    whole: int
+    accuracy: float
+    seconds: float
+    mark: str
 
     @property
-    def target(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def trained(self) -> int: ...
-    @property
-    def whole(self) -> int: ...
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
+    def stem(self) -> str:
+        """The name of its files."""
+        return f"{self.target}-{self.method}-{self.seed}-{self.mark}"
 
 
-def grouped(results: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+def grouped(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     """The runs of each target and method, in the order in which they come."""
-    runs: dict[tuple[str, str], list[Run]] = {}
+    runs: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         runs.setdefault((result.target, result.method), []).append(result)
     return runs
 
 
-def spread(runs: Sequence[Run]) -> tuple[float, float]:
+def spread(runs: Sequence[Result]) -> tuple[float, float]:
     """Mean and standard deviation of accuracies, in per cent."""
     scores = [100 * r.accuracy for r in runs]
     return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
 
 
-def table(results: Sequence[Run], title: str) -> Table:
+def table(results: Sequence[Result], title: str) -> Table:
     """One row for a target and a method; how daptx stands to full fine-tuning below."""
     runs = grouped(results)
     rows: list[tuple[object, ...]] = []
@@ -70,7 +75,7 @@ def table(results: Sequence[Run], title: str) -> Table:
     return Table(title, columns, rows, notes)
 
 
-def draw_tradeoff(results: Sequence[Run], path: Path) -> Path:
+def draw_tradeoff(results: Sequence[Result], path: Path) -> Path:
     """Accuracy against what is trained, a panel for each target; bars are standard deviations."""
     from matplotlib.figure import Figure
 
@@ -123,8 +128,7 @@ def draw_targets(tests: Mapping[str, Clouds], path: Path) -> Path:
 
 def _of_the_set(tests: Mapping[str, Clouds]) -> bool:
     """Whether they are of the procedural set's classes, and tell their parts as it does."""
-    names = procedural("OBJ_ONLY", 15, 64).names
-    return all(c.names == names and c.parts is not None for c in tests.values())
+    return all(c.names == NAMES and c.parts is not None for c in tests.values())
 
 
 def _five(clouds: Clouds) -> list[int]:

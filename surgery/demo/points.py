@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -23,31 +22,13 @@ from pointcloud.clouds import Clouds
 from pointcloud.shapes import procedural
 
 from .fit import Source, steps
-from .pictures import draw_targets, draw_tradeoff, table
+from .pictures import Result, draw_targets, draw_tradeoff, table
 from .recipe import POINTS, PRETRAIN, RATES, Recipe, Step, digest, fill, made, score, small, tune
 
 METHODS = ["linear_probe", "full", "dapt", "daptx", "adapterx_ffn"]
 HARD = ["OBJ_BG", "PB_T50_RS"]
 TRAIN, TEST = 900, 1500  # clouds
 Split = Callable[[int], tuple[Clouds, Clouds]]  # of a seed: to train on, to test on
-
-
-class Result(NamedTuple):
-    """One run: trained parameters, the head's too, of the whole; accuracy 0..1; seconds."""
-
-    target: str
-    method: str
-    seed: int
-    trained: int
-    whole: int
-    accuracy: float
-    seconds: float
-    mark: str
-
-    @property
-    def stem(self) -> str:
-        """The name of its files."""
-        return f"{self.target}-{self.method}-{self.seed}-{self.mark}"
 
 
 def drawn(difficulty: str, seed: int) -> tuple[Clouds, Clouds]:
