@@ -16,8 +16,8 @@ from pointcloud import augment, batches
 from pointcloud.clouds import Clouds as Labelled
 from pointcloud.group import group_points, nearest_points
 from pointcloud.sample import farthest_points, gather
+from surgery._table import Table
 from surgery.demo.fit import drawn
-from surgery.table import Table
 
 from .measure import Action, Times, interleaved, steady, verdict
 

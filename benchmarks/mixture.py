@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.ops import Routed, top1
+from surgery._table import Table
 from surgery.parts import MixtureOfAdapters
-from surgery.table import Table
+from surgery.rules.routing import Routed, top1
 
 from .measure import Action, Times, interleaved, peak, steady, verdict
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import surgery
 from surgery import adapter, at, inside, parallel
-from surgery.rule import Rules
-from surgery.table import Table
+from surgery._table import Table
+from surgery.rules.rule import Rules
 
 from .measure import Times, fresh, interleaved
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.table import Table
+from surgery._table import Table
 
 from .measure import Action, Times, interleaved, steady
 

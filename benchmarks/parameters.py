@@ -18,10 +18,10 @@ from torch import nn
 
 import surgery
 from surgery import at, block, ffn, insert, nearest, norm, parallel, shared, token, unfreeze, until
+from surgery._table import Table
 from surgery.parts import lora as low_rank
 from surgery.parts import moa, prompt_generator
-from surgery.rule import Rule, Rules
-from surgery.table import Table
+from surgery.rules.rule import Rule, Rules
 
 HEADS = 940 * 769  # of all 19 tasks of VTAB-1k together: 769 for each of their 940 classes
 MEAN_HEAD = HEADS / 19  # 38,045.26

@@ -13,10 +13,10 @@ from torch import nn
 
 from backbones.point_mae import PointMAE
 from surgery import at, ffn, moa, nearest, norm, parallel, prompt_generator, shared, unfreeze
+from surgery.methods import daptx, idpt
+from surgery.methods.adapter_x import left_in
 from surgery.parts import dynamic_moa
-from surgery.rule import Rule
-from surgery.rulesets import daptx, idpt
-from surgery.rulesets.adapterx import left_in
+from surgery.rules.rule import Rule
 
 from .parameters import CLASS, Row, of
 

@@ -30,8 +30,8 @@ from surgery.cli import number
 from surgery.demo.fit import Source
 from surgery.demo.points import HARD, METHODS, Split, drawn, run
 from surgery.demo.recipe import ALL, Recipe, prompted, small
-from surgery.rule import Rules
-from surgery.rulesets import dapt
+from surgery.methods import dapt
+from surgery.rules.rule import Rules
 
 FULL = {"group_size": 32, "embed_dim": 384, "depth": 12, "num_heads": 6}
 DAPT = {  # rank, dropout, drop path, what the head reads (Zhou et al. 2024)

@@ -5,8 +5,12 @@ loss = criterion(model(x), y) + 0.01 * surgery.balance_loss(model)
 surgery.save(model, "tuned.safetensors")
 """
 
-from . import ops, parts
-from .edit import append, freeze, insert, parallel, prepend, replace, token, unfreeze
+from . import methods, parts
+from ._preserve import fingerprint
+from .engine.apply import Routing, apply, balance_loss, disabled, parameters, revert, routing
+from .engine.merging import merge, unmerge
+from .engine.planning import Plan, plan
+from .engine.reports import anatomy, draw_loads, report
 from .errors import (
     ConflictError,
     FileError,
@@ -16,22 +20,13 @@ from .errors import (
     RuleError,
     SurgeryError,
 )
-from .merge import merge, unmerge
-from .operate import (
-    Routing,
-    apply,
-    balance_loss,
-    disabled,
-    parameters,
-    revert,
-    routing,
-)
-from .part import part, shared
+from .methods import rulesets
 from .parts import QuickGELU, adapter, lora, moa, prompt, prompt_generator, scale_shift
-from .pattern import where
-from .plan import Plan, plan
-from .relation import holding, inside, nearest, span, until
-from .role import (
+from .parts import functional as ops
+from .rules.edits import append, freeze, insert, parallel, prepend, replace, token, unfreeze
+from .rules.part import part, shared
+from .rules.relations import holding, inside, nearest, span, until
+from .rules.roles import (
     attn,
     block,
     embed,
@@ -47,11 +42,10 @@ from .role import (
     query,
     value,
 )
-from .rule import Rule, at
-from .rulesets import rulesets
-from .show import anatomy, draw_loads, report
-from .state import load, load_state_dict, save, state_dict
-from .tree import Site, fingerprint
+from .rules.rule import Rule, at
+from .rules.selector import where
+from .state.checkpoint import load, load_state_dict, save, state_dict
+from .structure.module_tree import Site
 
 __version__ = "0.1.0"
 
@@ -60,8 +54,8 @@ __all__ = [
     "Routing", "Rule", "RuleError", "Site", "SurgeryError", "adapter", "anatomy", "append", "apply",
     "at", "attn", "balance_loss", "block", "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn",
     "fingerprint", "freeze", "fused", "head", "holding", "insert", "inside", "key", "load",
-    "load_state_dict", "lora", "merge", "moa", "nearest", "norm", "ops", "parallel", "parameters",
-    "part", "parts", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv", "query",
-    "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared", "span",
-    "state_dict", "token", "unfreeze", "unmerge", "until", "value", "where",
+    "load_state_dict", "lora", "merge", "methods", "moa", "nearest", "norm", "ops", "parallel",
+    "parameters", "part", "parts", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv",
+    "query", "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared",
+    "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "where",
 ]  # fmt: skip

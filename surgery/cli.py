@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import anatomy, plan, rulesets
+from ._resolve import INPUTS, MODEL, RULES, build, inputs_of, missing, rules_of
 from .errors import SurgeryError
-from .named import INPUTS, MODEL, RULES, build, inputs_of, missing, rules_of
 from .survey import SOURCES
 
 

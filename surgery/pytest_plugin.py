@@ -15,3 +15,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--surgery-rules", default="adapterx_ffn", help="as surgery check takes them")
     group.addoption("--surgery-inputs", default="", help="as surgery check takes them")
     group.addoption("--surgery-examples", type=int, default=5, help="of each property (default 5)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test of surgery.spec.test_model for each property; none without --surgery-model."""
+    if metafunc.module.__name__ != "surgery.spec.test_model":
+        return
+    asked = metafunc.config.getoption
+    if not asked("--surgery-model", default=""):
+        metafunc.parametrize("property", [])
+        return
+    from ._resolve import build, inputs_of, rules_of  # pytest loads this file in every project
+    from .spec.suite import specify
+
+    model = build(asked("--surgery-model"), "cpu")
+    marked = specify(
+        model=model,
+        rules=rules_of(asked("--surgery-rules")),
+        inputs=lambda: inputs_of(asked("--surgery-inputs"), model),
+        examples=asked("--surgery-examples"),
+    )
+    metafunc.parametrize(*marked.args)

@@ -3,143 +3,39 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import surgery
-from surgery.pattern import Pattern
+from surgery.rules.edits import Token, Trained
+from surgery.rules.selector import Selector
 
 ROOT = Path(surgery.__file__).parents[1]
 
-FLOORS = {
-    "chance": 0,
-    "demo": 0,
-    "demo.fit": 0,
-    "demo.glyphs": 0,
-    "errors": 0,
-    "example": 0,
-    "leaf": 0,
-    "ops": 0,
-    "pytest_plugin": 0,
-    "spec.fault": 0,
-    "spec.law": 0,
-    "spec.transformer": 0,
-    "survey.guess": 0,
-    "survey.shrink": 0,
-    "table": 0,
-    "address": 1,
-    "demo.pictures": 1,
-    "survey.feed": 1,
-    "term": 1,
-    "trace": 1,
-    "account": 2,
-    "products": 2,
-    "survey.zoo": 2,
-    "tree": 2,
-    "experts": 3,
-    "flow": 3,
-    "part": 3,
-    "pattern": 3,
-    "spec.seen": 3,
-    "tokens": 3,
-    "edit": 4,
-    "feedforward": 4,
-    "fold": 4,
-    "insertion": 4,
-    "parts.adapter": 4,
-    "parts.arc": 4,
-    "parts.combined": 4,
-    "parts.domains": 4,
-    "parts.fact": 4,
-    "parts.gated": 4,
-    "parts.instance": 4,
-    "parts.moa": 4,
-    "parts.mosa": 4,
-    "parts.prompt": 4,
-    "parts.rep": 4,
-    "parts.rows": 4,
-    "parts.scale": 4,
-    "parts.sparse": 4,
-    "relation": 4,
-    "feeds": 5,
-    "graft": 5,
-    "parts.binary": 5,
-    "parts.conv": 5,
-    "parts.dynamic": 5,
-    "parts.kronecker": 5,
-    "parts.lora": 5,
-    "parts.reversible": 5,
-    "rule": 5,
-    "named": 6,
-    "parts.elastic": 6,
-    "parts.skills": 6,
-    "parts.vera": 6,
-    "parts.vida": 6,
-    "place": 6,
-    "role": 6,
-    "room": 6,
-    "parts": 7,
-    "proof": 7,
-    "rulesets.arc": 7,
-    "rulesets.attention": 7,
-    "rulesets.baselines": 7,
-    "rulesets.combined": 7,
-    "rulesets.meft": 7,
-    "rulesets.noah": 7,
-    "rulesets.projections": 7,
-    "rulesets.prompts": 7,
-    "rulesets.scale": 7,
-    "rulesets.sparse": 7,
-    "stock": 7,
-    "rulesets.adapters": 8,
-    "rulesets.adapterx": 8,
-    "rulesets.binary": 8,
-    "rulesets.conv": 8,
-    "rulesets.factored": 8,
-    "rulesets.lowrank": 8,
-    "rulesets.mixed": 8,
-    "spec.strategies": 8,
-    "words": 8,
-    "rulesets.points": 9,
-    "rulesets": 10,
-    "meeting": 11,
-    "plan": 12,
-    "operate": 13,
-    "merge": 14,
-    "sensitivity": 14,
-    "show": 14,
-    "spec.case": 14,
-    "state": 14,
-    "survey.look": 14,
-    "": 15,
-    "combine": 15,
-    "packed": 15,
-    "spec.matching": 15,
-    "spec.mixing": 15,
-    "subnet": 15,
-    "survey.report": 15,
-    "survey.run": 15,
-    "demo.digits": 16,
-    "demo.recipe": 16,
-    "search": 16,
-    "spec.function": 16,
-    "spec.routing": 16,
-    "survey": 16,
-    "demo.points": 17,
-    "spec.parameters": 17,
-    "spec.life": 18,
-    "spec.check": 19,
-    "cli": 20,
-    "spec": 20,
-    "spec.test_model": 20,
-    "__main__": 21,
+# from the ground up; a file of the package itself stands in the room that lists it
+ROOMS = {
+    "ground": {"errors", "_table", "_rng", "_inputs", "_text", "_files", "_preserve"},
+    "structure": set(),
+    "rules": set(),
+    "parts": set(),
+    "methods": set(),
+    "engine": set(),
+    "state": set(),
+    "training": set(),
+    "survey": set(),
+    "spec": set(),
+    "demo": set(),
+    "face": {"", "cli", "_resolve", "__main__", "pytest_plugin"},
 }
+FLOOR = {room: floor for floor, room in enumerate(ROOMS)}
 
 
 def name_of(file: Path) -> str:
@@ -150,11 +46,11 @@ def name_of(file: Path) -> str:
 FILES = {name_of(file): file for file in sorted((ROOT / "surgery").rglob("*.py"))}
 
 
-def floor(name: str) -> int | None:
-    """A file that is not listed stands on the floor of its folder; None: on no floor."""
-    while name not in FLOORS and "." in name:
-        name = name.rpartition(".")[0]
-    return FLOORS.get(name)
+def room_of(name: str) -> str | None:
+    """The room of a module: its folder, or the one that lists it; None: no room."""
+    folder = name.partition(".")[0]
+    listed = (room for room, files in ROOMS.items() if name in files)
+    return folder if FILES[name].parent.name == folder else next(listed, None)
 
 
 def imported(name: str, source: str) -> set[str]:
@@ -182,32 +78,70 @@ def _inner(path: list[str]) -> str | None:
     return ".".join(inner)
 
 
-def test_every_file_stands_on_a_floor():
-    assert {name: floor(name) for name in FILES if floor(name) is None} == {}
+def upward(name: str, source: str) -> set[str]:
+    """What a text of that module imports from a room above its own."""
+    floor = FLOOR[room_of(name)]
+    return {other for other in imported(name, source) if FLOOR[room_of(other)] > floor}
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another, each the next and the last the first; none: empty."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_every_file_is_in_a_room_and_every_room_is_listed_once():
+    assert {name for name in FILES if room_of(name) not in FLOOR} == set()
+    folders = {f.parent.name for f in FILES.values()} - {"surgery"}
+    assert folders == {room for room, files in ROOMS.items() if not files}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports_go_strictly_downward(name):
-    upward = {
-        other for other in imported(name, FILES[name].read_text()) if floor(other) >= floor(name)
-    }
-    assert upward == set()
+def test_imports_go_downward(name):
+    assert upward(name, FILES[name].read_text()) == set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_circle_in_a_room(room):
+    inside = [name for name in FILES if room_of(name) == room]
+    arrows = {name: imported(name, FILES[name].read_text()) & {*inside} - {name} for name in inside}
+    assert circle(arrows) == []
+
+
+def test_upward_imports_and_circles_are_seen():
+    assert upward("structure.path", "from ..engine.hooks import HookedSite") == {"engine.hooks"}
+    assert upward("engine.hooks", "def f():\n    from surgery.state import load") == {"state"}
+    assert upward("engine.hooks", "from ..structure.path import match") == set()
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("name", sorted({*FILES} - {""}))
+def test_no_name_hides_a_module(name):
+    """`import surgery.engine.planning as p` is the module, and so is the attribute."""
+    package, _, own = f"surgery.{name}".rpartition(".")
+    if own == "__main__":
+        pytest.skip("it is run, not imported")
+    module = importlib.import_module(f"surgery.{name}")
+    assert getattr(importlib.import_module(package), own) is module
 
 
 @pytest.mark.parametrize(
     ("name", "text", "found"),
     [
-        ("role", "import surgery.plan", {"plan"}),
-        ("role", "import torch, surgery", {""}),
-        ("role", "from .tree import Site", {"tree"}),
-        ("role", "from . import edit, ops", {"edit", "ops"}),
-        ("role", "from surgery import apply, state", {"", "state"}),
-        ("role", "def f():\n    from surgery.state import load", {"state"}),
-        ("parts.adapter", "from ..part import part", {"part"}),
-        ("parts.adapter", "from .. import ops", {"ops"}),
-        ("parts", "from .moa import moa", {"parts.moa"}),
-        ("", "from . import ops\nfrom .parts import moa", {"ops", "parts.moa"}),
-        ("role", "import torch\nfrom timm.layers import Mlp", set()),
+        ("rules.roles", "import surgery.engine.planning", {"engine.planning"}),
+        ("rules.roles", "import torch, surgery", {""}),
+        ("rules.roles", "from .selector import Selector", {"rules.selector"}),
+        ("rules.roles", "from . import edits, rule", {"rules.edits", "rules.rule"}),
+        ("rules.roles", "from surgery import apply, state", {"", "state"}),
+        ("rules.roles", "def f():\n    from surgery.state import load", {"state"}),
+        ("parts.adapters", "from ..rules.part import part", {"rules.part"}),
+        ("parts.adapters", "from .. import errors", {"errors"}),
+        ("parts", "from .mixture import moa", {"parts.mixture"}),
+        ("", "from . import errors\nfrom .parts import moa", {"errors", "parts"}),
+        ("rules.roles", "import torch\nfrom timm.layers import Mlp", set()),
     ],
 )
 def test_imports_are_seen_in_every_form(name, text, found):
@@ -215,7 +149,10 @@ def test_imports_are_seen_in_every_form(name, text, found):
 
 
 def test_the_engine_really_imports_something():
-    assert {"graft", "place", "meeting", "tree"} <= imported("plan", FILES["plan"].read_text())
+    source = FILES["engine.planning"].read_text()
+    assert {"engine.hooks", "engine.matching", "structure.module_tree"} <= imported(
+        "engine.planning", source
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +184,7 @@ def test_importing_pointcloud_imports_no_optional_package():
     assert fresh(code + f"print([n for n in {heavy} if n in sys.modules])") == "[]"
 
 
-@pytest.mark.parametrize("name", ["address", "errors", "table"])
+@pytest.mark.parametrize("name", ["structure.path", "errors", "_table", "_text", "_files"])
 def test_strings_know_nothing_of_torch(name):
     text = FILES[name].read_text()
     assert not re.search(r"^\s*(from|import)\s+torch", text, re.MULTILINE)
@@ -287,7 +224,7 @@ def public() -> dict[str, object]:
 EXPLAINED = {
     name: value
     for name, value in public().items()
-    if not isinstance(value, (Pattern, ModuleType, surgery.edit.Trained, surgery.edit.Token))
+    if not isinstance(value, (Selector, ModuleType, Trained, Token))
 }
 
 

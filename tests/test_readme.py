@@ -11,7 +11,7 @@ import torch
 
 import surgery
 from surgery import rulesets
-from tests.test_rulesets import MERGE
+from tests.methods.test_methods import MERGE
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 ROWS = {

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from surgery.table import Table
+from surgery._table import Table
 
 LOADS = Table(
     "Counts",

@@ -20,9 +20,11 @@ from rich.progress import Progress
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-import surgery
-from surgery.table import Table
-
+from .._table import Table
+from ..engine.apply import apply, balance_loss, parameters, revert, routing
+from ..engine.planning import plan
+from ..engine.reports import draw_loads
+from ..state.checkpoint import load, save
 from . import glyphs
 
 METHODS = [
@@ -95,14 +97,14 @@ def tune(
     """The pretrained backbone with a fresh head, operated by `method` and trained on `data`."""
     torch.manual_seed(seed)
     model: nn.Module = glyphs.pretrained(num_classes=10)
-    surgery.apply(model, rules=method, seed=seed)
-    optimizer = torch.optim.AdamW(surgery.parameters(model), lr=rate, weight_decay=1e-4)
+    apply(model, rules=method, seed=seed)
+    optimizer = torch.optim.AdamW(parameters(model), lr=rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=epochs * len(data.y) // BATCH, pct_start=0.1
     )
     model.train()
     for x, y in _batches(data, epochs):
-        loss = F.cross_entropy(model(x), y) + BALANCE * surgery.balance_loss(model)
+        loss = F.cross_entropy(model(x), y) + BALANCE * balance_loss(model)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -128,14 +130,14 @@ def run(
     """The whole demo: compare, then save, load and revert, and draw the load of the experts."""
     chosen = methods or METHODS
     for method in chosen:
-        surgery.plan(glyphs.pretrained(10), method)  # a wrong name is told before any work
+        plan(glyphs.pretrained(10), method)  # a wrong name is told before any work
     out.mkdir(parents=True, exist_ok=True)
     if pretrain:
         glyphs.pretrain()
     print("Backbone: a ViT pretrained on printed letters and symbols. Target: real digits.")
     results = compare(chosen, seeds, epochs or EPOCHS)
     print(table(results, epochs or EPOCHS))
-    routed = [m for m in chosen if surgery.routing(results[m][-1].model)]
+    routed = [m for m in chosen if routing(results[m][-1].model)]
     last = routed[-1] if routed else chosen[-1]
     prove(last, results[last][-1].model, digits(0).test, out)
 
@@ -160,7 +162,7 @@ def _one(method: str, split: Split, seed: int, epochs: int, step: Callable[[], N
     rate = RATE.get(method, 3e-3)
     model = tune(method, split.train, seed=seed, rate=rate, epochs=epochs, step=step)
     seconds = time.perf_counter() - start
-    trained = _numel(surgery.parameters(model)) - _numel(_head(model))
+    trained = _numel(parameters(model)) - _numel(_head(model))
     return Result(model, trained, accuracy(model, split.test), seconds)
 
 
@@ -189,16 +191,16 @@ def prove(method: str, model: nn.Module, test: Images, out: Path) -> None:
     """Save, load into a fresh model, revert; draw the load of the experts where there are any."""
     with torch.inference_mode():
         answers = model(test.x)
-    file = surgery.save(model, out / f"{method}.safetensors")
-    again = surgery.load(glyphs.pretrained(10), file).eval()
+    file = save(model, out / f"{method}.safetensors")
+    again = load(glyphs.pretrained(10), file).eval()
     with torch.inference_mode():
         same = torch.equal(again(test.x), answers)
     print(f"saved   {file} ({file.stat().st_size / 1024:.0f} KiB)")
     print(f"loaded  into a fresh model: outputs equal to the last bit: {same}")
-    if loads := surgery.routing(model):
-        picture = surgery.draw_loads(loads, out / "loads.png", f"{method}: load of each expert")
+    if loads := routing(model):
+        picture = draw_loads(loads, out / "loads.png", f"{method}: load of each expert")
         print(f"drew    {picture}")
-    surgery.revert(model)
+    revert(model)
     base = dict(glyphs.pretrained(10).state_dict())
     kept = {k: v for k, v in model.state_dict().items() if k not in glyphs.HEAD}
     equal = all(torch.equal(base[key], value) for key, value in kept.items())

@@ -13,7 +13,8 @@ from pointcloud.clouds import Clouds
 from pointcloud.draw import draw_clouds
 from pointcloud.objects import NAMES
 from pointcloud.shapes import procedural
-from surgery.table import Table
+
+from .._table import Table
 
 
 class Result(NamedTuple):

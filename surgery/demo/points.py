@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-import surgery
 from pointcloud.clouds import Clouds
 from pointcloud.shapes import procedural
 
+from ..engine.apply import parameters, revert, routing
+from ..engine.planning import plan
+from ..engine.reports import draw_loads
+from ..state.checkpoint import load, save
 from .fit import Source, steps
 from .pictures import Result, draw_targets, draw_tradeoff, table
 from .recipe import POINTS, PRETRAIN, RATES, Recipe, Step, digest, fill, made, score, small, tune
@@ -99,12 +102,12 @@ def _one(
     )  # fmt: skip
     seconds = time.perf_counter() - start
     result = blank._replace(
-        trained=sum(p.numel() for p in surgery.parameters(model)),
+        trained=sum(p.numel() for p in parameters(model)),
         whole=sum(p.numel() for p in recipe.model(len(train.names)).parameters()),
         accuracy=score(model, test, recipe),
         seconds=seconds,
     )
-    surgery.save(model, out / f"{result.stem}.safetensors")
+    save(model, out / f"{result.stem}.safetensors")
     with (out / "results.jsonl").open("a") as lines:
         lines.write(f"\n{json.dumps(result)}\n")
     return result
@@ -147,7 +150,7 @@ def run(
     splits = {HARD[-1]: partial(drawn, HARD[-1])} if targets is None else targets
     splits = {name: lru_cache(maxsize=1)(split) for name, split in splits.items()}
     for method in chosen:
-        surgery.plan(recipe.model(15, method), recipe.rules(method))  # wrong names, before any work
+        plan(recipe.model(15, method), recipe.rules(method))  # wrong names, before any work
     for name, split in splits.items():
         if (fewest := min(c.points.shape[1] for c in split(0))) < recipe.points:
             raise ValueError(
@@ -176,16 +179,16 @@ def prove(
     model = recipe.model(len(test.names), result.method)
     fill(model, backbone)
     base = {k: v.clone() for k, v in model.state_dict().items()}
-    surgery.load(model, file).eval()
+    load(model, file).eval()
     size, again = file.stat().st_size / 1024, score(model, test, recipe)
     print(
         f"loaded  {file} ({size:.0f} KiB) into a fresh model: "
         f"{100 * again:.1f} %, as when it was trained: {again == result.accuracy}"
     )
-    if loads := surgery.routing(model):
+    if loads := routing(model):
         title = f"{result.method}: load of each expert"
-        print(f"drew    {surgery.draw_loads(loads, out / 'loads.png', title)}")
-    back = surgery.revert(model).state_dict()
+        print(f"drew    {draw_loads(loads, out / 'loads.png', title)}")
+    back = revert(model).state_dict()
     equal = all(torch.equal(back[key], value) for key, value in base.items())
     print(f"reverted: every tensor of the backbone equal to the last bit: {equal}")
 

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
-import surgery
 from backbones.checkpoint import Loaded, load_checkpoint
 from backbones.point_mae import PointMAE, PointMAEPretrain
 from pointcloud.augment import scale_translate
 from pointcloud.clouds import Clouds
 from pointcloud.metrics import overall_accuracy
 from pointcloud.shapes import procedural
-from surgery.rule import Rule, Rules
-from surgery.rulesets.adapterx import adapterx_ffn, daptx
-from surgery.rulesets.points import dapt
 
+from ..engine.apply import apply, balance_loss
+from ..methods.adapter_x import adapterx_ffn, daptx
+from ..methods.point_clouds import dapt
+from ..rules.rule import Rule, Rules
 from .fit import Augment, Source, answers, fit, steps
 
 ALL = ("cls", "prompt", "patch")
@@ -171,7 +171,7 @@ def tune(
     torch.manual_seed(seed)
     model = recipe.model(len(train.names), method)
     fill(model, backbone)
-    surgery.apply(model, recipe.rules(method), seed=seed)
+    apply(model, recipe.rules(method), seed=seed)
     return recipe.fit(model, train, rate or recipe.rate(method), seed=seed, step=step, keep=keep)
 
 
@@ -179,7 +179,7 @@ def _supervised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         wrong = F.cross_entropy(model(x), y)
         done = hasattr(model, "surgery")
-        return wrong + BALANCE * surgery.balance_loss(model) if done else wrong
+        return wrong + BALANCE * balance_loss(model) if done else wrong
 
     return loss
 

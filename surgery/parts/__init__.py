@@ -1,28 +1,28 @@
 """The small trainable modules, one family a file. Each word here makes a part for a rule."""
 
-from .adapter import Adapter, QuickGELU, adapter
-from .arc import arc, projection
+from .adapter_sum import coefficients, combined, scaled
+from .adapters import Adapter, QuickGELU, adapter
+from .arc_adapters import arc, projection
 from .binary import binary_adapter, binary_lora
-from .combined import coefficients, combined, scaled
 from .conv import convpass
-from .domains import domains
-from .dynamic import DynamicAdapter, MixtureOfDynamicAdapters, dynamic_adapter, dynamic_moa
+from .domain_adapters import domains
+from .dynamic_adapters import DynamicAdapter, MixtureOfDynamicAdapters, dynamic_adapter, dynamic_moa
 from .elastic import elastic_adapter, elastic_lora, elastic_prompt
 from .fact import fact_tk, fact_tt, tk_factors, tt_factors
 from .gated import gated_prompt
-from .instance import InstancePrompt, instance_prompt
+from .instance_prompts import InstancePrompt, instance_prompt
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
-from .lora import dylora, lora, prolora
-from .moa import MixtureOfAdapters, moa
+from .low_and_high_rank import vida
+from .low_rank import dylora, lora, prolora
+from .mixture import MixtureOfAdapters, moa
 from .mosa import sparse_experts
-from .prompt import Prompt, PromptGenerator, prompt, prompt_generator
-from .rep import repadapter
-from .reversible import reversible, small_adapter
+from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
+from .rep_adapter import repadapter
+from .reversible_streams import reversible, small_adapter
 from .scale import scale_shift
+from .shared_low_rank import frozen, tied, tied_lora, vera
 from .skills import skill_lora
-from .sparse import sparse
-from .vera import frozen, tied, tied_lora, vera
-from .vida import vida
+from .sparse_updates import sparse
 
 __all__ = [
     "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",

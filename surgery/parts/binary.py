@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import RuleError
-from ..part import Affine, part, positive, usually
-from ..tree import Site
-from .adapter import Adapter
-from .rows import on_rows
+from ..rules.affine import Affine
+from ..rules.part import part, usually
+from ..structure.module_tree import Site
+from .adapters import Adapter
+from .arguments import positive
+from .qkv_rows import on_rows
 
 CODES = {  # of a normal variable: the median of each cell, the cells cut halfway between codes
     1: (-0.6744897501960817, 0.6744897501960817),

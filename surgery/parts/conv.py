@@ -10,9 +10,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import GraftError, RuleError
-from ..part import part, positive
-from ..tree import Site
-from .adapter import Adapter, QuickGELU
+from ..rules.part import part
+from ..structure.module_tree import Site
+from .adapters import Adapter, QuickGELU
+from .arguments import positive
 
 MOST = 8  # tokens before the patches, where nobody says how many
 

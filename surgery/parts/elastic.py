@@ -10,11 +10,12 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from ..part import part, positive, usually
-from ..tree import Site
-from .adapter import Adapter, QuickGELU
-from .lora import LoRA
-from .prompt import Prompt
+from ..rules.part import part, usually
+from ..structure.module_tree import Site
+from .adapters import Adapter, QuickGELU
+from .arguments import positive
+from .low_rank import LoRA
+from .prompts import Prompt
 
 
 class ElasticPrompt(Prompt):

@@ -12,8 +12,9 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..part import Maker, lent, part, positive, shared, usually
-from ..tree import Site
+from ..rules.part import Maker, part, shared, usually
+from ..structure.module_tree import Site
+from .arguments import borrowed, positive
 
 
 class TTFactors(nn.Module):
@@ -149,7 +150,7 @@ def fact_tt(site: Site, factors: Maker = _TT, dropout: float = 0.1) -> nn.Module
     >>> fact_tt(factors=shared(tt_factors(rank=4)))
     fact_tt(factors=shared(tt_factors(rank=4)))
     """
-    made = lent("fact_tt", "factors", factors, _square(site), TTFactors)
+    made = borrowed("fact_tt", "factors", factors, _square(site), TTFactors)
     return FacTTT(site.width, site.out, made, dropout=dropout)
 
 
@@ -169,7 +170,7 @@ def fact_tk(site: Site, factors: Maker = _TK, dropout: float = 0.1, slices: int 
     fact_tk(factors=shared(tk_factors(rank=8)))
     """
     positive("fact_tk", slices=slices)
-    made = lent("fact_tk", "factors", factors, _square(site), TKFactors)
+    made = borrowed("fact_tk", "factors", factors, _square(site), TKFactors)
     return FacTTK(site.width, site.out, made, dropout=dropout, slices=slices)
 
 

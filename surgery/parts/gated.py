@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..part import part, positive, usually
-from ..tree import Site
+from ..rules.part import part, usually
+from ..structure.module_tree import Site
+from .arguments import positive
 
 KNOWN = {"qkv", "q_norm", "k_norm", "attn_drop", "softmax", "norm", "proj", "proj_drop"}
 TABLES = {"relative_position_bias_table"}  # adds to scores between tokens, which prompts are not

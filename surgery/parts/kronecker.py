@@ -14,9 +14,10 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..part import Maker, divisors, lent, near_divisors, part, positive, shared, usually
-from ..tree import Site
-from .rows import chosen_rows, placed
+from ..rules.part import Maker, part, shared, usually
+from ..structure.module_tree import Site
+from .arguments import borrowed, divisors, near_divisors, positive
+from .qkv_rows import chosen_rows, placed
 
 
 class KronA(nn.Module):
@@ -168,7 +169,7 @@ def compacter(site: Site, rank: int = 24, rule: Maker = _PHM_RULE) -> nn.Module:
     compacter(rank=8, rule=shared(phm_rule(n=2)))
     """
     positive("compacter", rank=rank)
-    core = lent("compacter", "rule", rule, site.sized(0, 0), PHMRule)
+    core = borrowed("compacter", "rule", rule, site.sized(0, 0), PHMRule)
     n = len(core.weight)
     for what, size in (("width", site.width), ("rank", rank), ("output", site.out)):
         divides("compacter", what, size, n=n)
@@ -275,7 +276,7 @@ def kadaptation(
     """
     slices = chosen_rows(rows, site.out, "kadaptation")
     size = slices[0].stop - slices[0].start
-    core = lent("kadaptation", "slow", slow, site.sized(0, len(slices)), SlowFactors)
+    core = borrowed("kadaptation", "slow", slow, site.sized(0, len(slices)), SlowFactors)
     divides("kadaptation", "output", size, t=core.a.shape[1])
     divides("kadaptation", "input", site.width, t=core.a.shape[1])
     return KAdaptation(site.width, slices, core, out=site.out, scale=scale, dropout=dropout)

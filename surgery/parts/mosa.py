@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import RuleError
-from ..part import part, positive, usually
-from ..tree import Site
+from ..rules.part import part, usually
+from ..structure.module_tree import Site
+from .arguments import positive
 
 
 class SparseExperts(nn.Module):

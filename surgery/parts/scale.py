@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..part import part, usually
-from ..tree import Site
+from ..rules.part import part, usually
+from ..structure.module_tree import Site
 
 
 class ScaleShift(nn.Module):

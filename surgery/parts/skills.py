@@ -10,10 +10,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..errors import FileError, GraftError, OperationError, RuleError
-from ..part import Affine, part, positive, usually
-from ..tree import Site
-from .lora import kaiming, scale_of
-from .rows import on_rows
+from ..rules.affine import Affine
+from ..rules.part import part, usually
+from ..structure.module_tree import Site
+from .arguments import positive
+from .low_rank import kaiming, scale_of
+from .qkv_rows import on_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -6,9 +6,9 @@ print(check(model, rules, inputs))
 """
 
 from .case import Case
-from .check import GROUPS, PROPERTIES, Report, Verdict, check, specify
-from .law import Absent, Broken, law
+from .laws import Absent, Broken, law
 from .strategies import addresses, from_model, parts, rules, transformers
+from .suite import GROUPS, PROPERTIES, Report, Verdict, check, specify
 
 __all__ = [
     "Absent", "Broken", "Case", "GROUPS", "PROPERTIES", "Report", "Verdict", "addresses", "check",

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._inputs import call, copied
+from ..engine.apply import parameters
+from ..engine.hooks import HookedSite
+from ..engine.matching import flatten_rules
+from ..engine.operation import Operation, operations
+from ..engine.planning import Plan, plan
+from ..engine.tokens import Action
+from ..engine.verify import tensors
 from ..errors import RuleError
-from ..example import call, copied
-from ..graft import Graft
-from ..insertion import Step
-from ..meeting import flatten
-from ..operate import parameters
-from ..pattern import Pattern
-from ..plan import Plan, plan
-from ..proof import tensors
-from ..room import Operation, operations
-from ..rule import Rule, Rules
-from ..tree import Site
-from .fault import Line, events
-from .law import Draw
-from .seen import real
+from ..rules.rule import Rule, Rules
+from ..rules.selector import Selector
+from ..structure.module_tree import Site
+from .fault_injection import Line, events
+from .laws import Draw
+from .snapshot import real
 
 SEEDS = st.integers(0, 99)
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=4)  # dealt out in turn
@@ -56,7 +56,7 @@ class Case:
             kind = type(built).__name__
             raise RuleError(f"model={kind}", "this is no model.", "Give one, or what builds one.")
         given = inputs() if callable(inputs) and not isinstance(inputs, Tensor) else inputs
-        self.rules = flatten(rules)
+        self.rules = flatten_rules(rules)
         self._model, self._inputs = _runs(built, given, dtype)
 
     def __repr__(self) -> str:
@@ -144,7 +144,7 @@ class Case:
         return events(self.plan(self.model()).apply)
 
     @cached_property
-    def patterns(self) -> list[Pattern]:
+    def patterns(self) -> list[Selector]:
         """Where the rules say."""
         return [rule.where for rule in self.rules]
 
@@ -177,9 +177,11 @@ def operation(model: nn.Module) -> Operation:
     return operations(model)[-1]
 
 
-def steps(model: nn.Module) -> list[tuple[Graft, Step]]:
+def actions(model: nn.Module) -> list[tuple[HookedSite, Action]]:
     """Every part where it is joined."""
-    return [(graft, step) for graft in operation(model).grafts for step in graft.steps]
+    return [
+        (hooked, action) for hooked in operation(model).hooked_sites for action in hooked.actions
+    ]
 
 
 def train(case: Case, model: nn.Module, times: int = 3) -> None:

@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..edit import Parallel
-from ..example import call
-from ..operate import disabled
-from ..ops import Routed
-from ..part import affine
-from ..pattern import where
-from ..proof import tensors
-from ..rule import at
-from ..tree import Site
-from . import mixing
-from .case import SEEDS, Case, operation, steps, stir, train
-from .law import Broken, Draw, applies, holds
-from .mixing import another, answer_of, each, parts_given
-from .seen import MODEL, SITE, equal, gap, listed, near, rounding, snapshot, unchanged, used
+from .._inputs import call
+from ..engine.apply import disabled
+from ..engine.verify import tensors
+from ..rules.affine import affine
+from ..rules.edits import Parallel
+from ..rules.routing import Routed
+from ..rules.rule import at
+from ..rules.selector import where
+from ..structure.module_tree import Site
+from . import isolation
+from .case import SEEDS, Case, actions, operation, stir, train
+from .isolation import another, answer_of, each, parts_given
+from .laws import Broken, Draw, applies, holds
+from .snapshot import MODEL, SITE, equal, gap, listed, near, rounding, snapshot, unchanged, used
 
 
 def it_runs(case: Case, draw: Draw) -> None:
@@ -63,13 +63,13 @@ def _other(before: list[object], after: list[object]) -> str:
 def parts_start_as_the_identity(case: Case, draw: Draw) -> None:
     """S(x) = m(x) to the bit at the start, where all parts declare `starts_at_zero`."""
     model = case.operated(seed=draw(SEEDS, "seed"))
-    kinds = {type(s.part).__name__ for _, s in steps(model) if not _starts_at_zero(s)}
+    kinds = {type(s.part).__name__ for _, s in actions(model) if not _starts_at_zero(s)}
     applies(not kinds, f"{listed(sorted(kinds))} does not say that it starts at zero")
     equal(case.outputs(model), case.outputs(case.twin(model)), "S(x) at the start is not m(x)")
 
 
-def _starts_at_zero(step: Any) -> bool:
-    return step.scale is not None and getattr(step.part, "starts_at_zero", False)
+def _starts_at_zero(action: Any) -> bool:
+    return action.scale is not None and getattr(action.part, "starts_at_zero", False)
 
 
 def scale_is_linear(case: Case, draw: Draw) -> None:
@@ -82,9 +82,9 @@ def scale_is_linear(case: Case, draw: Draw) -> None:
     there = where(rule.where) & where(lambda s: s.path == site.path)
     models = [case.operated(rules=[at(there, replace(edit, weight=w))]) for w in (0.0, 0.5, 1.0)]
     stir(models[0], seed)
-    (_, first), *_ = steps(models[0])
+    (_, first), *_ = actions(models[0])
     for model in models[1:]:  # parts are seeded by their edit, scale and all: make them the same
-        steps(model)[0][1].part.__dict__.update(copy.deepcopy(vars(first.part)))
+        actions(model)[0][1].part.__dict__.update(copy.deepcopy(vars(first.part)))
     base = _output(case, site, case.twin(models[0]))
     zero, one, two = (_output(case, site, model) for model in models)
     holds(torch.equal(zero, base), f"{site.path}: with scale=0 the part changes the output")
@@ -109,15 +109,15 @@ def _first(value: object) -> Tensor:
 def every_part_runs(case: Case, draw: Draw) -> None:
     """In a forward each part runs once for each call of each of its sites, and each is called."""
     model = case.operated(stirred=draw(SEEDS, "seed"))
-    applies(steps(model), "these rules join no part")
+    applies(actions(model), "these rules join no part")
     runs(case, model)
 
 
 def runs(case: Case, model: nn.Module) -> None:
     """Raise Broken unless every part of S runs in a forward as often as its sites are called."""
     calls: Counter[int] = Counter()
-    ends = [graft.entry if s.place == "before" else graft.exit for graft, s in steps(model)]
-    watched = {id(m): m for m in [*ends, *(step.part for _, step in steps(model))]}
+    ends = [hooked.entry if s.place == "before" else hooked.exit for hooked, s in actions(model)]
+    watched = {id(m): m for m in [*ends, *(action.part for _, action in actions(model))]}
     hooks = [
         module.register_forward_pre_hook(lambda m, *_: calls.update([id(m)]))
         for module in watched.values()
@@ -128,12 +128,14 @@ def runs(case: Case, model: nn.Module) -> None:
         for hook in hooks:
             hook.remove()
     want: Counter[int] = Counter()
-    for (graft, step), end in zip(steps(model), ends, strict=True):
-        holds(calls[id(end)], f"{graft.path} is never called")
-        want[id(step.part)] += calls[id(end)]
-    for graft, step in steps(model):
-        n, times = want[id(step.part)], calls[id(step.part)]
-        told = f"{type(step.part).__name__} at {graft.path} runs {times} times, and its sites {n}"
+    for (hooked, action), end in zip(actions(model), ends, strict=True):
+        holds(calls[id(end)], f"{hooked.path} is never called")
+        want[id(action.part)] += calls[id(end)]
+    for hooked, action in actions(model):
+        n, times = want[id(action.part)], calls[id(action.part)]
+        told = (
+            f"{type(action.part).__name__} at {hooked.path} runs {times} times, and its sites {n}"
+        )
         holds(times == n, told)
 
 
@@ -145,11 +147,11 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
     fresh, model = case.operated(), case.operated(stirred=draw(SEEDS, "seed"))
     found = parts_given(model, case.inputs())
     applies(found, "no part here is given features")
-    for graft, step, x in parts_given(fresh, case.inputs()):
-        if getattr(step.part, "starts_at_zero", False) and answer_of(step.part, x).any():
-            raise Broken(f"{type(step.part).__name__} at {graft.path} does not start at zero")
-    for graft, step, x in found:
-        place, part = f"{type(step.part).__name__} at {graft.path}", step.part
+    for hooked, action, x in parts_given(fresh, case.inputs()):
+        if getattr(action.part, "starts_at_zero", False) and answer_of(action.part, x).any():
+            raise Broken(f"{type(action.part).__name__} at {hooked.path} does not start at zero")
+    for hooked, action, x in found:
+        place, part = f"{type(action.part).__name__} at {hooked.path}", action.part
         gates, says = isinstance(part(x), Routed), bool(getattr(part, "routes", False))
         holds(gates == says, f"{place} gives {'gates' if gates else 'no gates'}, and routes={says}")
         if map := affine(part):
@@ -184,8 +186,8 @@ def forward_changes_nothing(case: Case, draw: Draw) -> None:
         if id(part) in kept and not torch.equal(args[0], kept.pop(id(part))):
             written.append(type(part).__name__)
 
-    hooks = [s.part.register_forward_pre_hook(enter) for _, s in steps(model)]
-    hooks += [s.part.register_forward_hook(leave) for _, s in steps(model)]
+    hooks = [s.part.register_forward_pre_hook(enter) for _, s in actions(model)]
+    hooks += [s.part.register_forward_hook(leave) for _, s in actions(model)]
     call(model, x)
     for hook in hooks:
         hook.remove()
@@ -264,9 +266,9 @@ LAWS = (
     parts_start_as_the_identity,
     scale_is_linear,
     every_part_runs,
-    mixing.samples_do_not_mix,
-    mixing.tokens_do_not_mix,
-    mixing.tokens_have_no_order,
+    isolation.samples_do_not_mix,
+    isolation.tokens_do_not_mix,
+    isolation.tokens_have_no_order,
     parts_are_what_they_declare,
     forward_changes_nothing,
     forward_is_deterministic,

@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..edit import unfreeze
+from .._inputs import call
+from ..engine.reports import anatomy
 from ..errors import MatchError, SurgeryError
-from ..example import call
-from ..pattern import Pattern, where
-from ..role import anatomise, attn, ffn
-from ..rule import at
-from ..show import anatomy
-from ..tree import Site, Tree
+from ..rules.edits import unfreeze
+from ..rules.roles import attn, ffn
+from ..rules.rule import at
+from ..rules.selector import Selector, where
+from ..structure.anatomy import roles_of
+from ..structure.module_tree import Site, Tree
 from .case import FLAGS, Case, mark
-from .law import Broken, Draw, applies, holds
-from .seen import listed, raised, snapshot, unchanged
+from .laws import Broken, Draw, applies, holds
+from .snapshot import listed, raised, snapshot, unchanged
 from .strategies import from_model
 
 Spot = tuple[int, int]
@@ -55,10 +56,10 @@ def patterns_are_a_boolean_algebra(case: Case, draw: Draw) -> None:
     p, q = draw(patterns, "p"), draw(patterns, "q")
     known = dict.fromkeys([*tree.sites, *p.candidates(tree), *q.candidates(tree)])
 
-    def match(pattern: Pattern) -> set[Site]:
+    def match(pattern: Selector) -> set[Site]:
         return {site for site in known if pattern.test(tree, site) is not None}
 
-    def found(pattern: Pattern) -> set[Site]:
+    def found(pattern: Selector) -> set[Site]:
         return set(pattern.find(tree))
 
     laws = {
@@ -158,7 +159,7 @@ def names_mean_nothing_to_roles(case: Case, draw: Draw) -> None:
 
 
 def _spots(model: nn.Module) -> dict[str, set[Spot]]:
-    roles = anatomise(Tree(model))
+    roles = roles_of(Tree(model))
     return {
         n: {(id(s.entry.module), id(s.exit.module)) for s in sites} for n, sites in roles.items()
     }
@@ -256,7 +257,7 @@ def grafts_are_invisible(case: Case, draw: Draw) -> None:
     holds(not differ, f"once operated, {pattern!r} finds other sites: {listed(differ)}")
 
 
-def _read(pattern: Pattern, model: nn.Module) -> dict[str, object]:
+def _read(pattern: Selector, model: nn.Module) -> dict[str, object]:
     found = pattern.find(Tree(model))
     return {site.path: (captures, site.shape, site.index) for site, captures in found.items()}
 

@@ -11,15 +11,15 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from ..edit import Trained
-from ..leaf import keeps_statistics
-from ..part import Shared
-from ..place import Placed
-from ..tree import ROOM
-from .case import FLAGS, SEEDS, Case, mark, operation, steps, train
+from ..engine.placement import Placement
+from ..rules.edits import Trained
+from ..rules.part import Shared
+from ..structure.layers import keeps_statistics
+from ..structure.module_tree import ADDITIONS
+from .case import FLAGS, SEEDS, Case, actions, mark, operation, train
 from .function import runs
-from .law import Draw, applies, holds
-from .seen import base_of, listed, ties, used
+from .laws import Draw, applies, holds
+from .snapshot import base_of, listed, ties, used
 
 
 def freezing_is_exact(case: Case, draw: Draw) -> None:
@@ -30,7 +30,7 @@ def freezing_is_exact(case: Case, draw: Draw) -> None:
     model = case.model()
     declared = _declared(case, model)
     case.operated(model, seed=draw(SEEDS, "seed"))
-    parts = {id(p): f"{ROOM}.{n}" for n, p in operation(model).named_parameters()}
+    parts = {id(p): f"{ADDITIONS}.{n}" for n, p in operation(model).named_parameters()}
     names = {id(p): n for n, p in _base_parameters(model)}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     own = {id(p) for p in operation(model).parameters() if p.requires_grad}
@@ -128,7 +128,7 @@ def counts_are_closed_forms(case: Case, draw: Draw) -> None:
     )
 
 
-def _group(p: Placed) -> Any:
+def _group(p: Placement) -> Any:
     """What a shared part must be the same for; None for a part of one site."""
     part, site = p.edit.part, p.site
     if not isinstance(part, Shared):
@@ -154,15 +154,15 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
     way = draw(st.sampled_from([*COPIES]), "copy")
     for name, each in (("S", model), (f"S after {way}", COPIES[way](model))):
         found: dict[int, list[str]] = {}
-        for graft, step in steps(each):
-            found.setdefault(id(step.part), []).append(graft.path)
+        for hooked, action in actions(each):
+            found.setdefault(id(action.part), []).append(hooked.path)
         have = sorted(sorted(paths) for paths in found.values())
         holds(have == want, f"{name} has {len(have)} parts, not {len(want)}: {_uneven(want, have)}")
         own = [p.data_ptr() for p in operation(each).state_dict().values() if p.numel()]
         holds(len(own) == len(set(own)), f"{name} holds a tensor under two keys")
         tied = {id(p) for p in operation(each).parameters()}
         base = {id(p) for p in each.parameters()} - tied
-        run = {id(p) for _, step in steps(each) for p in used(step.part)} - base
+        run = {id(p) for _, action in actions(each) for p in used(action.part)} - base
         holds(tied == run, f"{name} runs parts that it does not hold")
         if way != ".to(bfloat16)":
             runs(case, each)

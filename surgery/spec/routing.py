@@ -8,12 +8,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .. import operate, ops
-from ..graft import routes
+from ..engine import apply
+from ..engine.hooks import routes
+from ..rules import routing
 from .case import SEEDS, Case, operation
-from .law import Draw, applies, holds
-from .mixing import parts_given
-from .seen import SITE, gap, listed
+from .isolation import parts_given
+from .laws import Draw, applies, holds
+from .snapshot import SITE, gap, listed
 
 
 def _routed(case: Case, draw: Draw) -> nn.Module:
@@ -26,7 +27,7 @@ def gates_lie_on_the_simplex(case: Case, draw: Draw) -> None:
     """g >= 0 and |sum g - 1| <= N eps, for every sub-token; the chosen one of top-1 is one."""
     model = _routed(case, draw)
     case.outputs(model)
-    for path, routed in operate.routing(model).items():
+    for path, routed in apply.routing(model).items():
         gates = routed.gates
         least, n = gates.min().item(), gates.shape[-1]
         holds(least >= 0, f"{path}: a gate is {least:.3g}")
@@ -35,7 +36,7 @@ def gates_lie_on_the_simplex(case: Case, draw: Draw) -> None:
         worst = sums[int((sums - 1).abs().argmax())].item()
         told = f"{path}: the gates of a sub-token sum to {worst:.6g}, not 1"
         holds(far <= n * torch.finfo(gates.dtype).eps, told)
-        chosen = ops.top1(gates)
+        chosen = routing.top1(gates)
         holds(
             bool((chosen.sum(-1) == 1).all() and ((chosen != 0).sum(-1) == 1).all()),
             f"{path}: top-1 is not one expert",
@@ -61,9 +62,9 @@ class _Router:
             setattr(made, name, nn.Parameter(getattr(self.part, name).detach()[chosen].clone()))
         return made
 
-    def answer(self, part: nn.Module) -> ops.Routed:
+    def answer(self, part: nn.Module) -> routing.Routed:
         with torch.no_grad():
-            routed: ops.Routed = part(self.x)
+            routed: routing.Routed = part(self.x)
         return routed
 
 
@@ -133,9 +134,9 @@ def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
     """
     model = _routed(case, draw)
     loss = case.loss(model)
-    balance = operate.balance_loss(model)
+    balance = apply.balance_loss(model)
     want = torch.zeros((), dtype=torch.float64)
-    for path, routed in operate.routing(model).items():
+    for path, routed in apply.routing(model).items():
         gates = routed.gates.double()
         n, mean = gates.shape[-1], gates.mean(0)
         loads = torch.stack([(gates.argmax(-1) == p).double().mean() for p in range(n)])
@@ -173,7 +174,7 @@ def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
 def _called_again(case: Case, model: nn.Module) -> bool:
     """Whether a forward calls a routed site more than once."""
     calls: list[int] = []
-    exits = {id(graft.exit): graft.exit for graft in operation(model).routers}
+    exits = {id(hooked.exit): hooked.exit for hooked in operation(model).routers}
     hooks = [e.register_forward_hook(lambda m, *_: calls.append(id(m))) for e in exits.values()]
     case.outputs(model)
     for hook in hooks:

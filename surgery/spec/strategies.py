@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import nn
 
-from ..address import Step
-from ..edit import Edit, append, freeze, parallel, prepend, replace, unfreeze
-from ..part import Maker, part, shared
 from ..parts import QuickGELU, adapter, frozen, lora, moa, vera
-from ..pattern import Pattern, where
-from ..relation import holding, inside, nearest
-from ..role import ROLES, attn, block, ffn, head, norm, proj
-from ..rule import Rule, at
-from ..tree import Site, Tree
+from ..rules.edits import Edit, append, freeze, parallel, prepend, replace, unfreeze
+from ..rules.part import Maker, part, shared
+from ..rules.relations import holding, inside, nearest
+from ..rules.roles import ROLES, attn, block, ffn, head, norm, proj
+from ..rules.rule import Rule, at
+from ..rules.selector import Selector, where
+from ..structure.module_tree import Site, Tree
+from ..structure.path import Step
 from .transformer import Row, Transformer
 
 NAMES = ("blocks", "mlp", "attn", "0", "1", "fc1", "norm")
@@ -189,7 +189,7 @@ class ModelStrategies:
         """The address of one site."""
         return st.sampled_from([site.path for site in self.tree.sites])
 
-    def patterns(self) -> SearchStrategy[Pattern]:
+    def patterns(self) -> SearchStrategy[Selector]:
         """Addresses, roles, classes, and all that combines them."""
         kinds = sorted({type(s.module) for s in self.tree.sites}, key=lambda kind: kind.__name__)
         leaves = st.one_of(
@@ -204,7 +204,7 @@ class ModelStrategies:
         return st.lists(one, min_size=1, max_size=2, unique_by=lambda rule: repr(rule.where))
 
 
-def _combined(inner: SearchStrategy[Pattern]) -> SearchStrategy[Pattern]:
+def _combined(inner: SearchStrategy[Selector]) -> SearchStrategy[Selector]:
     return st.one_of(
         st.builds(lambda p, q: p & q, inner, inner),
         st.builds(lambda p, q: p | q, inner, inner),

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import operate
-from ..address import generalise
+from .._preserve import fingerprint
+from ..engine import apply
+from ..engine.planning import plan
 from ..errors import SurgeryError
-from ..feeds import Feed, ffns
-from ..flow import follow
-from ..plan import plan
-from ..role import anatomise, instead_of_ffns
-from ..trace import Trace, trace
-from ..tree import Site, Tree, fingerprint
-from .feed import Inputs, run
+from ..structure.anatomy import instead_of_ffns, roles_of
+from ..structure.dataflow import attach_dataflow
+from ..structure.ffn_traced import TracedFFN, traced_ffns
+from ..structure.module_tree import Site, Tree
+from ..structure.path import generalise
+from ..structure.trace import Trace, trace
+from .dummy_inputs import Inputs, run
 
 RULES = "adapterx_ffn"
 IDLE = "not run with these inputs"
@@ -58,8 +59,8 @@ def read(row: Row, model: nn.Module, example: Inputs | None = None) -> Row:
         parameters=sum(p.numel() for p in model.parameters()),
     )
     tree = Tree(model)
-    follow(tree, example)
-    roles = anatomise(tree)
+    attach_dataflow(tree, example)
+    roles = roles_of(tree)
     found = roles["ffn"]
     row = row._replace(
         sites=len(found),
@@ -88,7 +89,7 @@ def operated(row: Row, model: nn.Module, inputs: Inputs, example: Inputs | None 
     torch.manual_seed(0)
     before = fingerprint(model)  # after the first forward, in which some models fill buffers
     try:
-        operate.apply(model, RULES, example=example)
+        apply.apply(model, RULES, example=example)
     except SurgeryError as error:
         return row._replace(status="refused", reason=_join(_words(error), row.reason))
     told: list[str] = []
@@ -101,7 +102,7 @@ def operated(row: Row, model: nn.Module, inputs: Inputs, example: Inputs | None 
         return row._replace(status="refused", reason=words)
     finally:
         model.zero_grad(set_to_none=True)
-        operate.revert(model)
+        apply.revert(model)
     torch.manual_seed(0)
     changed = [mark for mark, value in fingerprint(model).items() if before.get(mark) != value]
     wrong += [f"revert left {len(changed)} marks changed: {', '.join(changed[:3])}"] * bool(changed)
@@ -121,10 +122,10 @@ def compared(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     torch.manual_seed(1)
     try:
         seen = trace(model.eval(), inputs)
-        feeds = [feed for feed in ffns(seen) if feed.kind in ("ffn", "tokens")]
+        feeds = [feed for feed in traced_ffns(seen) if feed.kind in ("ffn", "tokens")]
     except Exception as error:
         return row._replace(run="forward not traced", reason=_join(row.reason, _words(error)[:200]))
-    found = anatomise(Tree(model))["ffn"]
+    found = roles_of(Tree(model))["ffn"]
     unseen = [site for site in found if not any(_covers(site, feed) for feed in feeds)]
     more = [feed for feed in feeds if not any(_covers(site, feed) for site in found)]
     told = [f"{len(found) - len(unseen)} of {len(found)}"] * bool(unseen)
@@ -144,7 +145,7 @@ def _join(*reasons: str) -> str:
     return "; ".join(filter(None, reasons))
 
 
-def _covers(site: Site, feed: Feed) -> bool:
+def _covers(site: Site, feed: TracedFFN) -> bool:
     return _is_in(feed.entry, site.entry.path) and _is_in(feed.exit, site.exit.path)
 
 
@@ -157,7 +158,7 @@ def _ran(seen: Trace, site: Site) -> bool:
     return any(id(call.module) in inside for call in seen.calls)
 
 
-def _span(feed: Feed) -> str:
+def _span(feed: TracedFFN) -> str:
     """Its address, as that of a site would be."""
     owner = f"{feed.owner}." if feed.owner else ""
     if feed.entry == feed.exit:
@@ -188,7 +189,7 @@ def _judged(
         if not results:
             return told, [*wrong, "no output carries a gradient"]
         loss = torch.stack([t.abs().float().mean() for t in results]).sum()
-        torch.autograd.backward(loss + operate.balance_loss(model))
+        torch.autograd.backward(loss + apply.balance_loss(model))
     parts = dict(model.get_submodule("surgery").named_parameters())
     dry = [name for name, p in parts.items() if p.requires_grad and p.grad is None]
     if dry:

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..table import Table
+from .._table import Table
 from .look import ALONE, RULES, Row
 
 STATUSES = ("operated", "planned", "refused", "failed")

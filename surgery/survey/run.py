@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import zoo
-from .feed import Inputs, feed, refusal, unfed
+from .dummy_inputs import Inputs, feed, refusal, unfed
 from .look import Row, compared, operated, read
 
 LIMIT = 60  # seconds for a model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .feed import Inputs, feed, unfed
+from .dummy_inputs import Inputs, feed, unfed
 from .shrink import Shrink, mended, shrunk
 
 LADDER = (

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 import surgery
-from surgery.rule import Rules
+from surgery.rules.rule import Rules
 from tests.models import images, tiny_vit
 
 EPS = torch.finfo(torch.float64).eps

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.rulesets.prompts import vpt_deep, vpt_shallow
+from surgery.methods.prompts import vpt_deep, vpt_shallow
 from tests.methods.reference import (
     INPUTS,
     by_hand,

@@ -1,0 +1,262 @@
+"""Apply, revert, and what a training loop asks of an operated model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraftError, OperationError
+from ..rules import routing as _routing
+from ..rules.rule import Rules
+from .hooks import HookedSite
+from .operation import Operation, operations, same, tensor_of
+from .planning import Plan, check_operable
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Routing(NamedTuple):
+    """One site's last forward: gates (sub-tokens, experts); load (experts,), fractions of 1."""
+
+    gates: Tensor
+    load: Tensor
+
+
+def apply(
+    model: Model,
+    rules: Rules,
+    *,
+    example: Any = None,
+    seed: int = 0,
+    name: str = "default",
+    balance: float | Callable[[], float] | None = None,
+) -> Model:
+    """Rewrite `model` in place by `rules`, all or nothing, and return it.
+
+    What the rules add and unfreeze is trained; everything else is frozen: norms with running
+    statistics, too, which then stay in eval mode. (Convert to SyncBatchNorm before, not after.)
+
+    rules    the name of a rule set, a rule, or a list of either
+    example  inputs (a tensor, tuple or dict) for a few forwards, in eval mode on copies, that show
+             which norm feeds what, and prove that every site runs, that gradient comes to what is
+             trained, and that the output is the base's where all parts start at zero; without it
+             the first forward of the model shows that every site runs
+    seed     parts start from (seed, edit, path), whatever the order of calls
+    name     of this operation; another name operates on top of an earlier one
+    balance  a coefficient: the gradient of coefficient * balance loss is added on the way back,
+             with no side effect, so that it is right under reentrant checkpointing and under
+             torch.compile with checkpointing too. It is not scaled with the loss: with a
+             GradScaler give a function, lambda: 0.01 * scaler.get_scale(). None: keep the gates
+             for `balance_loss`
+
+    Raises RuleError, MatchError, ConflictError, OperationError or GraftError, model untouched.
+
+    >>> from surgery import adapter, at, parallel
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    >>> model = apply(model, at(nn.Linear, parallel(adapter(rank=2))), example=torch.zeros(1, 8))
+    >>> sum(p.numel() for p in parameters(model))
+    124
+    """
+    made = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
+    made.apply(example)
+    return model
+
+
+def revert(model: Model, *, name: str | None = None) -> Model:
+    """Take all operations off, or the last one by its name: the model is what it was, bit for bit.
+
+    Values of unfrozen parameters, floating buffers, `requires_grad`, training flags and hooks come
+    back; gradients of unfrozen parameters are dropped. Raises OperationError where there is
+    nothing to take off, or `name` is not the last.
+
+    >>> from surgery import at, unfreeze
+    >>> model = apply(nn.Sequential(nn.Linear(8, 8)), at("0", unfreeze))
+    >>> hasattr(revert(model), "surgery")
+    False
+    """
+    done = operated(model, "revert(model)", merged=None)
+    if name is not None and name != done[-1].name:
+        names = ", ".join(op.name for op in done)
+        raise OperationError(
+            f'revert(model, name="{name}")',
+            f"it is not the last operation; they are, in order: {names}.",
+            "Take them off last first, or all at once with revert(model).",
+        )
+    for operation in done:
+        operation.unfold()
+    for operation in reversed(done if name is None else done[-1:]):
+        operation.undo()
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """While it lasts, the base model answers: no part runs, and unfrozen tensors are as they were.
+
+    It answers without gradients, as under torch.no_grad(). Raises OperationError on a model that
+    was never operated.
+
+    >>> from surgery import append, at
+    >>> model = apply(nn.Sequential(nn.Identity()), at("0", append(lambda site: nn.Linear(2, 2))))
+    >>> with disabled(model):
+    ...     model(torch.ones(1, 2))
+    tensor([[1., 1.]])
+    """
+    done = operated(model, "disabled(model)")
+    now = [(tensor, tensor.detach().clone(), before) for tensor, before in _changed(done)]
+    counted = [(buffer, buffer.detach().clone()) for buffer in _statistics(done)]
+    enabled = [operation.enabled for operation in done]
+    try:
+        for operation in done:
+            operation.enabled = False
+        _set([(tensor, before) for tensor, _, before in now])
+        with torch.no_grad():
+            yield model
+    finally:
+        for operation, was in zip(done, enabled, strict=True):
+            operation.enabled = was
+        _set([(tensor, value) for tensor, value, _ in now])
+        _set([(buffer, value) for buffer, value in counted if not same(buffer, value)])
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What to optimise: the trainable parameters of the parts and of what was unfrozen.
+
+    Raises OperationError on a model that was never operated.
+
+    >>> from surgery import at, unfreeze
+    >>> model = apply(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), at("1", unfreeze))
+    >>> torch.optim.AdamW(parameters(model), lr=1e-3).param_groups[0]["params"][0].shape
+    torch.Size([2, 4])
+    """
+    operated(model, "parameters(model)")
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """The Switch balance loss of the last forward, summed over sites: a scalar to add to the loss.
+
+    Each site gives N * sum_p t_p * mean(g_p), which is 1 when all is even and at most N (Eq. 6 of
+    Li et al. 2024). 0 where no part routes. With apply(..., balance=...) its gradient is added
+    anyway, and this is its value without gradient. A module called twice counts its last call.
+
+    Raises GraftError before any forward, and where the last forward ran without gradients though
+    gradients are asked for now (no_grad, or reentrant checkpointing, where they would be missing).
+
+    >>> from surgery import at, ffn, moa, parallel, shared
+    >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = apply(nn.Sequential(layer), at(ffn, parallel(shared(moa(heads=2, rank=4)))))
+    >>> _ = model(torch.randn(1, 5, 16))
+    >>> 0 < balance_loss(model).item() <= 4
+    True
+    """
+    done = operated(model, "balance_loss(model)")
+    losses: list[Tensor] = []
+    for operation in done:
+        for hooked in operation.routers:
+            for gates in _gates(hooked, "balance_loss(model)"):
+                if operation.balance is None:
+                    _check_gradient(hooked, gates)
+                losses.append(_routing.balance(gates))
+    place = losses[0] if losses else next(model.parameters(), torch.zeros(()))
+    return sum((loss.to(place.device) for loss in losses), place.new_zeros(()))
+
+
+def routing(model: nn.Module) -> dict[str, Routing]:
+    """Per site, what its router did in the last forward: gates, and the load of each expert.
+
+    Further routers at one site are told under its address and a number, "blocks.0.mlp/2".
+
+    Raises OperationError on a model never operated, GraftError before any forward.
+
+    >>> from surgery import at, ffn, moa, parallel, shared
+    >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = apply(nn.Sequential(layer), at(ffn, parallel(shared(moa(heads=2, rank=4)))))
+    >>> _ = model(torch.randn(1, 5, 16))
+    >>> [(path, round(r.load.sum().item(), 6)) for path, r in routing(model).items()]
+    [('0.(linear1 to linear2)', 1.0)]
+    """
+    routers = [g for op in operated(model, "routing(model)") for g in op.routers]
+    kept, seen = dict[str, Routing](), Counter[str]()
+    for hooked in routers:
+        for gates in _gates(hooked, "routing(model)"):
+            seen[hooked.path] += 1
+            n = seen[hooked.path]
+            kept[hooked.path if n == 1 else f"{hooked.path}/{n}"] = Routing(
+                gates.detach(), _routing.load(gates.detach())
+            )
+    return kept
+
+
+def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[Operation]:
+    """All operations on a model, oldest first; merged or not, as asked (None: either).
+
+    Raises OperationError where there are none, or not such.
+    """
+    check_operable(model)
+    done = operations(model)
+    if not done:
+        raise OperationError(
+            call,
+            f"this {type(model).__name__} was never operated.",
+            "Call surgery.apply(model, rules) first, and give that same model, not a wrapper.",
+        )
+    if merged is not None and done[-1].merged is not merged:
+        raise OperationError(
+            call,
+            f"the parts of this {type(model).__name__} are {'not ' * merged}merged.",
+            "Call surgery.merge(model) first." if merged else "Call surgery.unmerge(model) first.",
+        )
+    return done
+
+
+def _gates(hooked: HookedSite, call: str) -> list[Tensor]:
+    """Those of the last forward, of each router at a site, in rule order."""
+    if not hooked.gates:
+        raise GraftError(
+            call,
+            f"the router at {hooked.path} has not run since the model was operated, copied or "
+            "loaded.",
+            "Run a forward first; under torch.compile with balance=..., run one outside of it.",
+        )
+    return [gates for _, gates in sorted(hooked.gates.items())]
+
+
+def _check_gradient(hooked: HookedSite, gates: Tensor) -> None:
+    trained = any(p.requires_grad for action in hooked.actions for p in action.part.parameters())
+    if torch.is_grad_enabled() and trained and not gates.requires_grad:
+        raise GraftError(
+            "balance_loss(model)",
+            f"the last forward at {hooked.path} kept no gradient (no_grad, or reentrant "
+            "checkpointing): its own would silently be missing.",
+            "Read its value under torch.no_grad(), use checkpointing with use_reentrant=False, or "
+            "give apply(..., balance=0.01), which is right in every case.",
+        )
+
+
+def _changed(done: list[Operation]) -> list[tuple[Tensor, Tensor]]:
+    """(tensor, what it was before the first operation) for all that is not the same any more."""
+    first: dict[int, tuple[Tensor, Tensor]] = {}
+    for operation in done:
+        for module, name, was in operation.was_value:
+            tensor = tensor_of(module, name)
+            if tensor is not None and not tensor.is_meta:
+                first.setdefault(id(tensor), (tensor, was))
+    return [(tensor, was) for tensor, was in first.values() if not same(tensor, was)]
+
+
+def _statistics(done: list[Operation]) -> list[Tensor]:
+    """The buffers that a forward in training changes."""
+    held = [module._buffers.get(name) for op in done for module, name, _ in op.was_value]
+    return [buffer for buffer in held if buffer is not None and not buffer.is_meta]
+
+
+def _set(values: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in values:
+            tensor.copy_(value)

@@ -1,0 +1,394 @@
+"""One grafted site: what happens to features that pass it, and how it is joined and parted.
+
+Sites get hooks that are methods of plain objects, so that deep copies and pickles of the model
+carry on with their own parts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import GraftError
+from ..rules import routing
+from ..structure.module_tree import Site
+from .tokens import ENTERING, Action, Insertions
+
+Balance: TypeAlias = "routing.Coefficient | None"
+Kind = TypeVar("Kind")
+
+
+class Switch(nn.Module):
+    """What all grafts of one operation obey: whether they run, and who adds the balance loss.
+
+    merged  the parts are folded into the base, which answers for them
+    """
+
+    def __init__(self, balance: Balance) -> None:
+        super().__init__()
+        self.enabled, self.merged, self.balance = True, False, balance
+
+
+class RanFlag(nn.Module):
+    """Whether a graft ran. A module, so that torch.compile calls its method while it traces.
+
+    (torch keeps what the method returns as a global of its name in the module of the model.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = self.compiled = False
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _surgery_mark(self, compiled: bool) -> bool:
+        self.ran, self.compiled = True, compiled
+        return True
+
+
+class HookedSite:
+    """The actions joined to one site, in rule order, and what they saw last."""
+
+    def __init__(self, switch: Switch, site: Site, actions: list[Action]) -> None:
+        self.switch, self.path, self.actions = switch, site.path, actions
+        self.entry, self.exit = site.entry.module, site.exit.module
+        self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
+        self.width, self.out = site.shape.width, site.shape.out
+        entering = (i for i, action in enumerate(actions) if action.place in ENTERING)
+        first = next(entering, len(actions))
+        besides = [i for i, action in enumerate(actions) if action.place == "beside"]
+        self.remembers = bool(besides) and (site.is_span or first < besides[-1])
+        self.enters = first < len(actions)
+        self.leaves = any(action.place in ("after", "beside", "among") for action in actions)
+        self.replacement = next(
+            (action.part for action in actions if action.place == "instead"), None
+        )
+        self.was_forward = self.entry.__dict__.get("forward")
+        self.names = _declared(getattr(type(self.entry), "forward", None))
+        self.listeners: list[tuple[int, Insertions, int]] = []  # action j tells action i of another
+        self.inserts = any(action.place in ("into", "among") for action in actions)
+        self.tokens = Insertions(self.path)
+        self.stretch = site.entry.order, site.exit.end
+        self.mark = RanFlag()
+        self.came = RanFlag() if site.is_span and self.enters else None
+        self.forget()
+
+    @property
+    def ran(self) -> bool:
+        """Whether all of it ran, the beginning and the end."""
+        return self.mark.ran and (self.came is None or self.came.ran)
+
+    def unmark(self) -> None:
+        """As if it had never run."""
+        for mark in (self.mark, self.came):
+            if mark is not None:
+                mark.ran = mark.compiled = False
+
+    def forget(self) -> None:
+        """Drop what is kept of the last forward."""
+        self.inputs: dict[int, Tensor] = {}
+        self.gates: dict[int, Tensor] = {}  # by the number of the action
+        self.tokens.begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "inputs": {}, "gates": {}}
+
+    def join(self) -> None:
+        """Hook into the site; inputs meet the last rule first, and what holds others before all."""
+        replaces = self.replacement is not None
+        hooks = self.entry._forward_pre_hooks
+        earlier = owners_of(hooks, HookedSite)
+        inner = any(
+            action.place in ENTERING for hooked in earlier.values() for action in hooked.actions
+        )
+        self.remembers |= inner and any(action.place == "beside" for action in self.actions)
+        if self.enters or self.remembers or replaces:
+            self.entry.register_forward_pre_hook(self.enter, with_kwargs=True)
+            for key in earlier:
+                hooks[key] = hooks.pop(key)
+        if replaces:
+            self.entry.__dict__["forward"] = self.instead
+        if self.leaves or not replaces:
+            self.exit.register_forward_hook(self.leave, with_kwargs=True)
+        _nest(hooks, first=True)
+        _nest(self.exit._forward_hooks, first=False)
+
+    def holds(self, other: HookedSite) -> bool:
+        """Whether tokens are in throughout another's stretch, and beyond it."""
+        (a, b), (c, d) = self.stretch, other.stretch
+        return self.inserts and a <= c and d <= b and (a, b) != (c, d)
+
+    def part(self) -> None:
+        """Take the hooks off, however many of them are there."""
+        unhook(self.entry, self)
+        unhook(self.exit, self)
+        if _owner(self.entry.__dict__.get("forward")) is self:
+            del self.entry.__dict__["forward"]
+            if self.was_forward is not None:
+                self.entry.__dict__["forward"] = self.was_forward
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook: what happens to the input, the last rule outermost."""
+        if self.came is not None:
+            self.came._surgery_mark(torch.compiler.is_dynamo_compiling())
+        if not ((self.enters or self.remembers) and self.active()):
+            return None
+        first, put = _input(args, kwargs, self)
+        x = first
+        for i, action in reversed(list(enumerate(self.actions))):
+            if action.place == "before":
+                x = self._act(i, action, x, x)
+            elif action.place in ENTERING:
+                leaves = pytree.tree_leaves((args, kwargs))
+                others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
+                x = self.tokens.insert(i, action, x, first, others)
+            elif action.place == "beside" and self.remembers:
+                self.inputs[i] = x
+        return put(x)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Forward hook: what happens to the output, the first rule innermost."""
+        self.mark._surgery_mark(torch.compiler.is_dynamo_compiling())
+        if not (self.leaves and self.active()):
+            return None
+        y, put = _first_tensor(output, self.path)
+        for i, action in enumerate(self.actions):
+            if action.place == "after":
+                y = self._act(i, action, y, y)
+            elif action.place == "among":
+                y = self.tokens.take_out(i, action.tokens, y)
+            elif action.place == "beside":
+                x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
+                y = self._act(i, action, x, y)
+        return put(y)
+
+    def listen(self, i: int, source: HookedSite, j: int) -> None:
+        """Let action i be told what action j of another graft gives."""
+        self.tokens.hears[i] = source.path, source.actions[j].part
+        source.listeners.append((j, self.tokens, i))
+
+    def _remembered(self, i: int) -> Tensor:
+        if i not in self.inputs:
+            raise GraftError(
+                f"the graft at {self.path}",
+                "its end ran without its beginning, so there is no input to run beside.",
+                "Revert, and give apply(..., example=inputs): a forward tells what feeds what. "
+                "Or put the rule on one module that is called whole.",
+            )
+        return self.inputs.pop(i)
+
+    def instead(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a replaced module."""
+        self.mark._surgery_mark(torch.compiler.is_dynamo_compiling())
+        if self.active() and self.replacement is not None:
+            return self.replacement(*args, **kwargs)
+        return self._base(*args, **kwargs)
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        if self.was_forward is not None:
+            return self.was_forward(*args, **kwargs)
+        return type(self.entry).forward(self.entry, *args, **kwargs)
+
+    def active(self) -> bool:
+        """Whether the parts run. While disabled no gradient may be asked for: it would be wrong."""
+        if self.switch.merged:
+            return False
+        if not self.switch.enabled and torch.is_grad_enabled():
+            raise GraftError(
+                "disabled(model)",
+                f"a gradient was asked for through {self.path or 'the model'}, by enable_grad or "
+                "the backward of a checkpoint: it would not be that of the model being trained.",
+                "Run forward and backward both outside of disabled(model).",
+            )
+        return self.switch.enabled
+
+    def _act(self, i: int, action: Action, x: Tensor, base: Tensor) -> Tensor:
+        """`base` with the part's answer to `x`; parts see features on the last axis."""
+        if x.is_nested or base.is_nested:
+            raise GraftError(
+                f"the graft at {self.path or 'the model'}",
+                "it was given a nested tensor, and parts take tensors of one shape.",
+                "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
+            )
+        taken = (self.axis_out, self.out) if action.place == "after" else (self.axis_in, self.width)
+        given = (
+            (self.axis_in, self.width) if action.place == "before" else (self.axis_out, self.out)
+        )
+        axis, axis_out = _axis(x, *taken), _axis(base, *given)
+        out = self._run(action, x if axis == -1 else x.movedim(axis, -1), taken[1])
+        if isinstance(out, routing.Routed):
+            out = self._routed(i, out, x)
+        for j, listener, k in self.listeners:
+            if i == j and isinstance(out, Tensor):
+                listener.heard[k] = out
+        if isinstance(out, Tensor) and axis_out != -1:
+            out = out.movedim(-1, axis_out)
+        out = self._fitting(action, out, base)
+        return out if action.scale is None else torch.add(base, out, alpha=action.scale)
+
+    def _run(self, action: Action, x: Tensor, width: int) -> Any:
+        try:
+            return action.part(x)
+        except RuntimeError as error:
+            if not width or x.shape[-1] == width:
+                raise
+            raise GraftError(
+                f"{type(action.part).__name__} at {self.path or 'the model'}",
+                f"it was given {_described(x)}, and the place was taken to have {width} features.",
+                "Put the rule on a module with weights of that width, or give the width yourself.",
+            ) from error
+
+    def _routed(self, i: int, routed: routing.Routed, x: Tensor) -> Tensor:
+        """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
+        balance = self.switch.balance
+        if balance is None:
+            self.gates[i] = routed.gates
+            return routed.output
+        if not torch.compiler.is_compiling():
+            self.gates[i] = routed.gates.detach()
+        if not callable(balance) and _in_half_autocast(x):
+            raise GraftError(
+                f"apply(..., balance={balance})",
+                "under float16 autocast the loss is scaled, and this gradient would not be.",
+                f"Write balance=lambda: {balance} * scaler.get_scale(), with your GradScaler.",
+            )
+        return routing.with_balance(routed.output, routed.gates, balance)
+
+    def _fitting(self, action: Action, out: Any, base: Tensor) -> Tensor:
+        if isinstance(out, Tensor) and base.dim() == 2 < out.dim():
+            out = out.flatten(0, -2)  # tokens in a row, as mixtures of experts give them
+        if isinstance(out, Tensor) and out.shape == base.shape:
+            if out.dtype == base.dtype:
+                return out
+            if torch.is_autocast_enabled(base.device.type):
+                return out.to(base.dtype)
+        want, got = _described(base), _described(out)
+        remedy = "A part is given features on the last axis, site.width of them, returns site.out."
+        if self.entry is not self.exit:
+            remedy += " With apply(..., example=inputs) a forward tells where to begin."
+        raise GraftError(
+            f"{type(action.part).__name__} at {self.path or 'the model'}",
+            f"it returned {got} where {want} is needed.",
+            remedy,
+        )
+
+
+def _axis(x: Tensor, axis: int, width: int) -> int:
+    """Where features lie: as the model's weights tell, but where so many lie on the other only."""
+    if width and x.dim() > 1 and x.shape[axis] != width and x.shape[-axis] == width:
+        return -axis
+    return axis
+
+
+def _nest(hooks: dict[int, Any], first: bool) -> None:
+    """Order grafts by what holds what: `first` before what it holds, else after it."""
+    order = list(owners_of(hooks, HookedSite).items())
+    for i in range(1, len(order)):
+        for k in range(i, 0, -1):
+            (_, a), (_, b) = order[k - 1 : k + 1]
+            if not (b.holds(a) if first else a.holds(b)):
+                break
+            order[k - 1 : k + 1] = order[k], order[k - 1]
+    hooked_sites = dict(order)
+    new = iter(hooked_sites)
+    for key in [
+        next(new) if key in hooked_sites else key for key in hooks
+    ]:  # others keep their place
+        hooks[key] = hooks.pop(key)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a part of some operation runs instead of the module."""
+    return isinstance(_owner(module.__dict__.get("forward")), HookedSite)
+
+
+def owners_of(hooks: Mapping[int, Any], kind: type[Kind]) -> dict[int, Kind]:
+    """The objects of a kind that hooks are methods of, by the key of the hook."""
+    owners = {key: _owner(hook) for key, hook in hooks.items()}
+    return {key: owner for key, owner in owners.items() if isinstance(owner, kind)}
+
+
+def unhook(module: nn.Module, owner: object) -> None:
+    """Take off the hooks that are methods of `owner`."""
+    tables = (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    )
+    for hooks, with_kwargs in tables:
+        for key, found in owners_of(hooks, type(owner)).items():
+            if found is owner:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+
+
+def _owner(method: Any) -> Any:
+    """The object that a method is of."""
+    return getattr(method, "__self__", None)
+
+
+def routes(action: Action) -> bool:
+    """Whether the part of a action is a router."""
+    return bool(getattr(action.part, "routes", False))
+
+
+@lru_cache(maxsize=1000)
+def _declared(forward: Any) -> tuple[str, ...]:
+    """The names of what a forward takes, in the order of its signature."""
+    try:
+        return tuple(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _input(args: Any, kwargs: Any, hooked: HookedSite) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that is the input, and a way to put another there: everywhere it was given.
+
+    Self-attention is given one tensor as query, key and value.
+    """
+    first = [kwargs[name] for name in hooked.names if name in kwargs] if not args else args[:1]
+    found = [value for value in first if isinstance(value, Tensor)]
+    if not found:
+        return _first_tensor((args, kwargs), hooked.path)
+    x = found[0]
+
+    def put(tensor: Tensor) -> Any:
+        given = [tensor if value is x else value for value in args]
+        named = {name: tensor if value is x else value for name, value in kwargs.items()}
+        return tuple(given), named
+
+    return x, put
+
+
+def _first_tensor(values: Any, path: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The first tensor in any nest of tuples, lists and dicts, and a way to put another there."""
+    if isinstance(values, Tensor):
+        return values, lambda tensor: tensor
+    leaves, spec = pytree.tree_flatten(values)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+
+            def put(tensor: Tensor, i: int = i) -> Any:
+                return pytree.tree_unflatten([*leaves[:i], tensor, *leaves[i + 1 :]], spec)
+
+            return leaf, put
+    raise GraftError(
+        f"the graft at {path or 'the model'}",
+        "it met no tensor in what the module takes or gives.",
+        "Put the rule on a module that takes and gives tensors.",
+    )
+
+
+def _in_half_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -1,0 +1,246 @@
+"""One edit at one site: what it will be called, where it will live, how it is made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RuleError
+from ..rules.edits import Joined
+from ..rules.expression import shown
+from ..rules.part import Maker, Shared
+from ..rules.rule import Rule
+from ..rules.selector import Selector
+from ..structure.layers import forward_of, is_norm
+from ..structure.module_tree import CONTAINERS, Site, Tree
+
+FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Placement:
+    """A part that one rule joins to a place; `site` is the place with the widths the part meets."""
+
+    rule: Rule
+    edit: Joined
+    place: Site
+    site: Site
+    key: str = ""  # its name in the room; the same for all sites that share it
+    said: str = ""  # its edit in words
+    foreign: Collection[int] = ()  # ids of modules that are no part's own: of the base, or lent
+
+    def __post_init__(self) -> None:
+        self.device, self.dtype = _surroundings(self.site)
+
+    @property
+    def spot(self) -> tuple[int, int]:
+        """The same for two edits at one site, whichever rule they come from."""
+        return id(self.site.entry.module), id(self.site.exit.module)
+
+    def make(self, seed: int) -> nn.Module:
+        """The part, seeded by (seed, edit, key), with its site's device, dtype and mode."""
+        return self.made(self._build, f"{seed}|{self.said}|{self.key}")
+
+    def made(self, build: Callable[[], nn.Module], seed: str) -> nn.Module:
+        """What `build` gives for this place, seeded by a text."""
+        if self.device.type == "meta":
+            sketch = self.sketched(build).to(dtype=self.dtype)
+            return sketch if self.site.module.training else sketch.eval()
+        digest = hashlib.sha256(seed.encode()).digest()
+        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        if torch.empty(0).device.type == "cpu":  # the default: no context, which costs each call
+            part = build()
+        else:
+            with torch.device("cpu"):
+                part = build()
+        if any(t.dtype != self.dtype or t.device != self.device for t in _tensors(part)):
+            part.to(self.device, self.dtype)
+        return part if self.site.module.training else part.eval()
+
+    def sketch(self) -> nn.Module:
+        """The part on the meta device: shapes without memory or random numbers."""
+        return self.sketched(self._build)
+
+    def sketched(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """What `build` gives, on the meta device."""
+        with torch.device("meta"):
+            return build()
+
+    def _build(self) -> nn.Module:
+        part = self.edit.part
+        return self.built(part.part if isinstance(part, Shared) else part, self.site)
+
+    def built(self, maker: Maker, site: Site) -> nn.Module:
+        """The part of a maker, which must be a module."""
+        part = maker(site)
+        if not isinstance(part, nn.Module):
+            raise RuleError(
+                self.rule.short,
+                f"{shown(maker)} gave {type(part).__name__}, no module, at {self.site!r}.",
+                "A part is an nn.Module; return one.",
+            )
+        _disown(part, self.foreign, self)
+        return part
+
+
+def _disown(part: nn.Module, foreign: Collection[int], p: Placement) -> None:
+    """What a part was lent, or reads of the base, it uses as an attribute: no child of its own."""
+    known = not foreign or id(part) in foreign  # it was made, and looked at, before
+    for module in [] if known else list(part.modules()):
+        for name, child in list(module._modules.items()):
+            if id(child) not in foreign:
+                continue
+            if isinstance(module, CONTAINERS):
+                raise RuleError(
+                    p.rule.short,
+                    f"{shown(p.edit.part)} keeps what it shares or reads in a "
+                    f"{type(module).__name__}, which would own it.",
+                    "Keep it as an attribute of a module: self.name = part(site).",
+                )
+            del module._modules[name]
+            module.__dict__[name] = child
+
+
+class PartNames:
+    """Keys of parts: the path for one of its own, `shared/...` for a shared one."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self._stems = Counter[str]()
+        self._shared: dict[tuple[Any, ...], str] = {}
+        self._said: dict[int, tuple[str, Shared]] = {}
+
+    def own(self, p: Placement) -> str:
+        """The key of a part of one site."""
+        return self._numbered(f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}")
+
+    def shared(self, shared: Shared, site: Site, p: Placement) -> str:
+        """The key of a shared part, as `p` asks for it: the same for all that share it."""
+        if id(shared) not in self._said:
+            self._said[id(shared)] = repr(shared), shared
+        said, _ = self._said[id(shared)]
+        by = self._by(shared, p)
+        own = id(shared.part) if not hasattr(shared.part, "word") else 0
+        group = said, own, tuple(site.shape[:2]), by, p.device, p.dtype
+        if group not in self._shared:
+            self._shared[group] = self._numbered(_stem(shared, site, by))
+        return self._shared[group]
+
+    def _numbered(self, stem: str) -> str:
+        """The stem, with a number from the second time on."""
+        self._stems[stem] += 1
+        n = self._stems[stem]
+        return stem if n == 1 else f"{stem}/{n}"
+
+    def _by(self, shared: Shared, p: Placement) -> str | None:
+        """What a shared part goes by, at one place: a captured name, or the path of a holder."""
+        if isinstance(shared.by, Selector):
+            around = [site for site in shared.by.find(self.tree) if _lies_in(p.place, site)]
+            if around:
+                return max(around, key=lambda site: (site.entry.order, -site.exit.end)).path
+            raise RuleError(
+                p.rule.short,
+                f"{p.site.path} lies in no {shared.by!r}, which {shown(shared)} goes by.",
+                "Go by what holds every site of the rule: shared(..., by=block).",
+            )
+        if shared.by is not None and shared.by not in p.site.captures:
+            raise RuleError(
+                p.rule.short,
+                f'shared(..., by="{shared.by}") has no {{{shared.by}}} to go by.',
+                f'Capture it in the address: "layers.{{{shared.by}}}.blocks.*.mlp".',
+            )
+        return None if shared.by is None else p.site.captures[str(shared.by)]
+
+
+def name_all(placed: list[Placement], names: PartNames) -> None:
+    """Give each place the key of its part."""
+    edits = {id(p.edit): p.edit for p in placed}
+    said = {key: repr(edit) for key, edit in edits.items()}
+    for p in placed:
+        p.said, part = said[id(p.edit)], p.edit.part
+        p.key = names.shared(part, p.site, p) if isinstance(part, Shared) else names.own(p)
+
+
+def _lies_in(place: Site, site: Site) -> bool:
+    """Whether a place is a site, or lies inside it (a span too)."""
+    return site.entry.order <= place.entry.order and place.exit.end <= site.exit.end
+
+
+def _stem(shared: Shared, site: Site, by: str | None) -> str:
+    word = shared.name or getattr(shared.part, "word", None) or "part"
+    said = shared.by if isinstance(shared.by, str) else "by"
+    suffix = "" if by is None else f"/{said}={by}"
+    return f"shared/{word}/{site.shape.width}{suffix}".replace(".", "_")
+
+
+def _tensors(part: nn.Module) -> Iterator[torch.Tensor]:
+    """Its parameters and buffers, in one walk."""
+    for module in part.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+
+def _surroundings(site: Site) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first weight in a site, or else around it.
+
+    Quantised weights (integers, 8-bit floats) do not tell of which dtype features are.
+    """
+    above = (site.entry, *site.entry.above())
+    for around in above:
+        for module in around.module.modules():
+            weights = [p for p in module._parameters.values() if p is not None]
+            if any(weight.dtype not in FEATURES for weight in weights):
+                return weights[0].device, _beside(module, above)
+            if weights:
+                return weights[0].device, weights[0].dtype
+    buffers = [b for around in above for b in around.module.buffers()]
+    return buffers[0].device if buffers else torch.device("cpu"), torch.get_default_dtype()
+
+
+def _beside(quantised: nn.Module, above: tuple[Site, ...]) -> torch.dtype:
+    """The dtype of the features that meet a quantised module: of its bias, or the nearest norm."""
+    norms = (m for site in above for m in site.module.modules() if is_norm(m))
+    for weight in chain([quantised._parameters.get("bias")], *(m.parameters() for m in norms)):
+        if weight is not None and weight.dtype in FEATURES:
+            return weight.dtype
+    return torch.get_default_dtype()
+
+
+def check_called(placed: list[Placement]) -> None:
+    """Raise RuleError where a part could never run: the model never calls the module it is at."""
+    for p in placed:
+        for end in (p.site.entry, p.site.exit):
+            parent = end.parent.module if end.parent and not end.aliases else None
+            if _reads_its_projection(parent) and end.steps[-1].name == "out_proj":
+                raise _unread(p, end)
+            if forward_of(end.module) is nn.Module.forward:
+                inner = f"{end.path}.*".lstrip(".")
+                raise RuleError(
+                    p.rule.short,
+                    f"{end.path or 'the model'} is a {type(end.module).__name__}, which holds "
+                    "modules and is never called, so a part there would never run.",
+                    f'Put the rule on what it holds: at("{inner}", ...).',
+                )
+
+
+def _unread(p: Placement, projection: Site) -> RuleError:
+    holder = projection.path.rpartition(".")[0]
+    return RuleError(
+        p.rule.short,
+        f"nn.MultiheadAttention reads the weight of {projection.path} without calling it, so a "
+        "part there would never run.",
+        f'Put the rule on the attention itself, at("{holder}", ...), or leave its projection out '
+        "with & ~inside(nn.MultiheadAttention). unfreeze works there.",
+    )
+
+
+def _reads_its_projection(module: nn.Module | None) -> bool:
+    return module is not None and forward_of(module) is nn.MultiheadAttention.forward

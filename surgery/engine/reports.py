@@ -1,0 +1,177 @@
+"""Tables and pictures of what a model is made of, what was done to it, and how it routes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._table import Table
+from ..rules.relations import Nearest
+from ..rules.roles import ROLES, attn, ffn, norm
+from ..structure.anatomy import instead_of_ffns, operands, roles_of, stages
+from ..structure.dataflow import OPERANDS, attach_dataflow
+from ..structure.module_tree import Site, Tree
+from ..structure.path import generalise
+from .apply import Routing, operated
+from .operation import additions_of
+from .planning import check_operable
+from .summary import count_parameters, summary
+
+ASK = "by order; anatomy(model, example) runs a forward to see"
+
+
+def anatomy(model: nn.Module, example: Any = None) -> Table:
+    """What a model is made of: for each role its addresses, widths, feature axis, blocks, stage.
+
+    Roles are found by structure in the module tree, and nothing is run. Which norm feeds what, and
+    which projection makes the query, key and value, is read off a forward on `example` (a tensor,
+    tuple or dict of inputs) where there is one. Blocks are counted from 0; a stage ends where the
+    width changes or the container does.
+
+    >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, norm_first=True), 2)
+    >>> print(anatomy(model))
+    Anatomy of TransformerEncoder
+    role   address                        sites  features  axis  blocks  stage  feeds
+    block  layers.*                           2  16        last  0 to 1  0
+    norm   layers.*.norm1                     2  16        last  0 to 1  0      attn
+    norm   layers.*.norm2                     2  16        last  0 to 1  0      ffn
+    attn   layers.*.self_attn                 2  16        last  0 to 1  0
+    ffn    layers.*.(linear1 to linear2)      2  16        last  0 to 1  0
+    what feeds what: by order; anatomy(model, example) runs a forward to see
+    """
+    check_operable(model)
+    tree = Tree(model)
+    fed = attach_dataflow(tree, example)
+    rows: list[tuple[object, ...]] = []
+    roles, feeds = roles_of(tree), _feeds(tree)
+    if example is not None:
+        made = operands(tree, fed).items()
+        feeds |= {site: ", ".join(w for w in OPERANDS if w in words) for site, words in made}
+    for role in ROLES:
+        rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]
+    told = "by a forward" if fed.asked else ASK
+    notes = [f"what feeds what: {told}"] if feeds else []
+    if not roles["ffn"]:
+        notes.append(f"no feed-forward network was found: {instead_of_ffns(tree)}")
+    columns = ("role", "address", "sites", "features", "axis", "blocks", "stage", "feeds")
+    return Table(f"Anatomy of {type(model).__name__}", columns, rows, notes)
+
+
+def report(model: nn.Module) -> Table:
+    """What was done to a model: every rule with its sites, parts, sharing and parameter counts.
+
+    Raises OperationError on a model that was never operated.
+
+    >>> from surgery import adapter, apply, at, parallel
+    >>> print(report(apply(nn.Sequential(nn.Linear(8, 8)), at("0", parallel(adapter(rank=2))))))
+    Report on Sequential
+    sites  edits                      parts       added  unfrozen
+    *      parallel(adapter(rank=2))  0/parallel     42         0
+    added 42, unfrozen 0: 42 trainable, 58.33 % of the base's 72
+    """
+    done = operated(model, "report(model)", merged=None)
+    base = count_parameters([model]) - count_parameters([additions_of(model) or nn.Module()])
+    rows: list[tuple[object, ...]] = []
+    notes: list[str] = []
+    for operation in done:
+        parts = {key: part for key, part in operation._modules.items() if part is not None}
+        table = summary(operation.record, parts, base, "")
+        named = f"{operation.name}: " if len(done) > 1 else ""
+        rows += table.rows
+        notes += [named + note for note in table.notes]
+    return Table(f"Report on {type(model).__name__}", table.columns, rows, notes)
+
+
+def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: str = "") -> Path:
+    """Draw the load of every expert at every site, as Fig. 4 (left) of Li et al. 2024.
+
+    loads  what `routing(model)` returns; a bar a site, each expert's fraction of the sub-tokens;
+           dotted lines are where the bars would part if all were loaded alike
+
+    Writes a picture (PNG, by the ending of `path`) and returns its path. Needs matplotlib.
+
+    >>> import tempfile, torch
+    >>> gates = torch.eye(4)
+    >>> site = {"blocks.0.mlp": Routing(gates, torch.full((4,), 0.25))}
+    >>> draw_loads(site, tempfile.mkdtemp() + "/loads.png").name
+    'loads.png'
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 + 0.55 * len(loads), 3.6), layout="constrained")
+    axes = figure.subplots()
+    bottom = [0.0] * len(loads)
+    experts = max(len(routing.load) for routing in loads.values())
+    for expert in range(experts):
+        heights = [float(routing.load[expert]) for routing in loads.values()]
+        axes.bar(range(len(loads)), heights, bottom=bottom, width=0.7, label=f"expert {expert + 1}")
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        axes.axhline((expert + 1) / experts, color="grey", linestyle=":", linewidth=0.8)
+    axes.set(ylim=(0, 1), ylabel="fraction of sub-tokens", title=title)
+    addresses = {generalise(path) for path in loads}
+    if len(addresses) == 1:  # told apart by the numbers of blocks alone
+        axes.set_xticks(range(len(loads)))
+        axes.set_xlabel(addresses.pop())
+    else:
+        axes.set_xticks(range(len(loads)), list(loads), rotation=30, ha="right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def _feeds(tree: Tree) -> dict[Site, str]:
+    """Which norms feed attention, which a feed-forward network, and which the output."""
+    found: dict[Site, str] = {}
+    for role in (attn, ffn):
+        for near, _ in Nearest(norm, before=role).pairs(tree):
+            words = [found[near]] if near in found and found[near] != role.name else []
+            found[near] = ", ".join([*words, role.name])
+    return found | dict.fromkeys(_final(tree, found), "output")
+
+
+def _final(tree: Tree, known: Collection[Site]) -> list[Site]:
+    """The norm of what all blocks give: the first after the last, or the only one outside."""
+    roles = roles_of(tree)
+    if not roles["block"]:
+        return []
+    last = roles["block"][-1]
+    inside = [range(s.order, s.end) for s in (*roles["block"], *roles["embed"])]
+    outside = [s for s in roles["norm"] if not any(s.order in each for each in inside)]
+    outside = [s for s in outside if s.width == last.out and s not in known]
+    late = [s for s in outside if s.order >= last.end]
+    return late[:1] or (outside if len(outside) == 1 else [])
+
+
+def _grouped(sites: list[Site], tree: Tree, feeds: dict[Site, str]) -> list[tuple[object, ...]]:
+    """A row for each address, width, axis and stage, with how many sites, in which blocks."""
+    blocks, stage = roles_of(tree)["block"], stages(tree)
+    grouped: dict[tuple[str, str, str, str, str], list[int]] = {}
+    for site in sites:
+        axis, features = site.axis, _features(site)
+        inside = [i for i, b in enumerate(blocks) if b.order <= site.order and site.end <= b.end]
+        where = str(stage[inside[-1]]) if inside else ""
+        lies = "last" if axis == -1 else str(axis)
+        key = (generalise(site.path), features, lies, where, feeds.get(site, ""))
+        grouped.setdefault(key, []).append(inside[-1] if inside else -1)
+    return [
+        (address, len(found), features, axis, _range(found), where, feeds)
+        for (address, features, axis, where, feeds), found in grouped.items()
+    ]
+
+
+def _features(site: Site) -> str:
+    """In and out, or the one number where both are the same or nothing comes in."""
+    if isinstance(site.module, nn.Embedding):
+        return f"{site.module.embedding_dim}"
+    width, out, _ = site.shape
+    return f"{width or ''}" if width == out else f"{width} to {out}"
+
+
+def _range(blocks: list[int]) -> str:
+    first, last = min(blocks), max(blocks)
+    return "" if first < 0 else str(first) if first == last else f"{first} to {last}"

@@ -1,0 +1,269 @@
+"""The proof by example: grafts run, gradients come to what is trained, the start is the base.
+
+No silent nothing: models read weights without calling modules, skip and detach, and torch fuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .. import _rng
+from .._inputs import call, copied
+from ..errors import GraftError
+from .hooks import HookedSite
+from .operation import Operation
+
+Run: TypeAlias = Callable[[], Any]
+
+
+class TrainTarget(NamedTuple):
+    """What one rule trains at one place, a part or a module: tensors by name.
+
+    optional  it need not be there, so it need not be of use either: a note instead of an error
+    """
+
+    rule: str
+    tensors: list[tuple[str, Tensor]]
+    optional: bool = False
+
+
+def verify(
+    model: nn.Module, operation: Operation, example: Any, targets: Iterable[TrainTarget]
+) -> None:
+    """Raise GraftError unless the operation does to the model what its rules say.
+
+    Runs the model on copies of the example, in eval mode, each time with the same random numbers:
+    without gradients, with them, and, where all parts say that they start at zero, without parts.
+    Errors of the model itself pass through.
+    """
+    run = _runner(model, example)
+    operation.proved = True
+    try:
+        with _evaluating(model), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad():
+                answer = _proved(operation, run)
+            _check_rows(operation, example)
+            with torch.enable_grad():
+                notes = _check_gradients(_proved(operation, run), targets)
+            operation.record["notes"] += notes
+            with torch.no_grad():
+                _check_start(operation, run, answer)
+    finally:
+        for hooked in operation.hooked_sites:
+            hooked.forget()
+
+
+def _runner(model: nn.Module, example: Any) -> Run:
+    """Calls the model on a copy of the example, each time with the same random numbers."""
+    restore = _rng.remember()
+
+    def run() -> Any:
+        given = copied(example)
+        restore()
+        return call(model, given)
+
+    return run
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _proved(operation: Operation, run: Run) -> Any:
+    """The answer of a forward in which every graft ran."""
+    for hooked in operation.hooked_sites:
+        hooked.unmark()
+    answer = run()
+    operation.prove(lambda idle: _reason(idle, run))
+    return answer
+
+
+# why a graft did not run -----------------------------------------------------------------------
+
+
+class _Reading(TorchFunctionMode):
+    """Writes down which of some tensors are read by functions that give tensors."""
+
+    def __init__(self, watched: set[int]) -> None:
+        super().__init__()
+        self.watched, self.read = watched, set[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = self.watched.intersection(map(id, pytree.tree_leaves((args, kwargs))))
+        if given and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            self.read |= given
+        return result
+
+
+def _reason(idle: list[HookedSite], run: Run) -> tuple[str, str]:
+    """The rest of the fact, and the remedy: one more forward tells reading from skipping."""
+    weights = {g.path: {id(p) for p in _weights(g)} for g in idle}
+    with _Reading(set().union(*weights.values())) as reading:
+        run()
+    read = [path for path, held in weights.items() if held & reading.read]
+    if not read:
+        return "", (
+            "With this example the model does not come to them. Give an example that does, or a "
+            "narrower place: & ~where(...)."
+        )
+    holders = dict.fromkeys(path.rpartition("(" if "(" in path else ".")[0] for path in read)
+    called = " or ".join(f'at("{holder.rstrip(".")}", ...)' for holder in list(holders)[:2])
+    reads = "without calling it" if len(read) == 1 else "without calling them"
+    return f": the model reads the weight of {_listed(read)} {reads}", (
+        f"Put the rule on a module that is called, such as {called}. unfreeze works there."
+    )
+
+
+def _weights(hooked: HookedSite) -> list[nn.Parameter]:
+    return [*hooked.entry.parameters(), *hooked.exit.parameters()]
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def _check_rows(operation: Operation, example: Any) -> None:
+    """Tokens are put among those of a sample: where the first axis is of tokens, they are not."""
+    batch = next((len(t) for t in tensors(example) if t.dim()), 0)
+    for hooked in operation.hooked_sites:
+        for put in hooked.tokens.put.values():
+            if put.batch != batch == put.total - put.new:
+                raise GraftError(
+                    f"insert(...) at {hooked.path}",
+                    f"it is given {put.batch} x {batch} where the example has {batch} samples: "
+                    "tokens come first here, and would be inserted as samples.",
+                    "Insert into a model that takes samples first (batch_first=True).",
+                )
+
+
+# gradients -------------------------------------------------------------------------------------
+
+
+def _check_gradients(answer: Any, targets: Iterable[TrainTarget]) -> list[str]:
+    """A gradient must come to some tensor of every trainee, be it zero; notes where it need not.
+
+    Only some, for the experts of a mixture that got no token, and tokens that models mask with.
+    """
+    outputs = [tensor for tensor in tensors(answer) if tensor.requires_grad]
+    reached, whole = _reached(outputs)
+    trained = (
+        each._replace(tensors=[t for t in each.tensors if t[1].requires_grad]) for each in targets
+    )
+    missed = [t for t in trained if t.tensors and not any(id(it) in reached for _, it in t.tensors)]
+    spared = dict.fromkeys(name for each in missed if each.optional for name, _ in each.tensors)
+    lost = [each for each in missed if not each.optional]
+    if not lost or not whole:
+        told = f"no gradient comes to {_listed(list(spared))} with this example"
+        return [told] if spared and whole and outputs else []
+    names = list(dict.fromkeys(name for each in lost for name, _ in each.tensors))
+    rules = ", ".join(dict.fromkeys(each.rule for each in lost))
+    if not outputs:
+        raise GraftError(
+            rules,
+            f"the output carries no gradient at all, so none would come to {_listed(names)}.",
+            "The model runs under torch.no_grad(), or under reentrant checkpointing with an input "
+            "that needs no gradient (use_reentrant=False), or gives no floating numbers.",
+        )
+    raise GraftError(
+        rules,
+        f"no gradient comes from the output to {_listed(names)}: they would never be trained.",
+        "The model detaches what they make, or does not use it. Give an example that uses it, "
+        "or a narrower place: & ~where(...).",
+    )
+
+
+def _reached(outputs: list[Tensor]) -> tuple[set[int], bool]:
+    """Ids of all tensors that a gradient of the outputs comes to; whether the graph shows all.
+
+    It hides what reentrant checkpoints run, which builds its own on the way back.
+    """
+    reached = {id(tensor) for tensor in outputs if tensor.is_leaf}
+    todo = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    seen, whole = set(todo), True
+    while todo:
+        node: Any = todo.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            reached.add(id(node.variable))
+        whole = whole and "Checkpoint" not in type(node).__name__
+        new = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= new
+        todo.extend(new)
+    return reached, whole
+
+
+def tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in an output of any form: containers, dataclasses, objects that hold tensors."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, (type, nn.Module)):
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            inner: Iterable[Any] = value.values()
+        elif isinstance(value, (list, tuple, set)):
+            inner = value
+        else:
+            inner = getattr(value, "__dict__", {}).values()
+        for each in inner:
+            yield from tensors(each, seen)
+
+
+# the start -------------------------------------------------------------------------------------
+
+
+def _check_start(operation: Operation, run: Run, answer: Any) -> None:
+    """Parts that say that they start by adding nothing must leave the output what it was."""
+    actions = [action for hooked in operation.hooked_sites for action in hooked.actions]
+    says = [
+        action.scale is not None and getattr(action.part, "starts_at_zero", False)
+        for action in actions
+    ]
+    if not actions or not all(says):
+        return
+    operation.enabled = False
+    try:
+        base = run()
+        differs = _apart(answer, base) and not _apart(run(), base)  # the model itself may differ
+    finally:
+        operation.enabled = True
+    if differs:
+        kinds = ", ".join(sorted({type(action.part).__name__ for action in actions}))
+        raise GraftError(
+            ", ".join(row["rule"] for row in operation.record["rows"] if row["keys"]),
+            f"its parts ({kinds}) say that they start at zero, and yet they change the output.",
+            "Take starts_at_zero off a part that does not; if none does, please report this.",
+        )
+
+
+def _apart(answer: Any, base: Any) -> bool:
+    """Whether two answers differ by more than rounding can."""
+    a, b = ([t for t in tensors(value) if _comparable(t)] for value in (answer, base))
+    return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _comparable(tensor: Tensor) -> bool:
+    plain = not tensor.is_nested and tensor.layout == torch.strided
+    return plain and tensor.is_floating_point() and not tensor.is_meta
+
+
+def _differ(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return True
+    size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
+    most = size * torch.finfo(y.dtype).eps ** 0.5
+    return not torch.allclose(x, y, rtol=0.0, atol=most, equal_nan=True)

@@ -1,0 +1,76 @@
+"""The named rule sets, one paper family a file: functions that return a few rules.
+
+Their arguments are those of the parts they are made of, which `surgery.parts` explains under the
+same names; `scale` is a factor of what is added, `dropout` a probability.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from .._table import Table
+from ..errors import RuleError, nearest_names
+from ..rules.rule import Rule
+from .adapter_x import adapterx, adapterx_ffn, adapterx_serial, daptx
+from .adapters import adapter, adaptformer, houlsby
+from .arc_adapters import arc, arc_att
+from .baselines import bitfit, full, linear_probe
+from .convolutions import convpass, convpass_att, repadapter, repadapter_att
+from .gated_prompts import llama_adapter
+from .kronecker import compacter, compacter_pp, kadaptation, krona
+from .low_rank import dylora, lora, prolora, tied_lora, vera, vida
+from .many_adapters import lae, language_adapter, scalearn
+from .noah_supernet import noah
+from .one_bit import bi_adaptformer, bi_lora
+from .point_clouds import dapt, idpt
+from .prompts import vpt_deep, vpt_shallow
+from .reversible import meft
+from .scale_and_shift import ssf
+from .skills import mhr, mhr_mu, mhr_z, poly
+from .sparse_experts import mosa
+from .sparse_updates import sparse
+from .tensor_factors import fact_tk, fact_tt
+
+_SETS: dict[str, Callable[..., list[Rule]]] = {
+    made.__name__: made
+    for made in (
+        adapterx, adapterx_serial, adapterx_ffn, adaptformer, adapter, houlsby,
+        lora, ssf, arc, arc_att, vpt_deep, vpt_shallow, bitfit, linear_probe, full,
+        vera, tied_lora, prolora, dylora, krona, kadaptation, compacter, compacter_pp,
+        fact_tt, fact_tk, repadapter, repadapter_att, convpass, convpass_att, vida,
+        bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
+        lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
+    )
+}  # fmt: skip
+
+__all__ = [*_SETS]
+
+
+def rulesets() -> Table:
+    """The named rule sets: what each does, in a line, and its source.
+
+    >>> print(rulesets())  # doctest: +ELLIPSIS
+    Rule sets
+    name              what it does ...
+    """
+    rows: list[tuple[object, ...]] = [(name, *_doc(made)) for name, made in _SETS.items()]
+    return Table("Rule sets", ("name", "what it does", "source"), rows)
+
+
+def rules_named(name: str) -> list[Rule]:
+    """The rules of the named set. Raises RuleError, with the nearest names, where there is none."""
+    if name not in _SETS:
+        near = nearest_names(name, _SETS)
+        raise RuleError(
+            f'rules="{name}"',
+            "no rule set has this name.",
+            (f"Nearest: {near}. " if near else "") + f"All: {', '.join(_SETS)}.",
+        )
+    return _SETS[name]()
+
+
+def _doc(made: Callable[..., list[Rule]]) -> tuple[str, str]:
+    text = inspect.getdoc(made) or ""
+    source = next((line for line in text.splitlines() if line.startswith("Source: ")), "")
+    return text.splitlines()[0], source.removeprefix("Source: ")

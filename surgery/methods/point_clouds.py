@@ -1,0 +1,61 @@
+"""Methods first made for point clouds: DAPT (Zhou et al. 2024) and IDPT (Zha et al. 2023).
+
+Prompts are left in, for a head that reads them (`reads=` of `backbones.point_mae.PointMAE`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..parts import dynamic_adapter, instance_prompt, prompt_generator, scale_shift
+from ..rules.edits import insert, parallel, token, unfreeze
+from ..rules.relations import holding, inside, nearest
+from ..rules.roles import block, embed, fc1, fc2, ffn, head, norm, proj, qkv
+from ..rules.rule import Rule, at
+from ..rules.selector import where
+from .adapter_x import left_in
+
+conv = where(nn.Conv1d) | nn.Conv2d | nn.Conv3d  # embeds patches; linears embed their positions
+
+
+def dapt(rank: int = 64, dropout: float = 0.0, last: bool = True) -> list[Rule]:
+    """A dynamic adapter beside each FFN, scale and shift after every operation, prompts left in.
+
+    A prompt is made of what each block's adapter gave, and put after the class token for what
+    follows. The class token is trained, so there must be one. Scale and shift stand at the patches'
+    embedding, at norms, attention's projections and the FFN's layers. Published sizes: rank 64
+    (ModelNet: 72); dropout 0.5, 0, 0.2 for ScanObjectNN's OBJ_BG, OBJ_ONLY, PB_T50_RS. Its code
+    adds positions once: PointMAE(every_block=False).
+
+    last  the last block makes a prompt too, which only the head can read; False for a head that
+          reads the class token alone, or a mean over tokens
+
+    Source: Zhou et al. 2024 (DAPT)
+    """
+    operation = (norm | qkv | proj | fc1 | fc2) & inside(block)
+    return [
+        at(embed & (conv | holding(conv)), scale_shift(), optional=True),
+        at(operation, scale_shift()),
+        at(ffn, parallel(dynamic_adapter(rank=rank, dropout=dropout))),
+        *left_in(prompt_generator(activation=nn.GELU), last),
+        at(nearest(norm, after=block[-1:]), scale_shift(), optional=True),
+        at("", unfreeze(token)),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def idpt(k: int = 20, first: int = 1) -> list[Rule]:
+    """One prompt made of the sample's own tokens, put before the last block; the class token.
+
+    The published position of the prompt, a constant that is not trained, is left out.
+
+    first  tokens before the sample's own: 1, the class token, which is trained; 0 where there is
+           none
+
+    Source: Zha et al. 2023 (IDPT)
+    """
+    return [
+        at(block[-1:], insert(instance_prompt(k=k, skip=first), after=first, keep=True)),
+        at("", unfreeze(token), optional=first == 0),
+        at(head, unfreeze, optional=True),
+    ]

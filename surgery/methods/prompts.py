@@ -1,0 +1,34 @@
+"""Prompts: tokens that are trained, put among those of the model (Jia et al. 2022)."""
+
+from __future__ import annotations
+
+from ..parts import prompt
+from ..rules.edits import unfreeze
+from ..rules.relations import until
+from ..rules.roles import block, head
+from ..rules.rule import Rule, at
+
+
+def vpt_shallow(tokens: int = 10) -> list[Rule]:
+    """Prompts after the class token, before the first block; taken out after the last.
+
+    The start is VPT's for patches of as many numbers as the width (ViT-B/16): prompt(fan_in=) says
+    others. VPT trains with the backbone in eval mode; dropout of prompts is 0.1.
+
+    Source: Jia et al. 2022 (VPT), section 3.2
+    """
+    return [
+        at(until(block[0], block), prompt(tokens=tokens, dropout=0.1)),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def vpt_deep(tokens: int = 10) -> list[Rule]:
+    """Prompts of its own for every block, after the class token; taken out behind it.
+
+    Source: Jia et al. 2022 (VPT), section 3.2
+    """
+    return [
+        at(block, prompt(tokens=tokens, dropout=0.1)),
+        at(head, unfreeze, optional=True),
+    ]

@@ -1,0 +1,184 @@
+"""Several trained parts as one: a learned sum of them (Frohmann et al. 2023, ScaLearn)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RuleError
+from ..rules.affine import Affine, affine
+from ..rules.part import Maker, Shared, maker, part
+from ..structure.module_tree import Site
+from .arguments import positive
+
+
+class Coefficients(nn.Module):
+    """How much of each of `count` parts: omega (count, features), features 1 for a scalar each.
+
+    Starts normal around 2 / count with deviation 0.001; dropout falls on its numbers.
+
+    >>> Coefficients(3, 768)().shape
+    torch.Size([3, 768])
+    """
+
+    def __init__(self, count: int = 3, features: int = 1, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, features).normal_(2 / count, 1e-3))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self) -> Tensor:
+        dropped: Tensor = self.drop(self.weight)
+        return dropped
+
+
+class Combined(nn.Module):
+    """sum_t omega_t * part_t(x) of frozen parts: their tensors are buffers, only omega is trained.
+
+    copies  modules of one kind, (..., width) to (..., out); `surgery.combine.fill` brings values
+    omega   gives (count, out) or (count, 1)
+    """
+
+    def __init__(self, copies: list[nn.Module], omega: Coefficients) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(map(frozen, copies))
+        self.omega = omega
+        self.starts_at_zero = all(getattr(each, "starts_at_zero", False) for each in copies)
+        self.mixes_tokens = any(getattr(each, "mixes_tokens", False) for each in copies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = zip(self.omega(), self.copies, strict=True)
+        summed: Tensor = reduce(torch.add, (weight * each(x) for weight, each in given))
+        return summed
+
+    @property
+    def affine(self) -> Callable[[], Affine] | None:
+        """The sum of the parts' maps; None where one of them is not linear."""
+        maps = [affine(each) for each in self.copies]
+        known = [each for each in maps if each is not None]
+        scales = [Affine(weight, None) for weight in self.omega.weight]
+        if len(known) < len(maps):
+            return None
+        scaled = [scale.after(each) for scale, each in zip(scales, known, strict=True)]
+        return lambda: reduce(Affine.plus, scaled)
+
+
+class Scaled(nn.Module):
+    """scale * part(x) with a trained scalar, `start` at the beginning.
+
+    >>> Scaled(nn.Identity())(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+
+    def __init__(self, part: nn.Module, start: float = 1.0) -> None:
+        super().__init__()
+        self.part = part
+        self.scale = nn.Parameter(torch.tensor(float(start)))
+        self.starts_at_zero = bool(getattr(part, "starts_at_zero", False))
+        self.mixes_tokens = bool(getattr(part, "mixes_tokens", False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.scale * self.part(x)
+        return scaled
+
+    @property
+    def affine(self) -> Callable[[], Affine] | None:
+        """The part's map, scaled; None where it is not linear."""
+        map = affine(self.part)
+        return None if map is None else lambda: Affine(self.scale[None], None).after(map)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The module itself, with buffers in place of its parameters: stored, never trained.
+
+    >>> sorted(name for name, _ in frozen(nn.Linear(2, 2)).named_buffers())
+    ['bias', 'weight']
+    """
+    for each in module.modules():
+        for name, tensor in list(each._parameters.items()):
+            if tensor is not None:
+                del each._parameters[name]
+                each.register_buffer(name, tensor.detach())
+    return module
+
+
+@part
+def coefficients(
+    site: Site, count: int = 3, by_feature: bool = True, dropout: float = 0.0
+) -> nn.Module:
+    """The omega of `combined`, for `count` parts; shared(coefficients()) has one for all layers.
+
+    by_feature  a vector of the site's width for each part (ScaLearn); else a scalar (Uniform)
+    dropout     probability, on the numbers of omega while training
+
+    Starts normal, mean 2 / count, deviation 0.001. Parameters: count * out, or count.
+    Source: Frohmann et al. 2023 (ScaLearn).
+
+    >>> coefficients(count=2, by_feature=False)
+    coefficients(count=2, by_feature=False)
+    """
+    positive("coefficients", count=count)
+    return Coefficients(count, site.out if by_feature else 1, dropout=dropout)
+
+
+OF_THREE = coefficients()
+
+
+@part
+def combined(site: Site, part: Maker, omega: Maker = OF_THREE) -> nn.Module:
+    """sum_t omega_t * part_t(x): as many frozen copies of `part` as omega counts; omega is trained.
+
+    part   what makes one copy; `surgery.combine.fill` brings the values that were trained before,
+           and until then nothing but the start of `part` is combined
+    omega  coefficients(count=3), or shared(coefficients(count=3)) (ScaLearn++)
+
+    Raises RuleError where omega is no coefficients, or `part` is shared or routes.
+    Parameters: count * out, or count, and none for what is shared.
+    Source: Frohmann et al. 2023 (ScaLearn).
+
+    >>> from surgery.parts.adapters import adapter
+    >>> combined(adapter(rank=8), coefficients(count=2))
+    combined(part=adapter(rank=8), omega=coefficients(count=2))
+    """
+    made: Any = maker(omega, "combined")(site)
+    if not isinstance(made, Coefficients):
+        raise RuleError(
+            f"combined(omega={omega!r})",
+            f"it makes a {type(made).__name__}, which does not say how much of each part.",
+            "Write omega=coefficients(count=3), or shared(coefficients(count=3)).",
+        )
+    if isinstance(part, Shared):
+        raise RuleError(
+            f"combined({part!r}, ...)",
+            "each of its copies has values of its own.",
+            "Leave out shared. What may be shared is omega: shared(coefficients()).",
+        )
+    alone = site.seen(shape=site.shape, captures=site.captures)
+    alone.borrow = None  # what a copy would borrow it has for itself
+    copies = [maker(part, "combined")(alone) for _ in made.weight]
+    if any(getattr(each, "routes", False) for each in copies):
+        raise RuleError(
+            f"combined({part!r}, ...)",
+            "it gives a mixture's gates too, which have no sum.",
+            "Combine parts that give a tensor.",
+        )
+    return Combined(copies, made)
+
+
+@part
+def scaled(site: Site, part: Maker, start: float = 1.0) -> nn.Module:
+    """scale * part(x) with a trained scalar: the adapters of LAE.
+
+    start  of the scale
+
+    Parameters: 1, and those of the part. Source: He et al. 2022 (a learned scale);
+    Gao et al. 2023 (LAE), whose released configuration trains it.
+
+    >>> from surgery.parts.adapters import adapter
+    >>> scaled(adapter(rank=5))
+    scaled(part=adapter(rank=5))
+    """
+    return Scaled(maker(part, "scaled")(site), start)

@@ -1,0 +1,83 @@
+"""The bottleneck adapter (Houlsby et al. 2019; Chen et al. 2022, AdaptFormer, Eq. 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..rules.part import part
+from ..structure.module_tree import Site
+from .arguments import positive
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of NOAH's adapters (Zhang et al. 2022)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Adapter(nn.Module):
+    """up(drop(act(down(x)))): (..., width) to (..., out) through `rank` hidden units.
+
+    `up` and the biases start at zero, so that the adapter starts by adding nothing; `down` starts
+    as nn.Linear does (Kaiming uniform, a = sqrt 5), as in AdaptFormer's and LoRA's code.
+
+    >>> Adapter(768, rank=64)(torch.randn(2, 197, 768)).shape
+    torch.Size([2, 197, 768])
+    """
+
+    starts_at_zero = True  # apply(..., example=x) holds it to that
+
+    def __init__(
+        self,
+        width: int,
+        rank: int = 64,
+        *,
+        out: int | None = None,
+        activation: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        bound = max(width, 1) ** -0.5
+        self.down = _linear(torch.empty(rank, width).uniform_(-bound, bound))
+        self.up = _linear(torch.zeros(width if out is None else out, rank))
+        self.act = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.up(self.act(self.down(x)))
+        return hidden
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """nn.Linear around a weight, bias zero, at a third of the cost of making one and filling it.
+
+    Its own `__init__` draws a start that would be thrown away, and a plan makes thousands.
+    """
+    made = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(made)
+    out, width = weight.shape
+    vars(made).update(in_features=width, out_features=out)
+    made._parameters["weight"] = nn.Parameter(weight)
+    made._parameters["bias"] = nn.Parameter(torch.zeros(out))
+    return made
+
+
+@part
+def adapter(
+    site: Site, rank: int = 64, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0
+) -> nn.Module:
+    """A bottleneck adapter of the site's width: up(drop(act(down(x)))).
+
+    rank        hidden units
+    activation  a module class such as nn.ReLU, nn.GELU or QuickGELU
+    dropout     probability, on the hidden units
+
+    Starts by adding nothing. Parameters: width * rank + rank + rank * out + out.
+    Sources: Houlsby et al. 2019; Chen et al. 2022 (AdaptFormer), Eq. 2.
+
+    >>> adapter(rank=8)
+    adapter(rank=8)
+    """
+    positive("adapter", rank=rank)
+    return Adapter(site.width, rank, out=site.out, activation=activation, dropout=dropout)

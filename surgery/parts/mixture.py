@@ -1,0 +1,158 @@
+"""Sharing Mixture of Adapters (Li et al. 2024, Adapter-X, section 3.2, Eq. 2 to 6, Algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from ..errors import RuleError
+from ..rules import routing
+from ..rules.part import part
+from ..structure.module_tree import Site
+from . import functional
+from .arguments import fitted, near_divisors, positive
+
+
+class MixtureOfAdapters(nn.Module):
+    """Experts, each a bottleneck adapter on sub-tokens of width / heads features, and their router.
+
+    Takes (..., width) and returns `Routed(output, gates)`: output (..., width), gates
+    (sub-tokens, experts). A token is split into `heads` contiguous sub-tokens, each routed alone.
+    The router projects a sub-token to `rank` features and compares them with unit-length expert
+    embeddings. top_k=1 runs the likeliest expert, scaled by its probability (Fig. 2); top_k=None
+    mixes all of them (Algorithm 1).
+
+    Raises RuleError where heads do not divide width, or top_k is neither 1 nor None.
+
+    >>> mixture = MixtureOfAdapters(768)
+    >>> sum(p.numel() for p in mixture.parameters())
+    148992
+    >>> output, gates = mixture(torch.randn(2, 197, 768))
+    >>> output.shape, gates.shape
+    (torch.Size([2, 197, 768]), torch.Size([1182, 4]))
+    """
+
+    starts_at_zero = True  # apply(..., example=x) holds it to that
+    routes = True  # it returns gates, for balance_loss and routing
+    by_expert: tuple[str, ...] = (
+        "embeddings",
+        "down",
+        "down_bias",
+        "up",
+        "up_bias",
+    )  # a row for each expert
+    note: str | None = None
+    down_bias: Tensor
+    up_bias: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        rank: int = 64,
+        experts: int = 4,
+        heads: int = 3,
+        *,
+        top_k: int | None = 1,
+        activation: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+        bias: bool = True,
+        router: int | None = None,
+        by_token: bool = False,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise RuleError(
+                f"moa(heads={heads})",
+                f"the width {width} does not divide by {heads} heads.",
+                f"Its divisors nearest to {heads}: {near_divisors(width, heads)}. "
+                f"Choose one, or write moa(heads={heads}, fit=True) to take the nearest.",
+            )
+        if top_k not in (1, None):
+            raise RuleError(
+                f"moa(top_k={top_k!r})",
+                "there are two mixtures: the likeliest expert, or all of them.",
+                "Write top_k=1 (the default) or top_k=None.",
+            )
+        self.heads, self.top_k, self.by_token = heads, top_k, by_token
+        c, features = width // heads, rank if router is None else router
+        self.reduction = nn.Parameter(torch.empty(features, width if by_token else c))
+        self.embeddings = nn.Parameter(torch.empty(experts, features))
+        self.down = nn.Parameter(torch.empty(experts, rank, c))
+        self.up = nn.Parameter(torch.zeros(experts, c, rank))
+        for name, hidden in (("down_bias", rank), ("up_bias", c)):
+            zeros = torch.zeros(experts, hidden)
+            if bias:
+                self.register_parameter(name, nn.Parameter(zeros))
+            else:
+                self.register_buffer(name, zeros, persistent=False)
+        self.act = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
+        for weight in (self.reduction, self.down):  # as nn.Linear: Kaiming uniform, a = sqrt 5
+            bound = weight.shape[-1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+        nn.init.normal_(self.embeddings)
+
+    def forward(self, x: Tensor) -> routing.Routed:
+        u = functional.split(x, self.heads)
+        routed = x.flatten(0, -2) if self.by_token else u
+        gates = functional.route(routed, self.reduction, self.embeddings)
+        if self.by_token:
+            gates = repeat(gates, "t n -> (t h) n", h=self.heads)
+        return routing.Routed(functional.merge(self.mix(u, gates), x), gates)
+
+    def mix(self, u: Tensor, gates: Tensor) -> Tensor:
+        """What the experts give for sub-tokens u (m, c), by gates (m, experts)."""
+        experts = functional.Experts(self.down, self.down_bias, self.up, self.up_bias)
+        return functional.mix(u, gates, experts, self.act, self.top_k)
+
+    def extra_repr(self) -> str:
+        experts, rank, c = self.down.shape
+        return f"{c * self.heads}, rank={rank}, experts={experts}, heads={self.heads}"
+
+
+@part
+def moa(
+    site: Site,
+    experts: int = 4,
+    rank: int = 64,
+    heads: int = 3,
+    top_k: int | None = 1,
+    activation: type[nn.Module] = nn.ReLU,
+    dropout: float = 0.0,
+    bias: bool = True,
+    router: int | None = None,
+    by_token: bool = False,
+    fit: bool = False,
+) -> nn.Module:
+    """A mixture of adapters with its router; give it to `shared` to have one for all sites.
+
+    experts     number of bottleneck adapters
+    rank        hidden units of each, and width of the router
+    heads       sub-tokens per token; must divide the width, or with `fit` the divisor nearest to
+                it is taken (of two equally near, the larger) and the report says so
+    top_k       1: the likeliest expert, scaled by its probability; None: all, mixed
+    activation  of the experts
+    dropout     probability, on the hidden units
+    bias        of the experts
+    router      features of the router; None: as many as rank
+    by_token    the router looks at whole tokens, whose sub-tokens all go one way
+
+    Starts by adding nothing. Source: Li et al. 2024 (Adapter-X), Eq. 2 to 6 and Algorithm 1.
+
+    >>> moa(rank=16, heads=4)
+    moa(rank=16, heads=4)
+    """
+    positive("moa", experts=experts, rank=rank, heads=heads, router=router or rank)
+    fitting = fitted(site.width, heads) if fit else heads
+    made = MixtureOfAdapters(
+        site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout,
+        bias=bias, router=router, by_token=by_token,
+    )  # fmt: skip
+    return noted(made, site.width, heads)
+
+
+def noted(made: MixtureOfAdapters, width: int, heads: int) -> nn.Module:
+    """A mixture that says so where it has not as many heads as asked for."""
+    if made.heads != heads:
+        made.note = f"{made.heads} heads: the divisor of {width} nearest to {heads}"
+    return made

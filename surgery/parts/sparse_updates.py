@@ -1,0 +1,96 @@
+"""A few numbers of a weight, trained: a sparse sum (SPT, He et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import RuleError
+from ..rules.part import part, usually
+from ..structure.module_tree import Site
+from .arguments import positive
+
+
+class Sparse(nn.Module):
+    """D x, where D (out, width) is `values` at the flat positions `index`, and 0 elsewhere.
+
+    `values` (entries,) start at zero; `index` (entries,) is never trained, and starts as positions
+    drawn without replacement. `aim` sets it.
+
+    >>> Sparse(768, 768, entries=100)(torch.randn(2, 197, 768)).shape
+    torch.Size([2, 197, 768])
+    """
+
+    starts_at_zero = True
+    index: Tensor
+
+    def __init__(self, width: int, out: int, entries: int) -> None:
+        super().__init__()
+        self.width, self.out = width, out
+        self.values = nn.Parameter(torch.zeros(entries))
+        self.register_buffer("index", torch.randperm(out * width)[:entries].clone())
+
+    def aim(self, index: Tensor) -> None:
+        """Train the numbers at these flat positions (entries,) of the weight (out, width).
+
+        Raises RuleError unless they are `entries` different positions of it, as integers.
+        """
+        self.check(index)
+        self.index.copy_(index)
+
+    def check(self, index: Tensor) -> None:
+        """Raise RuleError unless these are positions that it can be aimed at."""
+        n, size = len(self.index), self.out * self.width
+        inside = bool(((index >= 0) & (index < size)).all())
+        whole = not index.is_floating_point() and len(torch.unique(index)) == n
+        if tuple(index.shape) != (n,) or not inside or not whole:
+            raise RuleError(
+                f"sparse(entries={n})",
+                f"it was given {tuple(index.shape)} {index.dtype}, not {n} different positions of "
+                f"a weight ({self.out}, {self.width}).",
+                "Give flat integers, row * width + column, each once.",
+            )
+
+    def weight(self) -> Tensor:
+        """D (out, width)."""
+        empty = self.values.new_zeros(self.out * self.width)
+        return empty.scatter(0, self.index, self.values).view(self.out, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight())
+
+    def affine(self) -> tuple[Tensor, None]:
+        return self.weight(), None
+
+
+@part
+@usually("parallel")
+def sparse(site: Site, entries: int | None = None, share: float = 0.01) -> nn.Module:
+    """Trains a few numbers of a linear's weight, as a sum beside it; where, `fill` says.
+
+    entries  how many; None: `share` of the weight, rounded up
+    share    a fraction, above 0 and at most 1
+
+    Starts by adding nothing, at positions drawn at random. Parameters: entries.
+    Source: He et al. 2023 (SPT).
+
+    >>> sparse(entries=100)
+    sparse(entries=100)
+    """
+    size = site.width * site.out
+    if not 0 < share <= 1:
+        raise RuleError(
+            f"sparse(share={share!r})", "it is no share of a weight.", "Give 0.01 for 1 %."
+        )
+    count = math.ceil(share * size) if entries is None else entries
+    positive("sparse", entries=count)
+    if count > size:
+        raise RuleError(
+            f"sparse(entries={count})",
+            f"the weight at {site!r} has {size} numbers.",
+            "Give that many at most.",
+        )
+    return Sparse(site.width, site.out, count)

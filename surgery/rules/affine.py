@@ -1,0 +1,62 @@
+"""A part as a value: what will be built at a site, before there is a site."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Affine(NamedTuple):
+    """The map x -> weight x + bias: weight (out, in), or (out,) where it only scales each feature;
+    bias (out,), or None for zero."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def after(self, first: Affine) -> Affine:
+        """This map of what `first` gives."""
+        a, b, bias = self.weight, first.weight, self.bias
+        if first.bias is not None:
+            moved = a * first.bias if a.dim() == 1 else a @ first.bias
+            bias = moved if bias is None else moved + bias
+        if a.dim() == b.dim() == 2:
+            return Affine(a @ b, bias)
+        return Affine(a[:, None] * b if a.dim() < b.dim() else a * b, bias)
+
+    def plus(self, other: Affine) -> Affine:
+        """The sum of two maps of one input."""
+        a, b = self.weight, other.weight
+        if a.dim() != b.dim():
+            a, b = (w if w.dim() == 2 else w.diag() for w in (a, b))
+        if self.bias is None or other.bias is None:
+            return Affine(a + b, self.bias if other.bias is None else other.bias)
+        return Affine(a + b, self.bias + other.bias)
+
+    def times(self, scale: float) -> Affine:
+        """The map, scaled."""
+        return Affine(self.weight * scale, None if self.bias is None else self.bias * scale)
+
+
+def affine(part: nn.Module) -> Affine | None:
+    """A part as weight and bias; None where it is not linear, or does not say how.
+
+    A part of one's own says so by a method `affine()` that returns (weight, bias or None).
+
+    >>> affine(nn.Linear(2, 3, bias=False)).weight.shape
+    torch.Size([3, 2])
+    """
+    forward = type(part).forward
+    if isinstance(part, nn.Linear) and forward is nn.Linear.forward:
+        return Affine(part.weight, part.bias)
+    if isinstance(part, nn.Sequential) and forward is nn.Sequential.forward:
+        maps = [affine(each) for each in part]
+        known = [each for each in maps if each is not None]
+        return (
+            reduce(lambda first, then: then.after(first), known)
+            if known and len(known) == len(maps)
+            else None
+        )
+    told = getattr(part, "affine", None)
+    return Affine(*told()) if callable(told) else None

@@ -1,0 +1,251 @@
+"""What: edits are values that say how a part meets a site, or what is trained there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from ..errors import RuleError
+from ..structure.layers import Shape
+from ..structure.module_tree import Site
+from ..structure.path import Step, match, parse
+from .expression import Expression, shown
+from .part import Maker, Part, Shared, maker
+from .selector import Selector, Where, plain, where
+
+
+class Edit(Expression):
+    """Base of all edits."""
+
+
+@dataclass(frozen=True, repr=False)
+class Token(Expression):
+    """Learned tokens of a model, such as a class token: parameters (1, 1, width)."""
+
+    def __repr__(self) -> str:
+        return self.word
+
+
+token = Token()
+
+
+@dataclass(frozen=True, repr=False)
+class Trained(Edit):
+    """Says of the parameters of a site that they are trained, or not.
+
+    Called with addresses, it speaks of those parameters alone, by their names from the site on;
+    called with `token`, of learned tokens (class tokens), whatever they are called.
+
+    >>> unfreeze("**.bias"), unfreeze(token)
+    (unfreeze("**.bias"), unfreeze(token))
+    """
+
+    trained: bool
+    only: tuple[str | Token, ...] = ()
+
+    @property
+    def word(self) -> str:
+        return "unfreeze" if self.trained else "freeze"
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        return self.only, {}
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.only else self.word
+
+    def __call__(self, *only: str | Token) -> Trained:
+        for each in only:
+            if isinstance(each, Token):
+                continue
+            if not isinstance(each, str):
+                raise RuleError(
+                    f"{self.word}({shown(each)})",
+                    "parameters are told by an address, from the site on.",
+                    f'Write {self.word}("**.bias"), for example.',
+                )
+            if any(position in each for position in "[]"):
+                raise RuleError(
+                    f"{self.word}({shown(each)})",
+                    "a parameter has a name, and no position.",
+                    f'Give the place to at: at("blocks.[-1]", {self.word}("**.bias")).',
+                )
+            parse(each)
+        return Trained(self.trained, only)
+
+    def parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Those of a module, by name, that it speaks of."""
+        named = list(module.named_parameters(remove_duplicate=False))
+        return [(name, p) for name, p in named if not self.only or self._means(name, p)]
+
+    def _means(self, name: str, p: nn.Parameter) -> bool:
+        steps = tuple(Step(step, 0, 1) for step in name.split("."))
+        return any(
+            p.dim() == 3 and p.shape[:2] == (1, 1)
+            if isinstance(each, Token)
+            else match(each, steps) is not None
+            for each in self.only
+        )
+
+
+freeze, unfreeze = Trained(False), Trained(True)
+
+
+@dataclass(frozen=True, repr=False)
+class Joined(Edit):
+    """Joins a part to a site."""
+
+    place: ClassVar[str]
+    tells: ClassVar[bool] = True  # whether what its part gives can be heard
+    part: Maker
+
+    @property
+    def scale(self) -> float | None:
+        return None
+
+    def port(self, site: Site) -> Shape:
+        """The widths that the part meets: what it is given, what it must return."""
+        return site.shape
+
+
+@dataclass(frozen=True, repr=False)
+class Parallel(Joined):
+    place = "beside"
+    weight: float = field(default=1.0, kw_only=True)
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        return (self.part,), {} if self.weight == 1.0 else {"scale": self.weight}
+
+    @property
+    def scale(self) -> float | None:
+        return self.weight
+
+
+@dataclass(frozen=True, repr=False)
+class _Serial(Joined):
+    residual: bool = field(default=False, kw_only=True)
+
+    @property
+    def scale(self) -> float | None:
+        return 1.0 if self.residual else None
+
+
+class Append(_Serial):
+    place = "after"
+
+    def port(self, site: Site) -> Shape:
+        return Shape(site.shape.out, site.shape.out, site.exit.axis)
+
+
+class Prepend(_Serial):
+    place = "before"
+
+    def port(self, site: Site) -> Shape:
+        return Shape(site.shape.width, site.shape.width, site.axis)
+
+
+class Replace(Joined):
+    place = "instead"
+    tells = False
+
+
+@dataclass(frozen=True, repr=False)
+class Insert(Joined):
+    """Puts the tokens that a part gives among those of the site."""
+
+    tells = False
+    after: int = field(default=1, kw_only=True)
+    hears: Selector | None = field(default=None, kw_only=True)
+    keep: bool = field(default=False, kw_only=True)
+
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        return "into" if self.keep else "among"
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        given, named = super().arguments()
+        return given, {**named, **({"hears": plain(self.hears)} if self.hears else {})}
+
+    def port(self, site: Site) -> Shape:
+        return Shape(site.shape.width, site.shape.width, site.axis)
+
+
+def parallel(part: Maker, *, scale: float = 1.0) -> Parallel:
+    """Run `part` beside the site, on the site's own input: y = site(x) + scale * part(x).
+
+    >>> parallel(lambda site: nn.Linear(site.width, site.out), scale=0.1)  # doctest: +ELLIPSIS
+    parallel(<<lambda> at ...>, scale=0.1)
+    """
+    return Parallel(maker(part, "parallel"), weight=float(scale))
+
+
+def append(part: Maker, *, residual: bool = False) -> Append:
+    """Run `part` on the site's output: y = part(site(x)).
+
+    With `residual` it is added: y = site(x) + part(site(x)).
+
+    >>> append(lambda site: nn.LayerNorm(site.width))  # doctest: +ELLIPSIS
+    append(<<lambda> at ...>)
+    """
+    return Append(maker(part, "append"), residual=residual)
+
+
+def prepend(part: Maker, *, residual: bool = False) -> Prepend:
+    """Run `part` on the site's input: y = site(part(x)).
+
+    With `residual` it is added: y = site(x + part(x)).
+
+    >>> prepend(lambda site: nn.LayerNorm(site.width))  # doctest: +ELLIPSIS
+    prepend(<<lambda> at ...>)
+    """
+    return Prepend(maker(part, "prepend"), residual=residual)
+
+
+def replace(part: Maker) -> Replace:
+    """Run `part` in place of the site's module, which stays where it is, unused, in the base.
+
+    The part is given what the module is given, as it is (features are not moved to the last axis).
+
+    >>> replace(lambda site: nn.Identity())  # doctest: +ELLIPSIS
+    replace(<<lambda> at ...>)
+    """
+    return Replace(maker(part, "replace"))
+
+
+def insert(
+    part: Maker, *, after: int = 1, hears: Where | None = None, keep: bool = False
+) -> Insert:
+    """Put the tokens that `part` gives among those that come to the site: [x_1, P, x_2, ...].
+
+    The part is called with the tokens that come, (b, n, width), and gives (b, p, width). They are
+    taken out again where features leave the site: at(block, insert(...)) is VPT-deep, whose every
+    block has its own, and at(until(block[0], block), insert(...)) is VPT-shallow (Jia et al. 2022).
+
+    after   how many tokens stay before them: 1, the class token
+    hears   a pattern: the part is given, as a second argument, what the part at the last such
+            site before this one gave in this forward, features last (Adapter-X's prompts)
+    keep    they are not taken out again
+
+    Raises RuleError or GraftError where the model's attention fixes the number of tokens.
+
+    >>> from surgery.parts import prompt
+    >>> insert(prompt(tokens=5))
+    insert(prompt(tokens=5))
+    """
+    if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+        raise RuleError(
+            f"insert(after={after!r})", "it is no number of tokens.", "Give 0, or 1 (class token)."
+        )
+    heard = None if hears is None else where(hears)
+    return Insert(maker(part, "insert"), after=after, hears=heard, keep=keep)
+
+
+USUAL = {"parallel": parallel, "append": append, "prepend": prepend, "insert": insert}
+
+
+def usual(edit: object) -> object:
+    """A part that is mostly joined in one way, joined so; anything else as it is."""
+    inner = edit.part if isinstance(edit, Shared) else edit
+    way = getattr(inner.build, "edit", None) if isinstance(inner, Part) else None
+    return USUAL[way](edit) if way else edit  # type: ignore[operator]

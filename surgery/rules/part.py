@@ -1,0 +1,131 @@
+"""A part as a value: what will be built at a site, before there is a site."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+from torch import nn
+
+from ..errors import RuleError
+from ..structure.module_tree import Site
+from .expression import Expression, shown
+
+P = ParamSpec("P")
+Kind = TypeVar("Kind", bound=Callable[..., nn.Module])
+Core = TypeVar("Core", bound=nn.Module)
+Maker = Callable[[Site], nn.Module]
+
+
+@dataclass(frozen=True, repr=False)
+class Part(Expression):
+    """A builder with all its arguments: call it with a site and it makes the module for it."""
+
+    build: Callable[..., nn.Module]
+    named: tuple[tuple[str, Any], ...]
+
+    @property
+    def word(self) -> str:
+        return self.build.__name__
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        known = inspect.signature(self.build).parameters
+        return (), {k: v for k, v in self.named if v != known[k].default}
+
+    def everything(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), dict(self.named)
+
+    def __call__(self, site: Site) -> nn.Module:
+        return self.build(site, **dict(self.named))
+
+
+class _Word(Generic[P]):
+    """The public face of a builder: called without the site, it gives a `Part`."""
+
+    def __init__(self, build: Callable[Concatenate[Site, P], nn.Module]) -> None:
+        functools.update_wrapper(self, build)
+        self.__name__ = build.__name__
+        self._build = build
+        parameters = list(inspect.signature(build).parameters.values())[1:]
+        self.__signature__ = inspect.Signature(parameters, return_annotation="Part")
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Part:
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return Part(self._build, tuple(bound.arguments.items()))
+
+
+def usually(edit: str) -> Callable[[Kind], Kind]:
+    """Say how a part is mostly joined, so that `at(where, part())` is enough: "parallel", ..."""
+
+    def say(build: Kind) -> Kind:
+        build.edit = edit  # type: ignore[attr-defined]
+        return build
+
+    return say
+
+
+def part(build: Callable[Concatenate[Site, P], nn.Module]) -> _Word[P]:
+    """Make a builder `(site, ...) -> nn.Module` into a word for rules.
+
+    The builder's first argument is the site; `site.width` is the number of features that the part
+    is given, `site.out` the number it must return, always on the last axis. What the word returns
+    prints as it was written and compares by value. A lambda does as well where that is not needed.
+
+    >>> @part
+    ... def gate(site, bias=True):
+    ...     return nn.Linear(site.width, site.out, bias=bias)
+    >>> gate(bias=False)
+    gate(bias=False)
+    """
+    return _Word(build)
+
+
+@dataclass(frozen=True, repr=False)
+class Shared(Expression):
+    part: Maker
+    by: str | Expression | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+
+    def __call__(self, site: Site) -> nn.Module:
+        return self.part(site) if site.borrow is None else site.borrow(self, site)
+
+
+def shared(part: Maker, *, by: str | Expression | None = None, name: str | None = None) -> Shared:
+    """Make `part` once and join it to every site: once per width and device.
+
+    It may be an argument of another part too, which then is lent it: `arc(basis=shared(...))`.
+
+    by      the name of a `{capture}` in the rule's address: once per captured value too; or a
+            pattern (attn, block): once for each of its sites that is the site or holds it
+    name    tells apart two shared parts that are otherwise written the same; rules that share an
+            equal `shared(...)` share one part
+
+    Raises RuleError where `part` is not callable.
+
+    >>> shared(nn.Identity)
+    shared(nn.Identity)
+    """
+    return Shared(maker(part, "shared"), by=by, name=name)
+
+
+def maker(value: Maker, word: str) -> Maker:
+    """`value`, if it can make a part. Raises RuleError otherwise."""
+    if isinstance(value, _Word):
+        raise RuleError(
+            f"{word}({value.__name__})",
+            f"{value.__name__} is the word, not yet the part.",
+            f"Call it: {word}({value.__name__}()).",
+        )
+    other = isinstance(value, Expression) and not isinstance(value, (Part, Shared))
+    if isinstance(value, nn.Module) or not callable(value) or other:
+        kind = type(value).__name__
+        raise RuleError(
+            f"{word}({kind if isinstance(value, nn.Module) else shown(value)})",
+            f"this {kind} is no part: a part is made for each site, by a function of the site.",
+            f"Write {word}(lambda site: YourModule(site.width)).",
+        )
+    return value

@@ -1,0 +1,56 @@
+"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
+fused, the one projection that makes query, key and value at once, a third each; fc1 and fc2, the
+layers of a feed-forward network; query, key and value, which a forward on an
+example tells apart.
+
+Attention is what projects features inside a block and is no feed-forward network; a block is the
+repeated module that holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import RuleError
+from ..structure.anatomy import operands, roles_of
+from ..structure.dataflow import OPERANDS, dataflow_of
+from ..structure.module_tree import Tree
+from .selector import Selected, Selection
+
+
+@dataclass(frozen=True, repr=False)
+class Role(Selection):
+    """A place by its function in a transformer."""
+
+    name: str
+
+    @property
+    def word(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def select(self, tree: Tree) -> Selected:
+        return {site: {} for site in roles_of(tree)[self.name]}
+
+
+class Operand(Role):
+    """A projection that makes the query, the key or the value of attention, and nothing else."""
+
+    def select(self, tree: Tree) -> Selected:
+        fed = dataflow_of(tree)
+        if fed is None:
+            raise RuleError(
+                f"at({self.name}, ...)",
+                "the module tree does not tell queries, keys and values apart.",
+                "Give apply(..., example=inputs), and a forward tells; or use an address, or qkv.",
+            )
+        return {site: {} for site, made in operands(tree, fed).items() if made == {self.name}}
+
+
+block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))
+norm, embed, head = map(Role, ("norm", "embed", "head"))
+LAYERS = fused, fc1, fc2 = tuple(map(Role, ("fused", "fc1", "fc2")))
+MADE = query, key, value = tuple(map(Operand, OPERANDS))
+ROLES = (embed, block, norm, attn, qkv, proj, ffn, head)

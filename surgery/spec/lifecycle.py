@@ -1,0 +1,357 @@
+"""Laws of life: back, again, in another order, through faults, files and copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from ..engine.apply import apply, revert
+from ..engine.merging import merge, unmerge
+from ..engine.operation import operations
+from ..errors import FileError, OperationError, SurgeryError
+from ..rules.edits import append
+from ..rules.rule import at
+from ..rules.selector import where
+from ..state import checkpoint
+from .case import FLAGS, SEEDS, Case, actions, mark, operation, stir, train
+from .fault_injection import Tripwire, committed, source
+from .function import gap_all
+from .laws import Draw, applies, holds
+from .parameters import COPIES
+from .snapshot import MODEL, base_of, equal, listed, near, raised, rounding, snapshot, unchanged
+
+MINE = ("random", "gradient")  # what training may move, and revert need not bring back
+
+
+def revert_is_exact(case: Case, draw: Draw) -> None:
+    """fp(revert(S)) = fp(m): bytes, identities, flags, hooks, keys; after training too.
+
+    With modules in train and eval mode, parameters frozen and not, and a hook of the user's own.
+    """
+    model = case.model()
+    mark(model, draw(FLAGS, "flags"))
+    before = snapshot(model)
+    steps_ = draw(st.integers(0, 2), "steps of training")
+    case.operated(model, seed=draw(SEEDS, "seed"))
+    if steps_:
+        train(case, model, steps_)
+    revert(model)
+    unchanged(before, snapshot(model), f"apply, {steps_} steps of training and revert", but=MINE)
+
+
+def copies_revert_too(case: Case, draw: Draw) -> None:
+    """revert of a copy of S, trained, gives a model that answers as m, with m's flags and keys."""
+    model = case.operated()
+    train(case, model, 1)
+    way = draw(st.sampled_from(["deepcopy", "pickle"]), "copy")
+    back = revert(COPIES[way](model))
+    fresh = case.model()
+    equal(case.outputs(back), case.outputs(fresh), f"a {way} of S, reverted, does not answer as m")
+    holds(
+        list(back.state_dict()) == list(fresh.state_dict()),
+        f"a {way} of S, reverted, has other keys",
+    )
+    pairs = zip(back.named_parameters(), fresh.parameters(), strict=True)
+    wrong = [
+        n for (n, p), q in pairs if p.requires_grad != q.requires_grad or not torch.equal(p, q)
+    ]
+    holds(not wrong, f"a {way} of S, reverted, has other values or flags: {listed(wrong)}")
+
+
+def twice_is_refused(case: Case, draw: Draw) -> None:
+    """R on S again raises OperationError that names an earlier rule, and S is unchanged."""
+    model = case.operated(stirred=draw(SEEDS, "seed"))
+    before = snapshot(model)
+    error = raised(OperationError, lambda: case.operated(model), "the same rules again")
+    unchanged(before, snapshot(model), "the same rules again, refused,")
+    holds(repr(case.rules[0]) in str(error), f"the error does not name {case.rules[0]!r}: {error}")
+
+
+def stacked_operations_come_off_in_order(case: Case, draw: Draw) -> None:
+    """A second operation under another name comes off alone, and leaves S as it was."""
+    replaces = any(edit.word == "replace" for rule in case.rules for edit in rule.rest)
+    applies(not replaces, "what is replaced cannot be replaced again")
+    model = case.operated(stirred=draw(SEEDS, "seed"))
+    before, want = snapshot(model), case.outputs(model)
+    case.operated(model, name="second")
+    holds(len(operations(model)) == 2, "there are not two operations")
+    raised(OperationError, lambda: revert(model, name="default"), "the first one out of turn")
+    revert(model, name="second")
+    unchanged(before, snapshot(model), "a second operation, taken off,", but=("random",))
+    equal(case.outputs(model), want, "after a second operation was taken off")
+
+
+def disjoint_rules_commute(case: Case, draw: Draw) -> None:
+    """S_RQ = S_QR, state and answer to the bit, for R and Q at disjoint sites: halves of a rule."""
+    model = case.model()
+    made = case.plan(model)
+    rule = draw(st.sampled_from(case.rules), "rule")
+    places = [s for each, sites in made.matches if each is rule for s in sites]
+    applies(len(places) > 1, "this rule has fewer than two sites to be divided")
+    cut = draw(st.integers(1, len(places) - 1), "cut")
+    applies(_apart(places[:cut], places[cut:]), "its sites lie in one another, or are tied")
+    first = {site.path for site in places[:cut]}
+    n = case.rules.index(rule)
+    r = at(where(rule.where) & where(lambda s: s.path in first), *rule.rest)
+    q = at(where(rule.where) & where(lambda s: s.path not in first), *rule.rest)
+    orders = ([*case.rules[:n], *pair, *case.rules[n + 1 :]] for pair in ([r, q], [q, r]))
+    one, two = (case.operated(rules=rules) for rules in orders)
+    a, b = checkpoint.state_dict(one), checkpoint.state_dict(two)
+    holds(set(a) == set(b), f"in the other order, other keys: {listed(sorted(set(a) ^ set(b)))}")
+    differ = [key for key in a if not torch.equal(a[key], b[key])]
+    holds(not differ, f"in the other order, other values: {listed(differ)}")
+    equal(case.outputs(one), case.outputs(two), "in the other order, another answer")
+
+
+def _apart(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists of sites have no module and no tensor in common."""
+
+    def held(sites: list[Any]) -> set[int]:
+        modules = [m for s in sites for end in (s.entry, s.exit) for m in end.module.modules()]
+        return {id(x) for m in modules for x in (m, *m.parameters(recurse=False))}
+
+    return not held(a) & held(b)
+
+
+def faults_leave_nothing(case: Case, draw: Draw) -> None:
+    """For a fault at any line of apply: fp(m) is unchanged, random numbers and all.
+
+    The fault is an exception, or an interrupt, at the k-th line of Surgery's own code to run.
+    """
+    model, lines = case.model(), case.lines
+    k = draw(st.integers(1, len(lines)), "k")
+    interrupt = draw(st.booleans(), "interrupt")
+    plan = case.plan(model)
+    before = snapshot(model)
+    wire = Tripwire(k, KeyboardInterrupt) if interrupt else Tripwire(k)
+    wire.run(plan.apply)
+    lines = [*lines[: k - 1], wire.where or lines[k - 1]]
+    if wire.where is None or committed(wire.where):
+        revert(model)  # too late a fault: it was done
+    file, number = lines[k - 1]
+    told = f"a fault at {Path(file).name}:{number} ({source((file, number))})"
+    unchanged(before, snapshot(model), told)
+
+
+def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
+    """For a part that cannot be made at the k-th place: fp(m) is unchanged."""
+    model = case.model()
+    placed = case.plan(model).placed
+    applies(placed, "these rules join no part")
+    mark(model, [True, False])
+    path = draw(st.sampled_from([p.site.path for p in placed]), "site")
+    rule = next(p.rule for p in placed if p.site.path == path)
+    broken = at(where(rule.where) & where(lambda s: s.path == path), append(_failing))
+    before = snapshot(model)
+
+    def act() -> None:
+        case.operated(model, [*case.rules, broken])
+
+    raised(_Failed, act, "a part that cannot be made")
+    unchanged(before, snapshot(model), f"a part that could not be made at {path}")
+
+
+class _Failed(Exception):
+    """The part cannot be made."""
+
+
+def _failing(site: Any) -> nn.Module:
+    """Makes a part in a plan, on the meta device, and none for real."""
+    if torch.empty(0).device.type == "meta":
+        return nn.Identity()
+    torch.rand(1)
+    raise _Failed(site.path)
+
+
+def base_keys_are_kept(case: Case, draw: Draw) -> None:
+    """keys(m) is a subsequence of keys(S), and a checkpoint of m loads into S.
+
+    What is missing then is what was added, and nothing is unexpected; the base's tensors, classes
+    and identities are those of m.
+    """
+    model, seed = case.model(), draw(SEEDS, "seed")
+    keys, modules = list(model.state_dict()), {p: (id(m), type(m)) for p, m in base_of(model)}
+    checkpoint = copy.deepcopy(case.model().state_dict())
+    case.operated(model, stirred=seed)
+    now = list(model.state_dict())
+    added = [key for key in now if key not in keys]
+    holds(
+        [key for key in now if key in keys] == keys, "the keys of the base are not in their order"
+    )
+    foreign = [key for key in added if "surgery." not in key]
+    holds(not foreign, f"added keys lie outside of the room: {listed(foreign)}")
+    told = {p: (id(m), type(m)) for p, m in base_of(model)}
+    other = [path for path in {*modules, *told} if modules.get(path) != told.get(path)]
+    holds(not other, f"other modules than before: {listed(other)}")
+    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
+    counters = {key for key in added if key.endswith("num_batches_tracked")}  # torch fills them in
+    told_missing = {*missing, *counters} == {*added}
+    holds(told_missing, f"missing are {listed(missing)}, added {listed(added)}")
+    holds(not unexpected, f"the checkpoint of the base has {listed(unexpected)} too many")
+    filled = model.state_dict()
+    wrong = [k for k, t in checkpoint.items() if not torch.equal(filled[k], t)]
+    holds(not wrong, f"a checkpoint of the base does not fill {listed(wrong)}")
+
+
+def files_round_trip(case: Case, draw: Draw) -> None:
+    """save(S), trained, load into a fresh m: the answer to the bit. Each tensor is stored once.
+
+    A key too many or too few raises FileError, model untouched.
+    """
+    model = case.operated(stirred=draw(SEEDS, "seed"))
+    train(case, model, 1)
+    fresh, want = case.model(), case.outputs(model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = checkpoint.save(model, f"{folder}/s.safetensors")
+        rules = case.rules if operation(model).record["data"] == "" else None
+        checkpoint.load(fresh, file, rules=rules, example=case.inputs())
+    equal(case.outputs(fresh), want, "loaded into a fresh model, S")
+    tensors = checkpoint.state_dict(model)
+    places = [t.data_ptr() for t in tensors.values() if t.numel()]
+    holds(len(places) == len(set(places)), "the state holds a tensor under two keys")
+    if not tensors:
+        return
+    key = draw(st.sampled_from(sorted(tensors)), "key")
+    before = snapshot(fresh)
+    lacking = {k: t for k, t in tensors.items() if k != key}
+    if key.startswith("parts.") or not _is_buffer(model, key):
+        raised(FileError, lambda: checkpoint.load_state_dict(fresh, lacking), f"without {key}")
+    raised(
+        FileError,
+        lambda: checkpoint.load_state_dict(fresh, {**tensors, f"{key}.x": tensors[key]}),
+        f"with {key}.x",
+    )
+    unchanged(before, snapshot(fresh), "a state that does not fit")
+
+
+def _is_buffer(model: nn.Module, key: str) -> bool:
+    return key.removeprefix("base.") in dict(model.named_buffers())
+
+
+def copies_are_independent(case: Case, draw: Draw) -> None:
+    """A copy of S answers as S, to the bit; changing the copy leaves S, and changing S the copy.
+
+    Copies: deepcopy, pickle, torch.save.
+    """
+    model = case.operated(stirred=draw(SEEDS, "seed"))
+    ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "deepcopy": copy.deepcopy, "pickle": COPIES["pickle"], "torch.save": _torch_saved,
+    }  # fmt: skip
+    way = draw(st.sampled_from([*ways]), "copy")
+    want = case.outputs(model)
+    clone = ways[way](model)
+    equal(case.outputs(clone), want, f"a {way} of S answers otherwise")
+    pointers = {t.data_ptr() for t in model.state_dict().values() if t.numel()}
+    both = [k for k, t in clone.state_dict().items() if t.numel() and t.data_ptr() in pointers]
+    holds(not both, f"a {way} of S shares {listed(both)} with it")
+    stir(clone, 1)
+    equal(case.outputs(model), want, f"changing a {way} of S changes S")
+    moved = case.outputs(clone)
+    stir(model, 2)
+    equal(case.outputs(clone), moved, f"changing S changes its {way}")
+    if any(p.requires_grad for p in operation(model).parameters()):
+        holds(gap_all(moved, want) > 0, f"changing a {way} of S does not change its answer")
+
+
+def _torch_saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+def meta_has_the_same_plan(case: Case, draw: Draw) -> None:
+    """On the meta device S has the keys, shapes and counts that it has in memory."""
+    applies(
+        not case.needs_example, "its places are read off a forward, which meta tensors have none of"
+    )
+    real, thin = case.operated(), case.model().to("meta")
+    apply(thin, case.rules)
+    shapes = [{k: (t.shape, t.dtype) for k, t in m.state_dict().items()} for m in (real, thin)]
+    differ = sorted(k for k in {*shapes[0], *shapes[1]} if shapes[0].get(k) != shapes[1].get(k))
+    holds(not differ, f"on the meta device otherwise: {listed(differ)}")
+
+
+def merge_is_equivalent(case: Case, draw: Draw) -> None:
+    """merge(S)(x) ~16 S(x) with m's keys and no part running; unmerge is S again to the bit.
+
+    Or merge raises OperationError that names a part which is not linear, and S is unchanged.
+    """
+    model = case.operated(stirred=draw(SEEDS, "seed"))
+    applies(actions(model), "these rules join no part")
+    want = case.outputs(model)
+    most = rounding(lambda: case.outputs(model), model.parameters(), MODEL)
+    before = snapshot(model)
+    try:
+        merge(model)
+    except SurgeryError as error:
+        unchanged(before, snapshot(model), "a merge that was refused")
+        kinds = {type(action.part).__name__ for _, action in actions(model)}
+        holds(any(k in str(error) for k in kinds), f"the refusal names no part: {error}")
+        applies(False, str(error).splitlines()[0])
+    near(case.outputs(model), want, most, "merged, the answer")
+    kept = list(case.model().state_dict())
+    holds([k for k in model.state_dict() if k in kept] == kept, "merged, the base has other keys")
+    unmerge(model)
+    unchanged(before, snapshot(model), "merge and unmerge")
+
+
+def user_hooks_come_first(case: Case, draw: Draw) -> None:
+    """Hooks of the user's own at a site fire once a call, in their old order, before any graft."""
+    model = case.model()
+    placed = [p for p in case.plan(case.model()).placed if p.edit.place != "instead"]
+    applies(placed, "these rules join no part")
+    path = draw(st.sampled_from(sorted({p.site.path for p in placed})), "site")
+    site = next(p.site for p in placed if p.site.path == path)
+    told: list[str] = []
+    entry, exit = model.get_submodule(site.entry.path), model.get_submodule(site.exit.path)
+    for word in ("first", "second"):
+        entry.register_forward_pre_hook(lambda *_, w=word: told.append(f"{w} before"))
+        exit.register_forward_hook(lambda *_, w=word: told.append(f"{w} after"))
+    case.outputs(model)
+    want = list(told)
+    case.operated(model)
+    seen = [action.part for hooked, action in actions(model) if hooked.path == path]
+    for part in {id(p): p for p in seen}.values():
+        part.register_forward_pre_hook(lambda *_: told.append("part"))
+    told.clear()
+    case.outputs(model)
+    holds(
+        [w for w in told if w != "part"] == want,
+        f"{path}: hooks fire as {listed(told)}, not {listed(want)}",
+    )
+    after = {p.edit.place for p in placed if p.site.path == path} <= {"after", "beside"}
+    if (
+        after
+        and len({id(p) for p in seen}) == 1
+        and told.count("part") == 1
+        and "second after" in told
+    ):
+        here = told.index("part") > told.index("second after")
+        holds(here, f"{path}: the part runs before the user's hooks: {listed(told, 8)}")
+
+
+LAWS = (
+    revert_is_exact,
+    copies_revert_too,
+    twice_is_refused,
+    stacked_operations_come_off_in_order,
+    disjoint_rules_commute,
+    faults_leave_nothing,
+    failing_parts_leave_nothing,
+    base_keys_are_kept,
+    files_round_trip,
+    copies_are_independent,
+    meta_has_the_same_plan,
+    merge_is_equivalent,
+    user_hooks_come_first,
+)

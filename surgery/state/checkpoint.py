@@ -1,0 +1,300 @@
+"""Save and load: one safetensors file with the parts, what was unfrozen, and the rules as data."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..engine.apply import apply, operated, revert
+from ..engine.operation import Operation, additions_of, operations, same
+from ..engine.planning import check_operable
+from ..engine.vocabulary import vocabulary
+from ..errors import FileError, OperationError
+from ..rules.expression import decode
+from ..rules.rule import Rule, Rules
+
+Model = TypeVar("Model", bound=nn.Module)
+FORMAT = "1"  # of the file; raised when a reader of the former could not read it
+PARTS, BASE = "parts.", "base."  # where a tensor of the file belongs
+
+
+def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
+    """The tensors that make an operated model what it is beyond its base.
+
+    `parts.<key>` are those of the parts, each stored once; `base.<key>` those of the base that
+    were unfrozen, and buffers that have changed since (running statistics). Tensors are views.
+    Raises OperationError where nothing was done under that name.
+
+    >>> from surgery import at, unfreeze
+    >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
+    >>> sorted(state_dict(model))
+    ['base.0.bias', 'base.0.weight']
+    """
+    operation = _operation(model, name)
+    parts = {PARTS + key: tensor for key, tensor in operation.state_dict().items()}
+    base = {BASE + key: tensor.detach() for key, tensor in _kept(model, operation)}
+    return {**parts, **base}
+
+
+def load_state_dict(
+    model: nn.Module, tensors: Mapping[str, Tensor], *, name: str = "default"
+) -> None:
+    """Fill an operated model with the tensors of `state_dict`, all or nothing.
+
+    Raises FileError where a key is missing or one too many, or a shape or dtype differs.
+
+    >>> from surgery import at, unfreeze
+    >>> a, b = (apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze)) for _ in range(2))
+    >>> load_state_dict(b, state_dict(a))
+    >>> torch.equal(a[0].weight, b[0].weight)
+    True
+    """
+    own = _places(model, name)
+    required = set(state_dict(model, name=name)) - set(_buffers(model))
+    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or extra:
+        told = [
+            f"{word} {_some(keys)}" for word, keys in (("lacks", missing), ("has", extra)) if keys
+        ]
+        raise FileError(
+            "load",
+            f"the file does not fit this {type(model).__name__}: it {', and '.join(told)}"
+            + (", which the model has no place for." if extra else "."),
+            "Load it into the model it was made for: the same architecture, depth and head.",
+        )
+    for key, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype):
+            raise FileError(
+                "load",
+                f"{key} is {tuple(tensor.shape)} {tensor.dtype} in the file, and "
+                f"{tuple(own[key].shape)} {own[key].dtype} in the model.",
+                "Load it into the model it was made for, in the dtype it was saved in.",
+            )
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Path:
+    """Write what an operation added and trained to one safetensors file, rules and all.
+
+    The file appears whole or not at all. Rules that hold code of the user's own (a lambda, say)
+    are kept as text only, and `load` must be given them. Raises OperationError, FileError, OSError.
+
+    >>> from surgery import at, unfreeze
+    >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
+    >>> import tempfile
+    >>> save(model, tempfile.mkdtemp() + "/tuned.safetensors").name
+    'tuned.safetensors'
+    """
+    operation = _operation(model, name)
+    tensors = {k: t.contiguous() for k, t in state_dict(model, name=name).items()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise FileError(
+            f'save("{path}")',
+            f"this {type(model).__name__} is on the meta device: there are no values to save.",
+            'Give it memory first, model.to_empty(device="cpu"), and load or train it.',
+        )
+    record = operation.record
+    about = {
+        "format": FORMAT,
+        "rules": record["data"],
+        "text": [row["rule"] for row in record["rows"]],
+        "sites": [row["paths"] for row in record["rows"]],
+        "seed": record["seed"],
+    }
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileError(
+            f'save("{path}")', f"there is no folder {target.parent}.", "Create it first."
+        )
+    half = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        save_file(_unshared(tensors), half, metadata={"surgery": json.dumps(about)})
+        os.replace(half, target)
+    finally:
+        half.unlink(missing_ok=True)
+    return target
+
+
+def load(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    rules: Rules | None = None,
+    name: str = "default",
+    balance: float | None = None,
+    example: Any = None,
+) -> Model:
+    """Operate `model` by the rules in a file and fill what they add; returns the model.
+
+    rules    instead of those in the file, which cannot carry code of the user's own
+    example  as `apply` takes it; needed where it decided what feeds what when the file was made
+
+    All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
+    executed. Raises FileError, and what `apply` raises.
+
+    >>> from surgery import at, unfreeze
+    >>> import tempfile
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(8, 2))
+    >>> tuned = apply(build(), at("0", unfreeze))
+    >>> again = load(build(), save(tuned, tempfile.mkdtemp() + "/tuned.safetensors"))
+    >>> torch.equal(again[0].weight, tuned[0].weight)
+    True
+    """
+    about, tensors = _read(Path(path))
+    chosen: Rules = rules if rules is not None else _rules(about, path)
+    earlier = len(operations(model))
+    try:
+        apply(model, chosen, seed=about["seed"], name=name, balance=balance, example=example)
+        _check_sites(model, about, name)
+        load_state_dict(model, tensors, name=name)
+    except BaseException:
+        if len(operations(model)) > earlier:
+            revert(model, name=name)
+        raise
+    return model
+
+
+def _operation(model: nn.Module, name: str) -> Operation:
+    check_operable(model)
+    done = {operation.name: operation for operation in operations(model)}
+    if name not in done:
+        known = f"It was operated under: {', '.join(done)}." if done else "Call apply first."
+        raise OperationError(
+            f'name="{name}"', f"this {type(model).__name__} was not operated under it.", known
+        )
+    operated(model, "state_dict(model)")  # what is merged is not what was trained
+    here = {id(module) for module in model.modules()}
+    lost = [module for module, _, _ in done[name].was_value if id(module) not in here]
+    if lost:
+        raise OperationError(
+            "state_dict(model)",
+            f"a {type(lost[0]).__name__} was replaced by another module since the model was "
+            "operated (SyncBatchNorm?): what was trained or grafted there is not known any more.",
+            "Convert the model first, and apply the rules then.",
+        )
+    return done[name]
+
+
+def _kept(model: nn.Module, operation: Operation) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of the unfrozen parameters, and of the buffers that have changed."""
+    was = {(id(module), name): value for module, name, value in operation.was_value}
+    seen: set[int] = set()
+    for path, module in _base_modules(model):
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            before = was.get((id(module), name))
+            fleeting = name in module._non_persistent_buffers_set
+            if tensor is None or before is None or fleeting or id(tensor) in seen:
+                continue
+            if isinstance(tensor, nn.Parameter) or not (tensor.is_meta or same(tensor, before)):
+                seen.add(id(tensor))
+                yield (f"{path}.{name}" if path else name), tensor
+
+
+def _base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    room = additions_of(model)
+    added = {id(module) for module in room.modules()} if room else set()
+    return [(path, module) for path, module in model.named_modules() if id(module) not in added]
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        BASE + (f"{path}.{name}" if path else name): tensor
+        for path, module in _base_modules(model)
+        for name, tensor in module._buffers.items()
+        if tensor is not None
+    }
+
+
+def _places(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every tensor of the model that a file may fill, by its key in the file."""
+    return {**_buffers(model), **state_dict(model, name=name)}
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors takes no two tensors in one storage: those that share one are copied."""
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    return {
+        key: tensor.clone() if storages.count(tensor.untyped_storage().data_ptr()) > 1 else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileError(f'load("{path}")', "there is no such file.", "Check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("surgery", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError) as error:
+        raise FileError(
+            f'load("{path}")', f"it is no whole safetensors file ({error}).", "Save it again."
+        ) from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT or not _whole(about):
+        raise FileError(
+            f'load("{path}")',
+            "it was not written by surgery.save, or by a newer version, or it is damaged.",
+            "A plain checkpoint of the base model is loaded by model.load_state_dict.",
+        )
+    return about, tensors
+
+
+def _whole(about: dict[str, Any]) -> bool:
+    """Whether what a file says of itself is of the kinds that `save` writes."""
+    text, sites = about.get("text"), about.get("sites")
+    lists = isinstance(text, list) and isinstance(sites, list) and len(text) == len(sites)
+    kinds = isinstance(about.get("seed"), int) and isinstance(about.get("rules"), str)
+    return lists and kinds and all(isinstance(paths, list) for paths in sites or ())
+
+
+def _rules(about: dict[str, Any], path: str | os.PathLike[str]) -> Rules:
+    if not about["rules"]:
+        raise FileError(
+            f'load("{path}")',
+            "its rules hold code that a file cannot carry: " + "; ".join(map(str, about["text"])),
+            "Give the same rules: load(model, path, rules=[...]).",
+        )
+    try:
+        data = json.loads(about["rules"])
+    except (ValueError, RecursionError) as error:
+        raise FileError(
+            f'load("{path}")',
+            f"its rules are damaged ({error}).",
+            "Give them: load(..., rules=...).",
+        ) from error
+    rules = decode(data, vocabulary())
+    if not isinstance(rules, list) or not all(isinstance(rule, Rule) for rule in rules):
+        raise FileError(
+            f'load("{path}")', "what it holds are no rules.", "Give them: load(..., rules=...)."
+        )
+    return rules
+
+
+def _check_sites(model: nn.Module, about: dict[str, Any], name: str) -> None:
+    here = [row["paths"] for row in _operation(model, name).record["rows"]]
+    for rule, then, now in zip(about["text"], about["sites"], here, strict=False):
+        if then != now:
+            raise FileError(
+                rule,
+                f"it matched {len(then)} sites when the file was made ({_some(then)}), and "
+                f"{len(now)} of this {type(model).__name__} ({_some(now)}).",
+                "Load it into the model it was made for: the same architecture, depth and head.",
+            )
+    if len(about["sites"]) != len(here):
+        raise FileError("load", "the rules given are not those of the file.", "Give those rules.")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

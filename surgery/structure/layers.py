@@ -1,0 +1,137 @@
+"""What one module alone tells of its shape: widths, feature axis, whether it is a norm."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NARROWEST = 8  # features; anything below is no model width
+
+
+class Shape(NamedTuple):
+    """Features in, features out, and the axis they lie on (-1 last, 1 after the batch)."""
+
+    width: int
+    out: int
+    axis: int
+
+
+def linear_shape(module: nn.Module) -> Shape | None:
+    """The shape of a channel-linear leaf: Linear, transposed Linear, 1x1 convolution; or None."""
+    if isinstance(module, nn.Linear):
+        return Shape(module.in_features, module.out_features, -1)
+    if isinstance(module, CONVS):
+        still = set(module.kernel_size) == {1} and set(module.stride) == {1}
+        mixes = 0 < 2 * module.groups < module.in_channels  # some, though in groups (SqueezeBERT)
+        return Shape(module.in_channels, module.out_channels, 1) if still and mixes else None
+    weight = getattr(module, "weight", None)
+    if children(module) or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return None
+    if isinstance(vars(module).get("nf"), int):  # GPT-2's Conv1D
+        return Shape(weight.shape[0], weight.shape[1], -1)
+    if "linear" in type(module).__name__.lower():  # of no common class, as in I-BERT
+        return Shape(weight.shape[1], weight.shape[0], -1)
+    return None
+
+
+def children(module: nn.Module) -> list[nn.Module]:
+    """What it is made of, without what was added to it."""
+    found = [child for child in module._modules.values() if child is not None]
+    return [child for child in found if not hasattr(child, "_is_surgery_additions")]
+
+
+def expert_stacks(module: nn.Module) -> list[tuple[int, int, int]]:
+    """The shapes (experts, ., .) of the stacks of matrices that a module has of its own."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    own = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    shapes = [(p.shape[0], p.shape[1], p.shape[2]) for p in own]
+    return [s for s in shapes if min(s[1:]) > 1 and s[0] > 1]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it normalises: vectors for parameters, and norm in the name of its class.
+
+    Below it there may be what has no parameters: an activation, a dropout (timm's BatchNormAct2d).
+    """
+    own = [p for p in module._parameters.values() if p is not None]
+    if "norm" not in type(module).__name__.lower() or any(p.dim() > 1 for p in own):
+        return False
+    below = [p for child in children(module) for p in child.parameters()]
+    return not children(module) or (len(own) > 0 and not {*map(id, below)} - {*map(id, own)})
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether it normalises by running statistics, which every forward in training changes."""
+    held = module._buffers.items()
+    return any(name.startswith("running_") and tensor is not None for name, tensor in held)
+
+
+def shape_of(module: nn.Module) -> Shape | None:
+    """The shape of any leaf that fixes a number of features; None where it does not."""
+    if found := linear_shape(module):
+        return found
+    if isinstance(module, nn.MultiheadAttention):
+        return Shape(module.embed_dim, module.embed_dim, -1)
+    if isinstance(module, CONVS):
+        return Shape(module.in_channels, module.out_channels, 1)
+    if is_norm(module):
+        return _norm_shape(module)
+    return None
+
+
+def _norm_shape(module: nn.Module) -> Shape | None:
+    first = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # and timm's LayerNorm2d
+    axis = 1 if isinstance(module, first) or type(module).__name__.endswith("2d") else -1
+    for name in ("normalized_shape", "num_features", "num_channels"):
+        size = getattr(module, name, None)
+        if size is not None:
+            width = size if isinstance(size, int) else size[-1]
+            return Shape(width, width, axis)
+    weight = module._parameters.get("weight")
+    return Shape(weight.numel(), weight.numel(), axis) if weight is not None else None
+
+
+def forward_of(module: nn.Module) -> object:
+    """The function that a call of the module runs; that of nn.Module where it has none."""
+    return module.__dict__.get("forward", getattr(type(module), "forward", None))
+
+
+def is_list(module: nn.Module) -> bool:
+    """Whether it only lists modules, and is never called itself."""
+    lists = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return lists and forward_of(module) is nn.Module.forward
+
+
+def is_nonlinear(module: nn.Module) -> bool:
+    """Whether it has neither children nor parameters, and yet does more than hand on or scale.
+
+    A class that is not torch's own is tried on a few numbers, in eval mode and on a copy: an
+    activation bends them, a dropout or a change of shape does not.
+    """
+    if children(module) or module._parameters:
+        return False
+    kind = type(module)
+    if kind not in _BENDS:
+        known = kind.__module__ == nn.ReLU.__module__ or isinstance(module, nn.GLU)
+        _BENDS[kind] = known or (kind.__module__.split(".")[0] != "torch" and _tried(module))
+    return _BENDS[kind]
+
+
+_BENDS: dict[type[nn.Module], bool] = {}
+
+
+def _tried(module: nn.Module) -> bool:
+    x = torch.linspace(-2, 2, 8, device="cpu").reshape(1, 1, 8)
+    try:
+        copied = copy.copy(module)
+        copied.training = False
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            once, twice, minus = (copied.forward(scale * x) for scale in (1, 2, -1))
+            return not (torch.equal(2 * once, twice) and torch.equal(-once, minus))
+    except Exception:  # it is given something else
+        return False

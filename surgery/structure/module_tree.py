@@ -1,0 +1,214 @@
+"""A model as a tree of sites: the places where something can be joined to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from ..errors import RuleError
+from .layers import CONVS, Shape, is_norm, linear_shape, shape_of
+from .path import Step
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+ADDITIONS = "surgery"  # the one child under which all that was added lives
+
+
+class Site:
+    """A place in a model: one module, or the span from the input of one to the output of another.
+
+    path, aliases   where it is; a module under several names is one site
+    module          the module itself; for a span, the smallest module that holds it
+    entry, exit     the sites where features come in and go out (the site itself, or a span's ends)
+    width, out      number of features in and out, 0 where nothing fixes it (an error in a part)
+    axis            where features lie: -1 last, 1 after the batch
+    index           position among the children of `parent`
+    captures        what `{name}` steps of the matching address stood for
+    """
+
+    def __init__(self, module: nn.Module, parent: Site | None, steps: tuple[Step, ...]) -> None:
+        self.module, self.parent, self.steps = module, parent, steps
+        self.path = ".".join(step.name for step in steps)
+        self.aliases: list[tuple[Step, ...]] = []
+        self.children: list[Site] = []
+        self.order = self.end = 0  # in the walk: this site, and one past the last site below it
+        self.entry = self.exit = self
+        self.captures: dict[str, str] = {}
+        self.borrow: Callable[[Any, Site], nn.Module] | None = None  # of shared parts, to parts
+        self._shape: Shape | None = None
+        self._handed = False  # to a part, which must know its width
+
+    def __repr__(self) -> str:
+        return f"<{self.path or 'the model'}: {type(self.module).__name__}>"
+
+    @property
+    def index(self) -> int:
+        return self.steps[-1].position if self.steps else 0
+
+    @property
+    def is_span(self) -> bool:
+        return self.entry is not self.exit
+
+    @property
+    def is_element(self) -> bool:
+        """Whether it is one of those that a container lists: a block, an expert, a layer."""
+        return self.parent is not None and isinstance(self.parent.module, CONTAINERS)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether it is a batch norm right after a projection: one step with it."""
+        if not (self.parent and isinstance(self.module, nn.modules.batchnorm._NormBase)):
+            return False
+        place = self.parent.children.index(self)
+        before = self.parent.children[place - 1].module if place else None
+        return isinstance(before, (nn.Linear, *CONVS))
+
+    @property
+    def width(self) -> int:
+        return self._known(self.shape.width)
+
+    @property
+    def out(self) -> int:
+        return self._known(self.shape.out)
+
+    def _known(self, features: int) -> int:
+        if not features and self._handed:
+            raise RuleError(
+                repr(self),
+                "nothing in it fixes a number of features, so a part cannot be made to measure.",
+                "Give the width yourself, or put the rule on a module with weights.",
+            )
+        return features
+
+    @property
+    def axis(self) -> int:
+        return self.shape.axis
+
+    @property
+    def shape(self) -> Shape:
+        """(width, out, axis), read off the first and the last leaf that fix them."""
+        if self._shape is None:
+            self.read_shape()
+        return self._shape or Shape(0, 0, -1)
+
+    def read_shape(self, but: Collection[Site] = ()) -> None:
+        """Read the shape off the first and the last leaf that fix it, leaving some of them out."""
+        first = _first_shape(self.entry, but)
+        last = _first_shape(self.exit, but, backwards=True)
+        self._shape = Shape(
+            first.width if first else 0, last.out if last else 0, first.axis if first else -1
+        )
+
+    def seen(self, *, shape: Shape, captures: dict[str, str] | None = None) -> Site:
+        """The same site as one edit sees it: with the widths that its part meets."""
+        site = Site.__new__(Site)
+        site.__dict__.update(self.__dict__, _handed=True)
+        site._shape, site.captures = shape, captures if captures is not None else self.captures
+        return site
+
+    def sized(self, width: int, out: int) -> Site:
+        """The same site with other widths: how a part asks for a shared one of another size."""
+        return self.seen(shape=Shape(width, out, -1))
+
+    def below(self) -> Iterator[Site]:
+        """Every site strictly inside this one, in the order of the walk."""
+        for child in self.children:
+            yield child
+            yield from child.below()
+
+    def above(self) -> Iterator[Site]:
+        """Every site this one is strictly inside of, nearest first."""
+        site = self.parent
+        while site is not None:
+            yield site
+            site = site.parent
+
+
+def span(entry: Site, exit: Site) -> Site:
+    """The site from the input of `entry` to the output of `exit`."""
+    above = {id(s) for s in (entry, *entry.above())}
+    owner = next(s for s in (exit, *exit.above()) if id(s) in above)
+    site = Site(owner.module, owner.parent, owner.steps)
+    a, b = entry.path[len(owner.path) :].lstrip("."), exit.path[len(owner.path) :].lstrip(".")
+    site.path = f"{owner.path}.({a} to {b})" if owner.path else f"({a} to {b})"
+    site.entry, site.exit = entry, exit
+    site.order, site.end = entry.order, exit.end
+    return site
+
+
+def element(site: Site) -> Site | None:
+    """The nearest element of a container that holds a site."""
+    return next((s for s in holders(site) if s.is_element), None)
+
+
+def holders(site: Site) -> list[Site]:
+    """What a site lies in, nearest first; a span's smallest holder may be its own module."""
+    if not site.is_span:
+        return list(site.above())
+    above = set(site.exit.above())
+    return [s for s in site.entry.above() if s in above]
+
+
+def _first_shape(site: Site, but: Collection[Site], backwards: bool = False) -> Shape | None:
+    """That of the first leaf; a norm of another width than projections beside it is per head."""
+    if site in but:
+        return None
+    if found := shape_of(site.module):
+        return found
+    beside = [known for child in site.children if (known := linear_shape(child.module))]
+    widths = {width for known in beside for width in known[:2]}
+    for child in reversed(site.children) if backwards else site.children:
+        found = _first_shape(child, but, backwards)
+        if found and not (widths and is_norm(child.module) and found.width not in widths):
+            return found
+    return None
+
+
+class Tree:
+    """All sites of a model, in order of registration, grafts left out.
+
+    `memo` keeps what was once worked out about this tree (roles, selections).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sites: list[Site] = []
+        self.memo: dict[Any, Any] = {}
+        self._known: dict[int, Site] = {}
+        self.root = self._grow(model, None, (), ())
+
+    def _grow(
+        self,
+        module: nn.Module,
+        parent: Site | None,
+        steps: tuple[Step, ...],
+        above: tuple[int, ...],
+    ) -> Site:
+        site = self._known[id(module)] = Site(module, parent, steps)
+        site.order = len(self.sites)
+        self.sites.append(site)
+        above = (*above, id(module))
+        for step, child in _children(module):
+            if (known := self._known.get(id(child))) is not None:
+                if id(child) not in above:  # a module inside itself is no second place
+                    _alias(known, (*steps, step))
+            else:
+                site.children.append(self._grow(child, site, (*steps, step), above))
+        site.end = len(self.sites)
+        return site
+
+
+def _children(module: nn.Module) -> list[tuple[Step, nn.Module]]:
+    found = [
+        (name, child)
+        for name, child in module._modules.items()
+        if child is not None and not getattr(type(child), "_is_surgery_additions", False)
+    ]
+    return [(Step(name, i, len(found)), child) for i, (name, child) in enumerate(found)]
+
+
+def _alias(site: Site, steps: tuple[Step, ...]) -> None:
+    site.aliases.append(steps)
+    for child in site.children:
+        _alias(child, (*steps, child.steps[-1]))

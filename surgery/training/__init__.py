@@ -1,0 +1,1 @@
+"""What a training loop needs beyond rules: a search for sizes (NOAH), sensitivities (SPT)."""

@@ -1,0 +1,131 @@
+"""The suite on our own: every named rule set, those added later too, on a set of backbones.
+
+A few examples of each property; pytest tests/laws/test_backbones.py --thorough tries many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from surgery import SurgeryError, apply, fingerprint, rulesets
+from surgery import methods as sets
+from surgery.spec import PROPERTIES, Absent, Case
+from surgery.spec.laws import Broken
+from surgery.spec.suite import Run
+from tests import models
+
+
+def swin() -> nn.Module:
+    return SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 4),
+        num_classes=5,
+    )  # fmt: skip
+
+
+def convnext() -> nn.Module:
+    return ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), num_classes=5)
+
+
+def pixels() -> dict[str, Any]:
+    return {"pixel_values": models.images()}
+
+
+def ids() -> dict[str, Any]:
+    return {"input_ids": models.words_in()}
+
+
+BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "vit": (models.tiny_vit, models.images),
+    "swin": (swin, lambda: models.images(size=32)),
+    "convnext": (convnext, lambda: models.images(size=32)),
+    "hf_vit": (models.hf_vit, pixels),
+    "bert": (models.hf_bert, ids),
+    "gpt2": (models.hf_gpt2, ids),
+    "llama": (models.hf_llama, ids),
+    "encoder": (models.encoder, lambda: torch.randn(2, 5, 24)),
+}
+SETS = [str(row[0]) for row in rulesets().rows]
+SMALL = {
+    "kadaptation": {"t": 4},
+    "mhr": {"heads": 4},
+    "mhr_z": {"heads": 4},
+    "language_adapter": {"domains": 1},
+}  # for such widths
+EVERYWHERE = {
+    "adapterx", "adapterx_ffn", "adapter", "adaptformer", "houlsby", "lora", "ssf", "arc",
+    "vpt_deep", "bitfit", "linear_probe", "full",
+}  # fmt: skip
+TOKENS = {
+    "adapterx", "adapterx_serial", "vpt_deep", "vpt_shallow", "noah", "llama_adapter", "dapt",
+    "daptx", "idpt",
+}  # fmt: skip
+NO_ROOM = {"swin", "convnext", "gpt2", "llama"}  # windows, maps, masks, rotary positions
+NO_PROJECTIONS = {"convnext", "encoder"}  # no attention; nn.MultiheadAttention has its own
+REFUSED = {
+    *((rules, backbone) for rules in TOKENS - {"llama_adapter"} for backbone in NO_ROOM),
+    *((rules, backbone) for rules in ("lora",) for backbone in NO_PROJECTIONS),
+    ("arc", "convnext"),
+    ("linear_probe", "encoder"),  # it has no head
+    ("bitfit", "llama"),  # it has no bias
+}
+EMPTY = {  # nothing is learned of what was trained before, until it is filled in
+    ("mhr_z", "gradients_reach_every_part"),
+    ("scalearn", "gradients_reach_every_part"),
+    ("dapt", "gradients_reach_every_part"),  # a class token does not read the last prompt
+    ("daptx", "gradients_reach_every_part"),
+}
+TRIED = [
+    (rules, backbone)
+    for rules in SETS
+    for backbone in BACKBONES
+    if rules in EVERYWHERE or backbone in ("vit", "swin")
+]
+
+
+@lru_cache(maxsize=400)
+def case(rules: str, backbone: str) -> Case:
+    torch.manual_seed(0)
+    build, inputs = BACKBONES[backbone]
+    return Case(build(), getattr(sets, rules)(**SMALL.get(rules, {})), inputs)
+
+
+@pytest.mark.parametrize(("rules", "backbone"), [t for t in TRIED if t not in REFUSED])
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_suite(rules: str, backbone: str, name: str, examples: int) -> None:
+    run = Run(PROPERTIES[name], case(rules, backbone), examples, thorough=examples > 2)
+    if (rules, name) in EMPTY:
+        with pytest.raises(Broken, match="no gradient comes to"):
+            run()
+        return
+    try:
+        run()
+    except Absent as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.mark.parametrize(("rules", "backbone"), [t for t in TRIED if t in REFUSED])
+def test_what_a_model_has_no_place_for_is_refused(rules: str, backbone: str) -> None:
+    """With a reason, by the rules or by a forward, and the model as it was."""
+    build, inputs = BACKBONES[backbone]
+    model, example = build(), inputs()
+    mark = fingerprint(model)
+    with pytest.raises(SurgeryError):
+        apply(model, rules, example=example)
+    assert fingerprint(model) == mark
+
+
+def test_a_law_is_silent_on_few_of_them() -> None:
+    """Every property says something of some rule set on each backbone, but for merging."""
+    for backbone in BACKBONES:
+        chosen = case("adapterx_ffn", backbone)
+        for name in set(PROPERTIES) - {"merge_is_equivalent", "meta_has_the_same_plan"}:
+            if name != "it_compiles_whole":
+                Run(PROPERTIES[name], chosen, 1)()

@@ -1,0 +1,486 @@
+"""LAE, ScaLearn and one part per domain: what is put together, against formulae written out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import surgery
+from surgery import FileError, GraftError, OperationError, RuleError, append, at, ffn, shared
+from surgery.methods.many_adapters import lae, language_adapter, scalearn
+from surgery.parts.adapter_sum import Combined, coefficients, combined, scaled
+from surgery.parts.adapters import adapter
+from surgery.parts.domain_adapters import Domains, choose, domains
+from surgery.state.averaging import accumulate, average, ensemble, fill, one_domain, swapped
+from tests.methods.reference import (
+    BACKBONES,
+    EPS,
+    INPUTS,
+    agrees,
+    blocks,
+    close,
+    merges,
+    parts,
+    reverts,
+    starts_as_the_base,
+    stirred,
+    untrained,
+    vit,
+)
+from tests.models import tiny_vit
+
+BOTH = pytest.mark.parametrize("backbone", ["vit", "swin"])
+PLAIN = [at(ffn, append(adapter(rank=4), residual=True))]
+X = INPUTS["vit"]
+
+
+def linear(site: surgery.Site) -> nn.Module:
+    return nn.Linear(site.width, site.out)
+
+
+def bottleneck(part: Any, x: Tensor, act: Any) -> Tensor:
+    hidden = act(x @ part.down.weight.T + part.down.bias)
+    return hidden @ part.up.weight.T + part.up.bias
+
+
+def by_hand(module: nn.Module, new: Any) -> None:
+    module.forward = new  # type: ignore[method-assign]
+
+
+def random(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """A state of the model's keys with other values."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: 0.3 * torch.randn(tensor.shape, generator=generator).to(tensor)
+        for key, tensor in surgery.state_dict(model).items()
+    }
+
+
+def base_vit(**changes: Any) -> nn.Module:
+    with torch.device("meta"):
+        made: nn.Module = timm.create_model("vit_base_patch16_224", num_classes=0, **changes)
+    return made
+
+
+# LAE -------------------------------------------------------------------------------------------
+
+
+def rewrite_lae(plain: nn.Module, held: dict[str, Any]) -> None:
+    chosen = blocks(plain)[:2]
+    for block, part in zip(chosen, held.values(), strict=True):
+
+        def forward(x: Tensor, mlp: Any = block.mlp, part: Any = part) -> Tensor:
+            base = type(mlp).forward(mlp, x)
+            return base + part.scale * bottleneck(part.part, x, nn.functional.gelu)
+
+        by_hand(block.mlp, forward)
+
+
+@BOTH
+def test_lae_is_a_scaled_adapter_beside_the_first_ffns(backbone: str) -> None:
+    agrees(backbone, lae(blocks=2), rewrite_lae)
+    assert starts_as_the_base(backbone, lae())
+    assert untrained(backbone, lae()) == []
+    reverts(backbone, lae())
+
+
+def test_lae_counts_and_does_not_merge() -> None:
+    count = 5 * (2 * 768 * 5 + 5 + 768 + 1)
+    assert surgery.plan(base_vit(), lae()).trainable == count == 42_270
+    with pytest.raises(OperationError, match="Scaled"):
+        surgery.merge(stirred("vit", lae()))
+
+
+def test_a_scaled_linear_part_merges() -> None:
+    merges("vit", at(surgery.proj, surgery.parallel(scaled(linear, start=0.5))))
+
+
+# states ----------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_weighted_mean() -> None:
+    model = stirred("vit", PLAIN)
+    states = [random(model, seed) for seed in range(3)]
+    mean = average(states, [1, 2, 5])
+    for key, tensor in mean.items():
+        close(tensor, (states[0][key] + 2 * states[1][key] + 5 * states[2][key]) / 8)
+    plain = average(states)
+    for key, tensor in plain.items():
+        close(tensor, sum(state[key] for state in states) / 3)
+        assert all(tensor.data_ptr() != state[key].data_ptr() for state in states)
+
+
+def test_accumulation_is_a_moving_average_and_the_head_is_the_online_one() -> None:
+    model = surgery.apply(vit(), lae())
+    offline, online = random(model, 1), random(model, 2)
+    new = accumulate(offline, online, decay=0.9)
+    assert set(new) == set(online)
+    for key, tensor in new.items():
+        want = online[key] if key.startswith("base.") else 0.9 * offline[key] + 0.1 * online[key]
+        close(tensor, want)
+    assert {key for key in new if key.startswith("base.")} == {"base.head.weight", "base.head.bias"}
+
+
+def test_numbers_that_have_no_mean_must_agree() -> None:
+    a, b = {"n": torch.tensor(1)}, {"n": torch.tensor(2)}
+    assert average([a, a])["n"] == 1
+    with pytest.raises(FileError, match="int64 has no mean"):
+        average([a, b])
+
+
+def test_half_precision_is_averaged_finely() -> None:
+    states = [{"a": torch.tensor([x]).bfloat16()} for x in (256.0, *[0.75] * 7)]
+    mean = average(states)["a"]  # 32 + 0.09375 is 32 in bfloat16, seven times
+    assert (mean.dtype, mean.item()) == (torch.bfloat16, 32.75)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [1.0, -1.0], []])
+def test_weights_that_do_not_fit_are_told(weights: list[float]) -> None:
+    with pytest.raises(RuleError, match="no weighted mean"):
+        average([{"a": torch.ones(1)}] * 2, weights)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5, True, "x"])
+def test_a_decay_is_a_share(decay: Any) -> None:
+    with pytest.raises(RuleError, match="from 0 to 1"):
+        accumulate({}, {}, decay)
+
+
+def test_states_of_other_models_are_told() -> None:
+    one = {"a": torch.ones(2)}
+    for other in ({"b": torch.ones(2)}, {"a": torch.ones(3)}, {"a": torch.ones(2).double()}):
+        with pytest.raises(FileError):
+            average([one, other])
+
+
+def test_a_swapped_state_comes_back_after_an_error_too() -> None:
+    model = stirred("vit", lae())
+    model.norm.register_buffer("seen", torch.zeros(()))
+    own, other = average([surgery.state_dict(model)]), random(model, 3)
+    want = model(X)
+    with pytest.raises(ZeroDivisionError), swapped(model, other):  # noqa: PT012
+        assert all(torch.equal(t, other[k]) for k, t in surgery.state_dict(model).items())
+        assert not torch.equal(model(X), want)
+        model.norm.seen += 1
+        raise ZeroDivisionError
+    assert all(torch.equal(t, own[k]) for k, t in surgery.state_dict(model).items())
+    assert model.norm.seen == 0
+    assert torch.equal(model(X), want)
+    with pytest.raises(FileError), swapped(model, {}):
+        pass
+
+
+def test_the_ensemble_takes_the_largest_probability() -> None:
+    model = stirred("vit", lae())
+    states = [surgery.state_dict(model), random(model, 3), random(model, 4)]
+    have, want = ensemble(model, states, X), []
+    for state in average([states[0]]), *states[1:]:
+        surgery.load_state_dict(model, state)
+        want.append(model(X).softmax(-1))
+    assert torch.equal(have, torch.stack(want).amax(0))
+    assert not any(torch.equal(have, each) for each in want)
+
+
+def test_an_ensemble_that_fails_leaves_the_model_as_it_was() -> None:
+    model = stirred("vit", lae())
+    own = average([surgery.state_dict(model)])
+    with pytest.raises(RuntimeError):
+        ensemble(model, [random(model, 3)], torch.zeros(1, 4, 16, 16).double())
+    with pytest.raises(RuleError):
+        ensemble(model, [], X)
+    assert all(torch.equal(t, own[k]) for k, t in surgery.state_dict(model).items())
+
+
+# ScaLearn --------------------------------------------------------------------------------------
+
+
+def sources(backbone: str, count: int = 3) -> list[dict[str, Tensor]]:
+    model = surgery.apply(BACKBONES[backbone](), PLAIN)
+    return [random(model, seed) for seed in range(count)]
+
+
+def rewrite_scalearn(plain: nn.Module, held: dict[str, Any]) -> None:
+    states = sources("vit" if hasattr(plain, "pos_embed") else "swin")
+    found = [(key, part) for key, part in held.items() if hasattr(part, "copies")]
+    for block, (key, part) in zip(blocks(plain), found, strict=True):
+        own = [(s, f"parts.{key}.") for s in states]
+
+        def forward(
+            x: Tensor, mlp: Any = block.mlp, omega: Any = part.omega, own: Any = own
+        ) -> Any:
+            base = type(mlp).forward(mlp, x)
+            y = base
+            for t, (s, k) in enumerate(own):
+                hidden = (base @ s[k + "down.weight"].T + s[k + "down.bias"]).relu()
+                y = y + omega.weight[t] * (hidden @ s[k + "up.weight"].T + s[k + "up.bias"])
+            return y
+
+        by_hand(block.mlp, forward)
+
+
+@BOTH
+@pytest.mark.parametrize("by_feature", [True, False])
+@pytest.mark.parametrize("once", [True, False])
+def test_scalearn_is_the_sum_of_its_formula(backbone: str, by_feature: bool, once: bool) -> None:
+    omega = coefficients(count=3, by_feature=by_feature)
+    part = combined(adapter(rank=4), shared(omega) if once else omega)
+    rules = [at(ffn, append(part, residual=True))]
+    model = stirred(backbone, rules)
+    fill(model, sources(backbone))
+    have = model(INPUTS[backbone])
+    from tests.methods import reference
+
+    plain = reference.by_hand(backbone, model, rewrite_scalearn)
+    close(have, plain(INPUTS[backbone]), 16)
+    assert (have - BACKBONES[backbone]()(INPUTS[backbone])).abs().max() > 1e-3
+    assert sum("omega" in key or "coefficients" in key for key in surgery.state_dict(model)) == (
+        len({b.mlp.fc1.in_features for b in blocks(model)}) if once else len(blocks(model))
+    )
+
+
+@BOTH
+def test_scalearn_trains_omega_alone(backbone: str) -> None:
+    model = surgery.apply(BACKBONES[backbone](), scalearn(rank=4)).train()
+    fill(model, sources(backbone))
+    model(INPUTS[backbone]).square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(
+        name.endswith("omega.weight")
+        for name in trained - {"head.weight", "head.bias"}
+        if "head" not in name
+    )
+    reverts(backbone, scalearn(rank=4))
+
+
+def test_scalearn_starts_at_two_over_count_and_as_the_base() -> None:
+    assert starts_as_the_base("vit", scalearn())
+    model = surgery.apply(tiny_vit(), scalearn(count=4))
+    for part in parts(model).values():
+        assert part.omega.weight.shape == (4, 24)
+        assert (part.omega.weight - 0.5).abs().max() < 0.006
+        assert 0.0005 < part.omega.weight.std() < 0.002
+        assert part.omega.drop.p == 0.3
+
+
+def test_scalearn_counts() -> None:
+    model = base_vit()
+    assert surgery.plan(model, scalearn()).trainable == 12 * 3 * 768 == 27_648
+    assert surgery.plan(model, scalearn(by_feature=False)).trainable == 12 * 3
+    for omega, count in ((coefficients(), 3 * 768), (coefficients(by_feature=False), 3)):
+        rules = at(ffn, append(combined(adapter(rank=48), shared(omega)), residual=True))
+        assert surgery.plan(model, rules).trainable == count
+
+
+def test_scalearn_merges_where_its_parts_are_linear() -> None:
+    part = combined(linear, coefficients(count=2))
+    merges("vit", at(surgery.proj, append(part, residual=True)), 16)
+    model = stirred("vit", scalearn())
+    with pytest.raises(OperationError, match="Combined"):
+        surgery.merge(model)
+
+
+def test_shared_coefficients_are_stored_once_and_lent_to_all(tmp_path: Path) -> None:
+    rules = at(ffn, append(combined(adapter(rank=2), shared(coefficients())), residual=True))
+    model = surgery.apply(vit(), rules)
+    file = surgery.save(model, tmp_path / "x.safetensors")
+    with safe_open(file, framework="pt") as held:
+        assert sum("coefficients" in key for key in held.keys()) == 1  # noqa: SIM118
+        assert not any(".omega" in key for key in held.keys())  # noqa: SIM118
+    again = surgery.load(vit(), file, rules=rules)
+    for each in (model, copy.deepcopy(model), again):
+        own = [m.omega for m in each.modules() if isinstance(m, Combined)]
+        assert len(own) == 3
+        assert {id(omega) for omega in own} == {id(parts(each)["shared/coefficients/24"])}
+
+
+def test_filling_is_all_or_nothing() -> None:
+    model = surgery.apply(vit(), scalearn(count=2, rank=4))
+    good, before = sources("vit", 2), average([surgery.state_dict(model)])
+    (first, *_) = good[0]
+    bad = [
+        good[:1],
+        [good[0], {k: t for k, t in good[1].items() if k != first}],
+        [good[0], {**good[1], "parts.more": torch.ones(1)}],
+        [good[0], {**good[1], first: torch.ones(1)}],
+        [good[0], {**good[1], first: good[1][first].float()}],
+    ]
+    for states in bad:
+        with pytest.raises(FileError):
+            fill(model, states)
+        assert all(torch.equal(t, before[k]) for k, t in surgery.state_dict(model).items())
+    fill(model, good)
+    for key, part in parts(model).items():
+        for state, each in zip(good, part.copies, strict=True):
+            assert torch.equal(each.down.weight, state[f"parts.{key}.down.weight"])
+    with pytest.raises(OperationError, match="no combined part"):
+        fill(surgery.apply(vit(), PLAIN), good)
+
+
+def test_what_cannot_be_combined_is_told() -> None:
+    for part in (
+        combined(shared(adapter())),
+        combined(surgery.moa(heads=3)),
+        combined(adapter(), omega=adapter()),
+        combined(adapter(), coefficients(count=0)),
+    ):
+        with pytest.raises(RuleError):
+            surgery.plan(vit(), at(ffn, append(part, residual=True)))
+
+
+# domains ---------------------------------------------------------------------------------------
+
+
+def rewrite_domains(chosen: Any) -> Any:
+    def rewrite(plain: nn.Module, held: dict[str, Any]) -> None:
+        for block, part in zip(blocks(plain), held.values(), strict=True):
+
+            def forward(x: Tensor, mlp: Any = block.mlp, part: Any = part) -> Tensor:
+                base = type(mlp).forward(mlp, x)
+                rows = [
+                    y + bottleneck(part.by_domain[chosen[i]], y, torch.relu)
+                    for i, y in enumerate(base)
+                ]
+                return torch.stack(rows)
+
+            by_hand(block.mlp, forward)
+
+    return rewrite
+
+
+@BOTH
+@pytest.mark.parametrize("ids", [0, 2, torch.tensor([2, 0]), torch.tensor([1, 1])])
+def test_each_sample_goes_through_the_part_of_its_domain(backbone: str, ids: Any) -> None:
+    from tests.methods import reference
+
+    model = stirred(backbone, language_adapter(domains=3, rank=4))
+    choose(model, ids)
+    rows = [ids, ids] if isinstance(ids, int) else ids.tolist()
+    plain = reference.by_hand(backbone, model, rewrite_domains(rows))
+    x = INPUTS[backbone]
+    with torch.no_grad():
+        have = model(x)
+        close(have, plain(x), 16)
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(x), have)
+        assert torch.equal(copy.deepcopy(model)(x), have)
+
+
+def test_only_the_chosen_domain_is_trained() -> None:
+    model = surgery.apply(vit(), language_adapter(domains=2, rank=4)).train()
+    for p in surgery.parameters(model):
+        nn.init.normal_(p, std=0.1)
+    optimiser = torch.optim.AdamW(surgery.parameters(model), lr=0.1)
+    for domain, other in ((1, 0), (0, 1)):
+        choose(model, domain)
+        before = average([one_domain(surgery.state_dict(model), other)])
+        optimiser.zero_grad()
+        model(X).square().sum().backward()
+        optimiser.step()
+        now = one_domain(surgery.state_dict(model), other)
+        assert all(torch.equal(now[key], before[key]) for key in now if key.startswith("parts."))
+        for part in parts(model).values():
+            assert all(p.grad is None for p in part.by_domain[other].parameters())
+            assert all(p.grad.any() for p in part.by_domain[domain].parameters())
+
+
+@BOTH
+def test_domains_start_as_the_base_train_and_come_off(backbone: str) -> None:
+    rules = language_adapter(domains=1, rank=4)
+    assert starts_as_the_base(backbone, language_adapter(rank=4))
+    assert untrained(backbone, rules) == []
+    reverts(backbone, language_adapter(rank=4))
+
+
+def test_two_domains_are_trained_by_a_batch_of_both() -> None:
+    model = surgery.apply(vit(), language_adapter(domains=2, rank=4)).train()
+    choose(model, torch.tensor([0, 1]))
+    for p in surgery.parameters(model):
+        nn.init.normal_(p, std=0.1)
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in surgery.parameters(model))
+    model.zero_grad()
+    choose(model, torch.tensor([1, 1]))
+    model(X).square().sum().backward()
+    for part in parts(model).values():
+        assert all(p.grad is None for p in part.by_domain[0].parameters())
+
+
+def test_domains_are_counted_and_do_not_merge() -> None:
+    count = 2 * 12 * (2 * 768 * 384 + 384 + 768)
+    assert surgery.plan(base_vit(), language_adapter()).trainable == count
+    with pytest.raises(OperationError, match="Domains"):
+        surgery.merge(stirred("vit", language_adapter()))
+
+
+def test_domains_average_into_one_plain_part() -> None:
+    model = stirred("vit", [at(ffn, append(domains(adapter(rank=4)), residual=True))])
+    plain = surgery.apply(vit(), PLAIN)
+    merged = average([one_domain(surgery.state_dict(model), i) for i in range(2)])
+    surgery.load_state_dict(plain, merged)
+    for one, many in zip(parts(plain).values(), parts(model).values(), strict=True):
+        a, b = (each.up.weight for each in many.by_domain)
+        assert (one.up.weight - (a + b) / 2).abs().max() < 4 * EPS
+    with pytest.raises(FileError, match="no part of that domain"):
+        one_domain(surgery.state_dict(model), 2)
+
+
+def test_domains_that_are_none_are_told() -> None:
+    model = surgery.apply(vit(), language_adapter(domains=2, rank=4))
+    choose(model, 1)
+    wrong: list[Any] = [
+        2,
+        -1,
+        True,
+        1.0,
+        torch.tensor([0, 2]),
+        torch.tensor([0.0]),
+        torch.ones(2, 2),
+    ]
+    for domain in wrong:
+        with pytest.raises(RuleError, match="2 domains"):
+            choose(model, domain)
+    assert all(m.active == 1 for m in model.modules() if isinstance(m, Domains))
+    choose(model, torch.tensor([0, 1, 0]))
+    with pytest.raises(GraftError, match="3 domains"):
+        model(X)
+    with pytest.raises(OperationError, match="no part of several domains"):
+        choose(vit(), 0)
+    for part in (domains(adapter(), count=0), domains(shared(adapter())), domains(surgery.moa())):
+        with pytest.raises(RuleError):
+            surgery.plan(vit(), at(ffn, append(part, residual=True)))
+
+
+def test_what_a_forward_puts_in_place_of_a_buffer_goes_again() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n = self.n + 1
+            out: Tensor = self.lin(x)
+            return out
+
+    model = surgery.apply(Counts(), at("lin", surgery.unfreeze))
+    mark = surgery.fingerprint(model)
+    ensemble(model, [surgery.state_dict(model)], torch.ones(1, 2))
+    assert surgery.fingerprint(model) == mark
+
+
+def test_the_domains_that_were_chosen_are_kept() -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(4, 4)), at("0", append(domains(linear))))
+    ids = torch.tensor([0, 1])
+    choose(model, ids)
+    want = model(torch.ones(2, 4))
+    ids.fill_(7)
+    assert torch.equal(model(torch.ones(2, 4)), want)

@@ -1,0 +1,370 @@
+"""Adapters of one and two bits a weight, and their packed files."""
+
+from __future__ import annotations
+
+import copy
+import struct
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import surgery
+from surgery.errors import FileError, MatchError, OperationError, RuleError
+from surgery.methods.one_bit import bi_adaptformer, bi_lora
+from surgery.parts.binary import QuantisedLinear, binary_adapter, binary_lora
+from surgery.state import packed
+from tests.methods.reference import (
+    BACKBONES,
+    INPUTS,
+    agrees,
+    blocks,
+    merges,
+    parts,
+    reverts,
+    starts_as_the_base,
+    stirred,
+    untrained,
+    vit,
+)
+
+BOTH = pytest.mark.parametrize("backbone", BACKBONES)
+BITS = pytest.mark.parametrize("bits", [1, 2])
+EPS32 = torch.finfo(torch.float32).eps
+
+
+@lru_cache
+def codes(bits: int) -> list[float]:
+    """Each code is the median of its cell of a normal variable, cells are cut halfway."""
+    normal = NormalDist()
+    values = [i - (2**bits - 1) / 2 for i in range(2**bits)]
+    for _ in range(200):
+        cuts = [(a + b) / 2 for a, b in pairwise(values)]
+        p = [0.0, *map(normal.cdf, cuts), 1.0]
+        values = [normal.inv_cdf((a + b) / 2) for a, b in pairwise(p)]
+    return values
+
+
+def quantise(w: Tensor, bits: int = 1) -> Tensor:
+    """b std + mean, with b the code nearest to (w - mean) / (std + 1e-5)."""
+    mean, std = w.sum() / w.numel(), ((w - w.mean()) ** 2).sum().div(w.numel() - 1).sqrt()
+    code = torch.tensor(codes(bits), dtype=w.dtype)
+    nearest = ((w - mean) / (std + 1e-5)).unsqueeze(-1).sub(code).abs().argmin(-1)
+    return code[nearest] * std + mean
+
+
+def run(part: Any, x: Tensor, bits: int, relu: bool) -> Tensor:
+    hidden = x @ quantise(part.down.weight, bits).T
+    return (hidden.clamp(min=0) if relu else hidden) @ quantise(part.up.weight, bits).T
+
+
+def test_the_codes_are_the_printed_ones() -> None:
+    assert codes(1) == pytest.approx([-0.67449, 0.67449], abs=1e-5)
+    assert codes(2) == pytest.approx([-1.2657, -0.3778, 0.3778, 1.2657], abs=1e-4)
+
+
+@BITS
+@BOTH
+def test_bi_adaptformer_is_the_formula(backbone: str, bits: int) -> None:
+    def rewrite(plain: nn.Module, made: dict[str, Any]) -> None:
+        for block, part in zip(blocks(plain), made.values(), strict=True):
+            norm, mlp, kept = block.norm2.forward, block.mlp.forward, {}
+
+            def keep(u: Tensor, norm: Any = norm, kept: Any = kept) -> Any:
+                kept["u"] = u
+                return norm(u)
+
+            def add(z: Tensor, mlp: Any = mlp, kept: Any = kept, part: Any = part) -> Any:
+                return mlp(z) + 0.5 * run(part, kept["u"], bits, relu=True)
+
+            block.norm2.forward, block.mlp.forward = keep, add
+
+    agrees(backbone, bi_adaptformer(rank=8, scale=0.5, bits=bits), rewrite)
+
+
+@BITS
+@BOTH
+def test_bi_lora_is_the_formula(backbone: str, bits: int) -> None:
+    def rewrite(plain: nn.Module, made: dict[str, Any]) -> None:
+        for block, part in zip(blocks(plain), made.values(), strict=True):
+            qkv = block.attn.qkv.forward
+
+            def add(x: Tensor, qkv: Any = qkv, part: Any = part) -> Tensor:
+                q, k, v = qkv(x).chunk(3, -1)
+                dq, dv = (0.5 * run(each, x, bits, relu=False) for each in part.parts)
+                return torch.cat([q + dq, k, v + dv], -1)
+
+            block.attn.qkv.forward = add
+
+    agrees(backbone, bi_lora(rank=8, scale=0.5, bits=bits), rewrite)
+
+
+@BITS
+def test_the_gradient_passes_the_codes_and_the_statistics(bits: int) -> None:
+    torch.manual_seed(0)
+    layer = QuantisedLinear(12, 6, bits).double()
+    g, w = torch.randn(6, 12, dtype=torch.float64), layer.weight.detach()
+    (layer.quantised() * g).sum().backward()
+    mean, std, n = w.mean(), w.std(), w.numel()
+    b = (quantise(w, bits) - mean) / std
+    through = g * std / (std + 1e-5)  # of each weight, by its code
+    by_mean = g.sum() - through.sum()
+    by_std = (g * b).sum() - (through * (w - mean)).sum() / (std + 1e-5)
+    want = through + by_mean / n + by_std * (w - mean) / ((n - 1) * std)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", [bi_adaptformer(rank=4), bi_lora(rank=4)])
+@BOTH
+def test_all_is_trained_and_comes_off_and_does_not_start_as_the_base(
+    backbone: str, rules: Any
+) -> None:
+    assert untrained(backbone, rules) == []
+    assert not starts_as_the_base(backbone, rules)
+    reverts(backbone, rules)
+
+
+def test_the_start() -> None:
+    model = surgery.apply(vit(), bi_adaptformer(rank=32))
+    for part in parts(model).values():
+        assert part.down.bias is part.up.bias is None
+        assert part.up.weight.abs().max() <= 0.002
+        assert 0.0008 < part.up.weight.std() < 0.001  # 0.00088 after the cut at two deviations
+        assert 0.95 * 24**-0.5 < part.down.weight.abs().max() <= 24**-0.5
+        assert part.act[1].p == 0.1
+
+
+@BOTH
+def test_bi_lora_merges_and_bi_adaptformer_does_not(backbone: str) -> None:
+    merges(backbone, bi_lora(rank=8, scale=0.5))
+    merges(backbone, bi_lora(rank=8, bits=2))
+    with pytest.raises(OperationError, match="BinaryAdapter stands at a span"):
+        surgery.merge(stirred(backbone, bi_adaptformer(rank=8)))
+    rule = surgery.at(surgery.fc1, binary_adapter(rank=8))
+    with pytest.raises(OperationError, match="BinaryAdapter is not linear"):
+        surgery.merge(stirred(backbone, rule))
+
+
+def base() -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("vit_base_patch16_224", num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("rules", "count", "size"),
+    [(bi_adaptformer(), 589_824, 73_920), (bi_lora(), 1_179_648, 147_840)],
+)
+def test_counts_and_bytes_on_a_vit_base(rules: Any, count: int, size: int, tmp_path: Path) -> None:
+    assert surgery.plan(base(), rules).trainable == count
+    model = surgery.apply(base().to_empty(device="cpu").requires_grad_(False), rules)
+    with torch.no_grad():
+        for p in surgery.parameters(model):
+            p.normal_()
+    assert packed.save(model, tmp_path / "x").stat().st_size == size
+
+
+# packed files ----------------------------------------------------------------------------------
+
+RULES = pytest.mark.parametrize(
+    "rules",
+    [bi_adaptformer(rank=8), bi_lora(rank=8), bi_adaptformer(rank=6, bits=2), bi_lora(5, bits=2)],
+)
+
+
+def layers(model: nn.Module) -> list[QuantisedLinear]:
+    return [each for each in model.modules() if isinstance(each, QuantisedLinear)]
+
+
+@RULES
+@BOTH
+def test_a_packed_file_brings_back_codes_and_statistics(
+    backbone: str, rules: Any, tmp_path: Path
+) -> None:
+    tuned = stirred(backbone, rules)
+    path = packed.save(tuned, tmp_path / "tuned.bin")
+    model = packed.load(surgery.apply(BACKBONES[backbone](), rules, seed=9).eval(), path)
+    with torch.no_grad():
+        for have, want in zip(layers(model), layers(tuned), strict=True):
+            assert torch.equal(have.cells(), want.cells())
+            w = want.quantised()
+            assert (have.quantised() - w).abs().max() <= EPS32 * w.abs().max()
+        x = INPUTS[backbone]
+        answer = tuned(x)
+        assert (model(x) - answer).abs().max() <= 16 * EPS32 * answer.abs().max()
+        for key, p in tuned.get_submodule("head").named_parameters():
+            assert torch.equal(model.get_submodule("head").get_parameter(key), p.float().double())
+    again = packed.save(model, tmp_path / "again.bin")
+    assert again.read_bytes() == path.read_bytes()
+
+
+@RULES
+def test_in_float32_it_answers_within_rounding(rules: Any, tmp_path: Path) -> None:
+    tuned = stirred("vit", rules).float()
+    path = packed.save(tuned, tmp_path / "tuned.bin")
+    model = packed.load(surgery.apply(vit().float(), rules, seed=9).eval(), path)
+    x = INPUTS["vit"].float()
+    with torch.no_grad():
+        for have, want in zip(layers(model), layers(tuned), strict=True):
+            w = want.quantised()
+            assert (have.quantised() - w).abs().max() <= 4 * EPS32 * w.abs().max()
+        answer = tuned(x)
+        assert (model(x) - answer).abs().max() <= 64 * EPS32 * answer.abs().max()
+
+
+def test_a_loaded_model_trains_on(tmp_path: Path) -> None:
+    path = packed.save(stirred("vit", bi_lora(rank=4)), tmp_path / "tuned.bin")
+    model = packed.load(surgery.apply(vit(), bi_lora(rank=4)), path)
+    model(INPUTS["vit"]).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in surgery.parameters(model))
+
+
+@BITS
+def test_the_bytes_are_as_the_format_says(bits: int, tmp_path: Path) -> None:
+    """Written out one number at a time: codes from the lowest bits on, mean, deviation, head."""
+    model = stirred("vit", bi_lora(rank=3, bits=bits)).float()
+    want = b""
+    for part in parts(model).values():
+        for each in part.parts:
+            for layer in (each.down, each.up):
+                w = layer.weight.detach()
+                normal = ((w - w.mean()) / (w.std() + 1e-5)).flatten().tolist()
+                index = [min(range(2**bits), key=lambda i: abs(codes(bits)[i] - x)) for x in normal]
+                per = 8 // bits
+                for start in range(0, len(index), per):
+                    byte = sum(c << bits * i for i, c in enumerate(index[start : start + per]))
+                    want += byte.to_bytes(1, "little")
+                want += struct.pack("<2f", w.mean(), w.std())
+    for p in (model.head.weight, model.head.bias):  # type: ignore[union-attr]
+        want += struct.pack(f"<{p.numel()}f", *p.flatten().tolist())  # type: ignore[operator,union-attr]
+    assert packed.save(model, tmp_path / "x").read_bytes() == want
+
+
+def test_a_constant_weight_comes_back(tmp_path: Path) -> None:
+    model = surgery.apply(vit(), bi_adaptformer(rank=2))
+    with torch.no_grad():
+        layers(model)[0].weight.fill_(0.25)
+    path = packed.save(model, tmp_path / "x")
+    again = packed.load(surgery.apply(vit(), bi_adaptformer(rank=2), seed=4), path)
+    assert torch.equal(layers(again)[0].weight, layers(model)[0].weight)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = surgery.apply(vit(), bi_adaptformer(rank=4))
+    path, before = packed.save(model, tmp_path / "x"), state(model)
+    data = path.read_bytes()
+    damaged = b"\xff" * (len(data) // 8)
+    for bad, match in (
+        (data[:-1], rf"it has {len(data) - 1:,} bytes, and this model's has {len(data):,}"),
+        (data + b"0", "bytes"),
+        (b"", "it has 0 bytes"),
+        (damaged + data[len(damaged) :], "no weight of 2 values has these codes"),
+    ):
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(FileError, match=match):
+            packed.load(model, tmp_path / "bad")
+    with pytest.raises(FileError, match="there is no such file"):
+        packed.load(model, tmp_path / "none")
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_nothing_half_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = surgery.apply(vit(), bi_adaptformer(rank=4))
+    with pytest.raises(FileError, match="there is no folder"):
+        packed.save(model, tmp_path / "none" / "x")
+    monkeypatch.setattr("os.replace", lambda a, b: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        packed.save(model, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_bits_that_no_four_values_have_are_refused_while_the_weights_are_there(
+    tmp_path: Path,
+) -> None:
+    model = surgery.apply(vit(), bi_adaptformer(rank=4, bits=2))
+    with torch.no_grad():
+        w = layers(model)[0].weight
+        w.uniform_(-0.01, 0.01)
+        w.view(-1)[0], w.view(-1)[1] = 3.0, -3.0
+    with pytest.raises(FileError, match="no weight of 4 values has these codes"):
+        packed.save(model, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packed_file_holds_nothing_else(tmp_path: Path) -> None:
+    plain = surgery.at(surgery.ffn, surgery.parallel(surgery.adapter()))
+    other = surgery.apply(vit(), [*bi_lora(rank=4), plain])
+    with pytest.raises(OperationError, match=r"it holds parts\.blocks/0/mlp"):
+        packed.save(other, tmp_path / "x")
+    with pytest.raises(OperationError, match="it holds no quantised weight"):
+        packed.load(surgery.apply(vit(), "linear_probe"), tmp_path / "x")
+    with pytest.raises(OperationError, match="was not operated"):
+        packed.save(vit(), tmp_path / "x")
+    with pytest.raises(OperationError, match="merged"):
+        packed.save(surgery.merge(surgery.apply(vit(), bi_lora(rank=4))), tmp_path / "x")
+
+
+# the rest --------------------------------------------------------------------------------------
+
+
+def test_a_deep_copy_and_a_saved_file_have_each_weight_once(tmp_path: Path) -> None:
+    model = stirred("vit", bi_lora(rank=4))
+    keys = {key for key in surgery.state_dict(model) if key.startswith("parts.")}
+    assert len(keys) == 3 * 2 * 2
+    path = surgery.save(model, tmp_path / "x.safetensors")
+    with safe_open(path, framework="pt") as file:
+        assert keys <= set(file.keys())
+    again = surgery.load(vit(), path, rules=bi_lora(rank=4)).eval()
+    with torch.no_grad():
+        assert torch.equal(again(INPUTS["vit"]), model(INPUTS["vit"]))
+        assert torch.equal(copy.deepcopy(model)(INPUTS["vit"]), model(INPUTS["vit"]))
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        (binary_adapter(rank=0), r"binary_adapter\(rank=0\)"),
+        (binary_lora(rank=1.5), r"binary_lora\(rank=1.5\)"),  # type: ignore[arg-type]
+        (binary_adapter(bits=3), r"binary_adapter\(bits=3\): weights have one bit or two"),
+        (binary_lora(bits=True), r"bits=True"),
+        (binary_lora(rows="q _k v w o"), "72 features, which are not 5 equal chunks"),
+    ],
+)
+def test_wrong_arguments_are_told(part: Any, match: str) -> None:
+    with pytest.raises(RuleError, match=match):
+        surgery.apply(vit(), surgery.at(surgery.fused, part))
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    with pytest.raises(MatchError):
+        surgery.apply(mlp, bi_lora())
+
+
+def test_projections_of_their_own_have_a_pair_each() -> None:
+    layers_ = [nn.ModuleDict({n: nn.Linear(8, 8) for n in ("q", "k", "v", "o")}) for _ in range(2)]
+    rule = surgery.at(surgery.where("*.q") | surgery.where("*.v"), binary_lora(rank=2))
+    model = surgery.apply(nn.ModuleList(layers_), rule)
+    assert all(each.down.weight.shape == (2, 8) for each in parts(model).values())
+    assert len(parts(model)) == 4
+
+
+def test_weights_that_are_no_numbers_are_not_packed(tmp_path: Path) -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(8, 8)), surgery.at("0", binary_lora(rank=4)))
+    with torch.no_grad():
+        next(iter(surgery.parameters(model))).fill_(torch.nan)
+    with pytest.raises(FileError):
+        packed.save(model, tmp_path / "a.bin")
+    assert list(tmp_path.iterdir()) == []
