@@ -86,7 +86,7 @@ def matches(count: float, printed: str) -> bool:
 
 def of(name: str, **arguments: Any) -> list[Rule]:
     """The rules of a named set, with arguments of its function."""
-    made: list[Rule] = getattr(importlib.import_module("surgery.rulesets"), name)(**arguments)
+    made: list[Rule] = getattr(importlib.import_module("surgery.methods"), name)(**arguments)
     return made
 
 

@@ -1,51 +1,166 @@
-"""What a model is, remembered: to give it back, or to see whether anything of it changed."""
+"""What a model is, remembered: to be given back, or to see whether anything of it changed."""
 
 from __future__ import annotations
 
-import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from . import _rng
+
+Marks = dict[str, Any]
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+@contextmanager
+def preserved(
+    model: nn.Module | None = None,
+    *,
+    modes: bool = False,
+    flags: bool = False,
+    buffers: bool = False,
+) -> Iterator[None]:
+    """While it lasts all may be changed; then random numbers and settings are as they were.
+
+    modes    those of all modules (train, eval), too
+    flags    `requires_grad` of all parameters, too
+    buffers  which tensors they are, and their values, too
+
+    Settings are torch's default dtype and whether it may take the fused kernels of attention.
+
+    >>> model = nn.Linear(2, 2)
+    >>> with preserved(model, modes=True):
+    ...     _ = model.eval()
+    >>> model.training
+    True
+    """
+    ways = [_rng.remember(), _settings()]
+    if model is not None:
+        ways += [_modes(model)] if modes else []
+        ways += [_flags(model)] if flags else []
+        ways += [_buffers(model)] if buffers else []
+
+    def give_back() -> None:
+        for way in reversed(ways):
+            way()
+
+    try:
+        yield
+        give_back()
+    except BaseException:  # one that came while giving back, too
+        give_back()
+        raise
+
+
+def _settings() -> Callable[[], None]:
+    fused, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
+
+    def give_back() -> None:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.set_default_dtype(dtype)
+
+    return give_back
+
+
+def _modes(model: nn.Module) -> Callable[[], None]:
+    was = [(module, module.training) for module in model.modules()]
+
+    def give_back() -> None:
+        for module, training in was:
+            module.training = training
+
+    return give_back
+
+
+def _flags(model: nn.Module) -> Callable[[], None]:
+    was = [(p, p.requires_grad) for p in model.parameters()]
+
+    def give_back() -> None:
+        for p, flag in was:
+            p.requires_grad_(flag)
+
+    return give_back
+
+
+def _buffers(model: nn.Module) -> Callable[[], None]:
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+
+    def give_back() -> None:
+        for table, was in tables:
+            table.clear()
+            table.update(was)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+    return give_back
+
+
+# to see whether anything changed ----------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> Marks:
     """All that surgery must leave, or bring back, bit for bit; equal dicts mean equal models.
 
-    Holds the classes, the order of children, hooks, training flags, `requires_grad`, identity,
-    place in memory and a digest of the bytes of every parameter and buffer, and the RNG state.
+    Holds the classes, attributes, order of children, hooks and training flags of all modules; of
+    every parameter and buffer its identity, place in memory, `requires_grad`, bytes and gradient;
+    the random numbers of torch, Python and numpy, and torch's modes.
 
     >>> model = nn.Linear(2, 2)
     >>> before = fingerprint(model)
     >>> model.weight.data[0, 0] += 1
     >>> [mark for mark, value in fingerprint(model).items() if value != before[mark]]
-    ['|weight']
+    ['weight: value']
     """
-    marks: dict[str, Any] = {"rng": torch.get_rng_state().numpy().tobytes()}
+    marks: Marks = {
+        "random numbers of torch": torch.get_rng_state().numpy().tobytes(),
+        "random numbers of Python": random.getstate(),
+        "random numbers of numpy": np.random.get_state()[1].tobytes(),  # type: ignore[index]
+        "keys": tuple(model.state_dict()),
+        "modes": (torch.is_grad_enabled(), torch.empty(0).device.type, torch.get_default_dtype()),
+    }
     for path, module in model.named_modules(remove_duplicate=False):
-        marks[f"{path}|module"] = (
-            id(module),
-            type(module),
-            module.training,
-            tuple(module._modules),
-            *(tuple(map(id, hooks.values())) for hooks in _hook_tables(module)),
-            *(name in module.__dict__ for name in ("forward", "train", "reset_running_stats")),
-        )
+        place = path or "the model"
+        marks[f"{place}: identity"] = (id(module), type(module))
+        marks[f"{place}: training"] = module.training
+        marks[f"{place}: attributes"] = tuple(vars(module))
+        marks[f"{place}: children"] = tuple(module._modules)
+        marks[f"{place}: hooks"] = [
+            (k, list(map(id, v.values()))) for k, v in vars(module).items() if "_hooks" in k
+        ]
         for name, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is not None:
-                marks[f"{path}|{name}"] = _tensor_marks(tensor)
+            own = f"{path}.{name}".strip(".")
+            marks.update({f"{own}: {mark}": value for mark, value in _tensor_marks(tensor).items()})
     return marks
 
 
-def _hook_tables(module: nn.Module) -> list[dict[int, Any]]:
-    return [
-        v for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and hasattr(v, "values")
-    ]
+def _tensor_marks(tensor: Tensor | None) -> Marks:
+    if tensor is None:
+        return {"value": None}
+    return {
+        "identity": (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape),
+        "requires_grad": tensor.requires_grad,
+        "gradient": None if tensor.grad is None else (id(tensor.grad), _bytes(tensor.grad)),
+        "value": _bytes(tensor),
+    }
 
 
-def _tensor_marks(tensor: torch.Tensor) -> tuple[Any, ...]:
-    digest = b""
-    if not tensor.is_meta:
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest = hashlib.sha256(raw.tobytes()).digest()
-    return (id(tensor), tensor.requires_grad, tensor.data_ptr(), tensor.dtype, tensor.shape, digest)
+def _bytes(tensor: Tensor) -> bytes:
+    return b"" if tensor.is_meta else bytes(_as_bytes(tensor).cpu().numpy().tobytes())
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, in dtype and in place."""
+    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
+        return False
+    return torch.equal(_as_bytes(a), _as_bytes(b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def first_few(names: Iterable[object], most: int = 4) -> str:
+def first_few(names: Iterable[object], most: int = 3) -> str:
     """The first few of some names, and how many more there are.
 
     >>> first_few(["a", "b", "c"], most=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class SurgeryError(Exception):
@@ -49,6 +50,24 @@ class GraftError(SurgeryError):
 
 class FileError(SurgeryError):
     """A file cannot be saved, or does not fit the model it is loaded into."""
+
+
+def is_integer(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether a value is an integer (True and False are none) from `least` up.
+
+    >>> is_integer(3), is_integer(0), is_integer(True)
+    (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is an integer or a float (True and False are none).
+
+    >>> is_number(0.5), is_number(True)
+    (True, False)
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def nearest_names(word: str, known: Iterable[str], most: int = 3) -> str:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._preserve import same
 from ..errors import GraftError, OperationError
 from ..rules import routing as _routing
 from ..rules.rule import Rules
 from .hooks import HookedSite
-from .operation import Operation, operations, same, tensor_of
+from .operation import Operation, operations, tensor_of
 from .planning import Plan, check_operable
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import nn
 
+from .._preserve import preserved
 from ..rules.expression import shown
 from ..rules.part import Shared
 from ..structure.module_tree import Site
@@ -48,7 +48,6 @@ class BuiltParts:
             if self.seed is None:
                 self._put(key, p.sketched(build))
             else:
-                state = torch.get_rng_state()
-                self._put(key, p.made(build, f"{self.seed}|{shown(shared)}|{key}"))
-                torch.set_rng_state(state)
+                with preserved():
+                    self._put(key, p.made(build, f"{self.seed}|{shown(shared)}|{key}"))
         return self.parts[key]

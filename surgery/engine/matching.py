@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from .._text import first_few
 from ..errors import MatchError, RuleError
 from ..methods import rules_named
 from ..rules.edits import Insert, Trained
@@ -49,10 +50,9 @@ def match_rule(rule: Rule, tree: Tree) -> dict[Site, dict[str, str]]:
         raise MatchError(rule.short, f"{fact}.", _advice(rule, tree))
     if found and rule.times is not None and len(found) != rule.times:
         paths = [site.path for site in found]
-        listed = ", ".join(paths[:4]) + (" and more" if len(paths) > 4 else "")
         raise MatchError(
             rule.short,
-            f"matched {len(found)} sites of {kind}, not times={rule.times}: {listed}.",
+            f"matched {len(found)} sites of {kind}, not times={rule.times}: {first_few(paths)}.",
             f"Write times={len(found)}, or a narrower or wider place.",
         )
     return found

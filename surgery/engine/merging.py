@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import OperationError
 from ..rules.affine import Affine, affine
-from ..structure.layers import CONVS, forward_of, is_norm, linear_shape, shape_of
+from ..structure.layers import CONVS, forward_of, is_norm, linear_shape, named_children, shape_of
 from .apply import operated
 from .hooks import HookedSite, is_replaced
 from .operation import Operation
@@ -103,10 +103,9 @@ def _scales_last(module: nn.Module) -> bool:
 def _twin(module: nn.Module, scale: Tensor | float) -> nn.Module:
     """The module in eval mode with other weights, and nothing that was added to it."""
     other = copy.copy(module)
-    rooms = {n: m for n, m in module._modules.items() if not hasattr(m, "_is_surgery_additions")}
     named = module._parameters.items()
     scaled = {n: p if p is None else nn.Parameter(p.detach() * scale) for n, p in named}
-    other.__dict__.update(_parameters=scaled, _modules=rooms, training=False)
+    other.__dict__.update(_parameters=scaled, _modules=named_children(module), training=False)
     return other
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._preserve import same
+from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, owners_of, routes, unhook
@@ -218,8 +220,7 @@ class Operation(Switch):
     def _idle(self) -> str:
         """The sites that have not run, in words."""
         idle = [hooked.path for hooked in self.idle]
-        listed = ", ".join(idle[:4]) + (" and more" if len(idle) > 4 else "")
-        return f"{len(idle)} of {len(self.hooked_sites)} sites ({listed})" if idle else ""
+        return f"{len(idle)} of {len(self.hooked_sites)} sites ({first_few(idle)})" if idle else ""
 
     def _may_be_compiled(self) -> bool:
         seen = [hooked.mark.compiled for hooked in self.hooked_sites]
@@ -321,17 +322,6 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     """The parameter or buffer of that name."""
     parameter = module._parameters.get(name)
     return parameter if parameter is not None else module._buffers.get(name)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, in dtype and in place."""
-    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
-        return False
-    return torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _host(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _rng
+from .._preserve import preserved
 from ..errors import ConflictError, FileError, OperationError, RuleError
 from ..rules.edits import Insert, Joined, Trained
 from ..rules.expression import encode
@@ -121,11 +121,8 @@ class Plan:
     @property
     def _sketched(self) -> BuiltParts:
         if self._sketches is None:
-            restore = _rng.remember()
-            try:
+            with preserved():
                 self._sketches = BuiltParts(self.placed, self.names, None)
-            finally:
-                restore()
         return self._sketches
 
     @property
@@ -179,16 +176,13 @@ class Plan:
         """
         _check_model(self.model, self.name)
         operation = Operation(self.name, self.balance, self._record(None))
-        restore = _rng.remember()
         try:
-            with _tracking():
+            with preserved(), _tracking():
                 self._carry_out(operation)
                 if example is not None:
                     verify(self.model, operation, example, self._train_targets(operation))
-            restore()
         except BaseException:
             operation.undo()
-            restore()
             raise
         return self.model
 

@@ -6,7 +6,6 @@ No silent nothing: models read weights without calling modules, skip and detach,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from .. import _rng
 from .._inputs import call, copied
+from .._preserve import preserved
+from .._text import first_few
 from ..errors import GraftError
 from .hooks import HookedSite
 from .operation import Operation
@@ -46,7 +47,8 @@ def verify(
     run = _runner(model, example)
     operation.proved = True
     try:
-        with _evaluating(model), torch.compiler.set_stance("force_eager"):
+        with preserved(model, modes=True), torch.compiler.set_stance("force_eager"):
+            model.eval()
             with torch.no_grad():
                 answer = _proved(operation, run)
             _check_rows(operation, example)
@@ -70,17 +72,6 @@ def _runner(model: nn.Module, example: Any) -> Run:
         return call(model, given)
 
     return run
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _proved(operation: Operation, run: Run) -> Any:
@@ -124,17 +115,13 @@ def _reason(idle: list[HookedSite], run: Run) -> tuple[str, str]:
     holders = dict.fromkeys(path.rpartition("(" if "(" in path else ".")[0] for path in read)
     called = " or ".join(f'at("{holder.rstrip(".")}", ...)' for holder in list(holders)[:2])
     reads = "without calling it" if len(read) == 1 else "without calling them"
-    return f": the model reads the weight of {_listed(read)} {reads}", (
+    return f": the model reads the weight of {first_few(read)} {reads}", (
         f"Put the rule on a module that is called, such as {called}. unfreeze works there."
     )
 
 
 def _weights(hooked: HookedSite) -> list[nn.Parameter]:
     return [*hooked.entry.parameters(), *hooked.exit.parameters()]
-
-
-def _listed(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _check_rows(operation: Operation, example: Any) -> None:
@@ -168,20 +155,20 @@ def _check_gradients(answer: Any, targets: Iterable[TrainTarget]) -> list[str]:
     spared = dict.fromkeys(name for each in missed if each.optional for name, _ in each.tensors)
     lost = [each for each in missed if not each.optional]
     if not lost or not whole:
-        told = f"no gradient comes to {_listed(list(spared))} with this example"
+        told = f"no gradient comes to {first_few(list(spared))} with this example"
         return [told] if spared and whole and outputs else []
     names = list(dict.fromkeys(name for each in lost for name, _ in each.tensors))
     rules = ", ".join(dict.fromkeys(each.rule for each in lost))
     if not outputs:
         raise GraftError(
             rules,
-            f"the output carries no gradient at all, so none would come to {_listed(names)}.",
+            f"the output carries no gradient at all, so none would come to {first_few(names)}.",
             "The model runs under torch.no_grad(), or under reentrant checkpointing with an input "
             "that needs no gradient (use_reentrant=False), or gives no floating numbers.",
         )
     raise GraftError(
         rules,
-        f"no gradient comes from the output to {_listed(names)}: they would never be trained.",
+        f"no gradient comes from the output to {first_few(names)}: they would never be trained.",
         "The model detaches what they make, or does not use it. Give an example that uses it, "
         "or a narrower place: & ~where(...).",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import RuleError
+from ..errors import RuleError, is_integer
 from ..rules.expression import shown
 from ..rules.part import Core, Maker, maker
 from ..structure.module_tree import Site
@@ -14,7 +14,7 @@ def positive(rule: str, **values: object) -> None:
     >>> positive("adapter", rank=8)
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_integer(value):
             raise RuleError(
                 f"{rule}({name}={value!r})", "it must be an integer from 1 up.", "Give one."
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import RuleError
+from ..errors import RuleError, is_integer
 from ..rules.affine import Affine
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
@@ -184,7 +184,7 @@ def binary_lora(
 
 def _check(rule: str, rank: int, bits: int) -> None:
     positive(rule, rank=rank)
-    if isinstance(bits, bool) or bits not in CODES:
+    if not is_integer(bits) or bits not in CODES:
         raise RuleError(
             f"{rule}(bits={bits!r})", "weights have one bit or two.", "Give bits=1 or bits=2."
         )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import GraftError, RuleError
+from ..errors import GraftError, RuleError, is_integer
 from ..rules.part import part
 from ..structure.module_tree import Site
 from .adapters import Adapter, QuickGELU
@@ -115,9 +115,7 @@ def convpass(
     convpass(prefix=1)
     """
     positive("convpass", hidden=hidden)
-    if prefix is not None and (
-        isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0
-    ):
+    if prefix is not None and not is_integer(prefix, least=0):
         raise RuleError(
             f"convpass(prefix={prefix!r})", "it is no number of tokens.", "Give 0, 1, ... or None."
         )

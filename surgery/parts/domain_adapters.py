@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraftError, OperationError, RuleError
+from ..errors import GraftError, OperationError, RuleError, is_integer
 from ..rules.part import Maker, Shared, maker, part
 from ..structure.module_tree import Site
 from .arguments import positive
@@ -116,4 +116,4 @@ def _is_domain(domain: object, count: int) -> bool:
         whole = not (domain.is_floating_point() or domain.is_complex()) and domain.dim() == 1
         known = whole and domain.dtype != torch.bool and len(domain) > 0
         return known and int(domain.min()) >= 0 and int(domain.max()) < count
-    return isinstance(domain, int) and not isinstance(domain, bool) and 0 <= domain < count
+    return is_integer(domain, least=0) and domain < count

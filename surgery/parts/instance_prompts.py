@@ -6,7 +6,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ..errors import RuleError
+from ..errors import RuleError, is_integer
 from ..rules.part import part
 from ..structure.module_tree import Site
 from .arguments import positive
@@ -95,7 +95,7 @@ def instance_prompt(site: Site, k: int = 20, layers: int = 3, skip: int = 1) -> 
     instance_prompt(k=8)
     """
     positive("instance_prompt", k=k, layers=layers)
-    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+    if not is_integer(skip, least=0):
         raise RuleError(
             f"instance_prompt(skip={skip!r})", "it is no number of tokens.", "Give 0, or 1."
         )

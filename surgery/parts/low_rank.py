@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import RuleError
+from ..errors import RuleError, is_number
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import positive
@@ -179,7 +179,7 @@ def scale_of(rule: str, alpha: float | None, rank: int) -> float:
     """alpha / rank; 1 without alpha. Raises RuleError where alpha is no positive number."""
     if alpha is None:
         return 1.0
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+    if not (is_number(alpha) and 0 < alpha < math.inf):
         raise RuleError(
             f"{rule}(alpha={alpha!r})", "it is no positive number.", "Give one, or None for rank."
         )

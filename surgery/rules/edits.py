@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..errors import RuleError
-from ..structure.layers import Shape
+from ..errors import RuleError, is_integer
+from ..structure.layers import Shape, is_token
 from ..structure.module_tree import Site
 from ..structure.path import Step, match, parse
 from .expression import Expression, shown
@@ -82,9 +82,7 @@ class Trained(Edit):
     def _means(self, name: str, p: nn.Parameter) -> bool:
         steps = tuple(Step(step, 0, 1) for step in name.split("."))
         return any(
-            p.dim() == 3 and p.shape[:2] == (1, 1)
-            if isinstance(each, Token)
-            else match(each, steps) is not None
+            is_token(p) if isinstance(each, Token) else match(each, steps) is not None
             for each in self.only
         )
 
@@ -233,7 +231,7 @@ def insert(
     >>> insert(prompt(tokens=5))
     insert(prompt(tokens=5))
     """
-    if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+    if not is_integer(after, least=0):
         raise RuleError(
             f"insert(after={after!r})", "it is no number of tokens.", "Give 0, or 1 (class token)."
         )

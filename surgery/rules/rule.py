@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ..errors import RuleError
+from ..errors import RuleError, is_integer
 from .edits import Edit, usual
 from .expression import Expression, shown
 from .part import Part, Shared
@@ -63,7 +63,7 @@ def at(
             raise RuleError(rule.short, f"{shown(edit)} is no edit.", _remedy(edit))
     if not edits:
         raise RuleError(rule.short, "it says where, but not what.", "Add unfreeze, for example.")
-    if times is not None and (isinstance(times, bool) or not isinstance(times, int) or times < 1):
+    if times is not None and not is_integer(times):
         raise RuleError(
             rule.short, f"times={times!r} is no number of matches.", "Give an integer from 1 up."
         )

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._inputs import call
+from .._preserve import fingerprint
+from .._text import first_few
 from ..engine.apply import disabled
 from ..engine.verify import tensors
 from ..rules.affine import affine
@@ -30,7 +32,7 @@ from . import isolation
 from .case import SEEDS, Case, actions, operation, stir, train
 from .isolation import another, answer_of, each, parts_given
 from .laws import Broken, Draw, applies, holds
-from .snapshot import MODEL, SITE, equal, gap, listed, near, rounding, snapshot, unchanged, used
+from .snapshot import MODEL, SITE, equal, gap, near, rounding, unchanged, used
 
 
 def it_runs(case: Case, draw: Draw) -> None:
@@ -64,7 +66,7 @@ def parts_start_as_the_identity(case: Case, draw: Draw) -> None:
     """S(x) = m(x) to the bit at the start, where all parts declare `starts_at_zero`."""
     model = case.operated(seed=draw(SEEDS, "seed"))
     kinds = {type(s.part).__name__ for _, s in actions(model) if not _starts_at_zero(s)}
-    applies(not kinds, f"{listed(sorted(kinds))} does not say that it starts at zero")
+    applies(not kinds, f"{first_few(sorted(kinds))} does not say that it starts at zero")
     equal(case.outputs(model), case.outputs(case.twin(model)), "S(x) at the start is not m(x)")
 
 
@@ -170,11 +172,13 @@ def forward_changes_nothing(case: Case, draw: Draw) -> None:
     case.outputs(model)  # the first may fill buffers of the model's own
     x, base = case.inputs(), case.model()
     case.outputs(base)
-    quiet = snapshot(base)
+    quiet = fingerprint(base)
     case.outputs(base)
-    draws = any(quiet[mark] != value for mark, value in snapshot(base).items() if "random" in mark)
+    draws = any(
+        quiet[mark] != value for mark, value in fingerprint(base).items() if "random" in mark
+    )
     _ = torch.rand(1), random.random(), np.random.rand()  # else one that seeds them is not seen
-    before, given_ = snapshot(model), [t.clone() for t in tensors(x)]
+    before, given_ = fingerprint(model), [t.clone() for t in tensors(x)]
     written: list[str] = []
     kept: dict[int, Tensor] = {}
 
@@ -192,9 +196,9 @@ def forward_changes_nothing(case: Case, draw: Draw) -> None:
     for hook in hooks:
         hook.remove()
     loud = ("attributes", "random") if draws else ("attributes",)
-    unchanged(before, snapshot(model), "a forward", but=loud)
+    unchanged(before, fingerprint(model), "a forward", but=loud)
     equal(list(tensors(x)), given_, "a forward wrote to its inputs")
-    holds(not written, f"{listed(written)} wrote to what it was given")
+    holds(not written, f"{first_few(written)} wrote to what it was given")
 
 
 def forward_is_deterministic(case: Case, draw: Draw) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._inputs import call, copied
+from .._text import first_few
 from ..engine.verify import tensors
 from ..rules.routing import Routed
 from .case import SEEDS, Case, actions
 from .laws import Broken, Draw, applies, holds
-from .snapshot import MODEL, SITE, gap, listed, near, real, rounding, used
+from .snapshot import MODEL, SITE, gap, near, real, rounding, used
 
 
 def samples_do_not_mix(case: Case, draw: Draw) -> None:
@@ -174,7 +175,7 @@ def tokens_do_not_mix(case: Case, draw: Draw) -> None:
         (slope,) = torch.autograd.grad(row.square().sum(), leaf, allow_unused=True)
         reads = torch.zeros(0) if slope is None else slope.abs().amax(-1).flatten(0, -2).amax(0)
         others = [j for j in reads.nonzero().flatten().tolist() if j != i]
-        holds(not others, f"{place}: token {i} depends on token {listed(others)}")
+        holds(not others, f"{place}: token {i} depends on token {first_few(others)}")
 
 
 def tokens_have_no_order(case: Case, draw: Draw) -> None:

@@ -13,6 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from .._preserve import fingerprint
+from .._text import first_few
 from ..engine.apply import apply, revert
 from ..engine.merging import merge, unmerge
 from ..engine.operation import operations
@@ -21,12 +23,13 @@ from ..rules.edits import append
 from ..rules.rule import at
 from ..rules.selector import where
 from ..state import checkpoint
+from ..structure.layers import named_modules
 from .case import FLAGS, SEEDS, Case, actions, mark, operation, stir, train
 from .fault_injection import Tripwire, committed, source
 from .function import gap_all
 from .laws import Draw, applies, holds
 from .parameters import COPIES
-from .snapshot import MODEL, base_of, equal, listed, near, raised, rounding, snapshot, unchanged
+from .snapshot import MODEL, equal, near, raised, rounding, unchanged
 
 MINE = ("random", "gradient")  # what training may move, and revert need not bring back
 
@@ -38,13 +41,13 @@ def revert_is_exact(case: Case, draw: Draw) -> None:
     """
     model = case.model()
     mark(model, draw(FLAGS, "flags"))
-    before = snapshot(model)
+    before = fingerprint(model)
     steps_ = draw(st.integers(0, 2), "steps of training")
     case.operated(model, seed=draw(SEEDS, "seed"))
     if steps_:
         train(case, model, steps_)
     revert(model)
-    unchanged(before, snapshot(model), f"apply, {steps_} steps of training and revert", but=MINE)
+    unchanged(before, fingerprint(model), f"apply, {steps_} steps of training and revert", but=MINE)
 
 
 def copies_revert_too(case: Case, draw: Draw) -> None:
@@ -63,15 +66,15 @@ def copies_revert_too(case: Case, draw: Draw) -> None:
     wrong = [
         n for (n, p), q in pairs if p.requires_grad != q.requires_grad or not torch.equal(p, q)
     ]
-    holds(not wrong, f"a {way} of S, reverted, has other values or flags: {listed(wrong)}")
+    holds(not wrong, f"a {way} of S, reverted, has other values or flags: {first_few(wrong)}")
 
 
 def twice_is_refused(case: Case, draw: Draw) -> None:
     """R on S again raises OperationError that names an earlier rule, and S is unchanged."""
     model = case.operated(stirred=draw(SEEDS, "seed"))
-    before = snapshot(model)
+    before = fingerprint(model)
     error = raised(OperationError, lambda: case.operated(model), "the same rules again")
-    unchanged(before, snapshot(model), "the same rules again, refused,")
+    unchanged(before, fingerprint(model), "the same rules again, refused,")
     holds(repr(case.rules[0]) in str(error), f"the error does not name {case.rules[0]!r}: {error}")
 
 
@@ -80,12 +83,12 @@ def stacked_operations_come_off_in_order(case: Case, draw: Draw) -> None:
     replaces = any(edit.word == "replace" for rule in case.rules for edit in rule.rest)
     applies(not replaces, "what is replaced cannot be replaced again")
     model = case.operated(stirred=draw(SEEDS, "seed"))
-    before, want = snapshot(model), case.outputs(model)
+    before, want = fingerprint(model), case.outputs(model)
     case.operated(model, name="second")
     holds(len(operations(model)) == 2, "there are not two operations")
     raised(OperationError, lambda: revert(model, name="default"), "the first one out of turn")
     revert(model, name="second")
-    unchanged(before, snapshot(model), "a second operation, taken off,", but=("random",))
+    unchanged(before, fingerprint(model), "a second operation, taken off,", but=("random",))
     equal(case.outputs(model), want, "after a second operation was taken off")
 
 
@@ -105,9 +108,9 @@ def disjoint_rules_commute(case: Case, draw: Draw) -> None:
     orders = ([*case.rules[:n], *pair, *case.rules[n + 1 :]] for pair in ([r, q], [q, r]))
     one, two = (case.operated(rules=rules) for rules in orders)
     a, b = checkpoint.state_dict(one), checkpoint.state_dict(two)
-    holds(set(a) == set(b), f"in the other order, other keys: {listed(sorted(set(a) ^ set(b)))}")
+    holds(set(a) == set(b), f"in the other order, other keys: {first_few(sorted(set(a) ^ set(b)))}")
     differ = [key for key in a if not torch.equal(a[key], b[key])]
-    holds(not differ, f"in the other order, other values: {listed(differ)}")
+    holds(not differ, f"in the other order, other values: {first_few(differ)}")
     equal(case.outputs(one), case.outputs(two), "in the other order, another answer")
 
 
@@ -130,7 +133,7 @@ def faults_leave_nothing(case: Case, draw: Draw) -> None:
     k = draw(st.integers(1, len(lines)), "k")
     interrupt = draw(st.booleans(), "interrupt")
     plan = case.plan(model)
-    before = snapshot(model)
+    before = fingerprint(model)
     wire = Tripwire(k, KeyboardInterrupt) if interrupt else Tripwire(k)
     wire.run(plan.apply)
     lines = [*lines[: k - 1], wire.where or lines[k - 1]]
@@ -138,7 +141,7 @@ def faults_leave_nothing(case: Case, draw: Draw) -> None:
         revert(model)  # too late a fault: it was done
     file, number = lines[k - 1]
     told = f"a fault at {Path(file).name}:{number} ({source((file, number))})"
-    unchanged(before, snapshot(model), told)
+    unchanged(before, fingerprint(model), told)
 
 
 def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
@@ -150,13 +153,13 @@ def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
     path = draw(st.sampled_from([p.site.path for p in placed]), "site")
     rule = next(p.rule for p in placed if p.site.path == path)
     broken = at(where(rule.where) & where(lambda s: s.path == path), append(_failing))
-    before = snapshot(model)
+    before = fingerprint(model)
 
     def act() -> None:
         case.operated(model, [*case.rules, broken])
 
     raised(_Failed, act, "a part that cannot be made")
-    unchanged(before, snapshot(model), f"a part that could not be made at {path}")
+    unchanged(before, fingerprint(model), f"a part that could not be made at {path}")
 
 
 class _Failed(Exception):
@@ -178,7 +181,10 @@ def base_keys_are_kept(case: Case, draw: Draw) -> None:
     and identities are those of m.
     """
     model, seed = case.model(), draw(SEEDS, "seed")
-    keys, modules = list(model.state_dict()), {p: (id(m), type(m)) for p, m in base_of(model)}
+    keys, modules = (
+        list(model.state_dict()),
+        {p: (id(m), type(m)) for p, m in named_modules(model, aliases=True)},
+    )
     checkpoint = copy.deepcopy(case.model().state_dict())
     case.operated(model, stirred=seed)
     now = list(model.state_dict())
@@ -187,18 +193,18 @@ def base_keys_are_kept(case: Case, draw: Draw) -> None:
         [key for key in now if key in keys] == keys, "the keys of the base are not in their order"
     )
     foreign = [key for key in added if "surgery." not in key]
-    holds(not foreign, f"added keys lie outside of the room: {listed(foreign)}")
-    told = {p: (id(m), type(m)) for p, m in base_of(model)}
+    holds(not foreign, f"added keys lie outside of the room: {first_few(foreign)}")
+    told = {p: (id(m), type(m)) for p, m in named_modules(model, aliases=True)}
     other = [path for path in {*modules, *told} if modules.get(path) != told.get(path)]
-    holds(not other, f"other modules than before: {listed(other)}")
+    holds(not other, f"other modules than before: {first_few(other)}")
     missing, unexpected = model.load_state_dict(checkpoint, strict=False)
     counters = {key for key in added if key.endswith("num_batches_tracked")}  # torch fills them in
     told_missing = {*missing, *counters} == {*added}
-    holds(told_missing, f"missing are {listed(missing)}, added {listed(added)}")
-    holds(not unexpected, f"the checkpoint of the base has {listed(unexpected)} too many")
+    holds(told_missing, f"missing are {first_few(missing)}, added {first_few(added)}")
+    holds(not unexpected, f"the checkpoint of the base has {first_few(unexpected)} too many")
     filled = model.state_dict()
     wrong = [k for k, t in checkpoint.items() if not torch.equal(filled[k], t)]
-    holds(not wrong, f"a checkpoint of the base does not fill {listed(wrong)}")
+    holds(not wrong, f"a checkpoint of the base does not fill {first_few(wrong)}")
 
 
 def files_round_trip(case: Case, draw: Draw) -> None:
@@ -220,7 +226,7 @@ def files_round_trip(case: Case, draw: Draw) -> None:
     if not tensors:
         return
     key = draw(st.sampled_from(sorted(tensors)), "key")
-    before = snapshot(fresh)
+    before = fingerprint(fresh)
     lacking = {k: t for k, t in tensors.items() if k != key}
     if key.startswith("parts.") or not _is_buffer(model, key):
         raised(FileError, lambda: checkpoint.load_state_dict(fresh, lacking), f"without {key}")
@@ -229,7 +235,7 @@ def files_round_trip(case: Case, draw: Draw) -> None:
         lambda: checkpoint.load_state_dict(fresh, {**tensors, f"{key}.x": tensors[key]}),
         f"with {key}.x",
     )
-    unchanged(before, snapshot(fresh), "a state that does not fit")
+    unchanged(before, fingerprint(fresh), "a state that does not fit")
 
 
 def _is_buffer(model: nn.Module, key: str) -> bool:
@@ -251,7 +257,7 @@ def copies_are_independent(case: Case, draw: Draw) -> None:
     equal(case.outputs(clone), want, f"a {way} of S answers otherwise")
     pointers = {t.data_ptr() for t in model.state_dict().values() if t.numel()}
     both = [k for k, t in clone.state_dict().items() if t.numel() and t.data_ptr() in pointers]
-    holds(not both, f"a {way} of S shares {listed(both)} with it")
+    holds(not both, f"a {way} of S shares {first_few(both)} with it")
     stir(clone, 1)
     equal(case.outputs(model), want, f"changing a {way} of S changes S")
     moved = case.outputs(clone)
@@ -278,7 +284,7 @@ def meta_has_the_same_plan(case: Case, draw: Draw) -> None:
     apply(thin, case.rules)
     shapes = [{k: (t.shape, t.dtype) for k, t in m.state_dict().items()} for m in (real, thin)]
     differ = sorted(k for k in {*shapes[0], *shapes[1]} if shapes[0].get(k) != shapes[1].get(k))
-    holds(not differ, f"on the meta device otherwise: {listed(differ)}")
+    holds(not differ, f"on the meta device otherwise: {first_few(differ)}")
 
 
 def merge_is_equivalent(case: Case, draw: Draw) -> None:
@@ -290,11 +296,11 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
     applies(actions(model), "these rules join no part")
     want = case.outputs(model)
     most = rounding(lambda: case.outputs(model), model.parameters(), MODEL)
-    before = snapshot(model)
+    before = fingerprint(model)
     try:
         merge(model)
     except SurgeryError as error:
-        unchanged(before, snapshot(model), "a merge that was refused")
+        unchanged(before, fingerprint(model), "a merge that was refused")
         kinds = {type(action.part).__name__ for _, action in actions(model)}
         holds(any(k in str(error) for k in kinds), f"the refusal names no part: {error}")
         applies(False, str(error).splitlines()[0])
@@ -302,7 +308,7 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
     kept = list(case.model().state_dict())
     holds([k for k in model.state_dict() if k in kept] == kept, "merged, the base has other keys")
     unmerge(model)
-    unchanged(before, snapshot(model), "merge and unmerge")
+    unchanged(before, fingerprint(model), "merge and unmerge")
 
 
 def user_hooks_come_first(case: Case, draw: Draw) -> None:
@@ -327,7 +333,7 @@ def user_hooks_come_first(case: Case, draw: Draw) -> None:
     case.outputs(model)
     holds(
         [w for w in told if w != "part"] == want,
-        f"{path}: hooks fire as {listed(told)}, not {listed(want)}",
+        f"{path}: hooks fire as {first_few(told)}, not {first_few(want)}",
     )
     after = {p.edit.place for p in placed if p.site.path == path} <= {"after", "beside"}
     if (
@@ -337,7 +343,7 @@ def user_hooks_come_first(case: Case, draw: Draw) -> None:
         and "second after" in told
     ):
         here = told.index("part") > told.index("second after")
-        holds(here, f"{path}: the part runs before the user's hooks: {listed(told, 8)}")
+        holds(here, f"{path}: the part runs before the user's hooks: {first_few(told, 8)}")
 
 
 LAWS = (

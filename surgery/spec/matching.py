@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._inputs import call
+from .._preserve import fingerprint
+from .._text import first_few
 from ..engine.reports import anatomy
 from ..errors import MatchError, SurgeryError
 from ..rules.edits import unfreeze
@@ -24,7 +26,7 @@ from ..structure.anatomy import roles_of
 from ..structure.module_tree import Site, Tree
 from .case import FLAGS, Case, mark
 from .laws import Broken, Draw, applies, holds
-from .snapshot import listed, raised, snapshot, unchanged
+from .snapshot import raised, unchanged
 from .strategies import from_model
 
 Spot = tuple[int, int]
@@ -38,12 +40,14 @@ def matching_is_pure(case: Case, draw: Draw) -> None:
     model = case.model()
     pattern = draw(from_model(model).patterns(), "pattern")
     mark(model, draw(FLAGS, "flags"))
-    before = snapshot(model)
+    before = fingerprint(model)
     made = case.plan(model)
     _ = str(made), made.added, made.trainable, made.record
     pattern.find(Tree(model))
     _ = str(anatomy(model, case.inputs()))
-    unchanged(before, snapshot(model), f"planning {listed(case.rules)} and matching {pattern!r}")
+    unchanged(
+        before, fingerprint(model), f"planning {first_few(case.rules)} and matching {pattern!r}"
+    )
 
 
 def patterns_are_a_boolean_algebra(case: Case, draw: Draw) -> None:
@@ -75,7 +79,7 @@ def patterns_are_a_boolean_algebra(case: Case, draw: Draw) -> None:
     }
     for told, (left, right) in laws.items():
         other = sorted(site.path for site in left ^ right)
-        holds(not other, f"{told} at {listed(other)}, p={p!r}, q={q!r}")
+        holds(not other, f"{told} at {first_few(other)}, p={p!r}, q={q!r}")
 
 
 def addresses_match_whole_paths(case: Case, draw: Draw) -> None:
@@ -155,7 +159,7 @@ def names_mean_nothing_to_roles(case: Case, draw: Draw) -> None:
     after = _spots(model)
     for role, spots in before.items():
         lost = [names[spot[0]] for spot in sorted(spots ^ after[role])]
-        holds(not lost, f"{role} finds other sites once all names are others: {listed(lost)}")
+        holds(not lost, f"{role} finds other sites once all names are others: {first_few(lost)}")
 
 
 def _spots(model: nn.Module) -> dict[str, set[Spot]]:
@@ -179,7 +183,7 @@ def roles_do_what_they_say(case: Case, draw: Draw) -> None:
     mixing = list(_mixing(case, model, site))
     applies(mixing, f"{site.path} gave no gradient in this forward")
     mixes = any(others for _, others in mixing)
-    told = "; ".join(f"position {i} reads {listed(others, 2)}" for i, others in mixing if others)
+    told = "; ".join(f"position {i} reads {first_few(others, 2)}" for i, others in mixing if others)
     if role == ffn.name:
         holds(not mixes, f"{site.path} is taken for a feed-forward network, and yet {told}")
     else:
@@ -254,7 +258,7 @@ def grafts_are_invisible(case: Case, draw: Draw) -> None:
     case.operated(model, stirred=0)
     after = _read(pattern, model)
     differ = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
-    holds(not differ, f"once operated, {pattern!r} finds other sites: {listed(differ)}")
+    holds(not differ, f"once operated, {pattern!r} finds other sites: {first_few(differ)}")
 
 
 def _read(pattern: Selector, model: nn.Module) -> dict[str, object]:
@@ -268,7 +272,7 @@ def missing_or_miscounted_sites_raise(case: Case, draw: Draw) -> None:
     The error says rule, fact and remedy, with the address and the count as the user wrote them.
     """
     model = case.model()
-    before = snapshot(model)
+    before = fingerprint(model)
     rule = draw(st.sampled_from(case.rules), "rule")
     times = draw(st.integers(1, 99), "times")
     none = f"{draw(from_model(model).addresses(), 'address')}.nowhere".lstrip(".")
@@ -277,7 +281,7 @@ def missing_or_miscounted_sites_raise(case: Case, draw: Draw) -> None:
         wrong = at(rule.where, *rule.rest, times=times)
         _told(model, case, wrong, f"times={times}", str(count))
     _told(model, case, at(none, unfreeze), none)
-    unchanged(before, snapshot(model), "a rule that was refused")
+    unchanged(before, fingerprint(model), "a rule that was refused")
 
 
 def _told(model: nn.Module, case: Case, rule: object, *words: str) -> None:
@@ -288,7 +292,7 @@ def _told(model: nn.Module, case: Case, rule: object, *words: str) -> None:
     assert isinstance(error, SurgeryError)
     missing = [word for word in words if word not in str(error)]
     if missing or not (error.fact and error.remedy):
-        raise Broken(f"the error of {rule!r} does not say {listed(missing)}: {error}")
+        raise Broken(f"the error of {rule!r} does not say {first_few(missing)}: {error}")
 
 
 LAWS = (

@@ -11,15 +11,16 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from .._text import first_few
 from ..engine.placement import Placement
 from ..rules.edits import Trained
 from ..rules.part import Shared
-from ..structure.layers import keeps_statistics
+from ..structure.layers import keeps_statistics, named_modules
 from ..structure.module_tree import ADDITIONS
 from .case import FLAGS, SEEDS, Case, actions, mark, operation, train
 from .function import runs
 from .laws import Draw, applies, holds
-from .snapshot import base_of, listed, ties, used
+from .snapshot import ties, used
 
 
 def freezing_is_exact(case: Case, draw: Draw) -> None:
@@ -36,25 +37,31 @@ def freezing_is_exact(case: Case, draw: Draw) -> None:
     own = {id(p) for p in operation(model).parameters() if p.requires_grad}
     frozen_by_mistake = [names[i] for i in declared - trained]
     free_by_mistake = [names.get(i, parts.get(i, "?")) for i in trained - declared - own]
-    holds(not frozen_by_mistake, f"the rules unfreeze {listed(frozen_by_mistake)}, which is frozen")
-    holds(not free_by_mistake, f"no rule unfreezes {listed(free_by_mistake)}, which is trained")
+    holds(
+        not frozen_by_mistake, f"the rules unfreeze {first_few(frozen_by_mistake)}, which is frozen"
+    )
+    holds(not free_by_mistake, f"no rule unfreezes {first_few(free_by_mistake)}, which is trained")
     rest = [(n, p, p.detach().clone()) for n, p in _base_parameters(model) if id(p) not in declared]
-    norms = [m for _, m in base_of(model) if keeps_statistics(m) and [*m.parameters()]]
+    norms = [
+        m
+        for _, m in named_modules(model, aliases=True)
+        if keeps_statistics(m) and [*m.parameters()]
+    ]
     still = [m for m in norms if not declared & {id(p) for p in m.parameters()}]
     counted = [(type(m).__name__, b, b.clone()) for m in still for b in m.buffers()]
     train(case, model)
     drifted = [kind for kind, b, was in counted if not torch.equal(b, was)]
-    holds(not drifted, f"training moved statistics of {listed(drifted)}, which is frozen")
+    holds(not drifted, f"training moved statistics of {first_few(drifted)}, which is frozen")
     moved = [n for n, p, was in rest if not torch.equal(p, was)]
-    holds(not moved, f"training moved {listed(moved)}, which is frozen")
+    holds(not moved, f"training moved {first_few(moved)}, which is frozen")
     graded = [n for n, p, _ in rest if p.grad is not None]
-    holds(not graded, f"a gradient came to {listed(graded)}, which is frozen")
+    holds(not graded, f"a gradient came to {first_few(graded)}, which is frozen")
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [
         (f"{path}.{name}".strip("."), p)
-        for path, module in base_of(model)
+        for path, module in named_modules(model, aliases=True)
         for name, p in module._parameters.items()
         if p is not None
     ]
@@ -92,7 +99,7 @@ def gradients_reach_every_part(case: Case, draw: Draw) -> None:
         optimiser.step()
     parts = operation(model).named_parameters()
     dry = [name for name, p in parts if p.requires_grad and id(p) not in reached]
-    holds(not dry, f"no gradient comes to {listed(dry)}")
+    holds(not dry, f"no gradient comes to {first_few(dry)}")
     for rule, site in case.places:
         if rule.optional or not any(isinstance(e, Trained) and e.trained for e in rule.rest):
             continue
@@ -170,7 +177,7 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
 
 def _uneven(want: list[list[str]], have: list[list[str]]) -> str:
     other = [paths for paths in have if paths not in want] or [p for p in want if p not in have]
-    return listed(other[0]) if other else ""
+    return first_few(other[0]) if other else ""
 
 
 def pickled(model: nn.Module) -> nn.Module:
@@ -211,8 +218,10 @@ def aliases_are_kept(case: Case, draw: Draw) -> None:
     after = ties(model)
     split = [sorted(group) for group in before - after]
     joined = [sorted(group) for group in after - before]
-    holds(not split, f"one and the same in m, and not in S: {listed(split[0] if split else [])}")
-    holds(not joined, f"one and the same in S, and not in m: {listed(joined[0] if joined else [])}")
+    holds(not split, f"one and the same in m, and not in S: {first_few(split[0] if split else [])}")
+    holds(
+        not joined, f"one and the same in S, and not in m: {first_few(joined[0] if joined else [])}"
+    )
 
 
 def parts_are_like_their_site(case: Case, draw: Draw) -> None:

@@ -8,13 +8,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from .._text import first_few
 from ..engine import apply
 from ..engine.hooks import routes
 from ..rules import routing
 from .case import SEEDS, Case, operation
 from .isolation import parts_given
 from .laws import Draw, applies, holds
-from .snapshot import SITE, gap, listed
+from .snapshot import SITE, gap
 
 
 def _routed(case: Case, draw: Draw) -> nn.Module:
@@ -43,7 +44,7 @@ def gates_lie_on_the_simplex(case: Case, draw: Draw) -> None:
         )
         load = routed.load
         close = (load.sum() - 1).abs().item() <= n * torch.finfo(load.dtype).eps
-        holds(close and load.min() >= 0, f"{path}: the loads are {listed(load.tolist())}")
+        holds(close and load.min() >= 0, f"{path}: the loads are {first_few(load.tolist())}")
 
 
 class _Router:
@@ -76,7 +77,7 @@ def _routers(case: Case, draw: Draw) -> list[_Router]:
     ]
     silent = [type(router.part).__name__ for router in made if not router.names]
     named = [router for router in made if router.names]
-    applies(named, f"{listed(silent)} does not say what it holds for each expert (by_expert)")
+    applies(named, f"{first_few(silent)} does not say what it holds for each expert (by_expert)")
     return named
 
 

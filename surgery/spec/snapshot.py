@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..structure.module_tree import ADDITIONS
+from .._preserve import Marks
+from ..structure.layers import named_modules
 from .laws import Broken, holds
 
 SITE, MODEL = 4, 16  # eps: what rounding may do at one site, and in a whole model
-Marks = dict[str, Any]
-
-
-def snapshot(model: nn.Module) -> Marks:
-    """All of a model and of the random numbers: identities, order, flags, hooks, bytes, gradients.
-
-    Stronger than `surgery.fingerprint`, which it does not use.
-    """
-    seen: Marks = {
-        "random numbers of torch": torch.get_rng_state().numpy().tobytes(),
-        "random numbers of Python": random.getstate(),
-        "random numbers of numpy": np.random.get_state()[1].tobytes(),  # type: ignore[index]
-        "keys": tuple(model.state_dict()),
-        "modes": (torch.is_grad_enabled(), torch.empty(0).device.type, torch.get_default_dtype()),
-    }
-    for path, module in model.named_modules(remove_duplicate=False):
-        place = path or "the model"
-        seen[f"{place}: identity"] = (id(module), type(module))
-        seen[f"{place}: training"] = module.training
-        seen[f"{place}: attributes"] = tuple(vars(module))
-        seen[f"{place}: children"] = tuple(module._modules)
-        seen[f"{place}: hooks"] = [
-            (k, list(map(id, v.values()))) for k, v in vars(module).items() if "_hooks" in k
-        ]
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            own = f"{path}.{name}".strip(".")
-            seen.update({f"{own}: {mark}": value for mark, value in _marks(tensor).items()})
-    return seen
-
-
-def _marks(tensor: Tensor | None) -> Marks:
-    if tensor is None:
-        return {"value": None}
-    return {
-        "identity": (id(tensor), tensor.data_ptr(), tensor.dtype),
-        "requires_grad": tensor.requires_grad,
-        "gradient": None if tensor.grad is None else (id(tensor.grad), _bytes(tensor.grad)),
-        "value": _bytes(tensor),
-    }
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    if tensor.is_meta:
-        return b""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return bytes(raw.tobytes())
 
 
 def unchanged(before: Marks, after: Marks, when: str, but: Sequence[str] = ()) -> None:
@@ -171,16 +123,10 @@ def _far(x: Tensor, y: Tensor, far: float) -> str:
     return f"{values}, {far:.3g} eps apart"
 
 
-def base_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every (path, module) of the base, aliases included, what was added left out."""
-    named = model.named_modules(remove_duplicate=False)
-    return [(path, module) for path, module in named if ADDITIONS not in path.split(".")]
-
-
 def ties(model: nn.Module) -> set[frozenset[str]]:
     """The groups of paths that lead to one and the same module, parameter or buffer of the base."""
     groups: dict[int, set[str]] = {}
-    for path, module in base_of(model):
+    for path, module in named_modules(model, aliases=True):
         groups.setdefault(id(module), set()).add(path)
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None:
@@ -199,9 +145,3 @@ def raised(
     except Exception as other:
         raise Broken(f"{when}: {type(other).__name__}, not {kind.__name__}: {other}") from other
     raise Broken(f"{when}: no {kind.__name__} was raised")
-
-
-def listed(names: Iterable[object], most: int = 4) -> str:
-    """The first few of some names, and how many more there are."""
-    told = [str(name) for name in names]
-    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if told[most:] else "")

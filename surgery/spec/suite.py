@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure, HypothesisException
 from torch import nn
 
-from .. import _rng
+from .._preserve import preserved
 from .._table import Table
 from ..errors import RuleError, nearest_names
 from ..rules.rule import Rules
@@ -41,16 +41,9 @@ def plain_path() -> Iterator[None]:
 
     (They are not taken where parts are.) Modes and random numbers are the caller's again after it.
     """
-    was, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
-    restore = _rng.remember()
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was)
-        torch.set_default_dtype(dtype)
-        restore()
+    with preserved(), torch.inference_mode(False), torch.enable_grad():
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
 
 
 TROUBLE = "S does not run: see it_runs"

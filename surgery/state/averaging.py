@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._inputs import call, copied
 from ..engine.apply import operated
-from ..errors import FileError, OperationError, RuleError
+from ..errors import FileError, OperationError, RuleError, is_number
 from ..parts.adapter_sum import Combined
 from .checkpoint import BASE, PARTS, load_state_dict, state_dict
 
@@ -56,7 +56,7 @@ def accumulate(offline: State, online: State, decay: float = 0.9999) -> dict[str
     >>> accumulate({"parts.a": torch.ones(2)}, {"parts.a": torch.zeros(2)}, decay=0.75)
     {'parts.a': tensor([0.7500, 0.7500])}
     """
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+    if not (is_number(decay) and 0 <= decay <= 1):
         raise RuleError(
             f"accumulate(decay={decay!r})", "it is no share.", "Give a number from 0 to 1: 0.9999."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._files import check_folder, write_whole
+from .._preserve import same
+from .._text import first_few
 from ..engine.apply import apply, operated, revert
-from ..engine.operation import Operation, additions_of, operations, same
+from ..engine.operation import Operation, operations
 from ..engine.planning import check_operable
 from ..engine.vocabulary import vocabulary
 from ..errors import FileError, OperationError
 from ..rules.expression import decode
 from ..rules.rule import Rule, Rules
+from ..structure.layers import named_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 FORMAT = "1"  # of the file; raised when a reader of the former could not read it
@@ -63,7 +66,9 @@ def load_state_dict(
     missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(own))
     if missing or extra:
         told = [
-            f"{word} {_some(keys)}" for word, keys in (("lacks", missing), ("has", extra)) if keys
+            f"{word} {first_few(keys)}"
+            for word, keys in (("lacks", missing), ("has", extra))
+            if keys
         ]
         raise FileError(
             "load",
@@ -112,17 +117,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "sites": [row["paths"] for row in record["rows"]],
         "seed": record["seed"],
     }
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileError(
-            f'save("{path}")', f"there is no folder {target.parent}.", "Create it first."
-        )
-    half = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        save_file(_unshared(tensors), half, metadata={"surgery": json.dumps(about)})
-        os.replace(half, target)
-    finally:
-        half.unlink(missing_ok=True)
+    target, metadata = Path(path), {"surgery": json.dumps(about)}
+    check_folder(target, f'save("{path}")')
+    write_whole(target, lambda half: save_file(_unshared(tensors), half, metadata=metadata))
     return target
 
 
@@ -191,7 +188,7 @@ def _kept(model: nn.Module, operation: Operation) -> Iterator[tuple[str, Tensor]
     """(key, tensor) of the unfrozen parameters, and of the buffers that have changed."""
     was = {(id(module), name): value for module, name, value in operation.was_value}
     seen: set[int] = set()
-    for path, module in _base_modules(model):
+    for path, module in named_modules(model):
         for name, tensor in {**module._parameters, **module._buffers}.items():
             before = was.get((id(module), name))
             fleeting = name in module._non_persistent_buffers_set
@@ -202,16 +199,10 @@ def _kept(model: nn.Module, operation: Operation) -> Iterator[tuple[str, Tensor]
                 yield (f"{path}.{name}" if path else name), tensor
 
 
-def _base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    room = additions_of(model)
-    added = {id(module) for module in room.modules()} if room else set()
-    return [(path, module) for path, module in model.named_modules() if id(module) not in added]
-
-
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
         BASE + (f"{path}.{name}" if path else name): tensor
-        for path, module in _base_modules(model)
+        for path, module in named_modules(model)
         for name, tensor in module._buffers.items()
         if tensor is not None
     }
@@ -288,13 +279,9 @@ def _check_sites(model: nn.Module, about: dict[str, Any], name: str) -> None:
         if then != now:
             raise FileError(
                 rule,
-                f"it matched {len(then)} sites when the file was made ({_some(then)}), and "
-                f"{len(now)} of this {type(model).__name__} ({_some(now)}).",
+                f"it matched {len(then)} sites when the file was made ({first_few(then)}), and "
+                f"{len(now)} of this {type(model).__name__} ({first_few(now)}).",
                 "Load it into the model it was made for: the same architecture, depth and head.",
             )
     if len(about["sites"]) != len(here):
         raise FileError("load", "the rules given are not those of the file.", "Give those rules.")
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import uuid
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._files import check_folder, write_whole
 from ..engine.operation import operations
 from ..errors import FileError, OperationError
 from ..parts.binary import QuantisedLinear
@@ -57,16 +57,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     for each, data in zip(contents.quantised, codes, strict=True):
         _restored(each, data, f'packed.save(model, "{path}")')
     written = [*codes, *map(_floats, contents.base)]
-    if not target.parent.is_dir():
-        raise FileError(
-            f'packed.save("{path}")', f"there is no folder {target.parent}.", "Create it first."
-        )
-    half = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        half.write_bytes(b"".join(written))
-        os.replace(half, target)
-    finally:
-        half.unlink(missing_ok=True)
+    check_folder(target, f'packed.save("{path}")')
+    write_whole(target, lambda half: half.write_bytes(b"".join(written)))
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,10 +39,42 @@ def linear_shape(module: nn.Module) -> Shape | None:
     return None
 
 
+def named_children(module: nn.Module) -> dict[str, nn.Module]:
+    """What it is made of, by name, aliases included, without what surgery added to it."""
+    return {
+        name: child
+        for name, child in module._modules.items()
+        if child is not None and not getattr(type(child), "_is_surgery_additions", False)
+    }
+
+
 def children(module: nn.Module) -> list[nn.Module]:
-    """What it is made of, without what was added to it."""
-    found = [child for child in module._modules.values() if child is not None]
-    return [child for child in found if not hasattr(child, "_is_surgery_additions")]
+    """What it is made of, without what surgery added to it."""
+    return list(named_children(module).values())
+
+
+def named_modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """A model and all below it by path, without what surgery added to it.
+
+    aliases  a module that has several names comes by each of them
+    """
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        seen.add(id(module))
+        yield path, module
+        for name, child in named_children(module).items():
+            if id(child) not in seen:
+                yield from walk(f"{path}.{name}".strip("."), child)
+        if aliases:
+            seen.remove(id(module))  # then it is left out inside itself alone
+
+    yield from walk("", model)
+
+
+def is_token(parameter: nn.Parameter) -> bool:
+    """Whether it is a learned token, such as a class token: (1, 1, width)."""
+    return parameter.dim() == 3 and parameter.shape[:2] == (1, 1)
 
 
 def expert_stacks(module: nn.Module) -> list[tuple[int, int, int]]:

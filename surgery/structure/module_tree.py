@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import RuleError
-from .layers import CONVS, Shape, is_norm, linear_shape, shape_of
+from .layers import CONVS, Shape, is_norm, linear_shape, named_children, shape_of
 from .path import Step
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -200,12 +200,8 @@ class Tree:
 
 
 def _children(module: nn.Module) -> list[tuple[Step, nn.Module]]:
-    found = [
-        (name, child)
-        for name, child in module._modules.items()
-        if child is not None and not getattr(type(child), "_is_surgery_additions", False)
-    ]
-    return [(Step(name, i, len(found)), child) for i, (name, child) in enumerate(found)]
+    found = named_children(module)
+    return [(Step(name, i, len(found)), child) for i, (name, child) in enumerate(found.items())]
 
 
 def _alias(site: Site, steps: tuple[Step, ...]) -> None:

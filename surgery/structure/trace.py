@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -17,8 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .. import _rng
 from .._inputs import call, copied
+from .._preserve import preserved
 from ..errors import OperationError
 
 
@@ -194,15 +195,10 @@ def trace(model: nn.Module, example: Any) -> Trace:
     example = copied(example)
     for tensor in _pick(example, torch.Tensor):
         recorder.know(tensor, recorder.value(tensor, None))
-    restore = _remember(model, recorder.handles)
-    try:
-        recorder.watch(model)
-        with torch.compiler.set_stance("force_eager"), torch.no_grad(), recorder:
-            call(model, example)
-        restore()
-    except BaseException:
-        restore()
-        raise
+    eager = torch.compiler.set_stance("force_eager")
+    as_before = preserved(model, modes=True, buffers=True)
+    with as_before, recorder.watching(model), eager, torch.no_grad(), recorder:
+        call(model, example)
     return recorder.trace
 
 
@@ -287,14 +283,25 @@ class _Recorder(TorchFunctionMode):
             given.uses.append(op)
         self.trace.ops.append(op)
 
-    def watch(self, model: nn.Module) -> None:
-        """Keep the stack of calls, by hooks on every module, which then runs in eval mode."""
-        torch.backends.mha.set_fastpath_enabled(False)  # kernels that hide what they do
-        for module in model.modules():
-            module.training = False
-            before, after = module.register_forward_pre_hook, module.register_forward_hook
-            self.handles.append(before(self._enter, with_kwargs=True, prepend=True))
-            self.handles.append(after(self._leave))
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Keep the stack of calls, by hooks on every module, which meanwhile runs in eval mode."""
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # kernels that hide what they do
+            for module in model.modules():
+                module.training = False
+                before, after = module.register_forward_pre_hook, module.register_forward_hook
+                self.handles.append(before(self._enter, with_kwargs=True, prepend=True))
+                self.handles.append(after(self._leave))
+            yield
+            self._unwatch()
+        except BaseException:  # one that came while taking them off, too
+            self._unwatch()
+            raise
+
+    def _unwatch(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = [self.recall(tensor) for tensor in _pick((args, kwargs), torch.Tensor)]
@@ -376,29 +383,3 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _remember(model: nn.Module, handles: list[RemovableHandle]) -> Callable[[], None]:
-    """What a model is, as a way back to it from a forward with these hooks."""
-    training = [(module, module.training) for module in model.modules()]
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    random = _rng.remember()
-
-    def restore() -> None:
-        for handle in handles:
-            handle.remove()
-        for module, was in training:
-            module.training = was
-        for table, was_held in held:
-            table.clear()
-            table.update(was_held)
-        with torch.no_grad():
-            for buffer, version, kept in buffers:
-                if buffer._version != version:
-                    buffer.copy_(kept)
-        torch.backends.mha.set_fastpath_enabled(fast)
-        random()
-
-    return restore

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from .._files import check_folder, write_whole
 from ..engine.apply import operated
-from ..errors import FileError, OperationError, RuleError
+from ..errors import FileError, OperationError, RuleError, is_integer
 from ..parts.adapters import QuickGELU, adapter
 from ..parts.elastic import ElasticAdapter, ElasticLora, ElasticPrompt
 from ..parts.low_rank import lora
@@ -69,7 +69,7 @@ class Space:
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
             listed = values if isinstance(values, (tuple, list)) else (values,)
-            wrong = [v for v in listed if isinstance(v, bool) or not isinstance(v, int) or v < 1]
+            wrong = [v for v in listed if not is_integer(v)]
             if wrong or not listed or (name == "depths" and max(listed) > self.blocks):
                 raise RuleError(
                     f"Space({name}={values!r})",
@@ -303,12 +303,10 @@ def evolve(
         "seed": seed,
     }  # fmt: skip
     search = _Search(evaluate, space, budget, random.Random(seed))
-    if resume is not None and not Path(resume).parent.is_dir():
-        raise FileError(
-            f'evolve(resume="{resume}")', f"there is no folder {Path(resume).parent}.", "Create it."
-        )
-    if resume is not None and Path(resume).exists():
-        search.read(Path(resume), told)
+    if resume is not None:
+        check_folder(Path(resume), f'evolve(resume="{resume}")')
+        if Path(resume).exists():
+            search.read(Path(resume), told)
     while search.generation < generations:
         born = search.bred(search.best(top), mutations, crossovers, (mutate, depth))
         search.draw(population - born)
@@ -405,12 +403,7 @@ class _Search:
             "seen": list(self.seen.items()),
             "generator": self.generator.getstate(),
         }
-        half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            half.write_text(json.dumps(state))
-            os.replace(half, path)
-        finally:
-            half.unlink(missing_ok=True)
+        write_whole(path, lambda half: half.write_text(json.dumps(state)))
 
     def read(self, path: Path, told: dict[str, Any]) -> None:
         """Go on from a file. Raises FileError where it is not of this search."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import _rng
+from .._preserve import preserved
 from ..engine.apply import operated
 from ..engine.operation import operations
 from ..engine.planning import check_operable
@@ -29,6 +29,7 @@ from ..rules.edits import Edit, append, parallel, unfreeze
 from ..rules.roles import head
 from ..rules.rule import Rule, at
 from ..structure.anatomy import roles_of
+from ..structure.layers import is_token
 from ..structure.module_tree import Tree
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,19 +89,11 @@ def _add(scores: dict[str, Tensor], named: dict[str, nn.Parameter], value: Tenso
 @contextmanager
 def _differentiable(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     """In eval mode, with a gradient for all; then as it was."""
-    flags, modes = [p.requires_grad for p in parameters], [m.training for m in model.modules()]
-    restore = _rng.remember()
-    try:
+    with preserved(model, modes=True, flags=True):
         model.eval()
         for p in parameters:
             p.requires_grad_(True)
         yield
-    finally:
-        for p, flag in zip(parameters, flags, strict=True):
-            p.requires_grad_(flag)
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
-        restore()
 
 
 def _check_bare(model: nn.Module, call: str) -> None:
@@ -204,7 +197,7 @@ def _check_allot(budget: int, kind: str | None, rank: int, alpha: float, beta: f
 
 
 def _tokens(model: nn.Module) -> list[str]:
-    return [n for n, p in model.named_parameters() if p.dim() == 3 and p.shape[:2] == (1, 1)]
+    return [n for n, p in model.named_parameters() if is_token(p)]
 
 
 def _head_names(tree: Tree) -> set[str]:

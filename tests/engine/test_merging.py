@@ -11,8 +11,9 @@ from torch import nn
 
 import surgery
 from surgery import OperationError, adapter, append, at, parallel, prepend, replace, unfreeze
+from surgery._preserve import fingerprint
 from surgery.rules.affine import Affine, affine
-from surgery.spec.snapshot import gap, snapshot, unchanged
+from surgery.spec.snapshot import gap, unchanged
 from tests.laws.checks import Linears
 
 
@@ -70,7 +71,7 @@ def operated(*edits, model=None, where="one"):
 @pytest.mark.parametrize("edits", EDITS.values(), ids=EDITS)
 def test_merged_it_answers_as_before_and_no_part_runs(edits):
     model, x = operated(*edits), torch.randn(5, 8, dtype=torch.float64)
-    before, want = snapshot(model), model(x)
+    before, want = fingerprint(model), model(x)
     keys = [key for key in model.state_dict() if "surgery" not in key]
     parts, ran = list(model.surgery.default.children()), []
     hooks = [part.register_forward_hook(lambda *_: ran.append(1)) for part in parts]
@@ -81,7 +82,7 @@ def test_merged_it_answers_as_before_and_no_part_runs(edits):
         hook.remove()
     assert [key for key in model.state_dict() if "surgery" not in key] == keys
     surgery.unmerge(model)
-    unchanged(before, snapshot(model), "merge and unmerge", but=("random", "attributes"))
+    unchanged(before, fingerprint(model), "merge and unmerge", but=("random", "attributes"))
     assert torch.equal(model(x), want)
 
 
@@ -142,11 +143,11 @@ REFUSED = {
 @pytest.mark.parametrize(("build", "where", "part", "told"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_merged_is_refused_and_nothing_changes(build, where, part, told):
     model = operated(parallel(part), model=build(), where=where)
-    before = snapshot(model)
+    before = fingerprint(model)
     with pytest.raises(OperationError, match=told) as error:
         surgery.merge(model)
     assert error.value.remedy
-    unchanged(before, snapshot(model), "a refused merge")
+    unchanged(before, fingerprint(model), "a refused merge")
 
 
 def test_a_linear_that_says_otherwise_is_no_linear():
@@ -174,17 +175,17 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_what_is_merged_is_first_unmerged(call):
     model = surgery.merge(operated(parallel(linear)))
-    before = snapshot(model)
+    before = fingerprint(model)
     with pytest.raises(OperationError, match="unmerge"):
         call(model)
-    unchanged(before, snapshot(model), "a refused call")
+    unchanged(before, fingerprint(model), "a refused call")
     with pytest.raises(OperationError, match="not merged"):
         surgery.unmerge(operated(parallel(linear)))
 
 
 def test_a_fault_in_the_midst_of_a_merge_changes_nothing(monkeypatch):
     model = operated(parallel(linear), where=nn.Linear)
-    before, calls = snapshot(model), []
+    before, calls = fingerprint(model), []
     real = torch.Tensor.copy_
 
     def copy_(self, other, *rest):
@@ -196,7 +197,7 @@ def test_a_fault_in_the_midst_of_a_merge_changes_nothing(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     with pytest.raises(KeyboardInterrupt):
         surgery.merge(model)
-    unchanged(before, snapshot(model), "a merge that was interrupted")
+    unchanged(before, fingerprint(model), "a merge that was interrupted")
 
 
 def test_maps_add_and_follow_one_another():

@@ -41,17 +41,17 @@ pytestmark = pytest.mark.filterwarnings(
 
 def told(model: nn.Module, rules: Any, example: Any) -> str:
     """What apply says of rules that come to nothing; the model must be as it was."""
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     error = raised(surgery.GraftError, lambda: surgery.apply(model, rules, example=example))
-    laws.assert_same(before, laws.snapshot(model), "a proof that failed")
+    laws.assert_same(before, laws.fingerprint(model), "a proof that failed")
     return str(error)
 
 
 def refused(model: nn.Module, rules: Any) -> str:
     """What plan says of rules that can come to nothing only."""
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     error = raised(surgery.RuleError, lambda: surgery.plan(model, rules))
-    laws.assert_same(before, laws.snapshot(model), "a plan that failed")
+    laws.assert_same(before, laws.fingerprint(model), "a plan that failed")
     return str(error)
 
 

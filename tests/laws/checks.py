@@ -34,9 +34,11 @@ from surgery import (
     shared,
     unfreeze,
 )
+from surgery._preserve import fingerprint
 from surgery.spec.fault_injection import Fault, Line, Tripwire, committed, events
-from surgery.spec.snapshot import base_of, raised, snapshot
+from surgery.spec.snapshot import raised
 from surgery.spec.snapshot import unchanged as assert_same
+from surgery.structure.layers import named_modules
 from surgery.structure.module_tree import Tree
 from tests.models import images, tiny_vit
 
@@ -246,7 +248,7 @@ FAULTY = [
 
 def faults(model: nn.Module, call: Callable[[], object], chosen: list[int]) -> None:
     """Raise at each of the chosen line events of `call`; each time, nothing may have changed."""
-    before, ours = snapshot(model), surgery.fingerprint(model)
+    before, ours = fingerprint(model), surgery.fingerprint(model)
     for i, event in enumerate(chosen):
         wire = Tripwire(event, KeyboardInterrupt if i % 2 else Fault)
         wire.run(call)
@@ -254,7 +256,7 @@ def faults(model: nn.Module, call: Callable[[], object], chosen: list[int]) -> N
         when = f"a fault at {Path(file).name}:{line} (line event {event})"
         if wire.where is None or (committed(wire.where) and hasattr(model, "surgery")):
             surgery.revert(model, name="default")  # no fault, or too late a one: it was done
-        assert_same(before, snapshot(model), when)
+        assert_same(before, fingerprint(model), when)
         assert_same(ours, surgery.fingerprint(model), when)
 
 
@@ -294,10 +296,10 @@ def failed_apply_keeps_gradients() -> None:
     def fails(site: surgery.Site) -> nn.Module:
         raise Fault
 
-    before = snapshot(model)
+    before = fingerprint(model)
     rules = [at("one", unfreeze), at("two", append(fails))]
     raised(Fault, lambda: surgery.apply(model, rules))
-    assert_same(before, snapshot(model), "a failing part")
+    assert_same(before, fingerprint(model), "a failing part")
 
 
 # 5 ---------------------------------------------------------------------------------------------
@@ -306,10 +308,10 @@ def failed_apply_keeps_gradients() -> None:
 def base_is_kept() -> None:
     """Law 5: keys, classes, aliases and tensors of the base are what they were."""
     model = Toy()
-    paths = {p: (id(m), type(m)) for p, m in base_of(model)}
+    paths = {p: (id(m), type(m)) for p, m in named_modules(model, aliases=True)}
     tensors = {k: (t.data_ptr(), t.clone()) for k, t in model.state_dict().items()}
     surgery.apply(model, [*FAULTY, at("mlp.0", unfreeze)])
-    assert {p: (id(m), type(m)) for p, m in base_of(model)} == paths
+    assert {p: (id(m), type(m)) for p, m in named_modules(model, aliases=True)} == paths
     now = {k: t for k, t in model.state_dict().items() if "surgery." not in k}
     assert list(now) == list(tensors)
     for key, (pointer, value) in tensors.items():
@@ -353,16 +355,16 @@ def idle_site_is_an_error() -> None:
     """Law 6: a site that never runs is told by apply(example=), or else by the first forward."""
     model, x = Skipping(), torch.randn(2, 8)
     rule = at(nn.Linear, parallel(plain))
-    before = snapshot(model)
+    before = fingerprint(model)
     told = str(raised(surgery.GraftError, lambda: surgery.apply(model, rule, example=x)))
     assert "unused" in told
     assert "1 of 2 sites" in told
-    assert_same(before, snapshot(model), "an idle site, proved")
+    assert_same(before, fingerprint(model), "an idle site, proved")
     surgery.apply(model, rule)
     told = str(raised(surgery.GraftError, lambda: model(x)))
     assert "unused" in told
     surgery.revert(model)
-    assert_same(before, snapshot(model), "an idle site, reverted")
+    assert_same(before, fingerprint(model), "an idle site, reverted")
 
 
 # 7 ---------------------------------------------------------------------------------------------
@@ -402,14 +404,14 @@ def revert_is_bitwise(
     x = torch.randn(6, 8) if x is None else x
     model = build()
     model.register_forward_hook(_user_hook)
-    seen, before = shape_of(model), snapshot(model)
+    seen, before = shape_of(model), fingerprint(model)
     surgery.apply(model, rules or [*FAULTY, at("mlp.0", unfreeze)])
     train(model, x)
     model = via(model) if via else model
     surgery.revert(model)
     assert_same(seen, shape_of(model), "revert")
     if via is None:
-        assert_same(before, snapshot(model), "revert", but=["random"])  # training may draw
+        assert_same(before, fingerprint(model), "revert", but=["random"])  # training may draw
 
 
 def _user_hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -447,18 +449,18 @@ def copied(model: nn.Module) -> nn.Module:
 def looking_changes_nothing() -> None:
     """Law 9: match, plan, report and anatomy leave the model and all random numbers alone."""
     model = tiny_vit()
-    before = snapshot(model)
+    before = fingerprint(model)
     plan = surgery.plan(model, "adapterx_ffn")
     _ = str(plan), repr(plan), plan.added, plan.trainable, plan.sites, plan.parts, plan.record
     _ = str(surgery.anatomy(model)), str(surgery.rulesets())
     _ = [surgery.where(p).find(Tree(model)) for p in (ffn, "**", nn.Linear)]
-    assert_same(before, snapshot(model), "plan")
+    assert_same(before, fingerprint(model), "plan")
     surgery.apply(model, "adapterx_ffn")
     model(images())
-    before = snapshot(model)
+    before = fingerprint(model)
     _ = str(surgery.report(model)), surgery.parameters(model), surgery.routing(model)
     _ = surgery.balance_loss(model), surgery.state_dict(model)
-    assert_same(before, snapshot(model), "report")
+    assert_same(before, fingerprint(model), "report")
 
 
 def random_part(site: surgery.Site) -> nn.Module:
@@ -472,17 +474,17 @@ def random_part(site: surgery.Site) -> nn.Module:
 def planning_draws_nothing() -> None:
     """Law 9: not even where a part of the user's own draws random numbers as it is made."""
     model = Linears()
-    before = snapshot(model)
+    before = fingerprint(model)
     surgery.plan(model, at("one", parallel(random_part)))
-    assert_same(before, snapshot(model), "plan")
+    assert_same(before, fingerprint(model), "plan")
 
 
 def applying_draws_nothing() -> None:
     """Law 4: apply leaves the random numbers that come after it as they were."""
     model = Linears()
-    before = snapshot(model)
+    before = fingerprint(model)
     surgery.apply(model, at("one", parallel(random_part)))
-    after = snapshot(model)
+    after = fingerprint(model)
     for generator in ("torch", "Python", "numpy"):
         assert (
             before[f"random numbers of {generator}"] == after[f"random numbers of {generator}"]
@@ -519,10 +521,10 @@ def mistakes(model: nn.Module) -> Iterator[Mistake]:
 def errors_say_rule_fact_remedy() -> None:
     """Law 10: every error has all three, shows the user's own values, and changes nothing."""
     model = tiny_vit()
-    before = snapshot(model)
+    before = fingerprint(model)
     for kind, own, mistake in mistakes(model):
         error = raised(kind, mistake)
-        assert_same(before, snapshot(model), own)
+        assert_same(before, fingerprint(model), own)
         assert isinstance(error, surgery.SurgeryError)
         assert own in str(error), f"{own} is not in: {error}"
         assert error.fact

@@ -170,16 +170,16 @@ def test_a_failing_part_draws_no_random_numbers() -> None:
         raise laws.Fault
 
     model = Linears()
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     raised(laws.Fault, lambda: surgery.apply(model, at("two", append(fails))))
-    laws.assert_same(before, laws.snapshot(model), "a failing part")
+    laws.assert_same(before, laws.fingerprint(model), "a failing part")
 
 
 def test_a_forward_that_fails_in_the_example_changes_nothing() -> None:
     model, x = Toy(), torch.randn(2, 9)
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     raised(RuntimeError, lambda: surgery.apply(model, laws.FAULTY, example=x))
-    laws.assert_same(before, laws.snapshot(model), "a failing example")
+    laws.assert_same(before, laws.fingerprint(model), "a failing example")
 
 
 # 5: the base -----------------------------------------------------------------------------------
@@ -361,13 +361,13 @@ def test_revert_of_a_copy_leaves_the_original_operated() -> None:
 
 def test_revert_after_a_caught_failure_in_forward_is_bitwise() -> None:
     model, x = Linears(), torch.randn(2, 8)
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     surgery.apply(model, at(surgery.span("one", "two"), parallel(lambda s: nn.Linear(8, 9))))
     told = str(raised(surgery.GraftError, lambda: model(x)))
     assert "(2, 9)" in told
     assert "(2, 8)" in told
     surgery.revert(model)
-    laws.assert_same(before, laws.snapshot(model), "revert")
+    laws.assert_same(before, laws.fingerprint(model), "revert")
 
 
 class Cached(nn.Module):
@@ -413,13 +413,13 @@ def test_errors_say_rule_fact_and_remedy() -> None:
 
 def test_operating_twice_names_the_earlier_rule_and_changes_nothing() -> None:
     model = surgery.apply(Linears(), at("one", parallel(plain)))
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     told = str(
         raised(surgery.OperationError, lambda: surgery.apply(model, at("two", parallel(plain))))
     )
     assert "by at(" in told
     assert "one" in told
-    laws.assert_same(before, laws.snapshot(model), "a second apply")
+    laws.assert_same(before, laws.fingerprint(model), "a second apply")
 
 
 # calls and outputs -----------------------------------------------------------------------------
@@ -573,7 +573,7 @@ def test_shared_parts_of_two_widths_are_two() -> None:
 
 def test_stacked_operations_compose_and_come_off_one_by_one() -> None:
     model, x = Toy().eval(), torch.randn(4, 8)
-    snaps, outs = [laws.snapshot(model)], [laws.outcome(model, x)]
+    snaps, outs = [laws.fingerprint(model)], [laws.outcome(model, x)]
     for i, rules in enumerate((laws.FAULTY, [at("mlp", parallel(plain), unfreeze)])):
         surgery.apply(model, rules, name=f"op{i}")
         laws.stir(model)
@@ -583,18 +583,18 @@ def test_stacked_operations_compose_and_come_off_one_by_one() -> None:
     surgery.revert(model, name="op1")
     assert hasattr(model, "surgery")
     surgery.revert(model, name="op0")
-    laws.assert_same(snaps[0], laws.snapshot(model), "two reverts")
+    laws.assert_same(snaps[0], laws.fingerprint(model), "two reverts")
     assert torch.equal(laws.outcome(model, x), outs[0])
 
 
 def test_reverting_all_at_once_is_reverting_one_by_one() -> None:
     model, x = Toy(), torch.randn(4, 8)
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     for i in range(3):
         surgery.apply(model, [at("bn", unfreeze), at("mlp", append(plain))], name=f"op{i}")
         laws.train(model, x)
     surgery.revert(model)
-    after = laws.snapshot(model)
+    after = laws.fingerprint(model)
     laws.assert_same(before, after, "revert", but=["random"])
 
 

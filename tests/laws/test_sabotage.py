@@ -47,11 +47,11 @@ def no_match_is_silent(patch: Patch) -> None:
         except surgery.MatchError:
             return {}
 
-    wrapped(patch, plan, "matched", lenient)
+    wrapped(patch, plan, "match_rule", lenient)
 
 
 def times_is_a_minimum(patch: Patch) -> None:
-    patch.setattr(plan, "matched", lambda rule, tree: rule.where.find(module_tree))
+    patch.setattr(plan, "match_rule", lambda rule, tree: rule.where.find(module_tree))
 
 
 def conflicts_are_ignored(patch: Patch) -> None:
@@ -454,7 +454,7 @@ def test_the_engine_as_it_is_passes(check: Callable[[], object]) -> None:
 
 
 def test_gates_that_do_not_sum_to_one_are_seen() -> None:
-    from tests import test_mixture
+    from tests.parts import test_mixture
 
     with pytest.MonkeyPatch.context() as patch:
         wrapped(patch, ops, "route", lambda real, *args: real(*args) * 0.99)

@@ -35,11 +35,12 @@ from surgery import (
     shared,
     unfreeze,
 )
+from surgery.engine import apply as engine_apply
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
 from surgery.engine.operation import Operation
 from surgery.engine.placement import Placement
-from surgery.rules import roles, selector
+from surgery.rules import roles, routing, selector
 from surgery.rules.affine import Affine
 from surgery.spec import PROPERTIES, Absent, Broken, Case, check
 from surgery.spec.strategies import affine
@@ -315,15 +316,15 @@ def the_balance_loss_is_the_importance(patch: Patch) -> None:
     def balance(real: Any, gates: Tensor) -> Tensor:
         return gates.shape[-1] * gates.mean(0).square().sum()
 
-    wrapped(patch, ops, "balance", balance)
+    wrapped(patch, routing, "balance", balance)
 
 
 def balance_in_apply_does_nothing(patch: Patch) -> None:
-    patch.setattr(ops, "with_balance", lambda output, gates, coefficient: output)
+    patch.setattr(routing, "with_balance", lambda output, gates, coefficient: output)
 
 
 def of_two_routers_one_counts(patch: Patch) -> None:
-    wrapped(patch, surgery.operate, "_gates", lambda real, *args: real(*args)[-1:])
+    wrapped(patch, engine_apply, "_gates", lambda real, *args: real(*args)[-1:])
 
 
 def twice_is_fine(patch: Patch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import MatchError, OperationError, RuleError, at, shared
-from surgery.methods import kronecker
+from surgery.methods import kronecker, tensor_factors
 from surgery.methods.kronecker import compacter_pp
 from surgery.parts.fact import FacTTK, FacTTT, TTFactors, fact_tk, fact_tt, tk_factors, tt_factors
 from surgery.parts.kronecker import (
@@ -50,8 +50,8 @@ RULES: dict[str, Any] = {
     "compacter": kronecker.compacter(rank=8),
     "compacter_pp": compacter_pp(rank=8),
     "kadaptation": kronecker.kadaptation(t=4, scale=S),
-    "fact_tt": kronecker.fact_tt(rank=4, scale=S),
-    "fact_tk": kronecker.fact_tk(rank=4, scale=S),
+    "fact_tt": tensor_factors.fact_tt(rank=4, scale=S),
+    "fact_tk": tensor_factors.fact_tk(rank=4, scale=S),
 }
 LINEAR = ["krona", "kadaptation", "fact_tt", "fact_tk"]
 SHARED: dict[str, dict[str, list[str]]] = {  # what is stored once, by width
@@ -224,7 +224,7 @@ def test_the_start_of_compacter() -> None:
 
 
 def test_the_start_of_fact_tt() -> None:
-    made = wide(kronecker.fact_tt())
+    made = wide(tensor_factors.fact_tt())
     factors = made.pop("shared/tt_factors/192")
     assert not factors.up.any()
     uniform(factors.down, 192**-0.5)
@@ -234,7 +234,7 @@ def test_the_start_of_fact_tt() -> None:
 
 
 def test_the_start_of_fact_tk() -> None:
-    made = wide(kronecker.fact_tk())
+    made = wide(tensor_factors.fact_tk())
     factors = made.pop("shared/tk_factors/192")
     assert not factors.up.any()
     uniform(factors.down, 192**-0.5)
@@ -285,12 +285,12 @@ def vit_b() -> nn.Module:
         (kronecker.compacter(), 57_088),
         (compacter_pp(), 28_576),
         (kronecker.kadaptation(), 50_176),
-        (kronecker.fact_tt(rank=4), 8_448),
-        (kronecker.fact_tt(rank=8), 21_504),
-        (kronecker.fact_tt(), 61_440),
-        (kronecker.fact_tk(rank=8), 13_952),
-        (kronecker.fact_tk(rank=16), 30_976),
-        (kronecker.fact_tk(), 86_528),
+        (tensor_factors.fact_tt(rank=4), 8_448),
+        (tensor_factors.fact_tt(rank=8), 21_504),
+        (tensor_factors.fact_tt(), 61_440),
+        (tensor_factors.fact_tk(rank=8), 13_952),
+        (tensor_factors.fact_tk(rank=16), 30_976),
+        (tensor_factors.fact_tk(), 86_528),
     ],
 )
 def test_the_counts_on_a_vit_b(vit_b: nn.Module, rules: Any, trained: int) -> None:
@@ -298,7 +298,7 @@ def test_the_counts_on_a_vit_b(vit_b: nn.Module, rules: Any, trained: int) -> No
 
 
 def test_fact_has_twelve_slices_a_block(vit_b: nn.Module) -> None:
-    made = surgery.plan(vit_b, kronecker.fact_tk()).parts.values()
+    made = surgery.plan(vit_b, tensor_factors.fact_tk()).parts.values()
     slices = [part.mixing[0].numel() for part in made if isinstance(part, FacTTK)]
     assert sum(slices) == 144
 
@@ -361,7 +361,7 @@ def test_where_q_k_and_v_are_apart_all_three_get_one(rules: Any, parts: int) -> 
 
 
 def test_fact_takes_a_slice_for_each_of_q_k_and_v_where_they_are_apart() -> None:
-    made = surgery.plan(hf_vit(), kronecker.fact_tt(rank=4)).parts
+    made = surgery.plan(hf_vit(), tensor_factors.fact_tt(rank=4)).parts
     slices = {key.split("/")[-2]: part.slices for key, part in made.items() if hasattr(part, "out")}
     assert sorted(slices.values()) == [(1, 1)] * 4 + [(1, 4), (4, 1)]
 
@@ -467,8 +467,8 @@ def test_a_model_without_q_k_and_v_is_refused(method: str) -> None:
             at("blocks.*.mlp", surgery.append(compacter(rule=lambda site: nn.Identity()))),
             "this makes a Identity, and no PHMRule",
         ),
-        (kronecker.fact_tt(rank=0), r"tt_factors\(rank=0\)"),
-        (kronecker.fact_tk(rank=0), r"tk_factors\(rank=0\)"),
+        (tensor_factors.fact_tt(rank=0), r"tt_factors\(rank=0\)"),
+        (tensor_factors.fact_tk(rank=0), r"tk_factors\(rank=0\)"),
         (at("blocks.*.mlp.fc1", fact_tk(slices=0)), r"fact_tk\(slices=0\)"),
         (
             at("blocks.*.mlp.fc1", fact_tk(shared(tt_factors()))),

@@ -19,6 +19,7 @@ import surgery
 from surgery import adapter, append, at, ffn, moa, norm, parallel, shared, unfreeze
 from surgery.engine.vocabulary import vocabulary
 from surgery.rules.expression import decode, encode
+from surgery.state import checkpoint
 from tests.laws import checks as laws
 from tests.laws.checks import ADAPTERX, Toy, plain, raised
 from tests.models import images, tiny_vit
@@ -56,9 +57,9 @@ def same_base() -> nn.Module:
 
 def refused(model: nn.Module, path: Path, **options: Any) -> surgery.FileError:
     """The FileError of loading; the model must be as it was, and not operated."""
-    before, ours = laws.snapshot(model), surgery.fingerprint(model)
+    before, ours = laws.fingerprint(model), surgery.fingerprint(model)
     error = raised(surgery.FileError, lambda: surgery.load(model, path, **options))
-    laws.assert_same(before, laws.snapshot(model), "a refused load")
+    laws.assert_same(before, laws.fingerprint(model), "a refused load")
     laws.assert_same(ours, surgery.fingerprint(model), "a refused load")
     assert isinstance(error, surgery.FileError)
     assert error.fact
@@ -150,9 +151,9 @@ def test_operations_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
 
 def test_load_keeps_all_random_number_generators(file: Path) -> None:
     model = same_base()
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     surgery.load(model, file)
-    after = laws.snapshot(model)
+    after = laws.fingerprint(model)
     moved = [mark for mark in before if "random" in mark and before[mark] != after[mark]]
     assert moved == []
 
@@ -164,7 +165,7 @@ def test_balance_is_given_again_at_load(file: Path) -> None:
 
 
 def test_a_non_persistent_table_that_grew_is_not_state(tmp_path: Path) -> None:
-    from tests.test_laws import Cached
+    from tests.laws.test_laws import Cached
 
     model = surgery.apply(Cached(), at("one", parallel(plain)))
     model(torch.randn(5, 8))
@@ -253,7 +254,7 @@ def test_a_fault_during_save_leaves_the_old_file_and_no_litter(
     old = path.read_bytes()
     laws.stir(model, seed=2)
     for error in (laws.Fault, KeyboardInterrupt):
-        for module, name in ((surgery.state, "save_file"), (os, "replace")):
+        for module, name in ((checkpoint, "save_file"), (os, "replace")):
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, failing(error, getattr(module, name)))
                 raised(error, lambda: surgery.save(model, path))
@@ -280,14 +281,14 @@ def test_a_fault_at_any_line_of_save_leaves_the_old_file_and_the_model(tmp_path:
         tmp_path / "x",
     )
     surgery.save(model, path)
-    old, before = path.read_bytes(), laws.snapshot(model)
+    old, before = path.read_bytes(), laws.fingerprint(model)
     lines = laws.events(lambda: surgery.save(model, path))
     for event in laws.first_and_last(lines):
         wire = laws.Tripwire(event)
         wire.run(lambda: surgery.save(model, path))
         assert path.read_bytes() == old
         assert os.listdir(tmp_path) == ["x"], f"litter after {wire.where}"
-    laws.assert_same(before, laws.snapshot(model), "save")
+    laws.assert_same(before, laws.fingerprint(model), "save")
 
 
 def test_a_fault_at_any_line_of_load_leaves_the_model(tmp_path: Path) -> None:
@@ -413,20 +414,20 @@ def test_damaged_metadata_is_refused(key: str, file: Path) -> None:
 
 def test_a_model_that_is_operated_already_keeps_its_operation(file: Path) -> None:
     model = tuned()
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     raised(surgery.OperationError, lambda: surgery.load(model, file))
-    laws.assert_same(before, laws.snapshot(model), "load")
+    laws.assert_same(before, laws.fingerprint(model), "load")
 
 
 def test_load_state_dict_is_all_or_nothing() -> None:
     model, other = tuned(), tuned()
     state = {k: t.clone() for k, t in surgery.state_dict(other).items()}
-    before = laws.snapshot(model)
+    before = laws.fingerprint(model)
     for change in CHANGES.values():
         bad = dict(state)
         change(bad)
         raised(surgery.FileError, lambda bad=bad: surgery.load_state_dict(model, bad))
-        laws.assert_same(before, laws.snapshot(model), "load_state_dict")
+        laws.assert_same(before, laws.fingerprint(model), "load_state_dict")
     surgery.load_state_dict(model, state)
     now = surgery.state_dict(model)
     assert all(torch.equal(now[k], t) for k, t in state.items())
