@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .._preserve import same
+from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..rules import routing as _routing
 from ..rules.rule import Rules
 from .hooks import HookedSite
-from .operation import Operation, operations, tensor_of
+from .journal import Journal, Value
+from .operation import Operation, operations
 from .planning import Plan, check_operable
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,9 +90,12 @@ def revert(model: Model, *, name: str | None = None) -> Model:
             f"it is not the last operation; they are, in order: {names}.",
             "Take them off last first, or all at once with revert(model).",
         )
+    chosen = done if name is None else done[-1:]
+    _look([operation.merge_journal for operation in done], call="revert(model)")
+    _look([operation.journal for operation in chosen], call="revert(model)")
     for operation in done:
-        operation.unfold()
-    for operation in reversed(done if name is None else done[-1:]):
+        operation.merge_journal.undo()
+    for operation in reversed(chosen):
         operation.undo()
     return model
 
@@ -109,20 +114,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     tensor([[1., 1.]])
     """
     done = operated(model, "disabled(model)")
-    now = [(tensor, tensor.detach().clone(), before) for tensor, before in _changed(done)]
-    counted = [(buffer, buffer.detach().clone()) for buffer in _statistics(done)]
-    enabled = [operation.enabled for operation in done]
+    journal = Journal()
     try:
         for operation in done:
-            operation.enabled = False
-        _set([(tensor, before) for tensor, _, before in now])
+            journal.set(operation, "enabled", False)
+            for buffer in operation.journal.buffers:
+                journal.keep_value(buffer.module, buffer.name)
+        for value in _changed(done):
+            journal.write(value.module, value.name, value.value)
         with torch.no_grad():
             yield model
     finally:
-        for operation, was in zip(done, enabled, strict=True):
-            operation.enabled = was
-        _set([(tensor, value) for tensor, value, _ in now])
-        _set([(buffer, value) for buffer, value in counted if not same(buffer, value)])
+        journal.undo()
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -240,24 +243,21 @@ def _check_gradient(hooked: HookedSite, gates: Tensor) -> None:
         )
 
 
-def _changed(done: list[Operation]) -> list[tuple[Tensor, Tensor]]:
-    """(tensor, what it was before the first operation) for all that is not the same any more."""
-    first: dict[int, tuple[Tensor, Tensor]] = {}
-    for operation in done:
-        for module, name, was in operation.was_value:
-            tensor = tensor_of(module, name)
-            if tensor is not None and not tensor.is_meta:
-                first.setdefault(id(tensor), (tensor, was))
-    return [(tensor, was) for tensor, was in first.values() if not same(tensor, was)]
+def _changed(done: list[Operation]) -> list[Value]:
+    """Values before the first operation of all that is not the same any more."""
+    first: dict[int, Value] = {}
+    for value in (value for operation in done for value in operation.journal.values):
+        if value.tensor is not None and not value.tensor.is_meta:
+            first.setdefault(id(value.tensor), value)
+    return [v for v in first.values() if v.tensor is not None and not same(v.tensor, v.value)]
 
 
-def _statistics(done: list[Operation]) -> list[Tensor]:
-    """The buffers that a forward in training changes."""
-    held = [module._buffers.get(name) for op in done for module, name, _ in op.was_value]
-    return [buffer for buffer in held if buffer is not None and not buffer.is_meta]
-
-
-def _set(values: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for tensor, value in values:
-            tensor.copy_(value)
+def _look(journals: list[Journal], call: str) -> None:
+    """Raise OperationError, the model untouched, where something cannot be brought back."""
+    obstacles = [text for journal in journals for text in journal.obstacles]
+    if obstacles:
+        raise OperationError(
+            call,
+            f"what was there cannot be brought back: {first_few(obstacles)}.",
+            "Give these tensors the shape that they had, and call it again.",
+        )

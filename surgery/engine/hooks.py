@@ -7,7 +7,7 @@ carry on with their own parts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
+from .journal import Journal, owner_of, owners_of
 from .tokens import ENTERING, Action, Insertions
 
 Balance: TypeAlias = "routing.Coefficient | None"
@@ -98,7 +99,7 @@ class HookedSite:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "inputs": {}, "gates": {}}
 
-    def join(self) -> None:
+    def join(self, journal: Journal) -> None:
         """Hook into the site; inputs meet the last rule first, and what holds others before all."""
         replaces = self.replacement is not None
         hooks = self.entry._forward_pre_hooks
@@ -108,13 +109,13 @@ class HookedSite:
         )
         self.remembers |= inner and any(action.place == "beside" for action in self.actions)
         if self.enters or self.remembers or replaces:
-            self.entry.register_forward_pre_hook(self.enter, with_kwargs=True)
+            journal.hook(self.entry, self.enter, before=True, with_kwargs=True)
             for key in earlier:
                 hooks[key] = hooks.pop(key)
         if replaces:
-            self.entry.__dict__["forward"] = self.instead
+            journal.set(self.entry, "forward", self.instead)
         if self.leaves or not replaces:
-            self.exit.register_forward_hook(self.leave, with_kwargs=True)
+            journal.hook(self.exit, self.leave, with_kwargs=True)
         _nest(hooks, first=True)
         _nest(self.exit._forward_hooks, first=False)
 
@@ -122,15 +123,6 @@ class HookedSite:
         """Whether tokens are in throughout another's stretch, and beyond it."""
         (a, b), (c, d) = self.stretch, other.stretch
         return self.inserts and a <= c and d <= b and (a, b) != (c, d)
-
-    def part(self) -> None:
-        """Take the hooks off, however many of them are there."""
-        unhook(self.entry, self)
-        unhook(self.exit, self)
-        if _owner(self.entry.__dict__.get("forward")) is self:
-            del self.entry.__dict__["forward"]
-            if self.was_forward is not None:
-                self.entry.__dict__["forward"] = self.was_forward
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost."""
@@ -304,31 +296,7 @@ def _nest(hooks: dict[int, Any], first: bool) -> None:
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether a part of some operation runs instead of the module."""
-    return isinstance(_owner(module.__dict__.get("forward")), HookedSite)
-
-
-def owners_of(hooks: Mapping[int, Any], kind: type[Kind]) -> dict[int, Kind]:
-    """The objects of a kind that hooks are methods of, by the key of the hook."""
-    owners = {key: _owner(hook) for key, hook in hooks.items()}
-    return {key: owner for key, owner in owners.items() if isinstance(owner, kind)}
-
-
-def unhook(module: nn.Module, owner: object) -> None:
-    """Take off the hooks that are methods of `owner`."""
-    tables = (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    )
-    for hooks, with_kwargs in tables:
-        for key, found in owners_of(hooks, type(owner)).items():
-            if found is owner:
-                del hooks[key]
-                with_kwargs.pop(key, None)
-
-
-def _owner(method: Any) -> Any:
-    """The object that a method is of."""
-    return getattr(method, "__self__", None)
+    return isinstance(owner_of(module.__dict__.get("forward")), HookedSite)
 
 
 def routes(action: Action) -> bool:

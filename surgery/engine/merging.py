@@ -178,13 +178,16 @@ def _fold(model: nn.Module, done: list[Operation]) -> None:
         _, known = held.get(id(base.module), (hooked, base))
         held[id(base.module)] = hooked, known._replace(map=_folded(known, action, hooked.path))
     changes = [(it.module, *_written(it, hooked)) for hooked, it in held.values()]
+    journal = done[-1].merge_journal
     try:
-        done[-1].fold(changes)
+        for module, weight, bias in changes:
+            journal.write(module, "weight", weight)
+            if bias is not None:
+                journal.write(module, "bias", bias)
         for operation in done:
-            operation.merged = True
+            journal.set(operation, "merged", True)
     except BaseException:
-        for operation in done:
-            operation.unfold()
+        journal.undo()
         raise
 
 
@@ -199,7 +202,7 @@ def unmerge(model: Model) -> Model:
     """
     done = operated(model, "unmerge(model)", merged=True)
     for operation in reversed(done):
-        operation.unfold()
+        operation.merge_journal.undo()
     return model
 
 

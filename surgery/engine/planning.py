@@ -194,7 +194,7 @@ class Plan:
         operation.train_only(modules, trained)
         stock = BuiltParts(self.placed, self.names, self.seed)
         parts = stock.parts
-        operation.still((s.module, frozen) for s, frozen in statistics(self.tree, trained))
+        operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if stock.borrowed:
             operation.record = self._record(stock)
         operation.own(parts)
@@ -213,7 +213,7 @@ class Plan:
             hooked_sites[p.spot].listen(
                 mine.index(p), hooked_sites[source.spot], theirs.index(source)
             )
-        operation.watch(self.model)
+        operation.watch(self.model, modules)
 
     def _train_targets(self, operation: Operation) -> Iterator[TrainTarget]:
         """What is to be trained: each part, and each module that a rule unfreezes."""

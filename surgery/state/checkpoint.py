@@ -173,7 +173,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
         )
     operated(model, "state_dict(model)")  # what is merged is not what was trained
     here = {id(module) for module in model.modules()}
-    lost = [module for module, _, _ in done[name].was_value if id(module) not in here]
+    lost = [v.module for v in done[name].journal.values if id(v.module) not in here]
     if lost:
         raise OperationError(
             "state_dict(model)",
@@ -186,7 +186,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
 
 def _kept(model: nn.Module, operation: Operation) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of the unfrozen parameters, and of the buffers that have changed."""
-    was = {(id(module), name): value for module, name, value in operation.was_value}
+    was = {(id(v.module), v.name): v.value for v in operation.journal.values}
     seen: set[int] = set()
     for path, module in named_modules(model):
         for name, tensor in {**module._parameters, **module._buffers}.items():

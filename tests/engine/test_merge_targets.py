@@ -247,17 +247,17 @@ def test_transposed_weights_fold_where_they_are_used_plainly(bias: bool) -> None
 
 
 def test_a_fault_while_it_folds_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
-    from surgery.engine.operation import Operation
+    from surgery.engine.journal import Journal
 
     model = surgery.apply(Root(nn.Linear(4, 4)), at("one", append(scale)))
     surgery.apply(model, at("one", parallel(dense)), name="b")
-    mark, real = surgery.fingerprint(model), Operation.fold
+    mark, real = surgery.fingerprint(model), Journal.write
 
-    def fold(self: Operation, changes: Any) -> None:
-        real(self, changes)
+    def write(self: Journal, *args: Any) -> None:
+        real(self, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Operation, "fold", fold)
+    monkeypatch.setattr(Journal, "write", write)
     with pytest.raises(KeyboardInterrupt):
         surgery.merge(model)
     assert surgery.fingerprint(model) == mark

@@ -199,6 +199,6 @@ def test_the_laws_hold(mode: bool) -> None:
 
 
 def test_a_law_sees_statistics_drift(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery.engine.operation.Operation.still", lambda self, norms: None)
+    monkeypatch.setattr("surgery.engine.operation.Operation.freeze_norms", lambda self, norms: None)
     told = check(Net(), FREEZE, data(), examples=1, only=["freezing_is_exact"])
     assert "training moved statistics of BatchNorm1d" in str(told)

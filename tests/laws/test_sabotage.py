@@ -14,9 +14,10 @@ from torch import nn
 
 import surgery
 from surgery import ops
-from surgery.engine import hooks, matching, operation, placement, verify
+from surgery.engine import hooks, journal, matching, operation, placement, verify
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
+from surgery.engine.journal import Journal
 from surgery.engine.operation import Additions, Operation
 from surgery.engine.placement import Placement
 from surgery.structure import module_tree
@@ -81,25 +82,34 @@ def undo_does_nothing(patch: Patch) -> None:
     patch.setattr(Operation, "undo", lambda self: None)
 
 
-def undo_forgets(*names: str) -> Saboteur:
+def undo_forgets(*kinds: type) -> Saboteur:
+    """A walk back that leaves out some kinds of entries; of keys, those of attributes."""
+
     def sabotage(patch: Patch) -> None:
-        def undo(real: Any, self: Operation) -> None:
-            for name in names:
-                getattr(self, name).clear()
+        def undo(real: Any, self: Journal) -> None:
+            kept = [e for e in self.entries if not (isinstance(e, kinds) and not _is_table(e))]
+            self.entries[:] = kept
             real(self)
 
-        wrapped(patch, Operation, "undo", undo)
+        wrapped(patch, Journal, "undo", undo)
 
     return sabotage
 
 
+def _is_table(entry: journal.Entry) -> bool:
+    return isinstance(entry, journal.Key) and bool(entry.table)
+
+
 def undo_leaves_hooks(patch: Patch) -> None:
-    for module in (hooks, operation):
-        patch.setattr(module, "unhook", lambda module, owner: None)
+    patch.setattr(journal, "unhook", lambda module, owner: None)
 
 
-def undo_leaves_the_room(patch: Patch) -> None:
-    patch.setattr(Operation, "_leave_room", lambda self, model: None)
+def undo_leaves_what_was_added(patch: Patch) -> None:
+    def undo(real: Any, self: journal.Key) -> None:
+        if not self.table:
+            real(self)
+
+    wrapped(patch, journal.Key, "undo", undo)
 
 
 def undo_takes_all_hooks(patch: Patch) -> None:
@@ -107,15 +117,17 @@ def undo_takes_all_hooks(patch: Patch) -> None:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
 
-    for module in (hooks, operation):
-        patch.setattr(module, "unhook", unhook)
+    patch.setattr(journal, "unhook", unhook)
 
 
 def unfreezing_keeps_no_copy(patch: Patch) -> None:
     def train_only(real: Any, self: Operation, *args: Any) -> None:
-        before = len(self.was_value)
+        before = list(self.journal.values)
         real(self, *args)
-        del self.was_value[before:]
+        values = list(self.journal.values)[len(before) :]
+        self.journal.entries[:] = [
+            e for e in self.journal.entries if not any(e is value for value in values)
+        ]
 
     wrapped(patch, Operation, "train_only", train_only)
 
@@ -123,8 +135,10 @@ def unfreezing_keeps_no_copy(patch: Patch) -> None:
 def copies_are_views(patch: Patch) -> None:
     def train_only(real: Any, self: Operation, *args: Any) -> None:
         real(self, *args)
-        views = [(m, n, operation.tensor_of(m, n).detach()) for m, n, _ in self.was_value]
-        self.was_value[:] = views
+        self.journal.entries[:] = [
+            e._replace(value=e.tensor.detach()) if isinstance(e, journal.Value) else e
+            for e in self.journal.entries
+        ]
 
     wrapped(patch, Operation, "train_only", train_only)
 
@@ -249,7 +263,7 @@ def only_the_first_call_is_hooked(patch: Patch) -> None:
 
 
 def disabled_keeps_trained_values(patch: Patch) -> None:
-    patch.setattr("surgery.engine.apply._set", lambda values: None)
+    patch.setattr("surgery.engine.apply._changed", lambda done: [])
 
 
 def disabled_keeps_parts(patch: Patch) -> None:
@@ -370,15 +384,15 @@ SEEN: list[tuple[Saboteur, Callable[[], object]]] = [
     (the_first_prepend_is_outermost, in_order),
     (parallel_reads_what_the_module_reads, in_order),
     (undo_does_nothing, no_fault),
-    (undo_forgets("was_training"), laws.revert_is_bitwise),
-    (undo_forgets("was_trainable"), no_fault),
-    (undo_forgets("was_trainable"), laws.revert_is_bitwise),
-    (undo_forgets("was_value"), laws.revert_is_bitwise),
-    (undo_forgets("was_value"), copied),
+    (undo_forgets(journal.Key), laws.revert_is_bitwise),
+    (undo_forgets(journal.Flag), no_fault),
+    (undo_forgets(journal.Flag), laws.revert_is_bitwise),
+    (undo_forgets(journal.Value), laws.revert_is_bitwise),
+    (undo_forgets(journal.Value), copied),
     (undo_leaves_hooks, no_fault),
     (undo_leaves_hooks, laws.revert_is_bitwise),
-    (undo_leaves_the_room, no_fault),
-    (undo_leaves_the_room, laws.revert_is_bitwise),
+    (undo_leaves_what_was_added, no_fault),
+    (undo_leaves_what_was_added, laws.revert_is_bitwise),
     (undo_takes_all_hooks, laws.revert_is_bitwise),
     (unfreezing_keeps_no_copy, laws.revert_is_bitwise),
     (copies_are_views, laws.revert_is_bitwise),
@@ -477,7 +491,7 @@ def only_the_way_with_gradients_is_proved(patch: Patch) -> None:
 
 
 def nested_tensors_are_let_through(patch: Patch) -> None:
-    wrapped(patch, Operation, "watch", lambda real, self, m: (self.encoders.clear(), real(self, m)))
+    wrapped(patch, Operation, "watch", lambda real, self, model, modules: real(self, model, ()))
 
 
 def only_the_end_of_a_span_counts(patch: Patch) -> None:

@@ -36,8 +36,10 @@ from surgery import (
     unfreeze,
 )
 from surgery.engine import apply as engine_apply
+from surgery.engine import journal
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
+from surgery.engine.journal import Journal
 from surgery.engine.operation import Operation
 from surgery.engine.placement import Placement
 from surgery.rules import roles, routing, selector
@@ -371,15 +373,13 @@ def merging_forgets_the_scale(patch: Patch) -> None:
 
 
 def unmerging_subtracts(patch: Patch) -> None:
-    def fold(real: Any, self: Operation, maps: Any) -> None:
-        was = [weight.clone() for linear, *_ in maps for weight in linear.parameters()]
-        real(self, maps)
-        now = [weight for linear, *_ in maps for weight in linear.parameters()]
-        apart = [b - a for a, b in zip(was, now, strict=True)]
-        steps = zip(self.was_merged, now, apart, strict=True)
-        self.was_merged = [(m, n, w - d) for (m, n, _), w, d in steps]
+    def write(real: Any, self: Journal, module: nn.Module, name: str, value: Tensor) -> None:
+        before = getattr(module, name).detach().clone()
+        real(self, module, name, value)
+        after = getattr(module, name).detach()
+        self.entries[-1] = self.entries[-1]._replace(value=after - (after - before))
 
-    wrapped(patch, Operation, "fold", fold)
+    wrapped(patch, Journal, "write", write)
 
 
 def merging_is_never_refused(patch: Patch) -> None:
@@ -485,18 +485,18 @@ TEETH: list[Tooth] = [
     ("balance_is_the_switch_loss", the_balance_loss_is_the_importance, "adapterx"),
     ("balance_is_the_switch_loss", balance_in_apply_does_nothing, "adapterx"),
     ("balance_is_the_switch_loss", of_two_routers_one_counts, "two"),
-    ("revert_is_exact", engine.undo_forgets("was_training"), "adapterx"),
-    ("revert_is_exact", engine.undo_forgets("was_trainable"), "adapterx"),
+    ("revert_is_exact", engine.undo_forgets(journal.Key), "adapterx"),
+    ("revert_is_exact", engine.undo_forgets(journal.Flag), "adapterx"),
     ("revert_is_exact", engine.unfreezing_keeps_no_copy, "adapterx"),
     ("revert_is_exact", engine.undo_leaves_hooks, "adapterx"),
     ("revert_is_exact", engine.undo_takes_all_hooks, "adapterx"),
-    ("copies_revert_too", engine.undo_forgets("was_value"), "adapterx"),
+    ("copies_revert_too", engine.undo_forgets(journal.Value), "adapterx"),
     ("copies_revert_too", engine.hooks_are_closures, "adapterx"),
     ("twice_is_refused", twice_is_fine, "adapterx"),
     ("stacked_operations_come_off_in_order", one_revert_takes_all, "adapterx"),
     ("disjoint_rules_commute", engine.seeds_follow_the_order_of_calls, "serial"),
     ("faults_leave_nothing", engine.undo_does_nothing, "adapterx"),
-    ("faults_leave_nothing", engine.undo_forgets("was_trainable"), "adapterx"),
+    ("faults_leave_nothing", engine.undo_forgets(journal.Flag), "adapterx"),
     ("failing_parts_leave_nothing", engine.undo_does_nothing, "adapterx"),
     ("failing_parts_leave_nothing", engine.random_numbers_are_not_restored, "adapterx"),
     ("base_keys_are_kept", engine.parts_live_at_their_sites, "adapterx"),

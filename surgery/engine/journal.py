@@ -1,0 +1,282 @@
+"""Every change to a model, written down before it is made; undoing is walking back.
+
+Entries are plain data: a copy or a pickle of an operated model takes its own way back along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .._preserve import same
+
+Kind = TypeVar("Kind")
+
+
+class Absent:
+    """Stands for no value at all."""
+
+
+class Anything:
+    """Stands for a value that others may have put there."""
+
+
+class Entry(Protocol):
+    """One change: where, and what was there."""
+
+    def undo(self) -> None:
+        """Bring back what was there, also where the change was not made after all."""
+
+    def obstacle(self) -> str:
+        """Why it cannot be undone as things are now; "" where it can."""
+
+
+class Key(NamedTuple):
+    """A key of a dict that a module keeps: `table` names it, "" is the module's own attributes."""
+
+    module: nn.Module
+    table: str
+    key: str
+    was: Any
+    new: Any
+
+    def undo(self) -> None:
+        entries = _table(self.module, self.table)
+        if self.new is not Anything and entries.get(self.key, Absent) != self.new:
+            return  # others have put something there since, or it was never changed
+        if self.was is Absent:
+            entries.pop(self.key, None)
+        else:
+            entries[self.key] = self.was
+
+    def obstacle(self) -> str:
+        return ""
+
+
+class Hook(NamedTuple):
+    """Hooks on a module that are methods of `owner`."""
+
+    module: nn.Module
+    owner: object
+
+    def undo(self) -> None:
+        unhook(self.module, self.owner)
+
+    def obstacle(self) -> str:
+        return ""
+
+
+class Flag(NamedTuple):
+    """Whether a parameter was trained; it is found by its name."""
+
+    module: nn.Module
+    name: str
+    trained: bool
+
+    def undo(self) -> None:
+        parameter = self.module._parameters.get(self.name)
+        if parameter is not None:
+            parameter.requires_grad_(self.trained)
+
+    def obstacle(self) -> str:
+        return ""
+
+
+class Gradient(NamedTuple):
+    """The gradient of a parameter; it is found by its name."""
+
+    module: nn.Module
+    name: str
+    grad: Tensor | None
+
+    def undo(self) -> None:
+        parameter = self.module._parameters.get(self.name)
+        if parameter is not None:
+            parameter.grad = self.grad
+
+    def obstacle(self) -> str:
+        return ""
+
+
+class Value(NamedTuple):
+    """The value of a parameter, or of a buffer and which tensor that was; found by its name."""
+
+    module: nn.Module
+    name: str
+    value: Tensor
+    buffer: Tensor | None
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor that has its name now."""
+        return tensor_of(self.module, self.name)
+
+    def undo(self) -> None:
+        now = self.module._buffers.get(self.name)
+        if self.buffer is not None and (now is None or _alike(now, self.buffer)):
+            self.module._buffers[self.name] = self.buffer  # unless it was moved or cast
+        if self.tensor is not None:
+            _write(self.tensor, self.value)
+
+    def obstacle(self) -> str:
+        tensor = self.tensor if self.buffer is None else None
+        if tensor is None or tensor.shape == self.value.shape:
+            return ""
+        kind = type(self.module).__name__
+        return f"{self.name} of {kind} is {(*tensor.shape,)}, and was {(*self.value.shape,)}"
+
+
+class Numbers(NamedTuple):
+    """The value of one tensor, wherever it is."""
+
+    tensor: Tensor
+    value: Tensor
+
+    def undo(self) -> None:
+        _write(self.tensor, self.value)
+
+    def obstacle(self) -> str:
+        return ""
+
+
+class Journal:
+    """Changes in the order in which they were made.
+
+    >>> model, journal = nn.Linear(2, 2), Journal()
+    >>> journal.set(model, "training", False)
+    >>> journal.undo()
+    >>> model.training
+    True
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    # remembered: others may change it until then ------------------------------------------------
+
+    def keep(self, module: nn.Module, key: str) -> None:
+        """An attribute."""
+        self.entries.append(Key(module, "", key, vars(module).get(key, Absent), Anything))
+
+    def keep_value(self, module: nn.Module, name: str) -> None:
+        """The value of a parameter or buffer, if there is one of that name."""
+        tensor, buffer = tensor_of(module, name), module._buffers.get(name)
+        if tensor is not None:
+            self.entries.append(Value(module, name, tensor.detach().clone(), buffer))
+
+    def keep_gradient(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """The gradient of a parameter, which is that of the module of that name."""
+        self.entries.append(Gradient(module, name, parameter.grad))
+
+    def keep_numbers(self, tensor: Tensor) -> None:
+        """The value of a tensor."""
+        self.entries.append(Numbers(tensor, tensor.detach().clone()))
+
+    # changed -------------------------------------------------------------------------------------
+
+    def set(self, module: nn.Module, key: str, new: Any, table: str = "") -> None:
+        """Another value for an attribute, or for a key of the dict that `table` names."""
+        entries = _table(module, table)
+        self.entries.append(Key(module, table, key, entries.get(key, Absent), new))
+        entries[key] = new
+
+    def remove(self, module: nn.Module, key: str) -> None:
+        """No such attribute."""
+        self.entries.append(Key(module, "", key, vars(module).get(key, Absent), Absent))
+        vars(module).pop(key, None)
+
+    def hook(self, module: nn.Module, method: Any, before: bool = False, **named: Any) -> None:
+        """A hook, which is a method of an object: before the module's forward, or after it."""
+        self.entries.append(Hook(module, owner_of(method) or method))
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        register(method, **named)
+
+    def train(self, module: nn.Module, name: str, parameter: nn.Parameter, flag: bool) -> None:
+        """A parameter, the module's of that name, is trained from now on, or not."""
+        self.entries.append(Flag(module, name, parameter.requires_grad))
+        parameter.requires_grad_(flag)
+
+    def write(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Another value of a parameter or buffer."""
+        self.keep_value(module, name)
+        if (tensor := tensor_of(module, name)) is not None:
+            with torch.no_grad():
+                tensor.copy_(value)
+
+    def overwrite(self, tensor: Tensor, value: Tensor) -> None:
+        """Another value of a tensor."""
+        self.keep_numbers(tensor)
+        with torch.no_grad():
+            tensor.copy_(value)
+
+    # looked at, and undone -----------------------------------------------------------------------
+
+    @property
+    def values(self) -> Iterator[Value]:
+        """The values that were kept."""
+        return (entry for entry in self.entries if isinstance(entry, Value))
+
+    @property
+    def buffers(self) -> Iterator[Value]:
+        """Those of them that are of buffers, which a forward in training may change."""
+        return (value for value in self.values if value.buffer is not None)
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why it cannot be undone as things are now, place by place; nothing is changed."""
+        return [text for text in (entry.obstacle() for entry in self.entries) if text]
+
+    def undo(self) -> None:
+        """Bring everything back, last change first, however far the work had come."""
+        for entry in reversed(self.entries):
+            entry.undo()
+        self.entries.clear()
+
+
+def owners_of(hooks: Mapping[int, Any], kind: type[Kind]) -> dict[int, Kind]:
+    """The objects of a kind that hooks are methods of, by the key of the hook."""
+    owners = {key: owner_of(hook) for key, hook in hooks.items()}
+    return {key: owner for key, owner in owners.items() if isinstance(owner, kind)}
+
+
+def owner_of(method: Any) -> Any:
+    """The object that a method is of."""
+    return getattr(method, "__self__", None)
+
+
+def unhook(module: nn.Module, owner: object) -> None:
+    """Take off the hooks that are methods of `owner`, however many they are."""
+    tables = (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    )
+    for hooks, with_kwargs in tables:
+        for key, found in owners_of(hooks, type(owner)).items():
+            if found is owner:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of that name."""
+    parameter = module._parameters.get(name)
+    return parameter if parameter is not None else module._buffers.get(name)
+
+
+def _table(module: nn.Module, name: str) -> dict[str, Any]:
+    entries: dict[str, Any] = vars(module)[name] if name else vars(module)
+    return entries
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.device, a.dtype) == (b.device, b.dtype)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    """Bring a value back, unless it is there to the bit."""
+    if not (tensor.is_meta or value.is_meta or same(tensor, value)):
+        with torch.no_grad():
+            tensor.copy_(value)
