@@ -195,11 +195,14 @@ def trace(model: nn.Module, example: Any) -> Trace:
     example = copied(example)
     for tensor in _pick(example, torch.Tensor):
         recorder.know(tensor, recorder.value(tensor, None))
-    eager = torch.compiler.set_stance("force_eager")
-    as_before = preserved(model, modes=True, buffers=True)
-    with as_before, recorder.watching(model), eager, torch.no_grad(), recorder:
-        call(model, example)
+    with preserved(model, modes=True, buffers=True), recorder.watching(model):
+        _run(model, example, recorder)
     return recorder.trace
+
+
+def _run(model: nn.Module, example: Any, recorder: _Recorder) -> None:
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), recorder:
+        call(model, example)
 
 
 class _Recorder(TorchFunctionMode):
