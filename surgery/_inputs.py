@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +23,27 @@ def copied(example: Any) -> Any:
     return pytree.tree_map(_copied, example)
 
 
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
     try:
-        return copy.deepcopy(leaf)
+        return copy.deepcopy(value)
     except (TypeError, RuntimeError):  # it cannot be copied
-        return leaf
+        return value
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in an output of any form: containers, dataclasses, objects that hold tensors."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, (type, nn.Module)):
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            items: Iterable[Any] = value.values()
+        elif isinstance(value, (list, tuple, set)):
+            items = value
+        else:
+            items = getattr(value, "__dict__", {}).values()
+        for item in items:
+            yield from tensors_in(item, seen)

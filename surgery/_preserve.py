@@ -135,8 +135,9 @@ def fingerprint(model: nn.Module) -> Marks:
             (k, list(map(id, v.values()))) for k, v in vars(module).items() if "_hooks" in k
         ]
         for name, tensor in {**module._parameters, **module._buffers}.items():
-            own = f"{path}.{name}".strip(".")
-            marks.update({f"{own}: {mark}": value for mark, value in _tensor_marks(tensor).items()})
+            place = f"{path}.{name}".strip(".")
+            for mark, value in _tensor_marks(tensor).items():
+                marks[f"{place}: {mark}"] = value
     return marks
 
 

@@ -17,8 +17,8 @@ from ..rules import routing as _routing
 from ..rules.rule import Rules
 from .hooks import HookedSite
 from .journal import Journal, Value
-from .operation import Operation, operations
-from .planning import Plan, check_operable
+from .operation import Operation, check_operable, operations
+from .planning import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,8 +65,8 @@ def apply(
     >>> sum(p.numel() for p in parameters(model))
     124
     """
-    made = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
-    made.apply(example)
+    plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
+    plan.apply(example)
     return model
 
 
@@ -91,8 +91,8 @@ def revert(model: Model, *, name: str | None = None) -> Model:
             "Take them off last first, or all at once with revert(model).",
         )
     chosen = done if name is None else done[-1:]
-    _look([operation.merge_journal for operation in done], call="revert(model)")
-    _look([operation.journal for operation in chosen], call="revert(model)")
+    journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
+    check_undoable(journals, call="revert(model)")
     for operation in done:
         operation.merge_journal.undo()
     for operation in reversed(chosen):
@@ -174,7 +174,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 def routing(model: nn.Module) -> dict[str, Routing]:
     """Per site, what its router did in the last forward: gates, and the load of each expert.
 
-    Further routers at one site are told under its address and a number, "blocks.0.mlp/2".
+    Further routers at one site stand under its address and a number, "blocks.0.mlp/2".
 
     Raises OperationError on a model never operated, GraftError before any forward.
 
@@ -252,7 +252,7 @@ def _changed(done: list[Operation]) -> list[Value]:
     return [v for v in first.values() if v.tensor is not None and not same(v.tensor, v.value)]
 
 
-def _look(journals: list[Journal], call: str) -> None:
+def check_undoable(journals: list[Journal], call: str) -> None:
     """Raise OperationError, the model untouched, where something cannot be brought back."""
     obstacles = [text for journal in journals for text in journal.obstacles]
     if obstacles:

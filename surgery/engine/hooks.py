@@ -1,4 +1,4 @@
-"""One grafted site: what happens to features that pass it, and how it is joined and parted.
+"""One hooked site: what happens to features that pass it.
 
 Sites get hooks that are methods of plain objects, so that deep copies and pickles of the model
 carry on with their own parts.
@@ -26,9 +26,9 @@ Kind = TypeVar("Kind")
 
 
 class Switch(nn.Module):
-    """What all grafts of one operation obey: whether they run, and who adds the balance loss.
+    """What all sites of one operation obey: whether parts run, and who adds the balance loss.
 
-    merged  the parts are folded into the base, which answers for them
+    merged  the parts are merged into the base, which answers for them
     """
 
     def __init__(self, balance: Balance) -> None:
@@ -37,7 +37,7 @@ class Switch(nn.Module):
 
 
 class RanFlag(nn.Module):
-    """Whether a graft ran. A module, so that torch.compile calls its method while it traces.
+    """Whether a hooked site ran. A module, so that torch.compile calls its method while it traces.
 
     (torch keeps what the method returns as a global of its name in the module of the model.)
     """
@@ -47,13 +47,19 @@ class RanFlag(nn.Module):
         self.ran = self.compiled = False
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _surgery_mark(self, compiled: bool) -> bool:
+    def _surgery_ran(self, compiled: bool) -> bool:
         self.ran, self.compiled = True, compiled
         return True
 
 
 class HookedSite:
-    """The actions joined to one site, in rule order, and what they saw last."""
+    """The actions joined to one site, in rule order, and what they saw last.
+
+    enters, leaves  whether anything acts on the input, on the output
+    remembers       whether the input is kept for parts that run beside the site
+    listeners       (j, insertions, i): action i of another site hears what action j gives
+    extent          where the entry begins and the exit ends, in the order of the walk
+    """
 
     def __init__(self, switch: Switch, site: Site, actions: list[Action]) -> None:
         self.switch, self.path, self.actions = switch, site.path, actions
@@ -71,24 +77,24 @@ class HookedSite:
         )
         self.was_forward = self.entry.__dict__.get("forward")
         self.names = _declared(getattr(type(self.entry), "forward", None))
-        self.listeners: list[tuple[int, Insertions, int]] = []  # action j tells action i of another
+        self.listeners: list[tuple[int, Insertions, int]] = []
         self.inserts = any(action.place in ("into", "among") for action in actions)
         self.tokens = Insertions(self.path)
-        self.stretch = site.entry.order, site.exit.end
-        self.mark = RanFlag()
-        self.came = RanFlag() if site.is_span and self.enters else None
+        self.extent = site.entry.order, site.exit.end
+        self.exit_flag = RanFlag()
+        self.entry_flag = RanFlag() if site.is_span and self.enters else None
         self.forget()
 
     @property
     def ran(self) -> bool:
         """Whether all of it ran, the beginning and the end."""
-        return self.mark.ran and (self.came is None or self.came.ran)
+        return self.exit_flag.ran and (self.entry_flag is None or self.entry_flag.ran)
 
-    def unmark(self) -> None:
+    def reset_flags(self) -> None:
         """As if it had never run."""
-        for mark in (self.mark, self.came):
-            if mark is not None:
-                mark.ran = mark.compiled = False
+        for exit_flag in (self.exit_flag, self.entry_flag):
+            if exit_flag is not None:
+                exit_flag.ran = exit_flag.compiled = False
 
     def forget(self) -> None:
         """Drop what is kept of the last forward."""
@@ -119,15 +125,15 @@ class HookedSite:
         _nest(hooks, first=True)
         _nest(self.exit._forward_hooks, first=False)
 
-    def holds(self, other: HookedSite) -> bool:
-        """Whether tokens are in throughout another's stretch, and beyond it."""
-        (a, b), (c, d) = self.stretch, other.stretch
+    def encloses(self, other: HookedSite) -> bool:
+        """Whether its tokens are in throughout another site, and beyond it."""
+        (a, b), (c, d) = self.extent, other.extent
         return self.inserts and a <= c and d <= b and (a, b) != (c, d)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost."""
-        if self.came is not None:
-            self.came._surgery_mark(torch.compiler.is_dynamo_compiling())
+        if self.entry_flag is not None:
+            self.entry_flag._surgery_ran(torch.compiler.is_dynamo_compiling())
         if not ((self.enters or self.remembers) and self.active()):
             return None
         first, put = _input(args, kwargs, self)
@@ -145,7 +151,7 @@ class HookedSite:
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: what happens to the output, the first rule innermost."""
-        self.mark._surgery_mark(torch.compiler.is_dynamo_compiling())
+        self.exit_flag._surgery_ran(torch.compiler.is_dynamo_compiling())
         if not (self.leaves and self.active()):
             return None
         y, put = _first_tensor(output, self.path)
@@ -160,7 +166,7 @@ class HookedSite:
         return put(y)
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
-        """Let action i be told what action j of another graft gives."""
+        """Let action i hear what action j of another site gives."""
         self.tokens.hears[i] = source.path, source.actions[j].part
         source.listeners.append((j, self.tokens, i))
 
@@ -176,7 +182,7 @@ class HookedSite:
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
-        self.mark._surgery_mark(torch.compiler.is_dynamo_compiling())
+        self.exit_flag._surgery_ran(torch.compiler.is_dynamo_compiling())
         if self.active() and self.replacement is not None:
             return self.replacement(*args, **kwargs)
         return self._base(*args, **kwargs)
@@ -278,19 +284,16 @@ def _axis(x: Tensor, axis: int, width: int) -> int:
 
 
 def _nest(hooks: dict[int, Any], first: bool) -> None:
-    """Order grafts by what holds what: `first` before what it holds, else after it."""
+    """Order sites by what encloses what: if `first`, before what it encloses, else after it."""
     order = list(owners_of(hooks, HookedSite).items())
     for i in range(1, len(order)):
         for k in range(i, 0, -1):
             (_, a), (_, b) = order[k - 1 : k + 1]
-            if not (b.holds(a) if first else a.holds(b)):
+            if not (b.encloses(a) if first else a.encloses(b)):
                 break
             order[k - 1 : k + 1] = order[k], order[k - 1]
-    hooked_sites = dict(order)
-    new = iter(hooked_sites)
-    for key in [
-        next(new) if key in hooked_sites else key for key in hooks
-    ]:  # others keep their place
+    ours, nested = {key for key, _ in order}, iter(order)
+    for key in [next(nested)[0] if key in ours else key for key in hooks]:  # others keep theirs
         hooks[key] = hooks.pop(key)
 
 
@@ -300,7 +303,7 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def routes(action: Action) -> bool:
-    """Whether the part of a action is a router."""
+    """Whether the part of an action is a router."""
     return bool(getattr(action.part, "routes", False))
 
 
@@ -319,15 +322,13 @@ def _input(args: Any, kwargs: Any, hooked: HookedSite) -> tuple[Tensor, Callable
     Self-attention is given one tensor as query, key and value.
     """
     first = [kwargs[name] for name in hooked.names if name in kwargs] if not args else args[:1]
-    found = [value for value in first if isinstance(value, Tensor)]
-    if not found:
+    x = next((value for value in first if isinstance(value, Tensor)), None)
+    if x is None:
         return _first_tensor((args, kwargs), hooked.path)
-    x = found[0]
 
     def put(tensor: Tensor) -> Any:
-        given = [tensor if value is x else value for value in args]
-        named = {name: tensor if value is x else value for name, value in kwargs.items()}
-        return tuple(given), named
+        positional = tuple(tensor if value is x else value for value in args)
+        return positional, {k: tensor if value is x else value for k, value in kwargs.items()}
 
     return x, put
 
@@ -337,13 +338,13 @@ def _first_tensor(values: Any, path: str) -> tuple[Tensor, Callable[[Tensor], An
     if isinstance(values, Tensor):
         return values, lambda tensor: tensor
     leaves, spec = pytree.tree_flatten(values)
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
+    for i, value in enumerate(leaves):
+        if isinstance(value, Tensor):
 
             def put(tensor: Tensor, i: int = i) -> Any:
                 return pytree.tree_unflatten([*leaves[:i], tensor, *leaves[i + 1 :]], spec)
 
-            return leaf, put
+            return value, put
     raise GraftError(
         f"the graft at {path or 'the model'}",
         "it met no tensor in what the module takes or gives.",

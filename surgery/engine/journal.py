@@ -254,8 +254,8 @@ def unhook(module: nn.Module, owner: object) -> None:
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     )
     for hooks, with_kwargs in tables:
-        for key, found in owners_of(hooks, type(owner)).items():
-            if found is owner:
+        for key, other in owners_of(hooks, type(owner)).items():
+            if other is owner:
                 del hooks[key]
                 with_kwargs.pop(key, None)
 

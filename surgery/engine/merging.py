@@ -1,4 +1,4 @@
-"""What a module with a weight computes, as a map that parts can be folded into."""
+"""Merge: linear parts become part of the weights that they stand at; and unmerge."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from ..errors import OperationError
 from ..rules.affine import Affine, affine
 from ..structure.layers import CONVS, forward_of, is_norm, linear_shape, named_children, shape_of
-from .apply import operated
+from .apply import check_undoable, operated
 from .hooks import HookedSite, is_replaced
 from .operation import Operation
 from .tokens import Action
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 class MergeTarget(NamedTuple):
-    """A module and its map.
+    """A module with a weight, and what it computes as a map that parts can be merged into.
 
     pointwise  whether the map is all that it does to its input, position by position
     turned     whether it keeps its weight as (in, out)
@@ -41,7 +43,7 @@ class MergeTarget(NamedTuple):
 
 
 def merge_target(module: nn.Module) -> MergeTarget | None:
-    """The map of a module; None where it has none that parts could be folded into.
+    """The map of a module; None where it has none that parts could be merged into.
 
     >>> merge_target(nn.Conv2d(3, 8, 4)).map.weight.shape
     torch.Size([8, 48])
@@ -49,16 +51,11 @@ def merge_target(module: nn.Module) -> MergeTarget | None:
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return None
-    bare = _twin(module, 1.0)
-    map = Affine(weight, module._parameters.get("bias"))
+    map, bare = Affine(weight, module._parameters.get("bias")), _twin(module, 1.0)
     if isinstance(module, nn.Linear):
         return MergeTarget(module, map, True) if type(module).forward is nn.Linear.forward else None
     if isinstance(module, CONVS):
-        points = (
-            linear_shape(module) is not None and module.groups == 1 and not any(_padding(module))
-        )
-        plain = type(module).forward in [kind.forward for kind in CONVS]
-        return MergeTarget(module, Affine(weight.flatten(1), map.bias), points) if plain else None
+        return _convolution(module, Affine(weight.flatten(1), map.bias))
     if weight.is_meta:
         return MergeTarget(module, map, False)
     if is_norm(bare):
@@ -68,8 +65,13 @@ def merge_target(module: nn.Module) -> MergeTarget | None:
     return None
 
 
-def _padding(module: Any) -> tuple[int, ...]:
-    return module.padding if isinstance(module.padding, tuple) else (1,)
+def _convolution(module: Any, map: Affine) -> MergeTarget | None:
+    if type(module).forward not in [kind.forward for kind in CONVS]:
+        return None
+    padded = any(module.padding) if isinstance(module.padding, tuple) else True
+    return MergeTarget(
+        module, map, linear_shape(module) is not None and module.groups == 1 and not padded
+    )
 
 
 def _turns(module: nn.Module) -> bool:
@@ -138,11 +140,8 @@ def _gives(module: nn.Module, x: Tensor, want: Tensor) -> bool:
     return bool(((out - want).abs() <= size).all())
 
 
-Model = TypeVar("Model", bound=nn.Module)
-
-
 def merge(model: Model) -> Model:
-    """Fold all parts into the base: the same answers at the speed of the base; returns the model.
+    """Merge all parts into the base: the same answers at the speed of the base; returns the model.
 
     Parts must be linear (nn.Linear, nn.Sequential of these, or a module with a method `affine()`
     that returns weight (out, in), or (out,) where it scales each feature, and bias (out,) or
@@ -161,23 +160,22 @@ def merge(model: Model) -> Model:
     done = operated(model, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with torch.no_grad(), exact[0], exact[1]:
-        _fold(model, done)
+        _merge(model, done)
     return model
 
 
-def _fold(model: nn.Module, done: list[Operation]) -> None:
+def _merge(model: nn.Module, done: list[Operation]) -> None:
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    held: dict[int, tuple[HookedSite, MergeTarget]] = {}
     hooked_sites = [hooked for operation in done for hooked in operation.hooked_sites]
-    bases = {hooked: _held(hooked, uses) for hooked in hooked_sites}
+    targets = {hooked: _target(hooked, uses) for hooked in hooked_sites}
     actions = [(hooked, action) for hooked in hooked_sites for action in hooked.actions]
-    for hooked, action in sorted(
-        actions, key=lambda it: it[1].place != "instead"
-    ):  # others around it
-        base = bases[hooked]
-        _, known = held.get(id(base.module), (hooked, base))
-        held[id(base.module)] = hooked, known._replace(map=_folded(known, action, hooked.path))
-    changes = [(it.module, *_written(it, hooked)) for hooked, it in held.values()]
+    actions.sort(key=lambda pair: pair[1].place != "instead")  # what replaces first, others around
+    merged: dict[int, tuple[HookedSite, MergeTarget]] = {}
+    for hooked, action in actions:
+        module = id(targets[hooked].module)
+        _, target = merged.get(module, (hooked, targets[hooked]))
+        merged[module] = hooked, target._replace(map=_with(target, action, hooked.path))
+    changes = [(target.module, *_weights(target, hooked)) for hooked, target in merged.values()]
     journal = done[-1].merge_journal
     try:
         for module, weight, bias in changes:
@@ -201,59 +199,58 @@ def unmerge(model: Model) -> Model:
     surgery.errors.OperationError: unmerge(model): this Linear was never operated...
     """
     done = operated(model, "unmerge(model)", merged=True)
-    for operation in reversed(done):
-        operation.merge_journal.undo()
+    journals = [operation.merge_journal for operation in reversed(done)]
+    check_undoable(journals, call="unmerge(model)")
+    for journal in journals:
+        journal.undo()
     return model
 
 
-def _held(hooked: HookedSite, uses: Counter[int]) -> MergeTarget:
-    """The map of a graft's module, as its weights hold it. Raises OperationError."""
-    module = hooked.entry
-    kinds = _kinds(hooked)
-    own = forward_of(module) is not type(module).forward and not is_replaced(module)
-    held = merge_target(module) if hooked.exit is module and not own else None
-    if held is None:
+def _target(hooked: HookedSite, uses: Counter[int]) -> MergeTarget:
+    """The map of the module of a hooked site, as its weights hold it. Raises OperationError."""
+    module, kinds, call = hooked.entry, _kinds(hooked), f"merge(model) at {hooked.path}"
+    wrapped = forward_of(module) is not type(module).forward and not is_replaced(module)
+    target = merge_target(module) if hooked.exit is module and not wrapped else None
+    if target is None:
         kind = "a span" if hooked.exit is not module else f"a {type(module).__name__}"
-        kind += " with a forward of its own" if own else ""
+        kind += " with a forward of its own" if wrapped else ""
         raise OperationError(
-            f"merge(model) at {hooked.path}",
+            call,
             f"{kinds} stands at {kind}, and only what stands at an nn.Linear, a convolution or a "
             "norm with weights can be folded.",
             "Put such parts on these themselves, or leave the model unmerged.",
         )
-    if held.module.weight.is_meta:
+    if target.module.weight.is_meta:
+        raise OperationError(call, "it is on the meta device.", "Give it memory first.")
+    if uses[id(target.module.weight)] > 1:
         raise OperationError(
-            f"merge(model) at {hooked.path}", "it is on the meta device.", "Give it memory first."
-        )
-    if uses[id(held.module.weight)] > 1:
-        raise OperationError(
-            f"merge(model) at {hooked.path}",
+            call,
             f"its weight is used elsewhere too, so {kinds} cannot be folded into it.",
             "Leave the model unmerged.",
         )
-    return held
+    return target
 
 
-def _folded(held: MergeTarget, action: Action, path: str) -> Affine:
+def _with(target: MergeTarget, action: Action, path: str) -> Affine:
     """The map of a site with one more action, around what came before."""
-    map, part = held.map, affine(action.part)
+    map, part = target.map, affine(action.part)
     if part is None or action.place in ("into", "among"):
         raise OperationError(
             f"merge(model) at {path}",
             f"{type(action.part).__name__} is not linear, so it cannot be folded into a weight.",
             "Leave the model unmerged, or use a method that merges (a linear part).",
         )
-    if action.place != "after" and not held.pointwise:
+    if action.place != "after" and not target.pointwise:
         raise OperationError(
             f"merge(model) at {path}",
-            f"{type(action.part).__name__} acts on the input of a {type(held.module).__name__}, "
+            f"{type(action.part).__name__} acts on the input of a {type(target.module).__name__}, "
             "which mixes or norms it first: it cannot be folded into its weight.",
             "Put it after the module, or leave the model unmerged.",
         )
-    if part.weight.dim() == 2 and getattr(held.module, "groups", 1) > 1:
+    if part.weight.dim() == 2 and getattr(target.module, "groups", 1) > 1:
         raise OperationError(
             f"merge(model) at {path}",
-            f"{type(action.part).__name__} mixes the groups of a {type(held.module).__name__}.",
+            f"{type(action.part).__name__} mixes the groups of a {type(target.module).__name__}.",
             "Leave the model unmerged, or use a part that scales each feature.",
         )
     if action.place == "instead":
@@ -280,18 +277,18 @@ def _kinds(hooked: HookedSite) -> str:
     return ", ".join(dict.fromkeys(type(action.part).__name__ for action in hooked.actions))
 
 
-def _written(held: MergeTarget, hooked: HookedSite) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _weights(target: MergeTarget, hooked: HookedSite) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight and the bias that the module is to have. Raises OperationError."""
-    if held.module._parameters.get("bias") is None and held.map.bias is not None:
+    if target.module._parameters.get("bias") is None and target.map.bias is not None:
         raise OperationError(
             f"merge(model) at {hooked.path}",
-            f"{_kinds(hooked)} adds a bias, and this {held.kind} has none to fold it into.",
+            f"{_kinds(hooked)} adds a bias, and this {target.kind} has none to fold it into.",
             "Make the part without a bias, or leave it unmerged.",
         )
-    if (held.map.weight.dim() == 1) is not (held.module.weight.dim() == 1):
+    if (target.map.weight.dim() == 1) is not (target.module.weight.dim() == 1):
         raise OperationError(
             f"merge(model) at {hooked.path}",
-            f"{_kinds(hooked)} mixes features, and this {held.kind} holds one number for each.",
+            f"{_kinds(hooked)} mixes features, and this {target.kind} holds one number for each.",
             "Put it on the linear modules that read it, or leave it unmerged.",
         )
-    return held.weight(), held.map.bias
+    return target.weight(), target.map.bias

@@ -116,13 +116,13 @@ class Operation(Switch):
             self.journal.set(host, ADDITIONS, additions, table="_modules")
         self.journal.set(additions, self.name, self, table="_modules")
 
-    def own(self, parts: dict[str, nn.Module]) -> None:
+    def add_parts(self, parts: dict[str, nn.Module]) -> None:
         """Give each part its place in the operation, under the first of its keys."""
-        placed: set[int] = set()
+        added: set[int] = set()
         for key, part in parts.items():
-            if id(part) not in placed:
+            if id(part) not in added:
                 self.add_module(key, part)
-                placed.add(id(part))
+                added.add(id(part))
 
     def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
         """Let just these parameters (by id) of the base be trained, each with a copy kept."""
@@ -186,8 +186,8 @@ class Operation(Switch):
             paths, (fact, remedy) = {hooked.path for hooked in idle}, why(idle)
             rows = [row for row in self.record["rows"] if row["keys"]]
             rules = [row["rule"] for row in rows if paths.intersection(row["paths"])]
-            told = f"{self._idle()} never ran in a whole forward{fact}."
-            raise GraftError(", ".join(rules), told, remedy)
+            fact = f"{self._idle()} never ran in a whole forward{fact}."
+            raise GraftError(", ".join(rules), fact, remedy)
         self.proved = True
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -209,7 +209,7 @@ class Operation(Switch):
         return f"{len(idle)} of {len(self.hooked_sites)} sites ({first_few(idle)})" if idle else ""
 
     def _may_be_compiled(self) -> bool:
-        seen = [hooked.mark.compiled for hooked in self.hooked_sites]
+        seen = [hooked.exit_flag.compiled for hooked in self.hooked_sites]
         for module in [module for model in self.model for module in model.modules()]:
             seen.append(module._compiled_call_impl is not None)
             seen.append(hasattr(module.forward, "_torchdynamo_orig_callable"))
@@ -247,3 +247,46 @@ def _host(model: nn.Module) -> nn.Module:
     raise OperationError(
         type(model).__name__, "it holds no module that does anything.", "Give a model."
     )
+
+
+WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
+
+
+def check_operable(model: nn.Module) -> None:
+    """Raise OperationError unless `model` is a module that is in nobody's wrapper."""
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise OperationError(f"a {kind}", "this is no model.", "Give a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OperationError(kind, "this is TorchScript.", "Operate on the model it was made from.")
+    inner = WRAPPERS & set(model._modules)
+    if inner and len(model._modules) == 1 and type(model).__module__.startswith("torch."):
+        raise OperationError(
+            kind,
+            "this is a wrapper, and what is done to it would not reach the model inside.",
+            f"Operate on .{inner.pop()} first; wrap or compile what comes back.",
+        )
+
+
+def check_model(model: nn.Module, name: str) -> None:
+    check_operable(model)
+    kind = type(model).__name__
+    additions = additions_of(model)
+    if additions is None and hasattr(model, ADDITIONS):
+        raise OperationError(
+            kind, f"it has an attribute {ADDITIONS} of its own.", "Rename that attribute first."
+        )
+    if not name or "." in name or hasattr(nn.Module, name):
+        raise OperationError(f'name="{name}"', "it cannot name an operation.", "Use a plain word.")
+    if any(operation.merged for operation in operations(model)):
+        raise OperationError(
+            kind, "its parts are merged.", "Call surgery.unmerge(model) or surgery.revert(model)."
+        )
+    earlier = additions._modules.get(name) if additions else None
+    if isinstance(earlier, Operation):
+        rules = ", ".join(row["rule"] for row in earlier.record["rows"])
+        raise OperationError(
+            f'name="{name}"',
+            f"this {kind} has been operated under that name already, by {rules}.",
+            "Call surgery.revert(model) first; or give another name to operate on top of it.",
+        )

@@ -1,4 +1,4 @@
-"""One edit at one site: what it will be called, where it will live, how it is made."""
+"""A placement: one edit at one site, what its part will be called, and how it is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import RuleError
+from ..errors import ConflictError, RuleError
 from ..rules.edits import Joined
 from ..rules.expression import shown
 from ..rules.part import Maker, Shared
@@ -20,6 +20,7 @@ from ..rules.rule import Rule
 from ..rules.selector import Selector
 from ..structure.layers import forward_of, is_norm
 from ..structure.module_tree import CONTAINERS, Site, Tree
+from .hooks import is_replaced
 
 FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -32,9 +33,9 @@ class Placement:
     edit: Joined
     place: Site
     site: Site
-    key: str = ""  # its name in the room; the same for all sites that share it
-    said: str = ""  # its edit in words
-    foreign: Collection[int] = ()  # ids of modules that are no part's own: of the base, or lent
+    key: str = ""  # of the part in the operation; the same for all sites that share it
+    text: str = ""  # its edit, as it prints
+    foreign: Collection[int] = ()  # ids of modules that are no part's own: of the base, borrowed
 
     def __post_init__(self) -> None:
         self.device, self.dtype = _surroundings(self.site)
@@ -46,12 +47,12 @@ class Placement:
 
     def make(self, seed: int) -> nn.Module:
         """The part, seeded by (seed, edit, key), with its site's device, dtype and mode."""
-        return self.made(self._build, f"{seed}|{self.said}|{self.key}")
+        return self.build_with(self._build, f"{seed}|{self.text}|{self.key}")
 
-    def made(self, build: Callable[[], nn.Module], seed: str) -> nn.Module:
+    def build_with(self, build: Callable[[], nn.Module], seed: str) -> nn.Module:
         """What `build` gives for this place, seeded by a text."""
         if self.device.type == "meta":
-            sketch = self.sketched(build).to(dtype=self.dtype)
+            sketch = self.sketch_with(build).to(dtype=self.dtype)
             return sketch if self.site.module.training else sketch.eval()
         digest = hashlib.sha256(seed.encode()).digest()
         torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
@@ -66,18 +67,18 @@ class Placement:
 
     def sketch(self) -> nn.Module:
         """The part on the meta device: shapes without memory or random numbers."""
-        return self.sketched(self._build)
+        return self.sketch_with(self._build)
 
-    def sketched(self, build: Callable[[], nn.Module]) -> nn.Module:
+    def sketch_with(self, build: Callable[[], nn.Module]) -> nn.Module:
         """What `build` gives, on the meta device."""
         with torch.device("meta"):
             return build()
 
     def _build(self) -> nn.Module:
         part = self.edit.part
-        return self.built(part.part if isinstance(part, Shared) else part, self.site)
+        return self.checked_part(part.part if isinstance(part, Shared) else part, self.site)
 
-    def built(self, maker: Maker, site: Site) -> nn.Module:
+    def checked_part(self, maker: Maker, site: Site) -> nn.Module:
         """The part of a maker, which must be a module."""
         part = maker(site)
         if not isinstance(part, nn.Module):
@@ -91,8 +92,8 @@ class Placement:
 
 
 def _disown(part: nn.Module, foreign: Collection[int], p: Placement) -> None:
-    """What a part was lent, or reads of the base, it uses as an attribute: no child of its own."""
-    known = not foreign or id(part) in foreign  # it was made, and looked at, before
+    """What a part borrows, or reads of the base, it uses as an attribute: no child of its own."""
+    known = not foreign or id(part) in foreign  # it was built, and looked at, before
     for module in [] if known else list(part.modules()):
         for name, child in list(module._modules.items()):
             if id(child) not in foreign:
@@ -115,20 +116,22 @@ class PartNames:
         self.tree = tree
         self._stems = Counter[str]()
         self._shared: dict[tuple[Any, ...], str] = {}
-        self._said: dict[int, tuple[str, Shared]] = {}
+        self._texts: dict[int, tuple[str, Shared]] = {}
 
-    def own(self, p: Placement) -> str:
+    def for_site(self, p: Placement) -> str:
         """The key of a part of one site."""
         return self._numbered(f"{p.site.path.replace('.', '/') or 'model'}/{p.edit.word}")
 
     def shared(self, shared: Shared, site: Site, p: Placement) -> str:
         """The key of a shared part, as `p` asks for it: the same for all that share it."""
-        if id(shared) not in self._said:
-            self._said[id(shared)] = repr(shared), shared
-        said, _ = self._said[id(shared)]
+        if id(shared) not in self._texts:
+            self._texts[id(shared)] = repr(shared), shared
+        text, _ = self._texts[id(shared)]
         by = self._by(shared, p)
-        own = id(shared.part) if not hasattr(shared.part, "word") else 0
-        group = said, own, tuple(site.shape[:2]), by, p.device, p.dtype
+        code = (
+            id(shared.part) if not hasattr(shared.part, "word") else 0
+        )  # a lambda is itself alone
+        group = text, code, tuple(site.shape[:2]), by, p.device, p.dtype
         if group not in self._shared:
             self._shared[group] = self._numbered(_stem(shared, site, by))
         return self._shared[group]
@@ -159,13 +162,13 @@ class PartNames:
         return None if shared.by is None else p.site.captures[str(shared.by)]
 
 
-def name_all(placed: list[Placement], names: PartNames) -> None:
+def name_all(placements: list[Placement], names: PartNames) -> None:
     """Give each place the key of its part."""
-    edits = {id(p.edit): p.edit for p in placed}
-    said = {key: repr(edit) for key, edit in edits.items()}
-    for p in placed:
-        p.said, part = said[id(p.edit)], p.edit.part
-        p.key = names.shared(part, p.site, p) if isinstance(part, Shared) else names.own(p)
+    edits = {id(p.edit): p.edit for p in placements}
+    texts = {key: repr(edit) for key, edit in edits.items()}
+    for p in placements:
+        p.text, part = texts[id(p.edit)], p.edit.part
+        p.key = names.shared(part, p.site, p) if isinstance(part, Shared) else names.for_site(p)
 
 
 def _lies_in(place: Site, site: Site) -> bool:
@@ -175,8 +178,8 @@ def _lies_in(place: Site, site: Site) -> bool:
 
 def _stem(shared: Shared, site: Site, by: str | None) -> str:
     word = shared.name or getattr(shared.part, "word", None) or "part"
-    said = shared.by if isinstance(shared.by, str) else "by"
-    suffix = "" if by is None else f"/{said}={by}"
+    kind = shared.by if isinstance(shared.by, str) else "by"
+    suffix = "" if by is None else f"/{kind}={by}"
     return f"shared/{word}/{site.shape.width}{suffix}".replace(".", "_")
 
 
@@ -214,9 +217,9 @@ def _beside(quantised: nn.Module, above: tuple[Site, ...]) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def check_called(placed: list[Placement]) -> None:
+def check_called(placements: list[Placement]) -> None:
     """Raise RuleError where a part could never run: the model never calls the module it is at."""
-    for p in placed:
+    for p in placements:
         for end in (p.site.entry, p.site.exit):
             parent = end.parent.module if end.parent and not end.aliases else None
             if _reads_its_projection(parent) and end.steps[-1].name == "out_proj":
@@ -244,3 +247,30 @@ def _unread(p: Placement, projection: Site) -> RuleError:
 
 def _reads_its_projection(module: nn.Module | None) -> bool:
     return module is not None and forward_of(module) is nn.MultiheadAttention.forward
+
+
+def check_conflicts(placements: list[Placement]) -> None:
+    """Raise ConflictError where a module would be replaced twice, or what is no one module once."""
+    replacing: dict[int, Placement] = {}
+    for p in placements:
+        if p.edit.place != "instead":
+            continue
+        if p.site.is_span:
+            raise ConflictError(
+                p.rule.short,
+                f"{p.site.path} runs from one module to another, and replace acts on one.",
+                "Replace the module that holds both.",
+            )
+        if is_replaced(p.site.module):
+            raise ConflictError(
+                repr(p.rule),
+                f"{p.site.path} is already replaced by an earlier operation.",
+                "Call surgery.revert(model) first.",
+            )
+        if other := replacing.get(id(p.site.module)):
+            raise ConflictError(
+                repr(p.rule),
+                f"{p.site.path} is already replaced by {other.rule!r}.",
+                "Keep one of the two, or narrow one of them with & ~where(...).",
+            )
+        replacing[id(p.site.module)] = p

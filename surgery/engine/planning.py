@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._preserve import preserved
-from ..errors import ConflictError, FileError, OperationError, RuleError
+from ..errors import FileError, RuleError
 from ..rules.edits import Insert, Joined, Trained
 from ..rules.expression import encode
 from ..rules.rule import Rule, Rules
+from ..rules.selector import Selector
 from ..structure.dataflow import attach_dataflow
-from ..structure.module_tree import ADDITIONS, Site, Tree
+from ..structure.layers import keeps_statistics
+from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
-from .hooks import Balance, is_replaced
-from .matching import (
-    check_named,
-    flatten_rules,
-    heard_from,
-    match_rule,
-    parameters_meant,
-    statistics,
-    tokens_of,
-    training,
-)
-from .operation import Operation, additions_of, operations
-from .placement import PartNames, Placement, check_called, name_all
+from .hooks import Balance
+from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
+from .operation import Operation, check_model, operations
+from .placement import PartNames, Placement, check_called, check_conflicts, name_all
 from .summary import Record, RuleRecord, count_parameters, places, summary
-from .tokens import Action, Tokens
+from .tokens import Action, Tokens, tokens_at
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
-
-WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
 
 
 def _tracking() -> AbstractContextManager[object]:
@@ -75,7 +67,7 @@ class Plan:
         balance: Balance,
         example: Any = None,
     ) -> None:
-        _check_model(model, name)
+        check_model(model, name)
         if balance is not None and not isinstance(balance, (int, float)) and not callable(balance):
             raise RuleError(
                 f"balance={balance!r}", "it is no coefficient.", "Give a number such as 0.01."
@@ -83,7 +75,7 @@ class Plan:
         self.model, self.seed, self.name, self.balance = model, seed, name, balance
         self.rules = flatten_rules(rules)
         self.tree = Tree(model)
-        self.fed = attach_dataflow(self.tree, example)
+        self.dataflow = attach_dataflow(self.tree, example)
         self.matches = [(rule, match_rule(rule, self.tree)) for rule in self.rules]
         self.placed = [
             Placement(rule, edit, site, site.seen(shape=edit.port(site), captures=captures))
@@ -92,7 +84,7 @@ class Plan:
             if isinstance(edit, Joined)
             for site, captures in sites.items()
         ]
-        _check_conflicts(self.placed)
+        check_conflicts(self.placed)
         check_called(self.placed)
         self.tokens = tokens_of(self.placed, self.tree)
         self.heard_from = heard_from(self.placed, self.tree)
@@ -140,17 +132,19 @@ class Plan:
         """What the operation writes down of itself: plain data, with no hold on the model."""
         return self._record(self._sketched)
 
-    def _record(self, stock: BuiltParts | None) -> Record:
-        notes = ["what feeds what was read off a forward on the example"] if self.fed.asked else []
+    def _record(self, built: BuiltParts | None) -> Record:
+        notes = (
+            ["what feeds what was read off a forward on the example"] if self.dataflow.asked else []
+        )
         if any(isinstance(p.edit, Insert) and not p.edit.keep for p in self.heard_from):
             notes.append("no token is made of what is heard last: tokens are taken out before it")
         trained = {*self.unfrozen, *self._trained_before()}
-        if kept := [s.path for s, frozen in statistics(self.tree, trained) if frozen]:
+        if frozen := [s.path for s, frozen in statistics(self.tree, trained) if frozen]:
             notes.append(
                 "frozen norms keep their running statistics, in eval mode in training too: "
-                + places(kept)
+                + places(frozen)
             )
-        borrowed = stock.borrowed if stock else {}
+        borrowed = built.borrowed if built else {}
         return Record(
             rows=self._rows(borrowed), seed=self.seed, data=_data(self.rules), notes=notes
         )
@@ -166,7 +160,7 @@ class Plan:
         """Carry the plan out, all or nothing; returns the model itself.
 
         With `example` (a tensor, tuple or dict of inputs) forwards in eval mode prove that every
-        graft runs, without gradients too; that a gradient comes to every part, and to every
+        part runs, without gradients too; that a gradient comes to every part, and to every
         module that a rule unfreezes (to some tensor of it: models hold tensors that they do not
         use; an optional rule leaves a note in the report instead); and, where all parts say
         `starts_at_zero`, that the output is that of the base.
@@ -174,7 +168,7 @@ class Plan:
         Raises OperationError where the model was operated since the plan was made, and GraftError
         where something is not so.
         """
-        _check_model(self.model, self.name)
+        check_model(self.model, self.name)
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():
@@ -192,21 +186,21 @@ class Plan:
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
         operation.train_only(modules, trained)
-        stock = BuiltParts(self.placed, self.names, self.seed)
-        parts = stock.parts
+        built = BuiltParts(self.placed, self.names, self.seed)
+        parts = built.parts
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
-        if stock.borrowed:
-            operation.record = self._record(stock)
-        operation.own(parts)
+        if built.borrowed:
+            operation.record = self._record(built)
+        operation.add_parts(parts)
         spots: dict[tuple[int, int], list[Placement]] = {}
         for p in self.placed:
             spots.setdefault(p.spot, []).append(p)
-        for there in spots.values():
+        for placements in spots.values():
             actions = [
                 Action(p.edit.place, parts[p.key], p.edit.scale, self.tokens.get(p, Tokens(0)))
-                for p in there
+                for p in placements
             ]
-            operation.join(there[0].place, actions)
+            operation.join(placements[0].place, actions)
         hooked_sites = dict(zip(spots, operation.hooked_sites, strict=True))
         for p, source in self.heard_from.items():
             mine, theirs = spots[p.spot], spots[source.spot]
@@ -220,14 +214,18 @@ class Plan:
         rows = zip(operation.record["rows"], self.rules, strict=True)
         rules = {key: rule for row, rule in rows for key in row["keys"]}
         for key, part in operation.named_children():
-            parts = [(f"{key}.{n}", t) for n, t in part.named_parameters()]
-            yield TrainTarget(rules[key].short, [*parts])
+            tensors: list[tuple[str, Tensor]] = [
+                (f"{key}.{name}", tensor) for name, tensor in part.named_parameters()
+            ]
+            yield TrainTarget(rules[key].short, tensors)
         for rule, sites in self.matches:
-            for edit in training(rule):
-                for site in sites:
-                    held = parameters_meant(edit, [site])
-                    chosen = [it for it in held if id(it[1]) in self.unfrozen]
-                    yield TrainTarget(rule.short, [*chosen], rule.optional)
+            for edit, site in product(unfreezing_edits(rule), sites):
+                tensors = [
+                    (name, tensor)
+                    for name, tensor in parameters_meant(edit, [site])
+                    if id(tensor) in self.unfrozen
+                ]
+                yield TrainTarget(rule.short, tensors, rule.optional)
 
     def _base(self) -> list[nn.Parameter]:
         return [p for site in self.tree.sites for p in site.module.parameters(recurse=False)]
@@ -252,26 +250,28 @@ class Plan:
 
     def _numel(self, parameters: Iterable[nn.Parameter], but: Iterable[int] = ()) -> int:
         skip = set(but)
-        held = {id(p): p.numel() for p in parameters}
-        return sum(n for i, n in held.items() if i in self.unfrozen and i not in skip)
+        numbers = {id(p): p.numel() for p in parameters}  # a tied one once
+        return sum(n for i, n in numbers.items() if i in self.unfrozen and i not in skip)
 
     def _rows(self, borrowed: Mapping[str, list[str]]) -> list[RuleRecord]:
         rows: list[RuleRecord] = []
-        told: set[int] = set()
+        counted: set[int] = set()
         for rule, sites in self.matches:
-            own = dict.fromkeys(p.key for p in self.placed if p.rule is rule)
-            keys = dict.fromkeys(k for key in own for k in (key, *borrowed.get(key, ())))
-            trained = [p for edit in training(rule) for _, p in parameters_meant(edit, sites)]
+            joined = dict.fromkeys(p.key for p in self.placed if p.rule is rule)
+            keys = dict.fromkeys(k for key in joined for k in (key, *borrowed.get(key, ())))
+            trained = [
+                p for edit in unfreezing_edits(rule) for _, p in parameters_meant(edit, sites)
+            ]
             rows.append(
                 RuleRecord(
                     rule=repr(rule),
                     paths=[site.path for site in sites],
                     edits=[repr(edit) for edit in rule.rest],
                     keys=list(keys),
-                    unfrozen=self._numel(trained, but=told),
+                    unfrozen=self._numel(trained, but=counted),
                 )
             )
-            told.update(map(id, trained))
+            counted.update(map(id, trained))
         return rows
 
 
@@ -291,79 +291,13 @@ def plan(
 
     >>> from surgery import adapter, at, parallel
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-    >>> made = plan(model, at(nn.Linear, parallel(adapter(rank=2))))
-    >>> len(made.sites), made.added
+    >>> adapters = plan(model, at(nn.Linear, parallel(adapter(rank=2))))
+    >>> len(adapters.sites), adapters.added
     (2, 124)
     """
-    made = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
-    _ = made.parts
-    return made
-
-
-def check_operable(model: nn.Module) -> None:
-    """Raise OperationError unless `model` is a module that is in nobody's wrapper."""
-    kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise OperationError(f"a {kind}", "this is no model.", "Give a torch.nn.Module.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise OperationError(kind, "this is TorchScript.", "Operate on the model it was made from.")
-    inner = WRAPPERS & set(model._modules)
-    if inner and len(model._modules) == 1 and type(model).__module__.startswith("torch."):
-        raise OperationError(
-            kind,
-            "this is a wrapper, and what is done to it would not reach the model inside.",
-            f"Operate on .{inner.pop()} first; wrap or compile what comes back.",
-        )
-
-
-def _check_model(model: nn.Module, name: str) -> None:
-    check_operable(model)
-    kind = type(model).__name__
-    room = additions_of(model)
-    if room is None and hasattr(model, ADDITIONS):
-        raise OperationError(
-            kind, f"it has an attribute {ADDITIONS} of its own.", "Rename that attribute first."
-        )
-    if not name or "." in name or hasattr(nn.Module, name):
-        raise OperationError(f'name="{name}"', "it cannot name an operation.", "Use a plain word.")
-    if any(operation.merged for operation in operations(model)):
-        raise OperationError(
-            kind, "its parts are merged.", "Call surgery.unmerge(model) or surgery.revert(model)."
-        )
-    earlier = room._modules.get(name) if room else None
-    if isinstance(earlier, Operation):
-        rules = ", ".join(row["rule"] for row in earlier.record["rows"])
-        raise OperationError(
-            f'name="{name}"',
-            f"this {kind} has been operated under that name already, by {rules}.",
-            "Call surgery.revert(model) first; or give another name to operate on top of it.",
-        )
-
-
-def _check_conflicts(placed: list[Placement]) -> None:
-    replacing: dict[int, Placement] = {}
-    for p in placed:
-        if p.edit.place != "instead":
-            continue
-        if p.site.is_span:
-            raise ConflictError(
-                p.rule.short,
-                f"{p.site.path} runs from one module to another, and replace acts on one.",
-                "Replace the module that holds both.",
-            )
-        if is_replaced(p.site.module):
-            raise ConflictError(
-                repr(p.rule),
-                f"{p.site.path} is already replaced by an earlier operation.",
-                "Call surgery.revert(model) first.",
-            )
-        if other := replacing.get(id(p.site.module)):
-            raise ConflictError(
-                repr(p.rule),
-                f"{p.site.path} is already replaced by {other.rule!r}.",
-                "Keep one of the two, or narrow one of them with & ~where(...).",
-            )
-        replacing[id(p.site.module)] = p
+    planned = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
+    _ = planned.parts  # what does not suit a site is an error now
+    return planned
 
 
 def _data(rules: list[Rule]) -> str:
@@ -371,3 +305,53 @@ def _data(rules: list[Rule]) -> str:
         return json.dumps(encode(rules, vocabulary()))
     except FileError:
         return ""
+
+
+def statistics(tree: Tree, trained: Collection[int]) -> list[tuple[Site, bool]]:
+    """The norms with running statistics, and whether each is frozen: none of its parameters is
+    among the trained, by id; or, where it has none, not all of those around it are."""
+    return [
+        (site, not _is_trained(site, trained))
+        for site in tree.sites
+        if keeps_statistics(site.module)
+    ]
+
+
+def _is_trained(norm: Site, trained: Collection[int]) -> bool:
+    if parameters := list(norm.module.parameters()):
+        return any(id(p) in trained for p in parameters)
+    around = (list(site.module.parameters()) for site in norm.above())
+    nearest = next(filter(None, around), [])
+    return bool(nearest) and all(id(p) in trained for p in nearest)
+
+
+def tokens_of(placements: list[Placement], tree: Tree) -> dict[Placement, Tokens]:
+    """How each place is given tokens that an edit inserts there."""
+    edits = [(p, p.edit) for p in placements if isinstance(p.edit, Insert)]
+    return {p: tokens_at(p.place, tree, edit.after, p.rule.short) for p, edit in edits}
+
+
+def heard_from(placements: list[Placement], tree: Tree) -> dict[Placement, Placement]:
+    """For each place that hears a part, the last before it that is joined where it listens."""
+    listening = [(p, p.edit.hears) for p in placements if isinstance(p.edit, Insert)]
+    return {p: _source(p, heard, placements, tree) for p, heard in listening if heard}
+
+
+def _source(p: Placement, heard: Selector, placements: list[Placement], tree: Tree) -> Placement:
+    """What it hears: the last of its own tower, where there are several. Raises RuleError."""
+    sites, beginning = heard.find(tree), p.place.entry.order
+    sources = [
+        other
+        for other in placements
+        if other.edit.tells and other.place in sites and other.place.exit.end <= beginning
+    ]
+    if p.place.entry.is_element:
+        tower = p.place.entry.parent
+        sources = [other for other in sources if tower in set(other.place.entry.above())]
+    if not sources:
+        raise RuleError(
+            p.rule.short,
+            f"before {p.site.path} no rule joins a part at {heard!r} that it could hear.",
+            "Join one there, or leave the first places out: block[1:].",
+        )
+    return max(reversed(sources), key=lambda other: other.place.exit.order)

@@ -17,8 +17,7 @@ from ..structure.dataflow import OPERANDS, attach_dataflow
 from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated
-from .operation import additions_of
-from .planning import check_operable
+from .operation import additions_of, check_operable
 from .summary import count_parameters, summary
 
 ASK = "by order; anatomy(model, example) runs a forward to see"
@@ -45,16 +44,16 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
     """
     check_operable(model)
     tree = Tree(model)
-    fed = attach_dataflow(tree, example)
+    dataflow = attach_dataflow(tree, example)
     rows: list[tuple[object, ...]] = []
     roles, feeds = roles_of(tree), _feeds(tree)
     if example is not None:
-        made = operands(tree, fed).items()
-        feeds |= {site: ", ".join(w for w in OPERANDS if w in words) for site, words in made}
+        makes = operands(tree, dataflow).items()
+        feeds |= {site: ", ".join(w for w in OPERANDS if w in words) for site, words in makes}
     for role in ROLES:
         rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]
-    told = "by a forward" if fed.asked else ASK
-    notes = [f"what feeds what: {told}"] if feeds else []
+    source = "by a forward" if dataflow.asked else ASK
+    notes = [f"what feeds what: {source}"] if feeds else []
     if not roles["ffn"]:
         notes.append(f"no feed-forward network was found: {instead_of_ffns(tree)}")
     columns = ("role", "address", "sites", "features", "axis", "blocks", "stage", "feeds")
@@ -80,9 +79,9 @@ def report(model: nn.Module) -> Table:
     for operation in done:
         parts = {key: part for key, part in operation._modules.items() if part is not None}
         table = summary(operation.record, parts, base, "")
-        named = f"{operation.name}: " if len(done) > 1 else ""
+        prefix = f"{operation.name}: " if len(done) > 1 else ""
         rows += table.rows
-        notes += [named + note for note in table.notes]
+        notes += [prefix + note for note in table.notes]
     return Table(f"Report on {type(model).__name__}", table.columns, rows, notes)
 
 
@@ -113,7 +112,7 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
         axes.axhline((expert + 1) / experts, color="grey", linestyle=":", linewidth=0.8)
     axes.set(ylim=(0, 1), ylabel="fraction of sub-tokens", title=title)
     addresses = {generalise(path) for path in loads}
-    if len(addresses) == 1:  # told apart by the numbers of blocks alone
+    if len(addresses) == 1:  # the numbers of blocks alone tell them apart
         axes.set_xticks(range(len(loads)))
         axes.set_xlabel(addresses.pop())
     else:
@@ -126,12 +125,12 @@ def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: s
 
 def _feeds(tree: Tree) -> dict[Site, str]:
     """Which norms feed attention, which a feed-forward network, and which the output."""
-    found: dict[Site, str] = {}
+    feeds: dict[Site, str] = {}
     for role in (attn, ffn):
         for near, _ in Nearest(norm, before=role).pairs(tree):
-            words = [found[near]] if near in found and found[near] != role.name else []
-            found[near] = ", ".join([*words, role.name])
-    return found | dict.fromkeys(_final(tree, found), "output")
+            words = [feeds[near]] if near in feeds and feeds[near] != role.name else []
+            feeds[near] = ", ".join([*words, role.name])
+    return feeds | dict.fromkeys(_final(tree, feeds), "output")
 
 
 def _final(tree: Tree, known: Collection[Site]) -> list[Site]:
@@ -140,8 +139,8 @@ def _final(tree: Tree, known: Collection[Site]) -> list[Site]:
     if not roles["block"]:
         return []
     last = roles["block"][-1]
-    inside = [range(s.order, s.end) for s in (*roles["block"], *roles["embed"])]
-    outside = [s for s in roles["norm"] if not any(s.order in each for each in inside)]
+    inner = {order for s in (*roles["block"], *roles["embed"]) for order in range(s.order, s.end)}
+    outside = [s for s in roles["norm"] if s.order not in inner]
     outside = [s for s in outside if s.width == last.out and s not in known]
     late = [s for s in outside if s.order >= last.end]
     return late[:1] or (outside if len(outside) == 1 else [])
@@ -159,8 +158,8 @@ def _grouped(sites: list[Site], tree: Tree, feeds: dict[Site, str]) -> list[tupl
         key = (generalise(site.path), features, lies, where, feeds.get(site, ""))
         grouped.setdefault(key, []).append(inside[-1] if inside else -1)
     return [
-        (address, len(found), features, axis, _range(found), where, feeds)
-        for (address, features, axis, where, feeds), found in grouped.items()
+        (address, len(inside), features, axis, _range(inside), where, fed)
+        for (address, features, axis, where, fed), inside in grouped.items()
     ]
 
 

@@ -67,9 +67,9 @@ def _names(keys: list[str]) -> str:
 
 
 def _notes(record: Record, parts: Mapping[str, nn.Module], base: int) -> list[str]:
-    own = (getattr(part, "note", None) for part in parts.values())
-    told = [*record["notes"], *(note for note in own if isinstance(note, str))]
-    notes = [f"note: {note}" for note in dict.fromkeys(told)]
+    of_parts = (getattr(part, "note", None) for part in parts.values())
+    texts = [*record["notes"], *(note for note in of_parts if isinstance(note, str))]
+    notes = [f"note: {note}" for note in dict.fromkeys(texts)]
     unfrozen = sum(row["unfrozen"] for row in record["rows"])
     added = count_parameters(parts.values())
     trained = count_parameters(parts.values(), trainable=True) + unfrozen

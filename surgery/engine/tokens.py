@@ -1,4 +1,4 @@
-"""Tokens put among those of a model, and taken out again."""
+"""One part at one site, and tokens: put among those of a model, heard of, and taken out again."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Tokens(NamedTuple):
         joined = torch.cat([rows[:, : self.after], new.to(x.dtype), rows[:, self.after :]], 1)
         return self.rows(joined)
 
-    def take_out(self, y: Tensor, put: Inserted, path: str) -> Tensor:
+    def take_out(self, y: Tensor, inserted: Inserted, path: str) -> Tensor:
         """y without the tokens that were put in. Raises GraftError where others came out."""
         whole = self.rows(y) if y.dim() == 3 else None
-        if whole is None or whole.shape[:2] != (put.batch, put.total):
+        if whole is None or whole.shape[:2] != (inserted.batch, inserted.total):
             raise GraftError(
                 f"insert(...) at {path or 'the model'}",
-                f"{put.total} tokens a sample went in, {put.new} of them inserted, and "
+                f"{inserted.total} tokens a sample went in, {inserted.new} of them inserted, and "
                 f"{tuple(y.shape)} came out: which of it are they?",
                 "Put it where as many leave as enter: a narrower stretch, or block by block.",
             )
-        first = min(self.after, put.total - put.new)
-        return self.rows(torch.cat([whole[:, :first], whole[:, first + put.new :]], 1))
+        first = min(self.after, inserted.total - inserted.new)
+        return self.rows(torch.cat([whole[:, :first], whole[:, first + inserted.new :]], 1))
 
     def check(self, x: Tensor, others: list[Tensor], path: str) -> None:
         """Raise GraftError where x are no tokens, or the site is given what fits their number."""
@@ -83,7 +83,7 @@ def _is_made_for(numbers: set[int], other: Tensor, batch: int, width: int) -> bo
 def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:
     """How tokens are put in at a site. Raises RuleError where their number is fixed there."""
     within = [s.module for s in tree.sites[site.entry.order : site.exit.end]]
-    table = next((found for found in map(_table, within) if found), None)
+    table = next(filter(None, map(_table, within)), None)
     if site.axis != -1 or table:
         fact = f"{table}, one row for each place" if table else "features lie on axis 1, as in maps"
         raise RuleError(
@@ -125,9 +125,11 @@ ENTERING = ("before", "into", "among")  # what acts on the input
 
 
 class Insertions:
-    """The tokens that a graft puts in.
+    """The tokens that are put in at one site.
 
-    hears  the number of a step, and where the part is that it hears, and that part
+    hears     the number of an action, and where the part is that it hears, and that part
+    heard     what the parts that they hear gave in this forward
+    inserted  what each action put in last
     """
 
     def __init__(self, path: str) -> None:
@@ -139,7 +141,7 @@ class Insertions:
     def begin(self) -> None:
         """A forward of the whole model begins."""
         self.heard: dict[int, Tensor] = {}
-        self.put: dict[int, Inserted] = {}
+        self.inserted: dict[int, Inserted] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "hears": self.hears}
@@ -149,17 +151,16 @@ class Insertions:
         self.hears = state["hears"]
 
     def insert(
-        self, i: int, action: Action, x: Tensor, came: Tensor, others: list[Tensor]
+        self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
         """The tokens x, with those of the part among them.
 
-        came    what the site was given first, of which x may have been made; others come along
+        given   what came to the site first, of which x may have been made; others come along
         """
         action.tokens.check(x, others, self.path)
         rows = action.tokens.rows(x)
-        new = (
-            action.part(rows, self._hear(i, action, came)) if i in self.hears else action.part(rows)
-        )
+        heard = [self._hear(i, action, given)] if i in self.hears else []
+        new = action.part(rows, *heard)
         shape = new.shape if isinstance(new, Tensor) else ()
         if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
             raise GraftError(
@@ -167,25 +168,26 @@ class Insertions:
                 f"it returned {tuple(shape) or type(new).__name__} where new tokens are needed.",
                 f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
             )
-        if i in self.put and self.put[i].open and not _is_recomputing():
+        if i in self.inserted and self.inserted[i].open and not _is_recomputing():
             raise self._unmatched("its beginning ran again before its end")
         total = rows.shape[1] + shape[1]
-        self.put[i] = Inserted(shape[1], total, shape[0], action.place == "among")
+        self.inserted[i] = Inserted(shape[1], total, shape[0], action.place == "among")
         return action.tokens.put_in(x, new)
 
     def take_out(self, i: int, tokens: Tokens, y: Tensor) -> Tensor:
-        """What comes out, without the tokens that step i put in."""
-        put = self.put.get(i)
-        if put is None or not (put.open or _is_recomputing()):
+        """What comes out, without the tokens that action i put in."""
+        inserted = self.inserted.get(i)
+        if inserted is None or not (inserted.open or _is_recomputing()):
             raise self._unmatched("its end ran without its beginning")
-        self.put[i] = Inserted(put.new, put.total, put.batch, False)
-        return tokens.take_out(y, put, self.path)
+        self.inserted[i] = Inserted(inserted.new, inserted.total, inserted.batch, False)
+        return tokens.take_out(y, inserted, self.path)
 
     @property
     def left_in(self) -> GraftError | None:
         """An error where tokens were put in and never taken out."""
-        still = [put for put in self.put.values() if put.open]
-        return self._unmatched("its end never ran after its beginning") if still else None
+        if any(inserted.open for inserted in self.inserted.values()):
+            return self._unmatched("its end never ran after its beginning")
+        return None
 
     def _unmatched(self, fact: str) -> GraftError:
         return GraftError(
@@ -194,14 +196,14 @@ class Insertions:
             "Put it on blocks one by one: at(block, insert(...)).",
         )
 
-    def _hear(self, i: int, action: Action, came: Tensor) -> Tensor:
-        """What the part that step i listens to gave in this forward.
+    def _hear(self, i: int, action: Action, given: Tensor) -> Tensor:
+        """What the part that action i hears gave in this forward.
 
         A checkpoint that runs again gives the same input, and is answered as it was then.
         """
         compiling = torch.compiler.is_compiling()
-        known = {} if compiling or not _is_recomputing() else self.answered.get(came, {})
-        heard: Tensor | None = known.get(i, self.heard.get(i))
+        earlier = {} if compiling or not _is_recomputing() else self.answered.get(given, {})
+        heard: Tensor | None = earlier.get(i, self.heard.get(i))
         path, part = self.hears[i]
         if heard is None:
             raise GraftError(
@@ -218,7 +220,7 @@ class Insertions:
                 "Use checkpointing with use_reentrant=False.",
             )
         if not compiling:
-            self.answered[came] = {**self.answered.get(came, {}), i: heard}
+            self.answered[given] = {**self.answered.get(given, {}), i: heard}
         return action.tokens.rows(heard) if heard.dim() == 3 else heard
 
 

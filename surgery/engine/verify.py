@@ -1,11 +1,11 @@
-"""The proof by example: grafts run, gradients come to what is trained, the start is the base.
+"""The proof by example: hooked sites run, gradients come to what is trained, the start is the base.
 
 No silent nothing: models read weights without calling modules, skip and detach, and torch fuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import _rng
-from .._inputs import call, copied
+from .._inputs import call, copied, tensors_in
 from .._preserve import preserved
 from .._text import first_few
 from ..errors import GraftError
@@ -33,6 +33,16 @@ class TrainTarget(NamedTuple):
     rule: str
     tensors: list[tuple[str, Tensor]]
     optional: bool = False
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Those that ask for a gradient."""
+        return {name: tensor for name, tensor in self.tensors if tensor.requires_grad}
+
+    def is_missed(self, reached: set[int]) -> bool:
+        """Whether it asks for a gradient, and none comes to any of its tensors."""
+        asking = self.trained.values()
+        return bool(asking) and not any(id(tensor) in reached for tensor in asking)
 
 
 def verify(
@@ -75,15 +85,15 @@ def _runner(model: nn.Module, example: Any) -> Run:
 
 
 def _proved(operation: Operation, run: Run) -> Any:
-    """The answer of a forward in which every graft ran."""
+    """The answer of a forward in which every hooked site ran."""
     for hooked in operation.hooked_sites:
-        hooked.unmark()
+        hooked.reset_flags()
     answer = run()
     operation.prove(lambda idle: _reason(idle, run))
     return answer
 
 
-# why a graft did not run -----------------------------------------------------------------------
+# why a hooked site did not run -----------------------------------------------------------------
 
 
 class _Reading(TorchFunctionMode):
@@ -96,17 +106,17 @@ class _Reading(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = self.watched.intersection(map(id, pytree.tree_leaves((args, kwargs))))
-        if given and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        if given and any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):
             self.read |= given
         return result
 
 
 def _reason(idle: list[HookedSite], run: Run) -> tuple[str, str]:
     """The rest of the fact, and the remedy: one more forward tells reading from skipping."""
-    weights = {g.path: {id(p) for p in _weights(g)} for g in idle}
+    weights = {hooked.path: {id(p) for p in _weights(hooked)} for hooked in idle}
     with _Reading(set().union(*weights.values())) as reading:
         run()
-    read = [path for path, held in weights.items() if held & reading.read]
+    read = [path for path, ids in weights.items() if ids & reading.read]
     if not read:
         return "", (
             "With this example the model does not come to them. Give an example that does, or a "
@@ -126,13 +136,13 @@ def _weights(hooked: HookedSite) -> list[nn.Parameter]:
 
 def _check_rows(operation: Operation, example: Any) -> None:
     """Tokens are put among those of a sample: where the first axis is of tokens, they are not."""
-    batch = next((len(t) for t in tensors(example) if t.dim()), 0)
+    batch = next((len(t) for t in tensors_in(example) if t.dim()), 0)
     for hooked in operation.hooked_sites:
-        for put in hooked.tokens.put.values():
-            if put.batch != batch == put.total - put.new:
+        for tokens in hooked.tokens.inserted.values():
+            if tokens.batch != batch == tokens.total - tokens.new:
                 raise GraftError(
                     f"insert(...) at {hooked.path}",
-                    f"it is given {put.batch} x {batch} where the example has {batch} samples: "
+                    f"it is given {tokens.batch} x {batch} where the example has {batch} samples: "
                     "tokens come first here, and would be inserted as samples.",
                     "Insert into a model that takes samples first (batch_first=True).",
                 )
@@ -142,36 +152,42 @@ def _check_rows(operation: Operation, example: Any) -> None:
 
 
 def _check_gradients(answer: Any, targets: Iterable[TrainTarget]) -> list[str]:
-    """A gradient must come to some tensor of every trainee, be it zero; notes where it need not.
+    """A gradient must come to some tensor of every target, be it zero; notes where it need not.
 
     Only some, for the experts of a mixture that got no token, and tokens that models mask with.
     """
-    outputs = [tensor for tensor in tensors(answer) if tensor.requires_grad]
+    outputs = [tensor for tensor in tensors_in(answer) if tensor.requires_grad]
     reached, whole = _reached(outputs)
-    trained = (
-        each._replace(tensors=[t for t in each.tensors if t[1].requires_grad]) for each in targets
-    )
-    missed = [t for t in trained if t.tensors and not any(id(it) in reached for _, it in t.tensors)]
-    spared = dict.fromkeys(name for each in missed if each.optional for name, _ in each.tensors)
-    lost = [each for each in missed if not each.optional]
-    if not lost or not whole:
-        told = f"no gradient comes to {first_few(list(spared))} with this example"
-        return [told] if spared and whole and outputs else []
-    names = list(dict.fromkeys(name for each in lost for name, _ in each.tensors))
-    rules = ", ".join(dict.fromkeys(each.rule for each in lost))
+    missed = [target for target in targets if target.is_missed(reached)]
+    needed = [target for target in missed if not target.optional]
+    if needed and whole:
+        raise _lost(needed, outputs)
+    if not (missed and outputs and whole):  # all came, or what the graph hides may have come
+        return []
+    return [f"no gradient comes to {first_few(_names(missed))} with this example"]
+
+
+def _lost(targets: list[TrainTarget], outputs: list[Tensor]) -> GraftError:
+    """The error of a gradient that never comes."""
+    rules, names = ", ".join(dict.fromkeys(t.rule for t in targets)), first_few(_names(targets))
     if not outputs:
-        raise GraftError(
+        return GraftError(
             rules,
-            f"the output carries no gradient at all, so none would come to {first_few(names)}.",
+            f"the output carries no gradient at all, so none would come to {names}.",
             "The model runs under torch.no_grad(), or under reentrant checkpointing with an input "
             "that needs no gradient (use_reentrant=False), or gives no floating numbers.",
         )
-    raise GraftError(
+    return GraftError(
         rules,
-        f"no gradient comes from the output to {first_few(names)}: they would never be trained.",
+        f"no gradient comes from the output to {names}: they would never be trained.",
         "The model detaches what they make, or does not use it. Give an example that uses it, "
         "or a narrower place: & ~where(...).",
     )
+
+
+def _names(targets: list[TrainTarget]) -> list[str]:
+    """Of what is to be trained there, each once."""
+    return list(dict.fromkeys(name for target in targets for name in target.trained))
 
 
 def _reached(outputs: list[Tensor]) -> tuple[set[int], bool]:
@@ -193,34 +209,17 @@ def _reached(outputs: list[Tensor]) -> tuple[set[int], bool]:
     return reached, whole
 
 
-def tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors in an output of any form: containers, dataclasses, objects that hold tensors."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        yield value
-    elif id(value) not in seen and not isinstance(value, (type, nn.Module)):
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            inner: Iterable[Any] = value.values()
-        elif isinstance(value, (list, tuple, set)):
-            inner = value
-        else:
-            inner = getattr(value, "__dict__", {}).values()
-        for each in inner:
-            yield from tensors(each, seen)
-
-
 # the start -------------------------------------------------------------------------------------
 
 
 def _check_start(operation: Operation, run: Run, answer: Any) -> None:
     """Parts that say that they start by adding nothing must leave the output what it was."""
     actions = [action for hooked in operation.hooked_sites for action in hooked.actions]
-    says = [
+    claims = [
         action.scale is not None and getattr(action.part, "starts_at_zero", False)
         for action in actions
     ]
-    if not actions or not all(says):
+    if not actions or not all(claims):
         return
     operation.enabled = False
     try:
@@ -239,7 +238,7 @@ def _check_start(operation: Operation, run: Run, answer: Any) -> None:
 
 def _apart(answer: Any, base: Any) -> bool:
     """Whether two answers differ by more than rounding can."""
-    a, b = ([t for t in tensors(value) if _comparable(t)] for value in (answer, base))
+    a, b = ([t for t in tensors_in(value) if _comparable(t)] for value in (answer, base))
     return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
 
 

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._inputs import call, copied
+from .._inputs import call, copied, tensors_in
 from ..engine.apply import parameters
 from ..engine.hooks import HookedSite
 from ..engine.matching import flatten_rules
 from ..engine.operation import Operation, operations
 from ..engine.planning import Plan, plan
 from ..engine.tokens import Action
-from ..engine.verify import tensors
 from ..errors import RuleError
 from ..rules.rule import Rule, Rules
 from ..rules.selector import Selector
@@ -86,7 +85,7 @@ class Case:
     @cached_property
     def needs_example(self) -> bool:
         """Whether the rules ask what feeds what, which a forward tells."""
-        return self.plan(self.model()).fed.asked
+        return self.plan(self.model()).dataflow.asked
 
     def operated(
         self,
@@ -107,13 +106,13 @@ class Case:
         """The tensors of a model's answer, without gradients."""
         with torch.no_grad():
             answer = call(model, self.inputs() if inputs is None else inputs)
-            return [real(tensor.detach().clone()) for tensor in tensors(answer)]
+            return [real(tensor.detach().clone()) for tensor in tensors_in(answer)]
 
     def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
         """A scalar in which every floating output counts with a weight of its own."""
         generator = torch.Generator().manual_seed(seed)
         total = torch.zeros(())
-        for tensor in map(real, tensors(call(model, self.inputs()))):
+        for tensor in map(real, tensors_in(call(model, self.inputs()))):
             if tensor.is_floating_point() and tensor.requires_grad:
                 weight = torch.randn(tensor.shape, generator=generator).to(tensor)
                 term = (tensor.nan_to_num(0, 0, 0) * weight).sum()

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._inputs import call
+from .._inputs import call, tensors_in
 from .._preserve import fingerprint
 from .._text import first_few
 from ..engine.apply import disabled
-from ..engine.verify import tensors
 from ..rules.affine import affine
 from ..rules.edits import Parallel
 from ..rules.routing import Routed
@@ -53,7 +52,7 @@ def _form(model: nn.Module, case: Case) -> list[object]:
     with torch.no_grad():
         answer = call(model, case.inputs())
     leaves, spec = pytree.tree_flatten(answer)
-    kinds = [(t.shape, t.dtype, t.device, t.stride()) for t in tensors(answer)]
+    kinds = [(t.shape, t.dtype, t.device, t.stride()) for t in tensors_in(answer)]
     return [type(answer), str(spec), len(leaves), *kinds]
 
 
@@ -178,7 +177,7 @@ def forward_changes_nothing(case: Case, draw: Draw) -> None:
         quiet[mark] != value for mark, value in fingerprint(base).items() if "random" in mark
     )
     _ = torch.rand(1), random.random(), np.random.rand()  # else one that seeds them is not seen
-    before, given_ = fingerprint(model), [t.clone() for t in tensors(x)]
+    before, given_ = fingerprint(model), [t.clone() for t in tensors_in(x)]
     written: list[str] = []
     kept: dict[int, Tensor] = {}
 
@@ -197,7 +196,7 @@ def forward_changes_nothing(case: Case, draw: Draw) -> None:
         hook.remove()
     loud = ("attributes", "random") if draws else ("attributes",)
     unchanged(before, fingerprint(model), "a forward", but=loud)
-    equal(list(tensors(x)), given_, "a forward wrote to its inputs")
+    equal(list(tensors_in(x)), given_, "a forward wrote to its inputs")
     holds(not written, f"{first_few(written)} wrote to what it was given")
 
 
@@ -254,7 +253,7 @@ def _compiled(case: Case, model: nn.Module) -> str | None:
     try:
         compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            near(list(tensors(call(compiled, case.inputs()))), want, MODEL, "another answer")
+            near(list(tensors_in(call(compiled, case.inputs()))), want, MODEL, "another answer")
     except Broken as error:
         return str(error)
     except Exception as error:

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._inputs import call, copied
+from .._inputs import call, copied, tensors_in
 from .._text import first_few
-from ..engine.verify import tensors
 from ..rules.routing import Routed
 from .case import SEEDS, Case, actions
 from .laws import Broken, Draw, applies, holds
@@ -38,7 +37,7 @@ def samples_do_not_mix(case: Case, draw: Draw) -> None:
 
 def _size(x: Any) -> int:
     """How many samples there are."""
-    return next((t.shape[0] for t in tensors(x) if t.dim()), 0)
+    return next((t.shape[0] for t in tensors_in(x) if t.dim()), 0)
 
 
 def _batch(case: Case, model: nn.Module) -> Any:
@@ -100,12 +99,12 @@ def _slopes(model: nn.Module, x: Any, i: int, j: int) -> Iterator[tuple[int, flo
     """(number of the output, the largest |d S(x)_i / d x_j|), where the inputs are floating."""
     leaves, size = copied(x), _size(x)
     floating = [
-        t for t in tensors(leaves) if t.is_floating_point() and len(t.shape) and len(t) == size
+        t for t in tensors_in(leaves) if t.is_floating_point() and len(t.shape) and len(t) == size
     ]
     for t in floating:
         t.requires_grad_()
     with torch.enable_grad():
-        outputs = list(map(real, tensors(call(model, leaves))))
+        outputs = list(map(real, tensors_in(call(model, leaves))))
     for n, y in enumerate(outputs):
         if floating and y.requires_grad and y.dim() and len(y) == size:
             row = y[i].nan_to_num(0, 0, 0).square().sum()
@@ -115,7 +114,7 @@ def _slopes(model: nn.Module, x: Any, i: int, j: int) -> Iterator[tuple[int, flo
 
 def _run(model: nn.Module, x: Any) -> list[Tensor]:
     with torch.no_grad():
-        return [real(t) for t in tensors(call(model, copied(x)))]
+        return [real(t) for t in tensors_in(call(model, copied(x)))]
 
 
 def _suspect(model: nn.Module, x: Any, i: int, j: int) -> str:

@@ -1,6 +1,6 @@
 """States of one operated model, as `surgery.state_dict` gives them, put together.
 
-A state is a plain dict of tensors; these are plain functions on them, and on a model that is lent
+A state is a plain dict of tensors; these are plain functions on them, and on a model that runs with
 one after the other.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._inputs import call, copied
 from ..engine.apply import operated
+from ..engine.journal import Journal
 from ..errors import FileError, OperationError, RuleError, is_number
 from ..parts.adapter_sum import Combined
 from .checkpoint import BASE, PARTS, load_state_dict, state_dict
@@ -86,18 +87,17 @@ def swapped(model: nn.Module, state: State, *, name: str = "default") -> Iterato
     >>> model(torch.ones(1, 2)).item() == 0
     False
     """
-    held = [(m, n, t) for m in model.modules() for n, t in m._buffers.items() if t is not None]
-    own = [*state_dict(model, name=name).values(), *(buffer.detach() for _, _, buffer in held)]
-    was = [(tensor, tensor.clone()) for tensor in own]
+    journal = Journal()
+    for tensor in state_dict(model, name=name).values():
+        journal.keep_numbers(tensor)
+    for module in model.modules():
+        for key in module._buffers:  # a forward may put another there
+            journal.keep_value(module, key)
     try:
         load_state_dict(model, state, name=name)
         yield model
     finally:
-        for module, key, buffer in held:  # a forward may have put another there
-            module._buffers[key] = buffer
-        with torch.no_grad():
-            for tensor, value in was:
-                tensor.copy_(value)
+        journal.undo()
 
 
 @torch.no_grad()
@@ -195,8 +195,8 @@ def _copies(model: nn.Module, name: str) -> list[dict[str, Tensor]]:
     """For each copy, its tensors by the keys that they have in a state of the plain part."""
     state_dict(model, name=name)  # raises where nothing was done under that name
     done = {operation.name: operation for operation in operated(model, "fill(model)")}
-    held = {k: p for k, p in done[name].named_children() if isinstance(p, Combined)}
-    counts = {len(part.copies) for part in held.values()}
+    sums = {k: p for k, p in done[name].named_children() if isinstance(p, Combined)}
+    counts = {len(part.copies) for part in sums.values()}
     if len(counts) != 1:
         raise OperationError(
             "fill(model, ...)",
@@ -207,7 +207,7 @@ def _copies(model: nn.Module, name: str) -> list[dict[str, Tensor]]:
     return [
         {
             f"{PARTS}{key}.{tensor}": value
-            for key, part in held.items()
+            for key, part in sums.items()
             for tensor, value in part.copies[i].state_dict().items()
         }
         for i in range(counts.pop())

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from .._files import check_folder, write_whole
 from .._preserve import same
 from .._text import first_few
 from ..engine.apply import apply, operated, revert
-from ..engine.operation import Operation, operations
-from ..engine.planning import check_operable
+from ..engine.journal import Journal
+from ..engine.operation import Operation, check_operable, operations
 from ..engine.vocabulary import vocabulary
 from ..errors import FileError, OperationError
 from ..rules.expression import decode
@@ -55,38 +54,43 @@ def load_state_dict(
 
     Raises FileError where a key is missing or one too many, or a shape or dtype differs.
 
+    >>> import torch
     >>> from surgery import at, unfreeze
     >>> a, b = (apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze)) for _ in range(2))
     >>> load_state_dict(b, state_dict(a))
     >>> torch.equal(a[0].weight, b[0].weight)
     True
     """
-    own = _places(model, name)
+    places = _places(model, name)
     required = set(state_dict(model, name=name)) - set(_buffers(model))
-    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(own))
+    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
     if missing or extra:
-        told = [
+        facts = [
             f"{word} {first_few(keys)}"
             for word, keys in (("lacks", missing), ("has", extra))
             if keys
         ]
         raise FileError(
             "load",
-            f"the file does not fit this {type(model).__name__}: it {', and '.join(told)}"
+            f"the file does not fit this {type(model).__name__}: it {', and '.join(facts)}"
             + (", which the model has no place for." if extra else "."),
             "Load it into the model it was made for: the same architecture, depth and head.",
         )
     for key, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype):
+        if (tensor.shape, tensor.dtype) != (places[key].shape, places[key].dtype):
             raise FileError(
                 "load",
                 f"{key} is {tuple(tensor.shape)} {tensor.dtype} in the file, and "
-                f"{tuple(own[key].shape)} {own[key].dtype} in the model.",
+                f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
                 "Load it into the model it was made for, in the dtype it was saved in.",
             )
-    with torch.no_grad():
+    journal = Journal()
+    try:
         for key, tensor in tensors.items():
-            own[key].copy_(tensor)
+            journal.overwrite(places[key], tensor)
+    except BaseException:
+        journal.undo()
+        raise
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Path:
@@ -141,7 +145,7 @@ def load(
     executed. Raises FileError, and what `apply` raises.
 
     >>> from surgery import at, unfreeze
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> def build():
     ...     return nn.Sequential(nn.Linear(8, 2))
     >>> tuned = apply(build(), at("0", unfreeze))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
-from ..engine.operation import operations
+from ..engine.operation import Operation, operations
 from ..errors import FileError, OperationError
 from ..parts.binary import QuantisedLinear
 from .checkpoint import BASE, PARTS, state_dict
@@ -34,7 +34,7 @@ class _Contents(NamedTuple):
 
     def size(self) -> int:
         """Bytes."""
-        codes = sum(_bytes(each) + 8 for each in self.quantised)
+        codes = sum(_size(layer) + 8 for layer in self.quantised)
         return codes + 4 * sum(tensor.numel() for tensor in self.base)
 
 
@@ -53,9 +53,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     24
     """
     target, contents = Path(path), _contents(model, name, f'packed.save(model, "{path}")')
-    codes = [_packed(each) for each in contents.quantised]
-    for each, data in zip(contents.quantised, codes, strict=True):
-        _restored(each, data, f'packed.save(model, "{path}")')
+    codes = [_packed(layer) for layer in contents.quantised]
+    for layer, data in zip(contents.quantised, codes, strict=True):
+        _restored(layer, data, f'packed.save(model, "{path}")')
     written = [*codes, *map(_floats, contents.base)]
     check_folder(target, f'packed.save("{path}")')
     write_whole(target, lambda half: half.write_bytes(b"".join(written)))
@@ -90,9 +90,9 @@ def load(model: Model, path: str | os.PathLike[str], *, name: str = "default") -
     data = _read(Path(path), contents, rule)
     values: list[tuple[Tensor, Tensor]] = []
     start = 0
-    for each in contents.quantised:
-        end = start + _bytes(each) + 8
-        values.append((each.weight, _restored(each, data[start:end], rule)))
+    for layer in contents.quantised:
+        end = start + _size(layer) + 8
+        values.append((layer.weight, _restored(layer, data[start:end], rule)))
         start = end
     for tensor in contents.base:
         end = start + 4 * tensor.numel()
@@ -106,8 +106,7 @@ def load(model: Model, path: str | os.PathLike[str], *, name: str = "default") -
 def _contents(model: nn.Module, name: str, rule: str) -> _Contents:
     """The quantised weights and the tensors of the base, in their order. Raises OperationError."""
     tensors = state_dict(model, name=name)
-    (operation,) = (each for each in operations(model) if each.name == name)
-    keys = {f"{PARTS}{k}.weight": m for k, m in operation.named_modules() if _is_quantised(m)}
+    keys = _quantised(next(op for op in operations(model) if op.name == name))
     trained = {BASE + key for key, _ in model.named_parameters(remove_duplicate=False)}
     others = [key for key in tensors if key not in keys and key not in trained]
     if others or not keys:
@@ -117,15 +116,21 @@ def _contents(model: nn.Module, name: str, rule: str) -> _Contents:
             f"{said}, and a packed file is for quantised weights and parameters of the base alone.",
             "surgery.save(model, path) keeps everything.",
         )
-    quantised = [m for m in keys.values() if isinstance(m, QuantisedLinear)]
-    return _Contents(quantised, [t for key, t in tensors.items() if key in trained])
+    base = [tensor for key, tensor in tensors.items() if key in trained]
+    return _Contents(list(keys.values()), base)
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    return isinstance(module, QuantisedLinear)
+def _quantised(operation: Operation) -> dict[str, QuantisedLinear]:
+    """Its quantised layers, by the keys of their weights."""
+    return {
+        f"{PARTS}{path}.weight": module
+        for path, module in operation.named_modules()
+        if isinstance(module, QuantisedLinear)
+    }
 
 
-def _bytes(layer: QuantisedLinear) -> int:
+def _size(layer: QuantisedLinear) -> int:
+    """Bytes of its codes."""
     return -(-layer.weight.numel() * layer.bits // 8)
 
 
@@ -159,8 +164,8 @@ def _restored(layer: QuantisedLinear, data: bytes, rule: str) -> Tensor:
 def _cells(layer: QuantisedLinear, data: bytes) -> Tensor:
     """The codes of a layer: (out, width), uint8."""
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
-    each = bits[: layer.weight.numel() * layer.bits].reshape(-1, layer.bits)
-    cells = (each << np.arange(layer.bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+    digits = bits[: layer.weight.numel() * layer.bits].reshape(-1, layer.bits)
+    cells = (digits << np.arange(layer.bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
     return torch.from_numpy(cells).view_as(layer.weight)
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from .._preserve import preserved
 from ..engine.apply import operated
-from ..engine.operation import operations
-from ..engine.planning import check_operable
+from ..engine.operation import check_operable, operations
 from ..errors import OperationError, RuleError
 from ..parts.adapters import adapter
 from ..parts.arguments import positive

@@ -269,7 +269,7 @@ def scales_are_squared(patch: Patch) -> None:
 def some_sites_are_left_out(patch: Patch) -> None:
     def leave(real: Any, self: HookedSite, *args: Any) -> Any:
         if ".1." in self.path:
-            self.mark.ran = True
+            self.exit_flag.ran = True
             return None
         return real(self, *args)
 
@@ -335,7 +335,7 @@ def twice_is_fine(patch: Patch) -> None:
         if room is not None:
             room._modules.pop(name, None)
 
-    patch.setattr(plan, "_check_model", check)
+    patch.setattr(plan, "check_model", check)
 
 
 def one_revert_takes_all(patch: Patch) -> None:
