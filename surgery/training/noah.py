@@ -1,6 +1,10 @@
-"""The sizes of NOAH's parts: drawn for training, chosen, and carried over to a plain model.
+"""NOAH: sizes of parts drawn for training, searched for within a budget, and made a plain model.
 
-Source: Zhang et al. 2022 (NOAH).
+    model = surgery.apply(backbone(), noah())                       # train: choose(model, sample())
+    best, *_ = evolve(lambda s: accuracy(choose(model, s)), Space(), budget=640_000)
+    plain = carry(model, surgery.apply(backbone(), subnet_rules(best.subnet)))
+
+Source: Zhang et al. 2022 (NOAH); the search is that of Chen et al. 2021 (AutoFormer).
 """
 
 from __future__ import annotations
@@ -129,9 +133,9 @@ def choose(model: Model, subnet: Subnet) -> Model:
     [2]
     """
     paths = [site.path for site in roles_of(Tree(model))["block"]]
-    found = list(_elastic(model, paths))
+    elastic = _elastic(model, paths)
     _check_rows(subnet, len(paths))
-    for part, kind, i in found:
+    for part, kind, i in elastic:
         size = getattr(subnet, kind)[i]
         if not 0 <= size <= part.most:
             raise RuleError(
@@ -139,32 +143,30 @@ def choose(model: Model, subnet: Subnet) -> Model:
                 f"the part at {paths[i]} has {part.most} units.",
                 "Give 0 to that many, or a larger supernet: noah(tokens=, rank=, hidden=).",
             )
-    for part, kind, i in found:
+    for part, kind, i in elastic:
         part.active = getattr(subnet, kind)[i]
     return model
 
 
 def _elastic(model: nn.Module, paths: list[str]) -> list[tuple[Any, str, int]]:
     """Every elastic part, its kind, and the number of the block that it is in."""
-    hooked_sites = [
-        g for operation in operated(model, "choose(model, ...)") for g in operation.hooked_sites
-    ]
-    found = [
-        (action.part, KINDS[type(action.part)], _holder(hooked.path, paths))
-        for hooked in hooked_sites
+    elastic = [
+        (action.part, KINDS[type(action.part)], _block_of(hooked.path, paths))
+        for operation in operated(model, "choose(model, ...)")
+        for hooked in operation.hooked_sites
         for action in hooked.actions
         if type(action.part) in KINDS
     ]
-    if not found:
+    if not elastic:
         raise OperationError(
             "choose(model, ...)",
             f"this {type(model).__name__} has no part of elastic size.",
             "Operate it by noah(), or by elastic_prompt, elastic_lora and elastic_adapter.",
         )
-    return found
+    return elastic
 
 
-def _holder(path: str, blocks: list[str]) -> int:
+def _block_of(path: str, blocks: list[str]) -> int:
     around = [i for i, block in enumerate(blocks) if f"{path}.".startswith(f"{block}.")]
     if not around:
         raise OperationError(
@@ -187,7 +189,7 @@ def _check_rows(subnet: Subnet, blocks: int) -> None:
 def subnet_rules(subnet: Subnet) -> list[Rule]:
     """The rules of a subnet by itself: plain prompts, LoRA and adapters of just those sizes.
 
-    Raises RuleError where the kinds are not told for the same number of blocks.
+    Raises RuleError where the kinds are not given for the same number of blocks.
 
     >>> subnet_rules(Subnet((5, 0), (0, 0), (0, 0)))
     [at(block[0], insert(prompt(tokens=5, dropout=0.1))), at(head, unfreeze, optional=True)]
@@ -204,8 +206,8 @@ def _rules(i: int, sizes: tuple[int, ...]) -> list[Rule]:
     if rank:
         rules.append(at(qkv & inside(here), lora(rank=rank, dropout=0.1)))
     if hidden:
-        made = adapter(rank=hidden, activation=QuickGELU, dropout=0.1)
-        rules.append(at(ffn & inside(here), append(made, residual=True)))
+        bottleneck = adapter(rank=hidden, activation=QuickGELU, dropout=0.1)
+        rules.append(at(ffn & inside(here), append(bottleneck, residual=True)))
     return rules
 
 
@@ -243,9 +245,7 @@ def carry(supernet: nn.Module, model: Model) -> Model:
     return model
 
 
-__all__ = [
-    "Scored", "Space", "Subnet", "carry", "choose", "cost", "evolve", "sample", "subnet_rules",
-]  # fmt: skip
+# the search -------------------------------------------------------------------------------------
 
 
 class Scored(NamedTuple):
@@ -286,7 +286,7 @@ def evolve(
     mutate      probability that a size is drawn anew; `depth`: that the depth of a kind is
                 (NOAH's code redraws depths alone, each kind by the first chance)
     crossovers  each takes prompts, LoRA and adapters of either of two parents
-    progress    told (generation, best subnet, its score) after each generation, counted from 1
+    progress    called with (generation from 1, best subnet, its score) after each generation
     resume      a JSON file, written whole after each generation; if it is there, the search goes
                 on from it, to the result that it would have had without a break. `generations`
                 may then be another; nothing else
@@ -297,7 +297,7 @@ def evolve(
     >>> evolve(lambda s: sum(s.rank), Space(blocks=2, depths=(1, 2)), 80_000)[0].score
     20.0
     """
-    told = {
+    settings = {
         "space": asdict(space), "budget": budget, "population": population, "top": top,
         "mutations": mutations, "crossovers": crossovers, "mutate": mutate, "depth": depth,
         "seed": seed,
@@ -306,13 +306,13 @@ def evolve(
     if resume is not None:
         check_folder(Path(resume), f'evolve(resume="{resume}")')
         if Path(resume).exists():
-            search.read(Path(resume), told)
+            search.read(Path(resume), settings)
     while search.generation < generations:
         born = search.bred(search.best(top), mutations, crossovers, (mutate, depth))
         search.draw(population - born)
         search.generation += 1
         if resume is not None:
-            search.write(Path(resume), told)
+            search.write(Path(resume), settings)
         if progress is not None:
             progress(search.generation, *search.best(1)[0])
     return search.best(top)
@@ -356,7 +356,7 @@ class _Search:
         """Evaluate new subnets drawn at random; the smallest where none was ever found."""
         self.breed(count, lambda: sample(self.space, self.generator), tries=100)
         if not self.seen:
-            self.meet(self.space.least)
+            self.score(self.space.least)
 
     def breed(self, count: int, draw: Callable[[], Subnet], tries: int = 10) -> int:
         """Evaluate `count` new subnets within budget, as far as so many draws have them."""
@@ -364,19 +364,19 @@ class _Search:
         for _ in range(tries * count):
             if born == count:
                 break
-            born += self.meet(draw())
+            born += self.score(draw())
         return born
 
-    def meet(self, subnet: Subnet) -> bool:
+    def score(self, subnet: Subnet) -> bool:
         """Evaluate a subnet if it is new and within budget; whether it was."""
         if subnet in self.seen or cost(subnet, self.space.width) > self.budget:
             return False
-        score = float(self.evaluate(subnet))
-        if score != score:
+        value = float(self.evaluate(subnet))
+        if value != value:
             raise RuleError(
                 "evolve(evaluate)", f"the score of {subnet} is not a number.", "Return a number."
             )
-        self.seen[subnet] = score
+        self.seen[subnet] = value
         return True
 
     def mutant(self, parents: list[Scored], mutate: float, depth: float) -> Subnet:
@@ -395,17 +395,17 @@ class _Search:
         a, b = (self.generator.choice(parents).subnet for _ in range(2))
         return Subnet(*(self.generator.choice(pair) for pair in zip(a, b, strict=True)))
 
-    def write(self, path: Path, told: dict[str, Any]) -> None:
+    def write(self, path: Path, settings: dict[str, Any]) -> None:
         """The whole state as JSON, put in place at once."""
         state = {
-            "search": told,
+            "search": settings,
             "generation": self.generation,
             "seen": list(self.seen.items()),
             "generator": self.generator.getstate(),
         }
         write_whole(path, lambda half: half.write_text(json.dumps(state)))
 
-    def read(self, path: Path, told: dict[str, Any]) -> None:
+    def read(self, path: Path, settings: dict[str, Any]) -> None:
         """Go on from a file. Raises FileError where it is not of this search."""
         try:
             state = json.loads(path.read_text())
@@ -417,7 +417,7 @@ class _Search:
             raise FileError(
                 f'evolve(resume="{path}")', f"it holds no search ({error}).", "Give another path."
             ) from error
-        now = json.loads(json.dumps(told))
+        now = json.loads(json.dumps(settings))
         if differ := [name for name in now if now[name] != was.get(name)]:
             raise FileError(
                 f'evolve(resume="{path}")',

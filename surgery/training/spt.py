@@ -111,15 +111,15 @@ def _check_bare(model: nn.Module, call: str) -> None:
 class _Candidate(NamedTuple):
     """A tensor that may be trained, and at which number of sensitive entries what is.
 
-    limit  so many sensitive entries have it trained by `whole` numbers
-    each   whether fewer are trained one by one
+    limit   so many sensitive entries have it trained by `whole` numbers
+    single  whether fewer are trained one by one
     """
 
     name: str
     score: Tensor
     limit: int
     whole: int
-    each: bool
+    single: bool
 
     def events(self, most: int, floor: float) -> tuple[Tensor, Tensor]:
         """Scores at which its cost rises, highest first, and by how much; none below `floor`.
@@ -128,12 +128,12 @@ class _Candidate(NamedTuple):
         """
         flat = self.score.detach().flatten().cpu()
         flat = flat[flat >= floor] if floor > -math.inf else flat
-        count = min(self.limit, len(flat), most if self.each else self.limit)
+        count = min(self.limit, len(flat), most if self.single else self.limit)
         top = flat.topk(count).values
         rises = torch.ones(count, dtype=torch.int64)
         if count == self.limit:
-            rises[-1] = self.whole - (self.limit - 1 if self.each else 0)
-        return (top, rises) if self.each else (top[self.limit - 1 :], rises[self.limit - 1 :])
+            rises[-1] = self.whole - (self.limit - 1 if self.single else 0)
+        return (top, rises) if self.single else (top[self.limit - 1 :], rises[self.limit - 1 :])
 
 
 def allot(
@@ -201,8 +201,8 @@ def _tokens(model: nn.Module) -> list[str]:
 
 def _head_names(tree: Tree) -> set[str]:
     """The names of the parameters of heads."""
-    held = {id(p) for site in roles_of(tree)["head"] for p in site.module.parameters()}
-    return {name for name, p in tree.model.named_parameters() if id(p) in held}
+    heads = {id(p) for site in roles_of(tree)["head"] for p in site.module.parameters()}
+    return {name for name, p in tree.model.named_parameters() if id(p) in heads}
 
 
 def _candidates(
@@ -214,9 +214,8 @@ def _candidates(
 ) -> Iterator[_Candidate]:
     rank, alpha, beta = settings
     for name, p in model.named_parameters():
-        path, _, own = name.rpartition(".")
-        module = model.get_submodule(path)
-        matrix = type(module) is nn.Linear and own == "weight"
+        path, _, last = name.rpartition(".")
+        matrix = type(model.get_submodule(path)) is nn.Linear and last == "weight"
         if name in heads or not (matrix or p.dim() == 1):
             continue
         score = scores.get(name)
@@ -248,8 +247,8 @@ def _taken(pool: list[_Candidate], budget: int) -> list[tuple[_Candidate, int]]:
     """
     most, floor = budget + 1, -math.inf
     events = [torch.empty(0), *torch.empty(2, 0, dtype=torch.int64)]  # scores, rises, owners
-    for i, each in enumerate(pool):
-        top, rises = each.events(most, floor)
+    for i, candidate in enumerate(pool):
+        top, rises = candidate.events(most, floor)
         new = top, rises, torch.full(top.shape, i)
         events = [torch.cat(pair) for pair in zip(events, new, strict=True)]
         if len(events[0]) > 2 * most:
@@ -258,13 +257,13 @@ def _taken(pool: list[_Candidate], budget: int) -> list[tuple[_Candidate, int]]:
     _, rises, owners = _highest(events, most)
     fit = int((rises.cumsum(0) <= budget).sum())
     counts = owners[:fit].bincount(minlength=len(pool)).tolist()
-    return [(each, count) for each, count in zip(pool, counts, strict=True) if count]
+    return [pair for pair in zip(pool, counts, strict=True) if pair[1]]
 
 
 def _highest(events: list[Tensor], most: int) -> list[Tensor]:
     """The events of the highest scores, of equal ones the first."""
     order = events[0].argsort(descending=True, stable=True)[:most]
-    return [each[order] for each in events]
+    return [column[order] for column in events]
 
 
 def _allotted(
@@ -280,17 +279,17 @@ def _allotted(
     vectors: dict[str, list[str]] = {}
     indices: dict[str, Tensor] = {}
     for name in tokens:
-        path, _, own = name.rpartition(".")
-        vectors.setdefault(path, []).append(own)
-    for each, count in taken:
-        path, _, own = each.name.rpartition(".")
-        if not each.each:
-            vectors.setdefault(path, []).append(own)
-        elif count == each.limit:
+        path, _, last = name.rpartition(".")
+        vectors.setdefault(path, []).append(last)
+    for candidate, count in taken:
+        path, _, last = candidate.name.rpartition(".")
+        if not candidate.single:
+            vectors.setdefault(path, []).append(last)
+        elif count == candidate.limit:
             edits[path] = [_structured(kind, rank)]
         else:
             edits[path] = [parallel(sparse(entries=count))]
-            indices[path] = each.score.flatten().topk(count).indices.sort().values
+            indices[path] = candidate.score.flatten().topk(count).indices.sort().values
     for path, names in vectors.items():
         edits.setdefault(path, []).append(unfreeze(*names))
     order = [path for path, _ in model.named_modules() if path in edits]
@@ -330,23 +329,23 @@ def fill(model: Model, indices: Mapping[str, Tensor]) -> Model:
     >>> fill(model, {"0": torch.tensor([0, 5])}).surgery.default.get_submodule("0/parallel").index
     tensor([0, 5])
     """
-    found = {
+    parts = {
         hooked.path: action.part
         for operation in operated(model, "fill(model, indices)")
         for hooked in operation.hooked_sites
         for action in hooked.actions
         if isinstance(action.part, Sparse)
     }
-    if lost := [path for path in indices if path not in found]:
+    if lost := [path for path in indices if path not in parts]:
         raise OperationError(
             "fill(model, indices)",
             f"no sparse part is at {', '.join(lost)}.",
             "Operate the model by the rules that came with these indices.",
         )
     for path, index in indices.items():
-        found[path].check(index)
+        parts[path].check(index)
     for path, index in indices.items():
-        found[path].aim(index)
+        parts[path].aim(index)
     return model
 
 
