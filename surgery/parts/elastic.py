@@ -1,7 +1,7 @@
 """Parts of which the first `active` units run: weight-entangled slices (NOAH, Zhang et al. 2022).
 
-`surgery.search` sets the sizes and searches for them. `active` is no tensor: what is loaded from a
-file runs whole until sizes are chosen again. At 0 a part adds nothing, and inserts no token.
+`surgery.training` sets the sizes and searches for them. `active` is no tensor: what is loaded from
+a file runs whole until sizes are chosen again. At 0 a part adds nothing, and inserts no token.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from einops import repeat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
@@ -21,9 +22,9 @@ from .prompts import Prompt
 class ElasticPrompt(Prompt):
     """The first `active` of `tokens` trained vectors: (b, n, width) to (b, active, width).
 
-    >>> made = ElasticPrompt(768, tokens=10)
-    >>> made.active = 4
-    >>> made(torch.randn(2, 197, 768)).shape
+    >>> prompt = ElasticPrompt(768, tokens=10)
+    >>> prompt.active = 4
+    >>> prompt(torch.randn(2, 197, 768)).shape
     torch.Size([2, 4, 768])
     """
 
@@ -32,9 +33,9 @@ class ElasticPrompt(Prompt):
         self.most = self.active = tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = self.tokens[: self.active]
-        made: Tensor = self.drop(repeat(chosen, "p d -> b p d", b=x.shape[0]))
-        return made
+        active = self.tokens[: self.active]
+        inserted: Tensor = self.drop(repeat(active, "p d -> b p d", b=x.shape[0]))
+        return inserted
 
 
 class ElasticLora(LoRA):
@@ -75,8 +76,8 @@ class ElasticAdapter(Adapter):
         k, up = self.active, self.up
         if not k:
             return x.new_zeros(*x.shape[:-1], up.out_features)
-        hidden = self.act(torch.nn.functional.linear(x, self.down.weight[:k], self.down.bias[:k]))
-        return torch.nn.functional.linear(hidden, up.weight[:, :k], up.bias)
+        hidden = self.act(F.linear(x, self.down.weight[:k], self.down.bias[:k]))
+        return F.linear(hidden, up.weight[:, :k], up.bias)
 
 
 @part

@@ -53,8 +53,8 @@ class GatedPrompt(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (..., n, heads, c) of tokens (..., n, width), normed."""
-        made = rearrange(self.attn.qkv(x), "... (k h c) -> k ... h c", k=3, h=len(self.gate))
-        q, k, v = made.unbind(0)
+        qkv = rearrange(self.attn.qkv(x), "... (k h c) -> k ... h c", k=3, h=len(self.gate))
+        q, k, v = qkv.unbind(0)
         return _normed(self.attn, "q_norm", q), _normed(self.attn, "k_norm", k), v
 
     def extra_repr(self) -> str:
@@ -104,9 +104,9 @@ def _foreign(attn: Any) -> str:
         return "has other widths for queries, keys and values"
     if odd := sorted(set(inspect.signature(attn.forward).parameters) - MASKS):
         return f"takes {', '.join(odd)} (rotary positions or other inputs) beside the tokens"
-    own = [name for name, tensor in attn._parameters.items() if tensor is not None]
-    inner = [name for name, child in attn._modules.items() if child is not None]
-    if odd := sorted({*own, *inner} - KNOWN - TABLES):
+    held = {**attn._parameters, **attn._modules}  # q_bias of BEiT, talking heads of CaiT, ...
+    names = {name for name, value in held.items() if value is not None}
+    if odd := sorted(names - KNOWN - TABLES):
         return f"has {', '.join(odd)}, which may change its queries, keys or output"
     if not isinstance(attn._modules.get("norm", nn.Identity()), nn.Identity):
         return "norms its output before proj"
