@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from einops import repeat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
@@ -76,8 +75,8 @@ class ElasticAdapter(Adapter):
         k, up = self.active, self.up
         if not k:
             return x.new_zeros(*x.shape[:-1], up.out_features)
-        hidden = self.act(F.linear(x, self.down.weight[:k], self.down.bias[:k]))
-        return F.linear(hidden, up.weight[:, :k], up.bias)
+        hidden = self.act(torch.nn.functional.linear(x, self.down.weight[:k], self.down.bias[:k]))
+        return torch.nn.functional.linear(hidden, up.weight[:, :k], up.bias)
 
 
 @part

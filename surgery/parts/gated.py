@@ -95,17 +95,19 @@ def gated_prompt(site: Site, tokens: int = 10) -> nn.Module:
 def _foreign(attn: Any) -> str:
     """Why an attention's queries, keys and values are not those of qkv alone; "" if they are."""
     if not all(isinstance(attn._modules.get(name), nn.Linear) for name in ("qkv", "proj")):
-        return "has no one linear qkv and proj of its own"
+        return "has no one linear qkv and proj of its own"  # Hugging Face's, LeViT's, PVT's
     if not isinstance(getattr(attn, "num_heads", None), int):
-        return "does not say its num_heads"
-    if not isinstance(getattr(attn, "scale", None), float):
+        return "does not say its num_heads"  # Hiera's
+    if not isinstance(getattr(attn, "scale", None), float):  # Swin V2's, XCiT's: a parameter
         return "does not scale its scores by a number"
     if attn.qkv.out_features != 3 * attn.proj.in_features:
         return "has other widths for queries, keys and values"
+    # EVA's rope, BEiT's shared_rel_pos_bias, MViT's feat_size
     if odd := sorted(set(inspect.signature(attn.forward).parameters) - MASKS):
         return f"takes {', '.join(odd)} (rotary positions or other inputs) beside the tokens"
-    held = {**attn._parameters, **attn._modules}  # q_bias of BEiT, talking heads of CaiT, ...
-    names = {name for name, value in held.items() if value is not None}
+    # CaiT's talking heads, SAM's relative positions
+    inside = {**attn._parameters, **attn._modules}
+    names = {name for name, value in inside.items() if value is not None}
     if odd := sorted(names - KNOWN - TABLES):
         return f"has {', '.join(odd)}, which may change its queries, keys or output"
     if not isinstance(attn._modules.get("norm", nn.Identity()), nn.Identity):
