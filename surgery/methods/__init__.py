@@ -1,7 +1,11 @@
-"""The named rule sets, one paper family a file: functions that return a few rules.
+"""The named rule sets, one family of papers a file: functions that return a few rules.
 
-Their arguments are those of the parts they are made of, which `surgery.parts` explains under the
-same names; `scale` is a factor of what is added, `dropout` a probability.
+    from surgery.methods import lora
+    surgery.apply(model, lora(rank=4))    # or surgery.methods.lora(rank=4), or "lora" as it stands
+
+Users may import what `__all__` names; `surgery.rulesets()` lists them with their sources. Arguments
+are those of the parts a set is made of, which `surgery.parts` explains under the same names;
+`scale` is a factor of what is added, `dropout` a probability.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ from .sparse_updates import sparse
 from .tensor_factors import fact_tk, fact_tt
 
 _SETS: dict[str, Callable[..., list[Rule]]] = {
-    made.__name__: made
-    for made in (
+    method.__name__: method
+    for method in (
         adapterx, adapterx_serial, adapterx_ffn, adaptformer, adapter, houlsby,
         lora, ssf, arc, arc_att, vpt_deep, vpt_shallow, bitfit, linear_probe, full,
         vera, tied_lora, prolora, dylora, krona, kadaptation, compacter, compacter_pp,
@@ -54,7 +58,7 @@ def rulesets() -> Table:
     Rule sets
     name              what it does ...
     """
-    rows: list[tuple[object, ...]] = [(name, *_doc(made)) for name, made in _SETS.items()]
+    rows: list[tuple[object, ...]] = [(name, *_doc(method)) for name, method in _SETS.items()]
     return Table("Rule sets", ("name", "what it does", "source"), rows)
 
 
@@ -70,7 +74,8 @@ def rules_named(name: str) -> list[Rule]:
     return _SETS[name]()
 
 
-def _doc(made: Callable[..., list[Rule]]) -> tuple[str, str]:
-    text = inspect.getdoc(made) or ""
+def _doc(method: Callable[..., list[Rule]]) -> tuple[str, str]:
+    """What it does, in a line, and its source."""
+    text = inspect.getdoc(method) or ""
     source = next((line for line in text.splitlines() if line.startswith("Source: ")), "")
     return text.splitlines()[0], source.removeprefix("Source: ")

@@ -52,9 +52,8 @@ def adapterx(
 
     Source: Li et al. 2024 (Adapter-X), Fig. 2, Eq. 2 to 7 (AdaptFormer-X)
     """
-    made = prompt_generator(heads=heads, fit=True) if generator is None else generator
     mixture, *rest = adapterx_ffn(rank, experts, heads, top_k, scale)
-    return [mixture, *_specific(made), *rest]
+    return [mixture, *_specific(_default(generator, heads)), *rest]
 
 
 def adapterx_serial(
@@ -70,14 +69,13 @@ def adapterx_serial(
 
     Source: Li et al. 2024 (Adapter-X), Eq. 1 to 7
     """
-    made = prompt_generator(heads=heads, fit=True) if generator is None else generator
     mixture = moa(
         experts=experts, rank=rank, heads=heads, top_k=top_k, activation=QuickGELU, dropout=0.1,
         fit=True,
     )  # fmt: skip
     return [
         at(ffn, serial(shared(mixture), residual=True)),
-        *_specific(made),
+        *_specific(_default(generator, heads)),
         at(nearest(norm, before=ffn), unfreeze, optional=True),
         at(head, unfreeze, optional=True),
     ]
@@ -103,17 +101,21 @@ def daptx(
 
     Source: Li et al. 2024 (Adapter-X), Fig. 2 and section 4.3 (DAPT-X)
     """
-    made = prompt_generator(heads=heads, fit=True) if generator is None else generator
     mixture = dynamic_moa(
         experts=experts, rank=rank, heads=heads, top_k=top_k, dropout=dropout, fit=True
     )
     return [
         at(ffn, parallel(shared(mixture))),
-        *left_in(made, last),
+        *left_in(_default(generator, heads), last),
         at(nearest(norm, before=ffn), unfreeze, optional=True),
         at("", unfreeze(token)),
         at(head, unfreeze, optional=True),
     ]
+
+
+def _default(generator: Maker | None, heads: int) -> Maker:
+    """What makes prompts: what was given, or else the reading whose count the paper prints."""
+    return prompt_generator(heads=heads, fit=True) if generator is None else generator
 
 
 def left_in(generator: Maker, last: bool = True) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters, one to a block."""
+"""Bottleneck adapters after an operation, or beside it (Houlsby et al. 2019; AdaptFormer 2022)."""
 
 from __future__ import annotations
 

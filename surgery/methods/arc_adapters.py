@@ -1,4 +1,4 @@
-"""Adapters that re-scale one shared basis."""
+"""Adapters that re-scale one basis shared by all layers (Dong et al. 2023, ARC)."""
 
 from __future__ import annotations
 

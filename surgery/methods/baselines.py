@@ -1,4 +1,4 @@
-"""What every method is measured against."""
+"""What every method is measured against: the head alone, everything, the biases (BitFit)."""
 
 from __future__ import annotations
 

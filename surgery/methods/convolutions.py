@@ -1,4 +1,4 @@
-"""Linear adapters that fold away (RepAdapter), and convolutional bypasses (Convpass)."""
+"""Grouped linear adapters (Luo et al. 2023, RepAdapter), 3 x 3 convolutions (Jie and Deng 2022)."""
 
 from __future__ import annotations
 
@@ -51,11 +51,7 @@ def convpass(
     Source: Jie and Deng 2022 (Convpass)
     """
     part = parallel(bypass(hidden, prefix, xavier, dropout), scale=scale)
-    return [
-        *convpass_att(hidden, scale, prefix, xavier, dropout)[:-1],
-        at(ffn, part),
-        at(head, unfreeze, optional=True),
-    ]
+    return [at(attn, part), at(ffn, part), at(head, unfreeze, optional=True)]
 
 
 def convpass_att(

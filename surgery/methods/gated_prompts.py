@@ -1,4 +1,4 @@
-"""Prompts that attention looks at through a gate (Zhang et al. 2023)."""
+"""Prompts that attention looks at through a gate (Zhang et al. 2023, LLaMA-Adapter)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Kronecker products and tensors over all layers: what is added to a weight, factored."""
+"""Kronecker products as weights: KronA (Edalati et al. 2022), Compacter, KAdaptation.
+
+Compacter: Karimi Mahabadi et al. 2021. KAdaptation: He et al. 2023.
+"""
 
 from __future__ import annotations
 

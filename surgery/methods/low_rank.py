@@ -1,4 +1,7 @@
-"""Low-rank updates of the linear layers of attention: LoRA and what came of it."""
+"""Low-rank updates of linear layers: LoRA (Hu et al. 2021) and what came of it.
+
+DyLoRA, PRoLoRA; VeRA and Tied-LoRA, whose matrices layers share; ViDA, of two ranks at once.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def lae(rank: int = 5, blocks: int = 5) -> list[Rule]:
     """A parallel adapter (rank 5, GELU, a learned scale) beside the FFN of the first 5 blocks.
 
     Of LAE's three variants (adapter, LoRA, prefix) this is the adapter. The rest of the method is
-    the training loop's: `surgery.combine.accumulate` after each step, `surgery.combine.ensemble`
+    the training loop's: `surgery.state.accumulate` after each step, `surgery.state.ensemble`
     to answer with the online and the offline state, and keeping the online parts still in the
     first epochs of a task, while the head learns.
 
@@ -34,7 +34,7 @@ def scalearn(count: int = 3, rank: int = 48, by_feature: bool = True) -> list[Ru
     """A learned sum of frozen adapters (3 of rank 48), trained before, after every FFN.
 
     The adapters are trained by at(ffn, append(adapter(rank=48), residual=True)), one model for
-    each source task; `surgery.combine.fill` brings them in, and before that there is nothing to
+    each source task; `surgery.state.fill` brings them in, and before that there is nothing to
     sum. Without `by_feature` this is ScaLearnUniform; with omega=shared(coefficients(count=3)) in
     rules of one's own, ScaLearn++.
 
@@ -50,8 +50,8 @@ def scalearn(count: int = 3, rank: int = 48, by_feature: bool = True) -> list[Ru
 def language_adapter(domains: int = 2, rank: int = 384) -> list[Rule]:
     """A serial adapter (rank 384) for each domain after every FFN, of which one runs.
 
-    `surgery.parts.domains.choose(model, 1)` says which; `surgery.combine.one_domain` and `average`
-    merge domains into one plain adapter.
+    `surgery.parts.domain_adapters.choose(model, 1)` says which; `surgery.state.one_domain` and
+    `average` merge domains into one plain adapter.
 
     Source: Pfeiffer et al. 2020 (MAD-X)
     """

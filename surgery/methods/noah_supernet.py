@@ -11,7 +11,7 @@ from ..rules.rule import Rule, at
 def noah(tokens: int = 10, rank: int = 10, hidden: int = 10) -> list[Rule]:
     """NOAH's supernet: prompts, LoRA on q, k, v and an adapter after every FFN, of elastic sizes.
 
-    `surgery.search` samples sizes for each step of training, and searches for the best ones.
+    `surgery.training` samples sizes for each step of training, and searches for the best ones.
     Prompts lie after the class token, where NOAH puts them last: the same to a class token. Where
     q, k and v are apart, each has a LoRA. LoRA and adapter start by adding nothing, as the paper
     writes; its code fills them again, with a normal of std 0.02.

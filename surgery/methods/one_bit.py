@@ -1,4 +1,4 @@
-"""Adapters of one bit a weight (Jie et al. 2023); `surgery.packed` writes their files."""
+"""Adapters of one bit a weight (Jie et al. 2023); `surgery.state.packed` writes their files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks as two reversible streams, whose activations are not kept (Liao et al. 2023)."""
+"""Blocks as two reversible streams, whose activations are not kept (Liao et al. 2023, MEFT)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scale and shift after every operation."""
+"""Scale and shift after every operation (Lian et al. 2022, SSF)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def ssf(mergeable: bool = False) -> list[Rule]:
     Operations are linear modules, convolutions and norms; nn.MultiheadAttention is one. Starts
     at random near the base, gamma ~ N(1, 0.02) and beta ~ N(0, 0.02).
 
-    mergeable  no beta where a module has no bias to fold it into (Swin's patch merging)
+    mergeable  no beta where a module has no bias to merge it into (Swin's patch merging)
 
     Source: Lian et al. 2022 (SSF)
     """
-    told = ~(head | inside(head) | inside(nn.MultiheadAttention))
+    left_out = head | inside(head) | inside(nn.MultiheadAttention)
     return [
-        at(operation & told, scale_shift(shift=None if mergeable else True)),
+        at(operation & ~left_out, scale_shift(shift=None if mergeable else True)),
         at(head, unfreeze, optional=True),
     ]

@@ -1,4 +1,7 @@
-"""Mixtures that end as one: of sparse adapters, and of skills mixed by task."""
+"""An inventory of skills, mixed by task (Ponti et al. 2023, Poly; Caccia et al. 2023, MHR).
+
+In `surgery.parts.skills`, `choose` says the task, and `inherit` brings skills that were trained.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Mixtures that end as one: of sparse adapters, and of skills mixed by task."""
+"""Sparse experts in training, one adapter afterwards (Zhang et al. 2023, MoSA).
+
+In `surgery.parts.mosa`, `symmetric_kl` is a term of the loss, and `deployed` merges the experts.
+"""
 
 from __future__ import annotations
 

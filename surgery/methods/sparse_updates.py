@@ -1,4 +1,4 @@
-"""Masked sparse fine-tuning: a few numbers of every weight."""
+"""A few numbers of every weight, trained (He et al. 2023, SPT, unstructured)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..rules.rule import Rule, at
 def sparse(share: float = 0.01) -> list[Rule]:
     """One per cent of the numbers of every linear of attention and FFN, drawn at random.
 
-    `surgery.sensitivity` chooses the numbers by what a task is sensitive to (SPT).
+    `surgery.training` chooses the numbers by what a task is sensitive to (SPT).
 
     share  of each weight, above 0 and at most 1
 

@@ -1,4 +1,4 @@
-"""Kronecker products and tensors over all layers: what is added to a weight, factored."""
+"""All layers' weights as one tensor, what is added to it factored (Jie & Deng 2023, FacT)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..parts.fact import fact_tk as tucker
 from ..parts.fact import fact_tt as tensor_train
 from ..parts.fact import tk_factors, tt_factors
 from ..rules.edits import parallel, unfreeze
-from ..rules.part import shared
+from ..rules.part import Maker, shared
 from ..rules.roles import fc1, fc2, head, proj, qkv
 from ..rules.rule import Rule, at
 
@@ -18,9 +18,7 @@ def fact_tt(rank: int = 16, scale: float = 1.0, dropout: float = 0.1) -> list[Ru
 
     Source: Jie & Deng 2023 (FacT-TT)
     """
-    part = tensor_train(shared(tt_factors(rank=rank)), dropout=dropout)
-    rules = [at(each, parallel(part, scale=scale)) for each in (qkv, proj, fc1, fc2)]
-    return [*rules, at(head, unfreeze, optional=True)]
+    return _on_all_linears(tensor_train(shared(tt_factors(rank=rank)), dropout=dropout), scale)
 
 
 def fact_tk(rank: int = 32, scale: float = 1.0, dropout: float = 0.1) -> list[Rule]:
@@ -30,6 +28,10 @@ def fact_tk(rank: int = 32, scale: float = 1.0, dropout: float = 0.1) -> list[Ru
 
     Source: Jie & Deng 2023 (FacT-TK)
     """
-    part = tucker(shared(tk_factors(rank=rank)), dropout=dropout)
-    rules = [at(each, parallel(part, scale=scale)) for each in (qkv, proj, fc1, fc2)]
+    return _on_all_linears(tucker(shared(tk_factors(rank=rank)), dropout=dropout), scale)
+
+
+def _on_all_linears(part: Maker, scale: float) -> list[Rule]:
+    """A part beside every linear of attention and FFN; and the head."""
+    rules = [at(linear, parallel(part, scale=scale)) for linear in (qkv, proj, fc1, fc2)]
     return [*rules, at(head, unfreeze, optional=True)]

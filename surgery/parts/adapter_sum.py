@@ -1,4 +1,4 @@
-"""Several trained parts as one: a learned sum of them (Frohmann et al. 2023, ScaLearn)."""
+"""Parts summed by learned weights (Frohmann et al. 2023, ScaLearn), or scaled by one (LAE)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..rules.affine import Affine, affine
+from ..rules.affine import Affine, affine, all_affine
 from ..rules.part import Maker, Shared, maker, part
 from ..structure.module_tree import Site
-from .arguments import positive
+from .arguments import declare_as, positive
 
 
 class Coefficients(nn.Module):
@@ -38,31 +38,29 @@ class Coefficients(nn.Module):
 class Combined(nn.Module):
     """sum_t omega_t * part_t(x) of frozen parts: their tensors are buffers, only omega is trained.
 
-    copies  modules of one kind, (..., width) to (..., out); `surgery.combine.fill` brings values
+    copies  modules of one kind, (..., width) to (..., out); `surgery.state.fill` brings values
     omega   gives (count, out) or (count, 1)
     """
 
     def __init__(self, copies: list[nn.Module], omega: Coefficients) -> None:
         super().__init__()
-        self.copies = nn.ModuleList(map(frozen, copies))
+        self.copies = nn.ModuleList(map(with_buffers, copies))
         self.omega = omega
-        self.starts_at_zero = all(getattr(each, "starts_at_zero", False) for each in copies)
-        self.mixes_tokens = any(getattr(each, "mixes_tokens", False) for each in copies)
+        declare_as(self, copies)
 
     def forward(self, x: Tensor) -> Tensor:
-        given = zip(self.omega(), self.copies, strict=True)
-        summed: Tensor = reduce(torch.add, (weight * each(x) for weight, each in given))
+        weighted = zip(self.omega(), self.copies, strict=True)
+        summed: Tensor = reduce(torch.add, (weight * copy(x) for weight, copy in weighted))
         return summed
 
     @property
     def affine(self) -> Callable[[], Affine] | None:
         """The sum of the parts' maps; None where one of them is not linear."""
-        maps = [affine(each) for each in self.copies]
-        known = [each for each in maps if each is not None]
-        scales = [Affine(weight, None) for weight in self.omega.weight]
-        if len(known) < len(maps):
+        maps = all_affine(self.copies)
+        if maps is None:
             return None
-        scaled = [scale.after(each) for scale, each in zip(scales, known, strict=True)]
+        weighted = zip(self.omega.weight, maps, strict=True)
+        scaled = [Affine(weight, None).after(map) for weight, map in weighted]
         return lambda: reduce(Affine.plus, scaled)
 
 
@@ -77,8 +75,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.part = part
         self.scale = nn.Parameter(torch.tensor(float(start)))
-        self.starts_at_zero = bool(getattr(part, "starts_at_zero", False))
-        self.mixes_tokens = bool(getattr(part, "mixes_tokens", False))
+        declare_as(self, [part])
 
     def forward(self, x: Tensor) -> Tensor:
         scaled: Tensor = self.scale * self.part(x)
@@ -91,17 +88,17 @@ class Scaled(nn.Module):
         return None if map is None else lambda: Affine(self.scale[None], None).after(map)
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def with_buffers(module: nn.Module) -> nn.Module:
     """The module itself, with buffers in place of its parameters: stored, never trained.
 
-    >>> sorted(name for name, _ in frozen(nn.Linear(2, 2)).named_buffers())
+    >>> sorted(name for name, _ in with_buffers(nn.Linear(2, 2)).named_buffers())
     ['bias', 'weight']
     """
-    for each in module.modules():
-        for name, tensor in list(each._parameters.items()):
+    for owner in module.modules():
+        for name, tensor in list(owner._parameters.items()):
             if tensor is not None:
-                del each._parameters[name]
-                each.register_buffer(name, tensor.detach())
+                del owner._parameters[name]
+                owner.register_buffer(name, tensor.detach())
     return module
 
 
@@ -131,7 +128,7 @@ OF_THREE = coefficients()
 def combined(site: Site, part: Maker, omega: Maker = OF_THREE) -> nn.Module:
     """sum_t omega_t * part_t(x): as many frozen copies of `part` as omega counts; omega is trained.
 
-    part   what makes one copy; `surgery.combine.fill` brings the values that were trained before,
+    part   what makes one copy; `surgery.state.fill` brings the values that were trained before,
            and until then nothing but the start of `part` is combined
     omega  coefficients(count=3), or shared(coefficients(count=3)) (ScaLearn++)
 
@@ -143,11 +140,11 @@ def combined(site: Site, part: Maker, omega: Maker = OF_THREE) -> nn.Module:
     >>> combined(adapter(rank=8), coefficients(count=2))
     combined(part=adapter(rank=8), omega=coefficients(count=2))
     """
-    made: Any = maker(omega, "combined")(site)
-    if not isinstance(made, Coefficients):
+    weights: Any = maker(omega, "combined")(site)
+    if not isinstance(weights, Coefficients):
         raise RuleError(
             f"combined(omega={omega!r})",
-            f"it makes a {type(made).__name__}, which does not say how much of each part.",
+            f"it makes a {type(weights).__name__}, which does not say how much of each part.",
             "Write omega=coefficients(count=3), or shared(coefficients(count=3)).",
         )
     if isinstance(part, Shared):
@@ -158,14 +155,14 @@ def combined(site: Site, part: Maker, omega: Maker = OF_THREE) -> nn.Module:
         )
     alone = site.seen(shape=site.shape, captures=site.captures)
     alone.borrow = None  # what a copy would borrow it has for itself
-    copies = [maker(part, "combined")(alone) for _ in made.weight]
-    if any(getattr(each, "routes", False) for each in copies):
+    copies = [maker(part, "combined")(alone) for _ in weights.weight]
+    if any(getattr(copy, "routes", False) for copy in copies):
         raise RuleError(
             f"combined({part!r}, ...)",
             "it gives a mixture's gates too, which have no sum.",
             "Combine parts that give a tensor.",
         )
-    return Combined(copies, made)
+    return Combined(copies, weights)
 
 
 @part

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..rules.part import part
 from ..structure.module_tree import Site
 from .arguments import positive
+from .init import kaiming
 
 
 class QuickGELU(nn.Module):
@@ -39,14 +40,18 @@ class Adapter(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        bound = max(width, 1) ** -0.5
-        self.down = _linear(torch.empty(rank, width).uniform_(-bound, bound))
+        self.down = _linear(kaiming(rank, width))
         self.up = _linear(torch.zeros(width if out is None else out, rank))
-        self.act = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
+        self.act = with_dropout(activation, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.up(self.act(self.down(x)))
         return hidden
+
+
+def with_dropout(activation: type[nn.Module], dropout: float) -> nn.Module:
+    """An activation, and dropout on what it gives where there is any."""
+    return nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -54,13 +59,13 @@ def _linear(weight: Tensor) -> nn.Linear:
 
     Its own `__init__` draws a start that would be thrown away, and a plan makes thousands.
     """
-    made = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(made)
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
     out, width = weight.shape
-    vars(made).update(in_features=width, out_features=out)
-    made._parameters["weight"] = nn.Parameter(weight)
-    made._parameters["bias"] = nn.Parameter(torch.zeros(out))
-    return made
+    vars(linear).update(in_features=width, out_features=out)
+    linear._parameters["weight"] = nn.Parameter(weight)
+    linear._parameters["bias"] = nn.Parameter(torch.zeros(out))
+    return linear
 
 
 @part

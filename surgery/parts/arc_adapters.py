@@ -10,6 +10,7 @@ from ..rules.expression import shown
 from ..rules.part import Maker, maker, part
 from ..structure.module_tree import Site
 from .arguments import positive
+from .init import xavier
 
 
 class Projection(nn.Module):
@@ -23,16 +24,10 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, rank: int = 50) -> None:
         super().__init__()
-        self.weight = nn.Parameter(_uniform(width, rank))
+        self.weight = nn.Parameter(xavier(width, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
-
-
-def _uniform(*size: int) -> Tensor:
-    """Xavier uniform: in +-sqrt(6 / (rows + columns))."""
-    bound = (6 / max(sum(size), 1)) ** 0.5
-    return torch.empty(size).uniform_(-bound, bound)
 
 
 class ARC(nn.Module):
@@ -49,7 +44,7 @@ class ARC(nn.Module):
         super().__init__()
         width, rank = basis.weight.shape
         self.basis = basis
-        self.scale = nn.Parameter(torch.zeros(rank) if zero else _uniform(1, rank)[0])
+        self.scale = nn.Parameter(torch.zeros(rank) if zero else xavier(1, rank)[0])
         self.bias = nn.Parameter(torch.zeros(width))
         self.drop = nn.Dropout(dropout)
         self.starts_at_zero = zero
@@ -96,11 +91,11 @@ def arc(site: Site, basis: Maker, zero: bool = True, dropout: float = 0.0) -> nn
     >>> arc(shared(projection(rank=16), name="attn"))
     arc(basis=shared(projection(rank=16), name="attn"))
     """
-    made = maker(basis, "arc")(site)
-    if not isinstance(made, Projection):
+    borrowed = maker(basis, "arc")(site)
+    if not isinstance(borrowed, Projection):
         raise RuleError(
             f"arc(basis={shown(basis)})",
-            f"it makes a {type(made).__name__}, and no basis of which both U and U^T are used.",
+            f"it makes a {type(borrowed).__name__}, and no basis of which both U and U^T are used.",
             "Give projection(rank=50), or shared(projection(rank=50)).",
         )
-    return ARC(made, zero=zero, dropout=dropout)
+    return ARC(borrowed, zero=zero, dropout=dropout)

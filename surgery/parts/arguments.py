@@ -1,6 +1,10 @@
-"""A part as a value: what will be built at a site, before there is a site."""
+"""What parts are given: numbers to check, divisors of widths, other parts to borrow or hold."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
 
 from ..errors import RuleError, is_integer
 from ..rules.expression import shown
@@ -21,7 +25,7 @@ def positive(rule: str, **values: object) -> None:
 
 
 def borrowed(word: str, name: str, make: Maker, site: Site, kind: type[Core]) -> Core:
-    """What a part is lent for a site. Raises RuleError where it is of another kind."""
+    """What a part borrows at a site. Raises RuleError where it is of another kind."""
     core = maker(make, word)(site)
     if isinstance(core, kind):
         return core
@@ -29,6 +33,14 @@ def borrowed(word: str, name: str, make: Maker, site: Site, kind: type[Core]) ->
         f"{word}({name}={shown(make)})",
         f"this makes a {type(core).__name__}, and no {kind.__name__}.",
         f"Leave out {name}, or see help({word}) for what makes one.",
+    )
+
+
+def declare_as(part: nn.Module, inner: Collection[nn.Module]) -> None:
+    """Let a part declare what the ones inside it do: all start at zero, or one mixes tokens."""
+    vars(part).update(
+        starts_at_zero=all(getattr(module, "starts_at_zero", False) for module in inner),
+        mixes_tokens=any(getattr(module, "mixes_tokens", False) for module in inner),
     )
 
 

@@ -44,7 +44,7 @@ class QuantisedLinear(nn.Linear):
         mean, std = self.statistics()
         normal = self._normal(mean, std)
         through = normal - normal.detach()  # zero, with the gradient of `normal`
-        return (self._nearest(normal) + through) * std + mean
+        return (self._nearest_codes(normal) + through) * std + mean
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the weight: two scalars."""
@@ -70,12 +70,12 @@ class QuantisedLinear(nn.Linear):
     def _normal(self, mean: Tensor, std: Tensor) -> Tensor:
         return (self.weight - mean) / (std + 1e-5)
 
-    def _nearest(self, normal: Tensor) -> Tensor:
+    def _nearest_codes(self, normal: Tensor) -> Tensor:
         first, *rest = CODES[self.bits]
-        found = torch.full_like(normal, first)
+        codes = torch.full_like(normal, first)
         for edge, code in zip(self._edges(), rest, strict=True):
-            found = torch.where(normal > edge, code, found)
-        return found
+            codes = torch.where(normal > edge, code, codes)
+        return codes
 
     def _edges(self) -> list[float]:
         return [(a + b) / 2 for a, b in pairwise(CODES[self.bits])]
@@ -143,7 +143,8 @@ def binary_adapter(
     dropout     probability, on the hidden units
 
     Adds little at first, not zero. Raises RuleError for other bits.
-    Parameters: rank * (width + out), kept in full for training; `surgery.packed` writes the bits.
+    Parameters: rank * (width + out), kept in full for training; `surgery.state.packed` writes the
+    bits.
     Source: Jie et al. 2023 (Bi-AdaptFormer).
 
     >>> binary_adapter(rank=8)

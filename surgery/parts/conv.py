@@ -58,31 +58,32 @@ class Convpass(Adapter):
                 "(b, h, w, width).",
                 "Put it where such features pass, at attn or ffn.",
             )
-        down = self.bend(self.down(x))
-        mixed = self._map(down) if x.dim() == 4 else self._tokens(down)
-        given: Tensor = self.up(self.act(mixed))
-        return given
+        hidden = self.bend(self.down(x))
+        mixed = self._map(hidden) if x.dim() == 4 else self._tokens(hidden)
+        out: Tensor = self.up(self.act(mixed))
+        return out
 
     def _map(self, x: Tensor) -> Tensor:
         mixed: Tensor = self.conv(rearrange(x, "b h w c -> b c h w"))
         return rearrange(mixed, "b c h w -> b h w c")
 
     def _tokens(self, x: Tensor) -> Tensor:
-        first, side = _laid_out(x.shape[1], self.prefix)
+        first, side = _layout(x.shape[1], self.prefix)
         alone = F.linear(x[:, :first], self.conv.weight[:, :, 1, 1], self.conv.bias)
         mixed = self._map(rearrange(x[:, first:], "b (h w) c -> b h w c", h=side))
         return torch.cat([alone, rearrange(mixed, "b h w c -> b (h w) c")], 1)
 
 
-def _laid_out(n: int, prefix: int | None) -> tuple[int, int]:
+def _layout(n: int, prefix: int | None) -> tuple[int, int]:
     """(tokens before the patches, side of the square of patches) of n tokens. Raises GraftError."""
     side = math.isqrt(max(n - (prefix or 0), 0))
     first = n - side**2 if prefix is None else prefix
-    if not side or first + side**2 != n or (prefix is None and first > MOST):
-        said = "" if prefix is None else f"prefix={prefix}"
+    too_many = prefix is None and first > MOST
+    if not side or first + side**2 != n or too_many:
+        argument = "" if prefix is None else f"prefix={prefix}"
         near = f"the nearest square is {side**2}" if prefix is None else f"{n - prefix} is none"
         raise GraftError(
-            f"convpass({said})",
+            f"convpass({argument})",
             f"it was given {n} tokens, whose patches should be a square map, and {near}.",
             "Give prefix, the number of tokens before the patches (1: a class token); patches "
             "that are no square it takes as a map (b, h, w, width).",

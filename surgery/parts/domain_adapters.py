@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import GraftError, OperationError, RuleError, is_integer
 from ..rules.part import Maker, Shared, maker, part
 from ..structure.module_tree import Site
-from .arguments import positive
+from .arguments import declare_as, positive
 
 
 class Domains(nn.Module):
@@ -24,8 +24,7 @@ class Domains(nn.Module):
         super().__init__()
         self.by_domain = nn.ModuleList(modules)
         self.active: int | Tensor = 0
-        self.starts_at_zero = all(getattr(each, "starts_at_zero", False) for each in modules)
-        self.mixes_tokens = any(getattr(each, "mixes_tokens", False) for each in modules)
+        declare_as(self, modules)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.active, Tensor):
@@ -45,9 +44,9 @@ class Domains(nn.Module):
         order = ids.argsort(stable=True)
         sizes = ids.bincount(minlength=len(self.by_domain)).tolist()
         groups = x.index_select(0, order).split_with_sizes(sizes)
-        run = zip(self.by_domain, groups, strict=True)
-        made = torch.cat([each(group) for each, group in run if len(group)])
-        return torch.empty_like(made).index_copy(0, order, made)
+        pairs = zip(self.by_domain, groups, strict=True)
+        out = torch.cat([module(group) for module, group in pairs if len(group)])
+        return torch.empty_like(out).index_copy(0, order, out)
 
     def extra_repr(self) -> str:
         return f"active={self.active if isinstance(self.active, int) else self.active.tolist()}"
@@ -66,14 +65,14 @@ def domains(site: Site, part: Maker, count: int = 2) -> nn.Module:
     domains(part=adapter(rank=8), count=3)
     """
     positive("domains", count=count)
-    made = [maker(part, "domains")(site) for _ in range(count)]
-    if isinstance(part, Shared) or any(getattr(each, "routes", False) for each in made):
+    modules = [maker(part, "domains")(site) for _ in range(count)]
+    if isinstance(part, Shared) or any(getattr(module, "routes", False) for module in modules):
         raise RuleError(
             f"domains({part!r}, ...)",
             "each domain has a part of its own, which gives a tensor.",
             "Give the part itself, not shared and no mixture: domains(adapter(rank=8)).",
         )
-    return Domains(made)
+    return Domains(modules)
 
 
 def choose(model: nn.Module, domain: int | Tensor) -> None:
@@ -92,28 +91,30 @@ def choose(model: nn.Module, domain: int | Tensor) -> None:
     >>> model(torch.randn(3, 4)).shape
     torch.Size([3, 4])
     """
-    found = [module for module in model.modules() if isinstance(module, Domains)]
-    if not found:
+    places = [module for module in model.modules() if isinstance(module, Domains)]
+    if not places:
         raise OperationError(
             f"choose(model, {domain!r})",
             f"this {type(model).__name__} has no part of several domains.",
-            "Operate on it first, with domains(part) or rulesets.language_adapter().",
+            "Operate on it first, with domains(part) or methods.language_adapter().",
         )
-    count = min(len(module.by_domain) for module in found)
+    count = min(len(place.by_domain) for place in places)
     if not _is_domain(domain, count):
         raise RuleError(
             f"choose(model, {domain!r})",
             f"the parts of this {type(model).__name__} have {count} domains.",
             f"Give an integer from 0 to {count - 1}, or a tensor (b,) of such.",
         )
-    kept = domain.detach().clone() if isinstance(domain, Tensor) else domain
-    for module in found:
-        module.active = kept
+    active = domain.detach().clone() if isinstance(domain, Tensor) else domain
+    for place in places:
+        place.active = active
 
 
 def _is_domain(domain: object, count: int) -> bool:
+    """Whether it is a number below `count`, or a tensor (b,) of such."""
     if isinstance(domain, Tensor):
-        whole = not (domain.is_floating_point() or domain.is_complex()) and domain.dim() == 1
-        known = whole and domain.dtype != torch.bool and len(domain) > 0
-        return known and int(domain.min()) >= 0 and int(domain.max()) < count
+        fraction = domain.is_floating_point() or domain.is_complex()
+        if fraction or domain.dtype == torch.bool or domain.dim() != 1 or not len(domain):
+            return False
+        return int(domain.min()) >= 0 and int(domain.max()) < count
     return is_integer(domain, least=0) and domain < count

@@ -11,6 +11,7 @@ from ..structure.module_tree import Site
 from . import functional
 from .adapters import Adapter
 from .arguments import fitted, positive
+from .init import kaiming
 from .mixture import MixtureOfAdapters, noted
 
 
@@ -44,7 +45,7 @@ class MixtureOfDynamicAdapters(MixtureOfAdapters):
     """A mixture whose experts are dynamic adapters, each with a norm and a scale of its own.
 
     Takes and returns what MixtureOfAdapters does. An expert's norm is an affine map of what
-    all of them share, the normalised sub-token, so it is folded into the expert's first layer.
+    all of them share, the normalised sub-token, so it is merged into the expert's first layer.
 
     >>> mixture = MixtureOfDynamicAdapters(384, rank=32)
     >>> sum(p.numel() for p in mixture.parameters())
@@ -71,7 +72,7 @@ class MixtureOfDynamicAdapters(MixtureOfAdapters):
         c = width // heads
         self.norm_weight = nn.Parameter(torch.ones(experts, c))
         self.norm_bias = nn.Parameter(torch.zeros(experts, c))
-        self.scale_weight = nn.Parameter(torch.empty(experts, c).uniform_(-(c**-0.5), c**-0.5))
+        self.scale_weight = nn.Parameter(kaiming(experts, c))
         self.scale_bias = nn.Parameter(torch.zeros(experts))
 
     def mix(self, u: Tensor, gates: Tensor) -> Tensor:
@@ -84,8 +85,8 @@ class MixtureOfDynamicAdapters(MixtureOfAdapters):
         scale = F.linear(z, self.scale_weight * self.norm_weight, bias).relu()
         if self.top_k is None:
             return functional.mix(z, gates * scale, experts, self.act)
-        chosen = scale.gather(1, gates.argmax(1, keepdim=True))
-        return functional.mix(z, gates, experts, self.act, self.top_k) * chosen
+        of_winner = scale.gather(1, gates.argmax(1, keepdim=True))
+        return functional.mix(z, gates, experts, self.act, self.top_k) * of_winner
 
 
 @part
@@ -128,6 +129,8 @@ def dynamic_moa(
     dynamic_moa(rank=16)
     """
     positive("dynamic_moa", experts=experts, rank=rank, heads=heads)
-    chosen = fitted(site.width, heads) if fit else heads
-    made = MixtureOfDynamicAdapters(site.width, rank, experts, chosen, top_k=top_k, dropout=dropout)
-    return noted(made, site.width, heads)
+    used = fitted(site.width, heads) if fit else heads
+    mixture = MixtureOfDynamicAdapters(
+        site.width, rank, experts, used, top_k=top_k, dropout=dropout
+    )
+    return noted(mixture, site.width, heads)

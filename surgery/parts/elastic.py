@@ -1,7 +1,7 @@
 """Parts of which the first `active` units run: weight-entangled slices (NOAH, Zhang et al. 2022).
 
-`surgery.search` sets the sizes and searches for them. `active` is no tensor: what is loaded from a
-file runs whole until sizes are chosen again. At 0 a part adds nothing, and inserts no token.
+`surgery.training` sets the sizes and searches for them. `active` is no tensor: what is loaded from
+a file runs whole until sizes are chosen again. At 0 a part adds nothing, and inserts no token.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .prompts import Prompt
 class ElasticPrompt(Prompt):
     """The first `active` of `tokens` trained vectors: (b, n, width) to (b, active, width).
 
-    >>> made = ElasticPrompt(768, tokens=10)
-    >>> made.active = 4
-    >>> made(torch.randn(2, 197, 768)).shape
+    >>> prompt = ElasticPrompt(768, tokens=10)
+    >>> prompt.active = 4
+    >>> prompt(torch.randn(2, 197, 768)).shape
     torch.Size([2, 4, 768])
     """
 
@@ -32,9 +32,9 @@ class ElasticPrompt(Prompt):
         self.most = self.active = tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = self.tokens[: self.active]
-        made: Tensor = self.drop(repeat(chosen, "p d -> b p d", b=x.shape[0]))
-        return made
+        active = self.tokens[: self.active]
+        inserted: Tensor = self.drop(repeat(active, "p d -> b p d", b=x.shape[0]))
+        return inserted
 
 
 class ElasticLora(LoRA):

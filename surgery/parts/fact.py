@@ -8,13 +8,14 @@ and V (d, r) shared by all slices of the model and a core (r, r) of its own.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..rules.part import Maker, part, shared, usually
 from ..structure.module_tree import Site
 from .arguments import borrowed, positive
+from .init import kaiming, xavier
 
 
 class TTFactors(nn.Module):
@@ -22,8 +23,7 @@ class TTFactors(nn.Module):
 
     def __init__(self, width: int, rank: int = 16) -> None:
         super().__init__()
-        bound = width**-0.5
-        self.down = nn.Parameter(torch.empty(rank, width).uniform_(-bound, bound))
+        self.down = nn.Parameter(kaiming(rank, width))
         self.up = nn.Parameter(torch.zeros(width, rank))
 
 
@@ -58,12 +58,11 @@ class FacT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         over = self.slices[1] * self.factors.down.shape[1] - self.width
-        whole = functional.pad(x, (0, over)) if over else x
-        u = functional.linear(
-            rearrange(whole, "... (i d) -> ... i d", i=self.slices[1]), self.factors.down
-        )
+        whole = F.pad(x, (0, over)) if over else x
+        sliced = rearrange(whole, "... (i d) -> ... i d", i=self.slices[1])
+        u = F.linear(sliced, self.factors.down)
         mixed = self.drop(einsum(u, self.cores(), "... i r, o i s r -> ... o s"))
-        y = rearrange(functional.linear(mixed, self.factors.up), "... o d -> ... (o d)")
+        y = rearrange(F.linear(mixed, self.factors.up), "... o d -> ... (o d)")
         return y[..., : self.out]
 
     def affine(self) -> tuple[Tensor, None]:
@@ -81,8 +80,7 @@ class FacTTT(FacT):
     def __init__(self, width: int, out: int, factors: TTFactors, *, dropout: float = 0.1) -> None:
         super().__init__(width, out, factors, dropout=dropout)
         o, i = self.slices
-        bound = (i * self.rank) ** -0.5
-        self.core = nn.Parameter(torch.empty(o, i, self.rank, self.rank).uniform_(-bound, bound))
+        self.core = nn.Parameter(kaiming(o, i, self.rank, self.rank, fan_in=i * self.rank))
 
     def cores(self) -> Tensor:
         return self.core
@@ -99,8 +97,7 @@ class FacTTK(FacT):
         self, width: int, out: int, factors: TKFactors, *, dropout: float = 0.1, slices: int = 144
     ) -> None:
         super().__init__(width, out, factors, dropout=dropout)
-        bound = (6 / (self.rank + slices)) ** 0.5
-        self.mixing = nn.Parameter(torch.empty(self.rank, *self.slices).uniform_(-bound, bound))
+        self.mixing = nn.Parameter(xavier(self.rank, *self.slices, fans=self.rank + slices))
         self.factors: TKFactors = factors
 
     def cores(self) -> Tensor:
@@ -150,8 +147,8 @@ def fact_tt(site: Site, factors: Maker = _TT, dropout: float = 0.1) -> nn.Module
     >>> fact_tt(factors=shared(tt_factors(rank=4)))
     fact_tt(factors=shared(tt_factors(rank=4)))
     """
-    made = borrowed("fact_tt", "factors", factors, _square(site), TTFactors)
-    return FacTTT(site.width, site.out, made, dropout=dropout)
+    pair = borrowed("fact_tt", "factors", factors, _square(site), TTFactors)
+    return FacTTT(site.width, site.out, pair, dropout=dropout)
 
 
 @part
@@ -170,8 +167,8 @@ def fact_tk(site: Site, factors: Maker = _TK, dropout: float = 0.1, slices: int 
     fact_tk(factors=shared(tk_factors(rank=8)))
     """
     positive("fact_tk", slices=slices)
-    made = borrowed("fact_tk", "factors", factors, _square(site), TKFactors)
-    return FacTTK(site.width, site.out, made, dropout=dropout, slices=slices)
+    triple = borrowed("fact_tk", "factors", factors, _square(site), TKFactors)
+    return FacTTK(site.width, site.out, triple, dropout=dropout, slices=slices)
 
 
 def _square(site: Site) -> Site:

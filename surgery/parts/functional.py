@@ -17,8 +17,8 @@ from torch import Tensor
 from ..rules.routing import Coefficient, Routed, balance, balance_slope, load, top1, with_balance
 
 __all__ = [
-    "Coefficient", "Experts", "Routed", "balance", "balance_slope", "load", "may_sort", "merge",
-    "mix", "mix_dense", "mix_top1", "route", "split", "top1", "with_balance",
+    "Coefficient", "Experts", "Routed", "balance", "balance_slope", "load", "may_sort",
+    "merge_heads", "mix", "mix_dense", "mix_top1", "route", "split_heads", "top1", "with_balance",
 ]  # fmt: skip
 
 
@@ -31,20 +31,20 @@ class Experts(NamedTuple):
     up_bias: Tensor
 
 
-def split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """Sub-tokens ``(m, c)`` of tokens ``(..., heads * c)``: chunks of features, token-major."""
     return rearrange(x, "... (h c) -> (... h) c", h=heads)
 
 
-def merge(u: Tensor, x: Tensor) -> Tensor:
-    """Sub-tokens ``(m, c)`` back in the shape of the tokens `split` took them from."""
+def merge_heads(u: Tensor, x: Tensor) -> Tensor:
+    """Sub-tokens ``(m, c)`` back in the shape of the tokens `split_heads` took them from."""
     return u.reshape(x.shape)
 
 
 def route(u: Tensor, reduction: Tensor, embeddings: Tensor) -> Tensor:
     """Gates ``(m, n)`` of sub-tokens ``(m, c)``, in float32 or finer.
 
-    reduction ``(e, c)`` and the unit embeddings ``(n, e)`` are first folded into one router
+    reduction ``(e, c)`` and the unit embeddings ``(n, e)`` are first merged into one router
     ``(n, c)``; logits ``(n, m)`` lie expert by expert, where a softmax over few experts is fast.
     """
     router = F.normalize(embeddings, dim=1) @ reduction
@@ -94,10 +94,10 @@ def mix_top1(u: Tensor, gates: Tensor, experts: Experts, act: Callable[[Tensor],
     """
     gate, winner = gates.max(dim=1, keepdim=True)
     order = winner.flatten().argsort()
-    load = winner.flatten().bincount(minlength=gates.shape[1]).tolist()
-    groups = u.index_select(0, order).split_with_sizes(load)
-    run = zip(groups, *experts, strict=True)
-    mixed = torch.cat([F.linear(act(F.linear(v, d, b)), w, k) for v, d, b, w, k in run])
+    sizes = winner.flatten().bincount(minlength=gates.shape[1]).tolist()
+    groups = u.index_select(0, order).split_with_sizes(sizes)
+    by_expert = zip(groups, *experts, strict=True)
+    mixed = torch.cat([F.linear(act(F.linear(v, d, b)), w, k) for v, d, b, w, k in by_expert])
     return torch.empty_like(mixed).index_copy_(0, order, mixed) * gate.to(mixed.dtype)
 
 

@@ -53,8 +53,8 @@ class GatedPrompt(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (..., n, heads, c) of tokens (..., n, width), normed."""
-        made = rearrange(self.attn.qkv(x), "... (k h c) -> k ... h c", k=3, h=len(self.gate))
-        q, k, v = made.unbind(0)
+        qkv = rearrange(self.attn.qkv(x), "... (k h c) -> k ... h c", k=3, h=len(self.gate))
+        q, k, v = qkv.unbind(0)
         return _normed(self.attn, "q_norm", q), _normed(self.attn, "k_norm", k), v
 
     def extra_repr(self) -> str:
@@ -95,18 +95,20 @@ def gated_prompt(site: Site, tokens: int = 10) -> nn.Module:
 def _foreign(attn: Any) -> str:
     """Why an attention's queries, keys and values are not those of qkv alone; "" if they are."""
     if not all(isinstance(attn._modules.get(name), nn.Linear) for name in ("qkv", "proj")):
-        return "has no one linear qkv and proj of its own"
+        return "has no one linear qkv and proj of its own"  # Hugging Face's, LeViT's, PVT's
     if not isinstance(getattr(attn, "num_heads", None), int):
-        return "does not say its num_heads"
-    if not isinstance(getattr(attn, "scale", None), float):
+        return "does not say its num_heads"  # Hiera's
+    if not isinstance(getattr(attn, "scale", None), float):  # Swin V2's, XCiT's: a parameter
         return "does not scale its scores by a number"
     if attn.qkv.out_features != 3 * attn.proj.in_features:
         return "has other widths for queries, keys and values"
+    # EVA's rope, BEiT's shared_rel_pos_bias, MViT's feat_size
     if odd := sorted(set(inspect.signature(attn.forward).parameters) - MASKS):
         return f"takes {', '.join(odd)} (rotary positions or other inputs) beside the tokens"
-    own = [name for name, tensor in attn._parameters.items() if tensor is not None]
-    inner = [name for name, child in attn._modules.items() if child is not None]
-    if odd := sorted({*own, *inner} - KNOWN - TABLES):
+    # CaiT's talking heads, SAM's relative positions
+    inside = {**attn._parameters, **attn._modules}
+    names = {name for name, value in inside.items() if value is not None}
+    if odd := sorted(names - KNOWN - TABLES):
         return f"has {', '.join(odd)}, which may change its queries, keys or output"
     if not isinstance(attn._modules.get("norm", nn.Identity()), nn.Identity):
         return "norms its output before proj"

@@ -31,8 +31,8 @@ class EdgeConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         near = nearest_tokens(x.detach(), min(self.k, x.shape[1]))
-        ahead, own = self.edge.weight.chunk(2, dim=1)
-        tip, tail = x @ ahead.t(), x @ (own - ahead).t()
+        A, B = self.edge.weight.chunk(2, dim=1)
+        tip, tail = x @ A.t(), x @ (B - A).t()
         index = repeat(near, "b n k -> b (n k) d", d=x.shape[2])
         edges = rearrange(tip.gather(1, index), "b (n k) d -> b d n k", k=near.shape[2])
         edges = self.act(self.norm(edges + rearrange(tail, "b n d -> b d n 1")))
@@ -64,12 +64,12 @@ class InstancePrompt(nn.Module):
                 f"it is given {x.shape[1]} tokens, none of them behind those that it skips.",
                 "Put it where the sample's own tokens are.",
             )
-        seen = [x[:, self.skip :]]
+        features = [x[:, self.skip :]]
         for layer in self.layers:
-            seen.append(layer(seen[-1]))
-        fused = rearrange(self.fuse(torch.cat(seen[1:], 2)), "b n d -> b d n")
-        made: Tensor = rearrange(self.act(self.norm(fused)).amax(2), "b d -> b 1 d")
-        return made
+            features.append(layer(features[-1]))
+        fused = rearrange(self.fuse(torch.cat(features[1:], 2)), "b n d -> b d n")
+        token: Tensor = rearrange(self.act(self.norm(fused)).amax(2), "b d -> b 1 d")
+        return token
 
 
 def nearest_tokens(x: Tensor, k: int) -> Tensor:

@@ -17,7 +17,8 @@ from ..errors import RuleError
 from ..rules.part import Maker, part, shared, usually
 from ..structure.module_tree import Site
 from .arguments import borrowed, divisors, near_divisors, positive
-from .qkv_rows import chosen_rows, placed
+from .init import kaiming, xavier
+from .qkv_rows import chosen_rows, placed, row_size
 
 
 class KronA(nn.Module):
@@ -34,12 +35,9 @@ class KronA(nn.Module):
 
     def __init__(self, width: int, rows: list[slice], *, out: int, a_out: int, a_in: int) -> None:
         super().__init__()
-        size = rows[0].stop - rows[0].start
-        bound = (width // a_in) ** -0.5
         self.rows, self.out = rows, out
         self.a = nn.Parameter(torch.zeros(len(rows), a_out, a_in))
-        b = torch.empty(len(rows), size // a_out, width // a_in)
-        self.b = nn.Parameter(b.uniform_(-bound, bound))
+        self.b = nn.Parameter(kaiming(len(rows), row_size(rows) // a_out, width // a_in))
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = rearrange(x, "... (j l) -> ... j l", j=self.a.shape[2])
@@ -52,9 +50,8 @@ class KronA(nn.Module):
         return placed(pieces, self.rows, self.out).t(), None
 
     def extra_repr(self) -> str:
-        return (
-            f"{' x '.join(map(str, self.a.shape[1:]))} (x) {' x '.join(map(str, self.b.shape[1:]))}"
-        )
+        a, b = (" x ".join(map(str, factor.shape[1:])) for factor in (self.a, self.b))
+        return f"{a} (x) {b}"
 
 
 @part
@@ -78,7 +75,7 @@ def krona(
     krona(a_out=32, a_in=24)
     """
     slices = chosen_rows(rows, site.out, "krona")
-    size = slices[0].stop - slices[0].start
+    size = row_size(slices)
     a_out = _near_root(size, up=True) if a_out is None else a_out
     a_in = _near_root(site.width, up=False) if a_in is None else a_in
     divides("krona", "output", size, a_out=a_out)
@@ -95,7 +92,7 @@ class PHMRule(nn.Module):
 
 
 class PHMLinear(nn.Module):
-    """x W + b with W = sum_i A_i (x) s_i t_i^T, (width, out): A is lent, s, t and b its own.
+    """x W + b with W = sum_i A_i (x) s_i t_i^T, (width, out): A is borrowed, s, t and b its own.
 
     s (n, width / n) and t (n, out / n) start as Glorot uniform of gain sqrt 2, b at zero.
 
@@ -107,7 +104,7 @@ class PHMLinear(nn.Module):
         super().__init__()
         n = len(rule.weight)
         self.rule = rule
-        self.s, self.t = _glorot(n, width // n), _glorot(n, out // n)
+        self.s, self.t = _columns(n, width // n), _columns(n, out // n)
         self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,11 +166,11 @@ def compacter(site: Site, rank: int = 24, rule: Maker = _PHM_RULE) -> nn.Module:
     compacter(rank=8, rule=shared(phm_rule(n=2)))
     """
     positive("compacter", rank=rank)
-    core = borrowed("compacter", "rule", rule, site.sized(0, 0), PHMRule)
-    n = len(core.weight)
+    matrices = borrowed("compacter", "rule", rule, site.sized(0, 0), PHMRule)
+    n = len(matrices.weight)
     for what, size in (("width", site.width), ("rank", rank), ("output", site.out)):
         divides("compacter", what, size, n=n)
-    return Compacter(site.width, rank, core, out=site.out)
+    return Compacter(site.width, rank, matrices, out=site.out)
 
 
 class SlowFactors(nn.Module):
@@ -188,7 +185,7 @@ class SlowFactors(nn.Module):
 class KAdaptation(nn.Module):
     """scale * dW x + bias on rows of the output, dW = sum_i (a_i b_i^T) (x) (u_i v_i^T).
 
-    a and b, for each slice of rows, are lent; u (pieces, t, size / t), v (pieces, t, width / t)
+    a and b, for each slice of rows, are borrowed; u (pieces, t, size / t), v (pieces, t, width / t)
     and the bias, which the slices share, are its own. u and the bias start at zero, v is Kaiming
     uniform. Dropout acts on dW.
     """
@@ -207,11 +204,10 @@ class KAdaptation(nn.Module):
     ) -> None:
         super().__init__()
         pieces, t, _ = slow.a.shape
-        size = rows[0].stop - rows[0].start
-        bound = (width // t) ** -0.5
+        size = row_size(rows)
         self.rows, self.out, self.scale, self.slow = rows, out, scale, slow
         self.u = nn.Parameter(torch.zeros(pieces, t, size // t))
-        self.v = nn.Parameter(torch.empty(pieces, t, width // t).uniform_(-bound, bound))
+        self.v = nn.Parameter(kaiming(pieces, t, width // t))
         self.bias = nn.Parameter(torch.zeros(size))
         self.drop = nn.Dropout(dropout)
 
@@ -275,17 +271,17 @@ def kadaptation(
     kadaptation(slow=shared(slow_factors(t=8)), dropout=0.0)
     """
     slices = chosen_rows(rows, site.out, "kadaptation")
-    size = slices[0].stop - slices[0].start
-    core = borrowed("kadaptation", "slow", slow, site.sized(0, len(slices)), SlowFactors)
-    divides("kadaptation", "output", size, t=core.a.shape[1])
-    divides("kadaptation", "input", site.width, t=core.a.shape[1])
-    return KAdaptation(site.width, slices, core, out=site.out, scale=scale, dropout=dropout)
+    factors = borrowed("kadaptation", "slow", slow, site.sized(0, len(slices)), SlowFactors)
+    t = factors.a.shape[1]
+    divides("kadaptation", "output", row_size(slices), t=t)
+    divides("kadaptation", "input", site.width, t=t)
+    return KAdaptation(site.width, slices, factors, out=site.out, scale=scale, dropout=dropout)
 
 
-def divides(word: str, what: str, size: int, **parts: int) -> None:
+def divides(word: str, what: str, size: int, **values: int) -> None:
     """Raise RuleError unless each value divides `size`."""
-    positive(word, **parts)
-    for name, value in parts.items():
+    positive(word, **values)
+    for name, value in values.items():
         if size % value:
             raise RuleError(
                 f"{word}({name}={value})",
@@ -294,10 +290,9 @@ def divides(word: str, what: str, size: int, **parts: int) -> None:
             )
 
 
-def _glorot(n: int, features: int) -> nn.Parameter:
+def _columns(n: int, features: int) -> nn.Parameter:
     """n vectors, each as a matrix (features, 1): Glorot uniform of gain sqrt 2."""
-    bound = math.sqrt(2) * math.sqrt(6 / (features + 1))
-    return nn.Parameter(torch.empty(n, features).uniform_(-bound, bound))
+    return nn.Parameter(xavier(n, features, fans=features + 1, gain=math.sqrt(2)))
 
 
 def _near_root(size: int, *, up: bool) -> int:

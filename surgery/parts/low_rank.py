@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import RuleError, is_number
+from ..errors import RuleError, is_integer, is_number
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import positive
-from .qkv_rows import chosen_rows, placed
+from .init import kaiming
+from .qkv_rows import chosen_rows, placed, row_size
 
 
 class LowRank(nn.Module):
@@ -45,8 +46,9 @@ class LowRank(nn.Module):
 
         Zeros are laid between the rows of `up`, which costs less than between features.
         """
-        laid = [placed([b.mT], [each], self.out) for b, each in zip(B, self.rows, strict=True)]
-        return A.flatten(0, 1), torch.cat(laid).mT
+        pairs = zip(B, self.rows, strict=True)
+        up = torch.cat([placed([b.mT], [rows], self.out) for b, rows in pairs]).mT
+        return A.flatten(0, 1), up
 
 
 class LoRA(LowRank):
@@ -70,7 +72,7 @@ class LoRA(LowRank):
     ) -> None:
         super().__init__(rows or [slice(0, out)], out, dropout)
         self.rank, self.scale = rank, scale
-        k, size = len(self.rows), self.rows[0].stop - self.rows[0].start
+        k, size = len(self.rows), row_size(self.rows)
         self.A = nn.Parameter(kaiming(k, rank, width))
         self.B = nn.Parameter(torch.zeros(k, size, rank))
 
@@ -101,7 +103,7 @@ class DyLoRA(LoRA):
 
     @active.setter
     def active(self, b: int | None) -> None:
-        if b is not None and (type(b) is not int or not 1 <= b <= self.rank):
+        if b is not None and not (is_integer(b) and b <= self.rank):
             raise RuleError(
                 f"active={b!r}",
                 f"this DyLoRA has ranks 1 to {self.rank}.",
@@ -148,7 +150,7 @@ class PRoLoRA(LowRank):
     ) -> None:
         super().__init__(rows or [slice(0, out)], out, dropout)
         self.tiles, self.scale, self.width = tiles, scale, width
-        k, self.size = len(self.rows), self.rows[0].stop - self.rows[0].start
+        k, self.size = len(self.rows), row_size(self.rows)
         chunk, tall = -(-width // tiles[0]), -(-self.size // tiles[1])
         shared = rank - unshared
         self.A_shared = nn.Parameter(kaiming(k, shared, chunk, fan_in=width))
@@ -167,12 +169,6 @@ def _tiled(chunk: Tensor, times: int, size: int) -> Tensor:
     """A chunk (k, rank, c) laid `times` times along its last axis, turned, and cut to `size`."""
     step = max(chunk.shape[1] // times, 1)
     return torch.cat([chunk.roll(i * step, 1) for i in range(times)], -1)[..., :size]
-
-
-def kaiming(*shape: int, fan_in: int | None = None, gain: float = 3**-0.5) -> Tensor:
-    """A tensor that starts Kaiming uniform, +-gain * sqrt(3 / fan_in); the gain of a = sqrt 5."""
-    bound = gain * math.sqrt(3 / max(shape[-1] if fan_in is None else fan_in, 1))
-    return torch.empty(shape).uniform_(-bound, bound)
 
 
 def scale_of(rule: str, alpha: float | None, rank: int) -> float:
@@ -242,9 +238,9 @@ def dylora(
     positive("dylora", rank=rank)
     chosen = chosen_rows(rows, site.out, "dylora")
     scale = scale_of("dylora", alpha, rank)
-    made = DyLoRA(site.width, site.out, rank, rows=chosen, scale=scale, dropout=dropout)
-    made.frozen = frozen
-    return made
+    part = DyLoRA(site.width, site.out, rank, rows=chosen, scale=scale, dropout=dropout)
+    part.frozen = frozen
+    return part
 
 
 @part
@@ -272,7 +268,7 @@ def prolora(
     prolora(rank=4, unshared=1)
     """
     positive("prolora", rank=rank)
-    if type(unshared) is not int or not 0 <= unshared < rank:
+    if not is_integer(unshared, least=0) or unshared >= rank:
         raise RuleError(
             f"prolora(rank={rank}, unshared={unshared!r})",
             "of the ranks, some must be shared.",

@@ -11,7 +11,9 @@ from ..rules import routing
 from ..rules.part import part
 from ..structure.module_tree import Site
 from . import functional
+from .adapters import with_dropout
 from .arguments import fitted, near_divisors, positive
+from .init import kaiming
 
 
 class MixtureOfAdapters(nn.Module):
@@ -35,14 +37,9 @@ class MixtureOfAdapters(nn.Module):
 
     starts_at_zero = True  # apply(..., example=x) holds it to that
     routes = True  # it returns gates, for balance_loss and routing
-    by_expert: tuple[str, ...] = (
-        "embeddings",
-        "down",
-        "down_bias",
-        "up",
-        "up_bias",
-    )  # a row for each expert
-    note: str | None = None
+    # what has a row for each expert
+    by_expert: tuple[str, ...] = ("embeddings", "down", "down_bias", "up", "up_bias")
+    note: str | None = None  # for the report
     down_bias: Tensor
     up_bias: Tensor
 
@@ -61,24 +58,13 @@ class MixtureOfAdapters(nn.Module):
         by_token: bool = False,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
-            raise RuleError(
-                f"moa(heads={heads})",
-                f"the width {width} does not divide by {heads} heads.",
-                f"Its divisors nearest to {heads}: {near_divisors(width, heads)}. "
-                f"Choose one, or write moa(heads={heads}, fit=True) to take the nearest.",
-            )
-        if top_k not in (1, None):
-            raise RuleError(
-                f"moa(top_k={top_k!r})",
-                "there are two mixtures: the likeliest expert, or all of them.",
-                "Write top_k=1 (the default) or top_k=None.",
-            )
+        _check(width, heads, top_k)
         self.heads, self.top_k, self.by_token = heads, top_k, by_token
         c, features = width // heads, rank if router is None else router
-        self.reduction = nn.Parameter(torch.empty(features, width if by_token else c))
-        self.embeddings = nn.Parameter(torch.empty(experts, features))
-        self.down = nn.Parameter(torch.empty(experts, rank, c))
+        reduction, down = kaiming(features, width if by_token else c), kaiming(experts, rank, c)
+        self.reduction = nn.Parameter(reduction)
+        self.embeddings = nn.Parameter(torch.empty(experts, features).normal_())
+        self.down = nn.Parameter(down)
         self.up = nn.Parameter(torch.zeros(experts, c, rank))
         for name, hidden in (("down_bias", rank), ("up_bias", c)):
             zeros = torch.zeros(experts, hidden)
@@ -86,19 +72,15 @@ class MixtureOfAdapters(nn.Module):
                 self.register_parameter(name, nn.Parameter(zeros))
             else:
                 self.register_buffer(name, zeros, persistent=False)
-        self.act = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
-        for weight in (self.reduction, self.down):  # as nn.Linear: Kaiming uniform, a = sqrt 5
-            bound = weight.shape[-1] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
-        nn.init.normal_(self.embeddings)
+        self.act = with_dropout(activation, dropout)
 
     def forward(self, x: Tensor) -> routing.Routed:
-        u = functional.split(x, self.heads)
+        u = functional.split_heads(x, self.heads)
         routed = x.flatten(0, -2) if self.by_token else u
         gates = functional.route(routed, self.reduction, self.embeddings)
         if self.by_token:
             gates = repeat(gates, "t n -> (t h) n", h=self.heads)
-        return routing.Routed(functional.merge(self.mix(u, gates), x), gates)
+        return routing.Routed(functional.merge_heads(self.mix(u, gates), x), gates)
 
     def mix(self, u: Tensor, gates: Tensor) -> Tensor:
         """What the experts give for sub-tokens u (m, c), by gates (m, experts)."""
@@ -108,6 +90,22 @@ class MixtureOfAdapters(nn.Module):
     def extra_repr(self) -> str:
         experts, rank, c = self.down.shape
         return f"{c * self.heads}, rank={rank}, experts={experts}, heads={self.heads}"
+
+
+def _check(width: int, heads: int, top_k: int | None) -> None:
+    if heads < 1 or width % heads:
+        raise RuleError(
+            f"moa(heads={heads})",
+            f"the width {width} does not divide by {heads} heads.",
+            f"Its divisors nearest to {heads}: {near_divisors(width, heads)}. "
+            f"Choose one, or write moa(heads={heads}, fit=True) to take the nearest.",
+        )
+    if top_k not in (1, None):
+        raise RuleError(
+            f"moa(top_k={top_k!r})",
+            "there are two mixtures: the likeliest expert, or all of them.",
+            "Write top_k=1 (the default) or top_k=None.",
+        )
 
 
 @part
@@ -143,16 +141,16 @@ def moa(
     moa(rank=16, heads=4)
     """
     positive("moa", experts=experts, rank=rank, heads=heads, router=router or rank)
-    fitting = fitted(site.width, heads) if fit else heads
-    made = MixtureOfAdapters(
-        site.width, rank, experts, fitting, top_k=top_k, activation=activation, dropout=dropout,
+    used = fitted(site.width, heads) if fit else heads
+    mixture = MixtureOfAdapters(
+        site.width, rank, experts, used, top_k=top_k, activation=activation, dropout=dropout,
         bias=bias, router=router, by_token=by_token,
     )  # fmt: skip
-    return noted(made, site.width, heads)
+    return noted(mixture, site.width, heads)
 
 
-def noted(made: MixtureOfAdapters, width: int, heads: int) -> nn.Module:
+def noted(mixture: MixtureOfAdapters, width: int, heads: int) -> nn.Module:
     """A mixture that says so where it has not as many heads as asked for."""
-    if made.heads != heads:
-        made.note = f"{made.heads} heads: the divisor of {width} nearest to {heads}"
-    return made
+    if mixture.heads != heads:
+        mixture.note = f"{mixture.heads} heads: the divisor of {width} nearest to {heads}"
+    return mixture

@@ -77,8 +77,8 @@ def merged(up: Tensor, owner: Tensor | None) -> Tensor:
     """The mean of sparse experts `up` (experts, out, rank), zero but where they are the owner."""
     if owner is None:
         return up[0]
-    own = up.gather(0, owner.long()[None])[0]  # every entry has one owner: no sum is needed
-    return own / len(up)
+    trained = up.gather(0, owner.long()[None])[0]  # every entry has one owner: no sum is needed
+    return trained / len(up)
 
 
 def deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,10 +98,10 @@ def deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     out = dict(tensors)
     for key in [key for key in tensors if key.endswith(".owner")]:
-        stem = key.removesuffix("owner")
+        part = key.removesuffix(".owner")
         owner = out.pop(key)
-        out[f"{stem}up"] = merged(out[f"{stem}up"], owner)[None]
-        out[f"{stem}up_bias"] = out[f"{stem}up_bias"].mean(0, keepdim=True)
+        out[f"{part}.up"] = merged(out[f"{part}.up"], owner)[None]
+        out[f"{part}.up_bias"] = out[f"{part}.up_bias"].mean(0, keepdim=True)
     return out
 
 

@@ -10,6 +10,7 @@ from ..errors import RuleError
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import fitted, positive
+from .init import xavier
 
 
 class Prompt(nn.Module):
@@ -25,13 +26,13 @@ class Prompt(nn.Module):
         self, width: int, tokens: int = 10, *, dropout: float = 0.0, fan_in: int | None = None
     ) -> None:
         super().__init__()
-        bound = (6 / (max(width, 1) + (width if fan_in is None else fan_in))) ** 0.5
-        self.tokens = nn.Parameter(torch.empty(tokens, width).uniform_(-bound, bound))
+        fans = max(width, 1) + (width if fan_in is None else fan_in)
+        self.tokens = nn.Parameter(xavier(tokens, width, fans=fans))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.drop(repeat(self.tokens, "p d -> b p d", b=x.shape[0]))
-        return made
+        inserted: Tensor = self.drop(repeat(self.tokens, "p d -> b p d", b=x.shape[0]))
+        return inserted
 
 
 class PromptGenerator(nn.Module):
@@ -56,9 +57,9 @@ class PromptGenerator(nn.Module):
 
     def forward(self, x: Tensor, heard: Tensor) -> Tensor:
         mean = self.act(heard).mean(1)
-        split = rearrange(mean, "b (h c) -> b h c", h=self.times)
-        made: Tensor = rearrange(self.gamma * split + self.beta, "b h c -> b 1 (h c)")
-        return made
+        by_head = rearrange(mean, "b (h c) -> b h c", h=self.times)
+        token: Tensor = rearrange(self.gamma * by_head + self.beta, "b h c -> b 1 (h c)")
+        return token
 
 
 @part

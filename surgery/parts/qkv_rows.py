@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from ..errors import RuleError
 from ..rules.affine import Affine, affine
 from ..structure.module_tree import Site
+from .arguments import declare_as
 
 
 def chosen_rows(rows: str | None, out: int, rule: str) -> list[slice]:
     """The rows that are chosen of `out`, one slice for each name without a leading underscore.
 
     rows    as many names as there are equal chunks, "q _k v"; None: one slice over all rows
-    rule    the word that is told them, for errors
+    rule    the word that is given them, for errors
 
     Raises RuleError where `out` does not divide by the names, or all names are left alone.
 
@@ -42,6 +43,15 @@ def chosen_rows(rows: str | None, out: int, rule: str) -> list[slice]:
     return [slice(i * size, i * size + size) for i, n in enumerate(names) if n[0] != "_"]
 
 
+def row_size(slices: list[slice]) -> int:
+    """How many rows each slice has: all have the same number.
+
+    >>> row_size([slice(0, 4), slice(8, 12)])
+    4
+    """
+    return int(slices[0].stop - slices[0].start)
+
+
 def placed(pieces: list[Tensor], slices: list[slice], out: int) -> Tensor:
     """Pieces (..., size) at their slices of (..., out), zeros elsewhere.
 
@@ -50,16 +60,16 @@ def placed(pieces: list[Tensor], slices: list[slice], out: int) -> Tensor:
     """
     if len(pieces) == 1 and slices[0] == slice(0, out):
         return pieces[0]
-    laid: list[Tensor] = []
+    columns: list[Tensor] = []
     end = 0
-    for piece, each in zip(pieces, slices, strict=True):
-        if each.start > end:
-            laid.append(piece.new_zeros(*piece.shape[:-1], each.start - end))
-        laid.append(piece)
-        end = each.stop
+    for piece, place in zip(pieces, slices, strict=True):
+        if place.start > end:
+            columns.append(piece.new_zeros(*piece.shape[:-1], place.start - end))
+        columns.append(piece)
+        end = place.stop
     if end < out:
-        laid.append(laid[-1].new_zeros(*laid[-1].shape[:-1], out - end))
-    return torch.cat(laid, -1)
+        columns.append(columns[-1].new_zeros(*columns[-1].shape[:-1], out - end))
+    return torch.cat(columns, -1)
 
 
 class OnRows(nn.Module):
@@ -72,19 +82,19 @@ class OnRows(nn.Module):
     def __init__(self, parts: list[nn.Module], slices: list[slice], out: int) -> None:
         super().__init__()
         self.parts, self.slices, self.out = nn.ModuleList(parts), slices, out
-        self.starts_at_zero = all(getattr(each, "starts_at_zero", False) for each in parts)
+        declare_as(self, parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return placed([each(x) for each in self.parts], self.slices, self.out)
+        return placed([part(x) for part in self.parts], self.slices, self.out)
 
     def affine(self) -> Affine:
-        maps = [affine(each) for each in self.parts]
-        weights = [each.weight.t() for each in maps if each is not None]
+        maps = [affine(part) for part in self.parts]
+        weights = [map.weight.t() for map in maps if map is not None]
         return Affine(placed(weights, self.slices, self.out).t(), None)
 
 
 def on_rows(rows: str | None, site: Site, rule: str, make: Callable[[int], nn.Module]) -> nn.Module:
     """`make(out)` for every chosen slice of the site's output; alone where it is all of it."""
     slices = chosen_rows(rows, site.out, rule)
-    parts = [make(each.stop - each.start) for each in slices]
+    parts = [make(row_size(slices)) for _ in slices]
     return parts[0] if rows is None else OnRows(parts, slices, site.out)

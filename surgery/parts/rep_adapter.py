@@ -1,4 +1,4 @@
-"""A linear adapter that can be folded away (Luo et al. 2023, RepAdapter)."""
+"""A linear adapter in groups, which can be merged into the base (Luo et al. 2023, RepAdapter)."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class RepAdapter(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        moved: Tensor = self.up(self.drop(self.down(x)))
-        return moved * self.scale
+        added: Tensor = self.up(self.drop(self.down(x)))
+        return added * self.scale
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
         """s B A and s (B a + b), with B as one matrix."""

@@ -48,41 +48,43 @@ class SmallAdapter(Adapter):
             nn.init.normal_(linear.weight, std=std)
 
 
-class Chance(NamedTuple):
+class Conditions(NamedTuple):
     """What half a block ran on and under: the strides of its input, random numbers, autocast."""
 
     strides: tuple[int, ...]  # torch chooses other paths by them, which keep other tensors
-    wanted: bool  # whether the input asks for a gradient
-    cpu: Tensor
+    requires_grad: bool  # of the input
+    cpu_rng: Tensor
     devices: list[int]
-    states: list[Tensor]
-    kind: str
+    device_rngs: list[Tensor]
+    kind: str  # of device: "cpu", "cuda", "meta"
     autocast: dict[str, Any]
 
     @classmethod
-    def now(cls, x: Tensor) -> Chance:
+    def now(cls, x: Tensor) -> Conditions:
+        """Those that a half on x would run under now."""
         kind = x.device.type
         autocast = {
             "enabled": kind != "meta" and torch.is_autocast_enabled(kind),
             "dtype": None if kind == "meta" else torch.get_autocast_dtype(kind),
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
-        state = torch.get_rng_state()
-        return cls(x.stride(), x.requires_grad, state, *get_device_states(x), kind, autocast)
+        rng = torch.get_rng_state()
+        return cls(x.stride(), x.requires_grad, rng, *get_device_states(x), kind, autocast)
 
-    def laid(self, x: Tensor) -> Tensor:
-        """The input again, as it lay and a leaf."""
+    def input(self, x: Tensor) -> Tensor:
+        """The input again, with its strides, cut off from what gave it."""
         x = x.detach()
         if x.stride() != self.strides:
             x = torch.empty_strided(x.shape, self.strides, dtype=x.dtype, device=x.device).copy_(x)
-        return x.requires_grad_(self.wanted)
+        return x.requires_grad_(self.requires_grad)
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
+        """A context with the random numbers and the autocast of then."""
         kind = "cuda" if self.kind == "cpu" else self.kind
         with torch.random.fork_rng(self.devices, device_type=kind):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states, device_type=kind)
+            torch.set_rng_state(self.cpu_rng)
+            set_device_states(self.devices, self.device_rngs, device_type=kind)
             if self.kind == "meta":  # which has no autocast
                 yield
                 return
@@ -99,11 +101,11 @@ class Tape:
 
     def __init__(self, streams: Reversible) -> None:
         self.streams = streams
-        self.chances: dict[tuple[int, int], Chance] = {}
-        self.saved: dict[tuple[int, int], list[torch.Size]] = {}
+        self.conditions: dict[tuple[int, int], Conditions] = {}  # of each half of each block
+        self.shapes: dict[tuple[int, int], list[torch.Size]] = {}  # of what autograd would keep
         self.pairs: dict[int, Pair] = {}  # before block k, detached
-        self.here: tuple[int, Pair] | None = None  # the last pair that the inverse gave
-        self.again: tuple[int, list[list[Tensor]]] = -1, []
+        self.inverted: tuple[int, Pair] | None = None  # the last pair that the inverse gave
+        self.rebuilt: tuple[int, list[list[Tensor]]] = -1, []  # a block, the tensors of its halves
 
     def mark(self, k: int, pair: Pair) -> None:
         """Keep the pair before block k."""
@@ -111,8 +113,8 @@ class Tape:
 
     def run(self, k: int, half: int, x: Tensor) -> Tensor:
         """Half a block forward, with numbers for what autograd would keep."""
-        self.chances[k, half] = Chance.now(x)
-        shapes = self.saved[k, half] = []
+        self.conditions[k, half] = Conditions.now(x)
+        shapes = self.shapes[k, half] = []
 
         def pack(tensor: Tensor) -> int:
             shapes.append(tensor.shape)
@@ -123,29 +125,29 @@ class Tape:
 
     def tensor(self, k: int, half: int, number: int) -> Tensor:
         """A tensor of the forward, by its number."""
-        if self.again[0] != k:
-            self.redo(k)
-        return self.again[1][half][number]
+        if self.rebuilt[0] != k:
+            self.invert(k)
+        return self.rebuilt[1][half][number]
 
     def before(self, k: int) -> Pair:
         """The pair before block k: kept, or by the inverse of block k."""
         if k in self.pairs:
             return self.pairs[k]
-        if self.here is None or self.here[0] != k:
-            self.redo(k)
-        _, pair = self.here or (k, self.pairs[k])
+        if self.inverted is None or self.inverted[0] != k:
+            self.invert(k)
+        _, pair = self.inverted or (k, self.pairs[k])
         return pair
 
-    def redo(self, k: int) -> None:
+    def invert(self, k: int) -> None:
         """Invert block k, its halves run again as they ran, their tensors written down."""
         y1, y2 = self.streams.unswapped(self.before(k + 1))
-        self.again = -1, []  # let go of the block after it
+        self.rebuilt = -1, []  # let go of the block after it
         g, of_g = self.rerun(k, 1, y1)
         x2 = (y2 - g) / self.streams.beta
         f, of_f = self.rerun(k, 0, x2)
         x1 = (y1 - f) / self.streams.lam
-        self.again = k, [of_f, of_g]
-        self.here = k, (x1, x2)
+        self.rebuilt = k, [of_f, of_g]
+        self.inverted = k, (x1, x2)
         self.check(k, x1, x2)
 
     def check(self, k: int, x1: Tensor, x2: Tensor) -> None:
@@ -154,7 +156,7 @@ class Tape:
         if known is None:
             return
         errors = [(x - want).norm() / want.norm() for x, want in zip((x1, x2), known, strict=True)]
-        if (error := max(each.item() for each in errors)) > MOST:
+        if (error := max(ratio.item() for ratio in errors)) > MOST:
             _raise_later(
                 f"reversible(keep={self.streams.keep})",
                 f"rounding errors grew to {error:.1e} of the features on the way back to block {k}:"
@@ -164,19 +166,19 @@ class Tape:
 
     def rerun(self, k: int, half: int, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What half a block gives, and the tensors that autograd would keep of it."""
-        chance = self.chances[k, half]
+        conditions = self.conditions[k, half]
         tensors: list[Tensor] = []
 
         def pack(tensor: Tensor) -> None:
             tensors.append(tensor.detach())
 
-        with chance.again(), torch.enable_grad(), saved_tensors_hooks(pack, _unread):
-            out = self.streams.run_half(k, half, chance.laid(x)).detach()
-        if [tensor.shape for tensor in tensors] != self.saved[k, half]:
+        with conditions.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _unread):
+            out = self.streams.run_half(k, half, conditions.input(x)).detach()
+        if [tensor.shape for tensor in tensors] != self.shapes[k, half]:
             raise GraftError(
                 f"reversible streams, block {k}",
                 f"run again for its gradient, it kept other tensors ({len(tensors)}) than in the "
-                f"forward ({len(self.saved[k, half])}).",
+                f"forward ({len(self.shapes[k, half])}).",
                 "Leave the model's mode and parts as they are between forward and backward.",
             )
         return out, tensors
@@ -324,42 +326,43 @@ def reversible(
     reversible(variant=2)
     """
     positive("reversible", rank=rank, **({"keep": keep} if keep else {}))
-    said = f"reversible(variant={variant!r}, lam={lam!r}, beta={beta!r})"
+    call = f"reversible(variant={variant!r}, lam={lam!r}, beta={beta!r})"
     if variant not in SCALES:
-        raise RuleError(said, "there are variants 1, 2 and 3.", "Give one of them.")
+        raise RuleError(call, "there are variants 1, 2 and 3.", "Give one of them.")
     a, b = SCALES[variant]
     scales = (a if lam is None else lam, b if beta is None else beta)
     if not all(isinstance(scale, (int, float)) and scale * 0 == 0 != scale for scale in scales):
         raise RuleError(
-            said,
+            call,
             "a stream that is scaled by 0 cannot be brought back.",
             "Give finite numbers other than 0; None for the paper's.",
         )
-    blocks = _blocks(site, variant, said)
-    own = 0 if variant == 3 else len(blocks)
-    adapters: list[nn.Module] = [SmallAdapter(site.width, rank) for _ in range(own)]
+    blocks: Any = site.module
+    if reason := _unfit(site, variant):
+        raise RuleError(
+            call,
+            f"{site.path or 'the model'} {reason}.",
+            "Put it on an nn.Sequential of blocks of one width, as timm's ViT has them"
+            + (" (variants 1 and 2 take any such)." if variant == 3 else "."),
+        )
+    count = 0 if variant == 3 else len(blocks)
+    adapters: list[nn.Module] = [SmallAdapter(site.width, rank) for _ in range(count)]
     return Reversible(blocks, adapters, variant, scales, KEEP[variant] if keep is None else keep)
 
 
-def _blocks(site: Site, variant: int, said: str) -> nn.Sequential:
-    """The blocks of a site that can be run as streams. Raises RuleError with the reason."""
-    blocks, where = site.module, site.path or "the model"
-    plain = isinstance(blocks, nn.Sequential) and type(blocks).forward is nn.Sequential.forward
-    if not isinstance(blocks, nn.Sequential) or not plain or not len(blocks):
-        fact = f"{where} is a {type(blocks).__name__}, and no nn.Sequential that is called whole"
-    elif len({type(each) for each in blocks}) > 1:
-        kinds = ", ".join(dict.fromkeys(type(each).__name__ for each in blocks))
-        fact = f"{where} holds {kinds}, not blocks of one kind"
-    elif site.width != site.out or site.axis != -1:
-        fact = f"{where} takes {site.width} features and gives {site.out}, or not on the last axis"
-    elif variant == 3 and any(list(each._modules) != PRE_NORM for each in blocks):
-        kind = type(blocks[0]).__name__
-        fact = f"{where} holds a {kind}, whose attention and FFN cannot be told apart for sure"
-    else:
-        return blocks
-    raise RuleError(
-        said,
-        fact + ".",
-        "Put it on an nn.Sequential of blocks of one width, as timm's ViT has them"
-        + (" (variants 1 and 2 take any such)." if variant == 3 else "."),
-    )
+def _unfit(site: Site, variant: int) -> str:
+    """Why the blocks of a site cannot be run as streams; "" if they can."""
+    blocks = site.module
+    is_plain = isinstance(blocks, nn.Sequential) and type(blocks).forward is nn.Sequential.forward
+    if not is_plain or not len(blocks._modules):
+        return f"is a {type(blocks).__name__}, and no nn.Sequential that is called whole"
+    kinds = [type(block) for block in blocks.children()]
+    if len(set(kinds)) > 1:
+        names = dict.fromkeys(kind.__name__ for kind in kinds)
+        return f"holds {', '.join(names)}, not blocks of one kind"
+    if site.width != site.out or site.axis != -1:
+        return f"takes {site.width} features and gives {site.out}, or not on the last axis"
+    pre_norm = all(list(block._modules) == PRE_NORM for block in blocks.children())
+    if variant == 3 and not pre_norm:
+        return f"holds a {kinds[0].__name__}, whose attention and FFN cannot be told apart for sure"
+    return ""

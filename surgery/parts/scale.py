@@ -38,8 +38,8 @@ class ScaleShift(nn.Module):
 def scale_shift(site: Site, shift: bool | None = True) -> nn.Module:
     """Scale and shift what a module gives, gamma * y + beta: at(norm, scale_shift()).
 
-    shift  False: only gamma; None: no beta where the module has a weight and no bias, which beta
-           could be folded into
+    shift  False: only gamma; None: no beta where the module has a weight and no bias that beta
+           could be merged into
 
     Linear, and can be merged. Starts near the identity, not at it. Raises RuleError where it
     stands beside a module that changes the number of features. Parameters: 2 * out.
@@ -59,5 +59,5 @@ def scale_shift(site: Site, shift: bool | None = True) -> nn.Module:
 
 
 def _lacks_bias(module: nn.Module) -> bool:
-    own = module._parameters
-    return own.get("weight") is not None and own.get("bias") is None
+    parameters = module._parameters
+    return parameters.get("weight") is not None and parameters.get("bias") is None

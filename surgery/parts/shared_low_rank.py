@@ -9,8 +9,9 @@ from ..errors import RuleError
 from ..rules.part import Maker, part, shared, usually
 from ..structure.module_tree import Site
 from .arguments import positive
-from .low_rank import LowRank, kaiming, scale_of
-from .qkv_rows import chosen_rows, placed
+from .init import kaiming, register
+from .low_rank import LowRank, scale_of
+from .qkv_rows import chosen_rows, placed, row_size
 
 
 class Factors(nn.Module):
@@ -29,20 +30,13 @@ class Factors(nn.Module):
         super().__init__()
         down = torch.zeros(rank, width) if A and not B else kaiming(rank, width, gain=gain)
         up = torch.zeros(out, rank) if B else kaiming(out, rank, gain=gain)
-        _keep(self, "A", down, A)
-        _keep(self, "B", up, B)
+        register(self, "A", down, trained=A)
+        register(self, "B", up, trained=B)
 
     @property
     def is_trained(self) -> bool:
         """Whether any of it is; then it starts at zero."""
         return bool(self._parameters)
-
-
-def _keep(module: nn.Module, name: str, tensor: Tensor, trained: bool) -> None:
-    if trained:
-        module.register_parameter(name, nn.Parameter(tensor))
-    else:
-        module.register_buffer(name, tensor)
 
 
 class SharedLoRA(LowRank):
@@ -74,8 +68,9 @@ class SharedLoRA(LowRank):
         super().__init__(rows or [slice(0, out)], out, dropout)
         self.core, self.scale = core, scale
         k, (size, rank) = len(self.rows), core.B.shape
-        _keep(self, "u", torch.full((k, rank), 1.0 if u is None else u), u is not None)
-        _keep(self, "v", torch.full((k, size), 1.0 if v is None else v), v is not None)
+        for name, start, features in (("u", u, rank), ("v", v, size)):
+            vector = torch.full((k, features), 1.0 if start is None else start)
+            register(self, name, vector, trained=start is not None)
 
     def maps(self) -> tuple[Tensor, Tensor]:
         A, B = self.core.A, self.core.B
@@ -141,8 +136,8 @@ def vera(
     vera(core=shared(frozen(rank=64)), rows="q _k v")
     """
     chosen = chosen_rows(rows, site.out, "vera")
-    given = _core(core, site, chosen, "vera")
-    return SharedLoRA(given, site.out, u=start, v=0.0, rows=chosen, dropout=dropout)
+    factors = _factors(core, site, chosen, "vera")
+    return SharedLoRA(factors, site.out, u=start, v=0.0, rows=chosen, dropout=dropout)
 
 
 @part
@@ -171,28 +166,30 @@ def tied_lora(
     tied_lora(core=shared(tied(rank=4)), u=False)
     """
     chosen = chosen_rows(rows, site.out, "tied_lora")
-    given = _core(core, site, chosen, "tied_lora")
-    scale = scale_of("tied_lora", alpha, given.B.shape[1])
-    if not (u or v or given.is_trained):
+    factors = _factors(core, site, chosen, "tied_lora")
+    scale = scale_of("tied_lora", alpha, factors.B.shape[1])
+    if not (u or v or factors.is_trained):
         raise RuleError(
             "tied_lora(u=False, v=False)",
             "A and B are frozen too, so nothing would be trained.",
             "Train one of them: tied(A=True), for example.",
         )
+    # of what is trained one starts at zero: B, or A (see Factors), or else v, or else u
+    start_u = 1.0 if factors.is_trained or v else 0.0
+    start_v = 1.0 if factors.is_trained else 0.0
     return SharedLoRA(
-        given, site.out, u=(1.0 if given.is_trained or v else 0.0) if u else None,
-        v=(1.0 if given.is_trained else 0.0) if v else None,
-        rows=chosen, scale=scale, dropout=dropout,
+        factors, site.out, u=start_u if u else None, v=start_v if v else None, rows=chosen,
+        scale=scale, dropout=dropout,
     )  # fmt: skip
 
 
-def _core(core: Maker, site: Site, rows: list[slice], rule: str) -> Factors:
-    """The shared factors for rows of one size. Raises RuleError where they are something else."""
-    given = core(site.sized(site.width, rows[0].stop - rows[0].start))
-    if not isinstance(given, Factors):
+def _factors(core: Maker, site: Site, rows: list[slice], rule: str) -> Factors:
+    """The shared A and B for rows of one size. Raises RuleError where `core` makes no such."""
+    factors = core(site.sized(site.width, row_size(rows)))
+    if not isinstance(factors, Factors):
         raise RuleError(
             f"{rule}(core={core!r})",
-            f"it gave a {type(given).__name__}, which has no A and B.",
+            f"it gave a {type(factors).__name__}, which has no A and B.",
             "Give shared(frozen(rank=256)) or shared(tied(rank=8)).",
         )
-    return given
+    return factors

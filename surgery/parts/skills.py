@@ -9,12 +9,13 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ..errors import FileError, GraftError, OperationError, RuleError
+from ..errors import FileError, GraftError, OperationError, RuleError, is_integer
 from ..rules.affine import Affine
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import positive
-from .low_rank import kaiming, scale_of
+from .init import kaiming, register
+from .low_rank import scale_of
 from .qkv_rows import on_rows
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,11 +61,8 @@ class Skills(nn.Module):
         super().__init__()
         A = kaiming(heads, skills, width // heads, rank, fan_in=width // heads)
         B = torch.zeros(heads, skills, rank, out // heads)
-        for name, tensor in (("A", A), ("B", B)):
-            if frozen:
-                self.register_buffer(name, tensor)
-            else:
-                self.register_parameter(name, nn.Parameter(tensor))
+        register(self, "A", A, trained=not frozen)
+        register(self, "B", B, trained=not frozen)
         logits = torch.empty(tasks, heads, skills).uniform_(-1e-3, 1e-3) if tasks else None
         self.Z = nn.Parameter(logits) if logits is not None else None
         self.scale = scale
@@ -74,7 +72,7 @@ class Skills(nn.Module):
         A, B = self.mixed(self.gates(sampled=self.training))
         if A.dim() == 3:
             times = self._times(len(x))
-            A, B = (repeat(each, "b i o -> (b n) i o", n=times) for each in (A, B))
+            A, B = (repeat(matrix, "b i o -> (b n) i o", n=times) for matrix in (A, B))
             hidden = torch.einsum("b...i,bir->b...r", x, A)
             return torch.einsum("b...r,bro->b...o", hidden, B) * self.scale
         return x @ A @ B * self.scale
@@ -108,12 +106,13 @@ class Skills(nn.Module):
         A, B = self.mixed(self.gates())
         return Affine((A @ B).mT * self.scale, None)
 
-    def _times(self, came: int) -> int:
-        times, over = divmod(came, len(self.task))
+    def _times(self, rows: int) -> int:
+        """How many rows of the first axis each sample has. Raises GraftError where that is none."""
+        times, over = divmod(rows, len(self.task))
         if over or not times:
             raise GraftError(
                 "choose(model, task)",
-                f"{len(self.task)} tasks were chosen, one a sample, and {came} come.",
+                f"{len(self.task)} tasks were chosen, one a sample, and {rows} come.",
                 "Choose as many tasks as the batch has samples, or one for all.",
             )
         return times
@@ -143,31 +142,32 @@ def choose(model: Model, task: int | Tensor) -> Model:
     >>> choose(model, torch.tensor([0, 2]))(torch.ones(2, 8)).shape
     torch.Size([2, 8])
     """
-    rule, mixes = _chosen(task), _mixes(model)
-    if not mixes or any(getattr(each, "merged", None) is True for each in model.modules()):
-        fact = "is merged, for one task" if mixes else "has no part that mixes skills by task"
-        remedy = "Call unmerge(model) first." if mixes else 'Operate it: apply(model, "mhr").'
-        raise OperationError(rule, f"this {type(model).__name__} {fact}.", remedy)
-    ids = _ids(task, rule, min(len(each.Z) for each in mixes if each.Z is not None))
-    for each in mixes:
-        each.task = ids.to(each.A.device)
+    shown = f"a tensor {tuple(task.shape)}" if isinstance(task, Tensor) else repr(task)
+    call, model_name = f"choose(model, {shown})", type(model).__name__
+    inventories = [module for module in model.modules() if isinstance(module, Skills)]
+    selectors = [skills.Z for skills in inventories if skills.Z is not None]
+    if not selectors:
+        raise OperationError(
+            call,
+            f"this {model_name} has no part that mixes skills by task.",
+            'Operate it: apply(model, "mhr").',
+        )
+    if any(getattr(module, "merged", None) is True for module in model.modules()):
+        raise OperationError(
+            call, f"this {model_name} is merged, for one task.", "Call unmerge(model) first."
+        )
+    ids = _ids(task, call, min(map(len, selectors)))
+    for skills in inventories:
+        if skills.Z is not None:
+            skills.task = ids.to(skills.A.device)
     return model
-
-
-def _chosen(task: object) -> str:
-    said = f"a tensor {tuple(task.shape)}" if isinstance(task, Tensor) else repr(task)
-    return f"choose(model, {said})"
-
-
-def _mixes(model: nn.Module) -> list[Skills]:
-    return [each for each in model.modules() if isinstance(each, Skills) and each.Z is not None]
 
 
 def _ids(task: int | Tensor, rule: str, tasks: int) -> Tensor:
     """Tasks as a tensor of their own, () or (b,). Raises RuleError where there are none such."""
     whole = type(task) is int or (isinstance(task, Tensor) and task.dtype in INTEGERS)
     ids = torch.as_tensor(task).long().detach().clone() if whole else torch.empty(0)
-    if not whole or ids.dim() > 1 or not ids.numel():
+    if ids.dim() > 1 or not ids.numel():
         raise RuleError(
             rule, "it is no task.", "Give an integer, or a tensor of them, (b,), one a sample."
         )
@@ -207,14 +207,14 @@ def _inherited(key: str, new: Tensor, old: Tensor | None) -> Tensor:
     if old is not None and old.shape == new.shape:
         return old
     if old is not None and old.dim() == 4:
-        lay = "h i r -> 1 1 (h i) r" if key.endswith(".A") else "h r o -> 1 1 r (h o)"
-        average: Tensor = rearrange(old.mean(1), lay)
+        joined = "h i r -> 1 1 (h i) r" if key.endswith(".A") else "h r o -> 1 1 r (h o)"
+        average: Tensor = rearrange(old.mean(1), joined)
         if average.shape == new.shape:
             return average
-    has = "no such tensor" if old is None else f"one of {tuple(old.shape)}"
+    there = "no such tensor" if old is None else f"one of {tuple(old.shape)}"
     raise FileError(
         "inherit",
-        f"the new model has {key} of {tuple(new.shape)}, and the old one {has}.",
+        f"the new model has {key} of {tuple(new.shape)}, and the old one {there}.",
         "Give both the same architecture, rank, heads and number of skills.",
     )
 
@@ -249,7 +249,8 @@ def skill_lora(
     skill_lora(tasks=3, heads=4)
     """
     positive("skill_lora", skills=skills, rank=rank, heads=heads)
-    if type(tasks) is not int or tasks < 0 or (frozen and not tasks):
+    trains_nothing = frozen and not tasks
+    if not is_integer(tasks, least=0) or trains_nothing:
         raise RuleError(
             f"skill_lora(tasks={tasks!r})",
             "it is no number of tasks" + (" that leaves anything to train." if frozen else "."),

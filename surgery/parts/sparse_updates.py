@@ -69,7 +69,7 @@ class Sparse(nn.Module):
 @part
 @usually("parallel")
 def sparse(site: Site, entries: int | None = None, share: float = 0.01) -> nn.Module:
-    """Trains a few numbers of a linear's weight, as a sum beside it; where, `fill` says.
+    """Trains a few numbers of a linear's weight, as a sum beside it; `surgery.training` says which.
 
     entries  how many; None: `share` of the weight, rounded up
     share    a fraction, above 0 and at most 1

@@ -1,7 +1,8 @@
-"""A part as a value: what will be built at a site, before there is a site."""
+"""A part as weight and bias, where it is linear: what can be merged into the base."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import reduce
 from typing import NamedTuple
 
@@ -51,12 +52,14 @@ def affine(part: nn.Module) -> Affine | None:
     if isinstance(part, nn.Linear) and forward is nn.Linear.forward:
         return Affine(part.weight, part.bias)
     if isinstance(part, nn.Sequential) and forward is nn.Sequential.forward:
-        maps = [affine(each) for each in part]
-        known = [each for each in maps if each is not None]
-        return (
-            reduce(lambda first, then: then.after(first), known)
-            if known and len(known) == len(maps)
-            else None
-        )
-    told = getattr(part, "affine", None)
-    return Affine(*told()) if callable(told) else None
+        maps = all_affine(part)
+        return reduce(lambda first, then: then.after(first), maps) if maps else None
+    method = getattr(part, "affine", None)
+    return Affine(*method()) if callable(method) else None
+
+
+def all_affine(parts: Iterable[nn.Module]) -> list[Affine] | None:
+    """Each of some parts as weight and bias; None where one of them is not linear."""
+    maps = [affine(part) for part in parts]
+    known = [map for map in maps if map is not None]
+    return known if len(known) == len(maps) else None

@@ -1,4 +1,4 @@
-"""What: edits are values that say how a part meets a site, or what is trained there."""
+"""What: edits are values that say how a part is joined to a site, or what is trained there."""
 
 from __future__ import annotations
 
@@ -56,23 +56,26 @@ class Trained(Edit):
         return super().__repr__() if self.only else self.word
 
     def __call__(self, *only: str | Token) -> Trained:
-        for each in only:
-            if isinstance(each, Token):
-                continue
-            if not isinstance(each, str):
-                raise RuleError(
-                    f"{self.word}({shown(each)})",
-                    "parameters are told by an address, from the site on.",
-                    f'Write {self.word}("**.bias"), for example.',
-                )
-            if any(position in each for position in "[]"):
-                raise RuleError(
-                    f"{self.word}({shown(each)})",
-                    "a parameter has a name, and no position.",
-                    f'Give the place to at: at("blocks.[-1]", {self.word}("**.bias")).',
-                )
-            parse(each)
+        for name in only:
+            if not isinstance(name, Token):
+                self._check(name)
         return Trained(self.trained, only)
+
+    def _check(self, name: object) -> None:
+        """Raise RuleError unless parameters can have such a name."""
+        if not isinstance(name, str):
+            raise RuleError(
+                f"{self.word}({shown(name)})",
+                "parameters are told by an address, from the site on.",
+                f'Write {self.word}("**.bias"), for example.',
+            )
+        if "[" in name or "]" in name:
+            raise RuleError(
+                f"{self.word}({shown(name)})",
+                "a parameter has a name, and no position.",
+                f'Give the place to at: at("blocks.[-1]", {self.word}("**.bias")).',
+            )
+        parse(name)
 
     def parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Those of a module, by name, that it speaks of."""
@@ -82,8 +85,8 @@ class Trained(Edit):
     def _means(self, name: str, p: nn.Parameter) -> bool:
         steps = tuple(Step(step, 0, 1) for step in name.split("."))
         return any(
-            is_token(p) if isinstance(each, Token) else match(each, steps) is not None
-            for each in self.only
+            is_token(p) if isinstance(meant, Token) else match(meant, steps) is not None
+            for meant in self.only
         )
 
 
@@ -103,7 +106,7 @@ class Joined(Edit):
         return None
 
     def port(self, site: Site) -> Shape:
-        """The widths that the part meets: what it is given, what it must return."""
+        """The widths of the part: what it is given, what it must return."""
         return site.shape
 
 
@@ -245,5 +248,5 @@ USUAL = {"parallel": parallel, "append": append, "prepend": prepend, "insert": i
 def usual(edit: object) -> object:
     """A part that is mostly joined in one way, joined so; anything else as it is."""
     inner = edit.part if isinstance(edit, Shared) else edit
-    way = getattr(inner.build, "edit", None) if isinstance(inner, Part) else None
-    return USUAL[way](edit) if way else edit  # type: ignore[operator]
+    word = getattr(inner.build, "edit", None) if isinstance(inner, Part) else None
+    return USUAL[word](edit) if word else edit  # type: ignore[operator]

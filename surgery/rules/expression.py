@@ -1,7 +1,7 @@
-"""A term is a value that remembers the word and the arguments that made it.
+"""An expression is a value that remembers the word and the arguments that it was written with.
 
-Patterns, edits, parts and rules are terms, and that one idea gives them all a `repr` that
-evaluates back, equality by value, and a form as plain data that a file can carry.
+Selectors, edits, parts and rules are expressions, and that one idea gives them all a `repr` that
+evaluates back, equality by value, and a form as plain data that a file can hold.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Expression:
         """(positional, by name): the fields that make this value again, defaults left out."""
         given: list[Any] = []
         named: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.kw_only:
-                if f.default is MISSING or value != f.default:
-                    named[f.name] = value
-            elif f.name == "rest":
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.kw_only:
+                if field.default is MISSING or value != field.default:
+                    named[field.name] = value
+            elif field.name == "rest":  # what was written as *rest
                 given.extend(value)
             else:
                 given.append(value)
@@ -73,13 +73,13 @@ def _is_constant(value: Any, words: Mapping[str, Any]) -> bool:
 
 
 def encode(value: Any, words: Mapping[str, Any]) -> Any:
-    """A term as plain JSON data. Raises FileError where code of the user's own is part of it."""
+    """An expression as plain JSON data. Raises FileError where it holds code of the user's own."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, (list, tuple)):
         return {"list": [encode(v, words) for v in value]}
     if _is_constant(value, words):
-        return {"name": shown(value)}  # both of a constant term and of a class, its word
+        return {"name": shown(value)}  # of a constant expression and of a class: its word
     if isinstance(value, type) and shown(value).startswith("nn."):
         return {"nn": value.__name__}
     if isinstance(value, Expression) and value.word in words:
@@ -97,7 +97,7 @@ def encode(value: Any, words: Mapping[str, Any]) -> Any:
 
 
 def decode(data: Any, words: Mapping[str, Any]) -> Any:
-    """The term that `encode` made `data` from. Only words in `words` are ever called."""
+    """The expression that `encode` made `data` from. Only words in `words` are ever called."""
     if data is None or isinstance(data, (str, int, float, bool)):
         return data
     try:

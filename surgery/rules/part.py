@@ -1,4 +1,4 @@
-"""A part as a value: what will be built at a site, before there is a site."""
+"""A part before there is a site: what will be built at each, or once for many (`shared`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Part(Expression):
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         known = inspect.signature(self.build).parameters
-        return (), {k: v for k, v in self.named if v != known[k].default}
+        return (), {name: value for name, value in self.named if value != known[name].default}
 
     def everything(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(self.named)
@@ -61,11 +61,11 @@ class _Word(Generic[P]):
 def usually(edit: str) -> Callable[[Kind], Kind]:
     """Say how a part is mostly joined, so that `at(where, part())` is enough: "parallel", ..."""
 
-    def say(build: Kind) -> Kind:
+    def mark(build: Kind) -> Kind:
         build.edit = edit  # type: ignore[attr-defined]
         return build
 
-    return say
+    return mark
 
 
 def part(build: Callable[Concatenate[Site, P], nn.Module]) -> _Word[P]:
@@ -86,6 +86,8 @@ def part(build: Callable[Concatenate[Site, P], nn.Module]) -> _Word[P]:
 
 @dataclass(frozen=True, repr=False)
 class Shared(Expression):
+    """What `shared` makes: a site borrows the part that a plan has; without a plan it makes one."""
+
     part: Maker
     by: str | Expression | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
@@ -97,7 +99,7 @@ class Shared(Expression):
 def shared(part: Maker, *, by: str | Expression | None = None, name: str | None = None) -> Shared:
     """Make `part` once and join it to every site: once per width and device.
 
-    It may be an argument of another part too, which then is lent it: `arc(basis=shared(...))`.
+    Another part may borrow it, as an argument: `arc(basis=shared(...))`.
 
     by      the name of a `{capture}` in the rule's address: once per captured value too; or a
             pattern (attn, block): once for each of its sites that is the site or holds it
@@ -120,11 +122,12 @@ def maker(value: Maker, word: str) -> Maker:
             f"{value.__name__} is the word, not yet the part.",
             f"Call it: {word}({value.__name__}()).",
         )
-    other = isinstance(value, Expression) and not isinstance(value, (Part, Shared))
-    if isinstance(value, nn.Module) or not callable(value) or other:
+    makes_no_part = isinstance(value, Expression) and not isinstance(value, (Part, Shared))
+    is_module = isinstance(value, nn.Module)  # which may be called, but not with a site
+    if is_module or makes_no_part or not callable(value):
         kind = type(value).__name__
         raise RuleError(
-            f"{word}({kind if isinstance(value, nn.Module) else shown(value)})",
+            f"{word}({kind if is_module else shown(value)})",
             f"this {kind} is no part: a part is made for each site, by a function of the site.",
             f"Write {word}(lambda site: YourModule(site.width)).",
         )

@@ -1,7 +1,7 @@
-"""Sharing Mixture of Adapters (Adapter-X, Li et al. 2024) as pure tensor functions.
+"""The contract of parts that route: they return gates too, of which a balance loss is made.
 
-Shapes: ``m`` sub-tokens of ``c`` features, ``n`` experts with ``r`` hidden units each, a router
-of ``e`` features. Expert i is the bottleneck ``E_i(u) = U_i f(D_i u + b_i) + k_i``.
+A part that routes says `routes = True` and returns `Routed`. Shapes: ``m`` sub-tokens, ``n``
+experts. The loss is that of Switch (Fedus et al. 2021), as Adapter-X has it (Li et al. 2024).
 """
 
 from __future__ import annotations

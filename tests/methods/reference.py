@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import pytest
+import timm
 import torch
+from safetensors import safe_open
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
@@ -26,11 +32,11 @@ def vit() -> nn.Module:
 def swin() -> nn.Module:
     """timm's Swin: two stages of two blocks, widths 24 and 48, windows of 4 x 4."""
     torch.manual_seed(0)
-    made = SwinTransformer(
+    model = SwinTransformer(
         img_size=32, patch_size=4, embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=4,
         num_classes=5, drop_path_rate=0.0,
     )  # fmt: skip
-    return _spread(made.double().eval())
+    return _spread(model.double().eval())
 
 
 def _spread(model: nn.Module) -> nn.Module:
@@ -43,18 +49,44 @@ def _spread(model: nn.Module) -> nn.Module:
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {"vit": vit, "swin": swin}
 INPUTS = {"vit": images(size=16).double(), "swin": images(size=32).double()}
+BOTH = pytest.mark.parametrize("backbone", BACKBONES)
+
+
+@lru_cache
+def vit_b() -> nn.Module:
+    """timm's ViT-B/16 without a head, on the meta device: one for all, to plan for and count."""
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model("vit_base_patch16_224", num_classes=0)
+    return model
 
 
 def blocks(model: nn.Module) -> list[Any]:
     """The blocks of either, in order."""
-    found: Any = model.blocks if hasattr(model, "blocks") else [*model.layers]
-    return [b for each in found for b in getattr(each, "blocks", [each])]
+    stages: Any = model.blocks if hasattr(model, "blocks") else [*model.layers]
+    return [block for stage in stages for block in getattr(stage, "blocks", [stage])]
 
 
 def parts(model: nn.Module) -> dict[str, Any]:
     """The parts of an operated model, by key: "blocks/0/attn/qkv/parallel", "shared/..."."""
-    room: Any = model.surgery
-    return dict(room.default.named_children())
+    additions: Any = model.surgery
+    return dict(additions.default.named_children())
+
+
+def beside(parts: dict[str, Any], end: str) -> list[Any]:
+    """The parts beside the sites whose path ends so, block by block."""
+    return [part for key, part in parts.items() if key.endswith(f"{end}/parallel")]
+
+
+def wide(rules: Rules) -> dict[str, Any]:
+    """Parts at width 192, where enough numbers are drawn to see how."""
+    return parts(surgery.apply(tiny_vit(embed_dim=192), rules))
+
+
+def uniform(tensor: Tensor, bound: float) -> None:
+    """It looks drawn uniformly within +-bound."""
+    tensor = tensor.detach()
+    assert 0.97 * bound < tensor.abs().max() <= bound
+    assert tensor.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 def stirred(backbone: str, rules: Rules) -> nn.Module:
@@ -126,6 +158,12 @@ def untrained(backbone: str, rules: Rules, steps: int = 2) -> list[str]:
     ]
 
 
+def trains_and_comes_off(backbone: str, rules: Rules, steps: int = 2) -> None:
+    """Gradients reach all that is trained, and after training revert brings every bit back."""
+    assert untrained(backbone, rules, steps) == []
+    reverts(backbone, rules)
+
+
 def reverts(backbone: str, rules: Rules) -> None:
     """After training too, revert brings every bit back."""
     model = BACKBONES[backbone]()
@@ -150,8 +188,35 @@ def merges(backbone: str, rules: Rules, eps: float = 16) -> None:
         assert torch.equal(surgery.unmerge(model)(x), want)
 
 
-def added(model: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that was added, buffers too."""
-    room: Any = model.surgery
-    yield from room.parameters()
-    yield from room.buffers()
+def is_stored_once(backbone: str, rules: Rules, shared: dict[str, list[str]], path: Path) -> None:
+    """A file holds every shared part once, tensor by tensor, and no more than was added.
+
+    shared  the tensors of each shared part, by its key
+    """
+    model = stirred(backbone, rules)
+    with safe_open(surgery.save(model, path), "pt") as file:
+        saved = {key: file.get_tensor(key).numel() for key in file.keys()}  # noqa: SIM118
+    assert list(saved) == sorted(surgery.state_dict(model))
+    assert {key for key in saved if key.startswith("parts.shared/")} == {
+        f"parts.{key}.{name}" for key, tensors in shared.items() for name in tensors
+    }
+    added = surgery.plan(BACKBONES[backbone](), rules).added
+    assert sum(n for key, n in saved.items() if key.startswith("parts.")) == added
+
+
+def is_one_object(
+    backbone: str, rules: Rules, shared: dict[str, list[str]], path: Path,
+    borrowed: Callable[[Any], list[Any]],
+) -> None:  # fmt: skip
+    """Who borrows a shared part has that object, in a copy and after loading too.
+
+    borrowed  what a part borrows
+    """
+    model = stirred(backbone, rules)
+    loaded = surgery.load(BACKBONES[backbone](), surgery.save(model, path), rules=rules).eval()
+    for other in (model, copy.deepcopy(model), loaded):
+        new = parts(other)
+        owners = {id(new.pop(key)) for key in shared}
+        assert {id(core) for part in new.values() for core in borrowed(part)} == owners
+    with torch.no_grad():
+        assert torch.equal(loaded(INPUTS[backbone]), model(INPUTS[backbone]))

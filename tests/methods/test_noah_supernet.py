@@ -10,7 +10,6 @@ from types import MethodType
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,11 +37,11 @@ from tests.methods.reference import (
     close,
     merges,
     parts,
-    reverts,
     stirred,
     swin,
-    untrained,
+    trains_and_comes_off,
     vit,
+    vit_b,
 )
 
 SIZES = noah(tokens=4, rank=3, hidden=5)
@@ -136,8 +135,7 @@ def test_dropout_is_that_of_noah() -> None:
 
 
 def test_all_of_the_supernet_is_trained_and_comes_off() -> None:
-    assert untrained("vit", SIZES) == []
-    reverts("vit", SIZES)
+    trains_and_comes_off("vit", SIZES)
 
 
 def test_only_the_active_units_get_a_gradient() -> None:
@@ -194,31 +192,24 @@ def test_wrong_sizes_are_told(rules: Any) -> None:
 # subnets ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def big() -> nn.Module:
-    with torch.device("meta"):
-        made: nn.Module = timm.create_model("vit_base_patch16_224", num_classes=0)
-    return made
-
-
-def test_the_supernets_count(big: nn.Module) -> None:
-    assert surgery.plan(big, noah()).trainable == 654_456
-    assert surgery.plan(big, noah(100, 100, 100)).trainable == 6_461_616
+def test_the_supernets_count() -> None:
+    assert surgery.plan(vit_b(), noah()).trainable == 654_456
+    assert surgery.plan(vit_b(), noah(100, 100, 100)).trainable == 6_461_616
 
 
 @pytest.mark.parametrize(
     ("sizes", "count"),
     [((0, 8, 0), 294_912), ((0, 0, 8), 156_768), ((0, 0, 64), 1_189_632), ((50, 0, 0), 460_800)],
 )
-def test_each_kind_counts_as_published(big: nn.Module, sizes: Any, count: int) -> None:
+def test_each_kind_counts_as_published(sizes: Any, count: int) -> None:
     subnet = Subnet(*((size,) * 12 for size in sizes))
-    assert cost(subnet, 768) == count == surgery.plan(big, subnet_rules(subnet)).trainable
+    assert cost(subnet, 768) == count == surgery.plan(vit_b(), subnet_rules(subnet)).trainable
 
 
-def test_cost_is_what_the_rules_of_a_subnet_train(big: nn.Module) -> None:
+def test_cost_is_what_the_rules_of_a_subnet_train() -> None:
     for seed in range(3):
         subnet = sample(Space(), random.Random(seed))
-        assert surgery.plan(big, subnet_rules(subnet)).trainable == cost(subnet, 768)
+        assert surgery.plan(vit_b(), subnet_rules(subnet)).trainable == cost(subnet, 768)
 
 
 def test_the_published_mean_is_one_of_such_subnets() -> None:
@@ -262,8 +253,7 @@ def test_a_subnet_is_carried_over_to_plain_parts() -> None:
 
 
 def test_a_found_subnet_is_trained_and_comes_off() -> None:
-    assert untrained("vit", subnet_rules(MIXED)) == []
-    reverts("vit", subnet_rules(MIXED))
+    trains_and_comes_off("vit", subnet_rules(MIXED))
 
 
 def test_of_a_subnet_lora_alone_merges() -> None:

@@ -11,7 +11,6 @@ from statistics import NormalDist
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from surgery.parts.binary import QuantisedLinear, binary_adapter, binary_lora
 from surgery.state import packed
 from tests.methods.reference import (
     BACKBONES,
+    BOTH,
     INPUTS,
     agrees,
     blocks,
@@ -33,9 +33,9 @@ from tests.methods.reference import (
     stirred,
     untrained,
     vit,
+    vit_b,
 )
 
-BOTH = pytest.mark.parametrize("backbone", BACKBONES)
 BITS = pytest.mark.parametrize("bits", [1, 2])
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -153,18 +153,15 @@ def test_bi_lora_merges_and_bi_adaptformer_does_not(backbone: str) -> None:
         surgery.merge(stirred(backbone, rule))
 
 
-def base() -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model("vit_base_patch16_224", num_classes=0)
-
-
 @pytest.mark.parametrize(
     ("rules", "count", "size"),
     [(bi_adaptformer(), 589_824, 73_920), (bi_lora(), 1_179_648, 147_840)],
 )
 def test_counts_and_bytes_on_a_vit_base(rules: Any, count: int, size: int, tmp_path: Path) -> None:
-    assert surgery.plan(base(), rules).trainable == count
-    model = surgery.apply(base().to_empty(device="cpu").requires_grad_(False), rules)
+    assert surgery.plan(vit_b(), rules).trainable == count
+    model = surgery.apply(
+        copy.deepcopy(vit_b()).to_empty(device="cpu").requires_grad_(False), rules
+    )
     with torch.no_grad():
         for p in surgery.parameters(model):
             p.normal_()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -23,22 +22,22 @@ from surgery.parts.sparse_updates import sparse as few
 from surgery.training.spt import allot, fill, measure, spt_adapter, spt_lora, spt_rules
 from tests.methods.reference import (
     BACKBONES,
+    BOTH,
     INPUTS,
     agrees,
     by_hand,
     close,
     merges,
     parts,
-    reverts,
     starts_as_the_base,
     stirred,
     swin,
-    untrained,
+    trains_and_comes_off,
     vit,
+    vit_b,
 )
 from tests.models import tiny_vit
 
-BOTH = pytest.mark.parametrize("backbone", ["vit", "swin"])
 RULES = sparse(share=0.1)
 
 
@@ -67,8 +66,7 @@ def test_a_sparse_sum_is_some_numbers_of_the_weight(backbone: str) -> None:
 @BOTH
 def test_it_starts_as_the_base_is_trained_comes_off_and_merges(backbone: str) -> None:
     assert starts_as_the_base(backbone, RULES)
-    assert untrained(backbone, RULES) == []
-    reverts(backbone, RULES)
+    trains_and_comes_off(backbone, RULES)
     merges(backbone, RULES)
 
 
@@ -89,8 +87,7 @@ def test_positions_are_drawn_by_the_seed_without_replacement() -> None:
 
 
 def test_counts() -> None:
-    with torch.device("meta"):
-        big = timm.create_model("vit_base_patch16_224", num_classes=0)
+    big = vit_b()
     each = [-(-768 * out // 100) for out in (2304, 768, 3072, 3072)]
     assert surgery.plan(big, sparse()).trainable == 12 * sum(each) == 849_360
     assert surgery.plan(big, at(qkv, few(entries=500))).trainable == 6_000
@@ -341,8 +338,7 @@ def test_hand_made_scores_choose_what_they_are_made_for() -> None:
 
 @pytest.fixture(scope="module")
 def big() -> tuple[nn.Module, dict[str, Tensor]]:
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model("vit_base_patch16_224", num_classes=0)
+    model = vit_b()
     generator = torch.Generator().manual_seed(0)
     scores = {
         name: torch.rand(p.shape, generator=generator).mul_(1 + (7 * i % 11) / 10)
@@ -450,8 +446,7 @@ def test_spt_adapter_agrees_with_layers_written_by_hand_and_does_not_merge() -> 
 def test_spt_starts_as_the_base_is_trained_and_comes_off(spt: Any) -> None:
     rules, indices = spt(vit(), batches(), loss, 2500, rank=1)
     assert starts_as_the_base("vit", rules)
-    assert untrained("vit", rules) == []
-    reverts("vit", rules)
+    trains_and_comes_off("vit", rules)
     made = surgery.apply(vit(), rules, example=INPUTS["vit"])
     assert sum(p.numel() for p in surgery.parameters(fill(made, indices))) <= 2500 + 24 * 5 + 5
 

@@ -208,7 +208,7 @@ def test_bf16_stays_bf16_with_gates_in_float32(top_k: int | None) -> None:
     sure = want_gates.topk(2).values.diff().abs().flatten() > 0.1  # rounding cannot turn these
     assert sure.sum() > 50
     torch.testing.assert_close(gates, want_gates, rtol=0.1, atol=0.02)
-    u, v = (ops.split(t.float(), HEADS)[sure] for t in (y, want))
+    u, v = (ops.split_heads(t.float(), HEADS)[sure] for t in (y, want))
     torch.testing.assert_close(u, v, rtol=0.05, atol=0.1)
 
 
@@ -223,7 +223,7 @@ def test_autocast_answers_as_a_linear_layer_does(top_k: int | None, half: torch.
     assert gates.dtype == m.down.grad.dtype == x.grad.dtype == torch.float32
     want, want_gates = loop(m, x)
     sure = want_gates.topk(2).values.diff().abs().flatten() > 0.1
-    u, v = (ops.split(t.float(), HEADS)[sure] for t in (y, want))
+    u, v = (ops.split_heads(t.float(), HEADS)[sure] for t in (y, want))
     torch.testing.assert_close(u, v, rtol=0.05, atol=0.1)
 
 
@@ -333,7 +333,7 @@ def test_a_single_expert_has_a_gate_of_exactly_one(top_k: int | None) -> None:
     m, x = mixture(top_k, experts=1), torch.randn(5, WIDTH, dtype=torch.float64)
     y, gates = m(x)
     assert (gates == 1).all()
-    u = ops.split(x, HEADS)
+    u = ops.split_heads(x, HEADS)
     alone = F.linear(m.act(F.linear(u, m.down[0], m.down_bias[0])), m.up[0], m.up_bias[0])
     assert_close({"y": y}, {"y": alone.reshape(x.shape)}, 4 * EPS)
 
@@ -355,7 +355,7 @@ def test_equal_experts_collapse_to_one_adapter_when_mixed() -> None:
     with torch.no_grad():
         for name in NAMES[2:]:
             getattr(m, name).copy_(getattr(m, name)[:1].expand_as(getattr(m, name)).clone())
-    u = ops.split(x, HEADS)
+    u = ops.split_heads(x, HEADS)
     alone = F.linear(m.act(F.linear(u, m.down[0], m.down_bias[0])), m.up[0], m.up_bias[0])
     assert_close({"y": m(x).output}, {"y": alone.reshape(x.shape)}, 4 * EPS)
 
@@ -430,9 +430,9 @@ def test_with_balance_passes_the_output_and_adds_the_gradient(top_k: int | None)
 
 def test_split_takes_contiguous_chunks_and_merge_puts_them_back() -> None:
     x = torch.arange(12.0).reshape(2, 6)
-    u = ops.split(x, 3)
+    u = ops.split_heads(x, 3)
     assert u.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
-    assert torch.equal(ops.merge(u, x), x)
+    assert torch.equal(ops.merge_heads(u, x), x)
 
 
 # the part --------------------------------------------------------------------------------------
