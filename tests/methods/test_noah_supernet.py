@@ -1,4 +1,4 @@
-"""NOAH: slices against a ViT written out with them, the sizes of subnets, and their evolution."""
+"""NOAH's supernet: slices against a ViT written out with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of one and two bits a weight, and their packed files."""
+"""Adapters of one and two bits a weight, against their formulae written out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse sums and SPT against plain PyTorch: written weights, squared gradients, brute force."""
+"""Sparse sums against plain PyTorch: weights written by hand."""
 
 from __future__ import annotations
 
