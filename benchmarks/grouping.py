@@ -19,7 +19,7 @@ from pointcloud.sample import farthest_points, gather
 from surgery._table import Table
 from surgery.demo.fit import drawn
 
-from .measure import Action, Times, interleaved, steady, verdict
+from .timing import Action, Times, interleaved, steady, verdict
 
 SIZES = ((32, 1024, 64, 32), (32, 2048, 128, 32), (8, 8192, 512, 32))  # clouds, points, m, k
 STEPS = ((8, 1024, 64, 32), (32, 2048, 128, 32))

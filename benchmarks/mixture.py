@@ -12,7 +12,7 @@ from surgery._table import Table
 from surgery.parts import MixtureOfAdapters
 from surgery.rules.routing import Routed, top1
 
-from .measure import Action, Times, interleaved, peak, steady, verdict
+from .timing import Action, Times, interleaved, peak, steady, verdict
 
 BATCH, TOKENS, WIDTH, HEADS, RANK, EXPERTS = 4, 197, 768, 3, 64, 4
 TARGETS = {  # forward + backward: (against Algorithm 1, against its own matrix products)

@@ -15,7 +15,7 @@ from surgery import adapter, at, inside, parallel
 from surgery._table import Table
 from surgery.rules.rule import Rules
 
-from .measure import Times, fresh, interleaved
+from .timing import Times, fresh, interleaved
 
 WIDTH, RANK, PER_BLOCK = 64, 8, 11
 SIZES = (100, 900, 3000, 10000)  # modules, about

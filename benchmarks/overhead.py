@@ -9,7 +9,7 @@ from torch import nn
 import surgery
 from surgery._table import Table
 
-from .measure import Action, Times, interleaved, steady
+from .timing import Action, Times, interleaved, steady
 
 MODEL, BATCH = "vit_small_patch16_224", 2
 BASE, RULES = "base", ("adapterx_ffn", "adaptformer", "linear_probe")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import peak
+from benchmarks.timing import peak
 from pointcloud import data
 from pointcloud.augment import normalize
 from pointcloud.clouds import Clouds, batches, take

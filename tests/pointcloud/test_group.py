@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from benchmarks.measure import peak
+from benchmarks.timing import peak
 from pointcloud import group, sample
 from pointcloud.group import group_points, nearest_points
 from pointcloud.sample import farthest_points, gather

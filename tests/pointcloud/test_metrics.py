@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import peak
+from benchmarks.timing import peak
 from pointcloud import metrics
 from pointcloud.augment import scale_translate
 from pointcloud.metrics import (
