@@ -20,6 +20,7 @@ from torch.library import opcheck
 from benchmarks.timing import peak
 from pointcloud import group, sample
 from pointcloud.group import group_points, nearest_points
+from pointcloud.operations import padding
 from pointcloud.sample import farthest_points, gather
 from tests.pointcloud.test_sample import CLOUDS, FLAT, NAN
 
@@ -87,7 +88,7 @@ def test_permuted_points_give_the_same_points(seed: int, backend: str) -> None:
 @pytest.mark.parametrize("hole", [float("nan"), float("inf"), 0.0])
 def test_ragged_clouds_are_as_one_at_a_time(backend: str, hole: float) -> None:
     points, lengths = torch.randn(4, 60, 3), torch.tensor([12, 60, 33, 59])
-    points[sample.padding(points, lengths)] = hole
+    points[padding(points, lengths)] = hole
     made = group_points(points, 10, 12, lengths=lengths, backend=backend)
     for i, n in enumerate(lengths.tolist()):
         alone = group_points(points[i : i + 1, :n], 10, 12, backend=backend)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pointcloud import sample
 from pointcloud.checks import check_backend
+from pointcloud.operations import padding
 from pointcloud.sample import farthest_points, gather, random_points
 
 FEW = settings(max_examples=40, deadline=None)
@@ -139,7 +140,7 @@ def test_random_starts_are_of_the_generator_and_within_each_cloud() -> None:
 @pytest.mark.parametrize("hole", [float("nan"), float("inf"), 1e30, 0.0])
 def test_ragged_clouds_are_as_one_at_a_time(backend: str, hole: float) -> None:
     points, lengths = torch.randn(4, 60, 3), torch.tensor([12, 60, 33, 59])
-    points[sample.padding(points, lengths)] = hole
+    points[padding(points, lengths)] = hole
     index = farthest_points(points, 12, lengths=lengths, backend=backend)
     alone = [brute(cloud[:n], 12) for cloud, n in zip(points, lengths.tolist(), strict=True)]
     assert index.tolist() == alone
