@@ -221,7 +221,7 @@ class Decoder(nn.Module):
 
 
 class Rebuilt(NamedTuple):
-    """Points: visible (b, v, k, 3); masked ones, rebuilt and true (b, m, k, 3), centers (b, m, 3)."""
+    """Patches: visible (b, v, k, 3); masked: rebuilt and true (b, m, k, 3), centers (b, m, 3)."""
 
     visible: Tensor
     rebuilt: Tensor

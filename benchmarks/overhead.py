@@ -28,8 +28,8 @@ def report(rounds: int = 6) -> list[Table]:
 
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    made: nn.Module = timm.create_model(MODEL, num_classes=100)
-    return made
+    model: nn.Module = timm.create_model(MODEL, num_classes=100)
+    return model
 
 
 def _forward(model: nn.Module, x: torch.Tensor) -> Action:
