@@ -1,6 +1,6 @@
 """How many mistakes the tests see: every mutant that cosmic-ray makes of a file, tested in turn.
 
-    pip install cosmic-ray && python .ci/mutants.py --out mutants.jsonl
+    pip install cosmic-ray && python .ci/mutants.py --sample 20 --out mutants.jsonl
 
 Torch and its friends are imported once, and each mutant runs in a fork, in a copy of the checkout:
 seconds a mutant, not a minute. Mutants of annotations are left out (nothing evaluates them). What
@@ -15,31 +15,49 @@ import ast
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEC = ["tests/test_spec.py"]
-LIFE = ["tests/test_laws.py", "tests/test_merge.py", "tests/test_state.py"]
-TESTS = {
-    "address": ["tests/test_address.py", "tests/test_pattern.py", "tests/test_plan.py", *SPEC],
-    "pattern": ["tests/test_pattern.py", "tests/test_plan.py", "tests/test_role.py", *SPEC],
-    "graft": ["tests/test_mixture.py", "tests/test_bypass.py", "tests/test_laws.py", *SPEC],
-    "operate": [*LIFE, "tests/test_mixture.py", *SPEC],
-    "ops": ["tests/test_mixture.py", "tests/test_modes.py", *SPEC],
-    "tokens": ["tests/test_insert.py", "tests/methods/test_prompts.py"],
-    "insertion": ["tests/test_insert.py", "tests/methods/test_adapterx.py"],
-    "stock": ["tests/test_lending.py", "tests/test_plan.py"],
-    "fold": ["tests/test_fold.py", "tests/test_merge.py"],
-    "merge": ["tests/test_fold.py", "tests/test_merge.py"],
+SPEC = ["tests/spec/test_strategies.py"]
+SELECTOR = ["tests/rules/test_selector.py", "tests/engine/test_planning.py"]
+LAWS = ["tests/laws/test_laws.py", "tests/engine/test_merging.py", "tests/state/test_checkpoint.py"]
+ROUTING = ["tests/parts/test_mixture.py", "tests/engine/test_hooks.py"]
+MERGING = ["tests/engine/test_merge_targets.py", "tests/engine/test_merging.py"]
+TESTS = {  # of each file in surgery/, the tests that hold it
+    "structure/path": ["tests/structure/test_path.py", *SELECTOR, *SPEC],
+    "rules/selector": [*SELECTOR, "tests/structure/test_anatomy.py", *SPEC],
+    "rules/routing": [*ROUTING, *SPEC],
+    "parts/functional": [*ROUTING, *SPEC],
+    "engine/hooks": [
+        "tests/parts/test_mixture.py",
+        "tests/engine/test_verify.py",
+        "tests/laws/test_laws.py",
+        *SPEC,
+    ],
+    "engine/apply": [*LAWS, "tests/parts/test_mixture.py", *SPEC],
+    "engine/journal": [*LAWS, "tests/engine/test_operation.py", *SPEC],
+    "engine/tokens": [
+        "tests/engine/test_tokens.py",
+        "tests/methods/test_prompts.py",
+        "tests/methods/test_adapter_x.py",
+    ],
+    "engine/build": ["tests/engine/test_build.py", "tests/engine/test_planning.py"],
+    "engine/merging": MERGING,
 }
-MORE = ["tests/test_modes.py", "tests/test_errors.py", "tests/test_flow.py", "tests/test_plan.py"]
+MORE = [  # what may see a survivor
+    "tests/engine/test_hooks.py",
+    "tests/test_errors.py",
+    "tests/structure/test_dataflow.py",
+    "tests/engine/test_planning.py",
+]
 SLOW = "not fault and not idle_site and not inductor and not shrink and not compile"
 # one other operator for each (cosmic-ray knows all pairs); of < and > the bounds and the contrary
 PAIRS = (
@@ -50,18 +68,32 @@ PAIRS = (
 Mutant = tuple[str, str, int, str]  # file, operator, occurrence, where
 
 
+def file_of(name: str, root: Path = ROOT) -> Path:
+    """The file of a name, in a checkout."""
+    return root / f"surgery/{name}.py"
+
+
+def drawn(name: str, sample: int | None) -> list[Mutant]:
+    """All mutants of a file, or some of them, always the same."""
+    mutants_of_file = list(mutants(name))
+    if sample is None or sample >= len(mutants_of_file):
+        return mutants_of_file
+    chosen = random.Random(name).sample(range(len(mutants_of_file)), sample)
+    return [mutants_of_file[i] for i in sorted(chosen)]
+
+
 def mutants(name: str) -> Iterator[Mutant]:
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
-    source = (ROOT / f"surgery/{name}.py").read_text()
+    source = file_of(name).read_text()
     nodes, skip = list(ast_nodes(get_ast(source))), annotations(source)
     for operator in operator_names():
-        made = get_operator(operator)
+        kind = get_operator(operator)
         paired = "Operator_" in operator and operator.split("Operator_")[1] not in PAIRS
-        if made.arguments() or paired:
+        if kind.arguments() or paired:
             continue
-        positions = (place for node in nodes for place in made().mutation_positions(node))
+        positions = (place for node in nodes for place in kind().mutation_positions(node))
         for i, (start, end) in enumerate(positions):
             if not any(a <= start and end <= b for a, b in skip):
                 yield name, operator, i, f"{start[0]}:{start[1]}"
@@ -69,20 +101,20 @@ def mutants(name: str) -> Iterator[Mutant]:
 
 def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(start, end) of every annotation."""
-    found = []
+    spans = []
     for node in ast.walk(ast.parse(source)):
         for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if isinstance(note, ast.expr):
                 end = (note.end_lineno or 0, note.end_col_offset or 0)
-                found.append(((note.lineno, note.col_offset), end))
-    return found
+                spans.append(((note.lineno, note.col_offset), end))
+    return spans
 
 
 def mutated(name: str, operator: str, occurrence: int) -> str | None:
     from cosmic_ray.mutating import MutationVisitor
     from cosmic_ray.plugins import get_operator
 
-    source = (ROOT / f"surgery/{name}.py").read_text()
+    source = file_of(name).read_text()
     return MutationVisitor.mutate_code(source, get_operator(operator)(), occurrence)
 
 
@@ -94,8 +126,8 @@ def tested(copy: Path, name: str, seconds: float, every: bool) -> str:
         run_tests(copy, name, every)
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
             return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
@@ -164,11 +196,11 @@ def work(todo: list[Mutant], out: Path, seconds: float, every: bool) -> None:
         text = mutated(name, operator, occurrence)
         if text is None:
             continue
-        target = copy / f"surgery/{name}.py"
+        target = file_of(name, copy)
         target.write_text(text)
         start = time.monotonic()
         outcome = tested(copy, name, seconds, every)
-        target.write_text((ROOT / f"surgery/{name}.py").read_text())
+        target.write_text(file_of(name).read_text())
         row = {"mutant": key(mutant), "outcome": outcome, "s": round(time.monotonic() - start, 1)}
         with out.open("a") as file:
             file.write(json.dumps({"where": f"{name}.py:{where} {operator}", **row}) + "\n")
@@ -177,27 +209,24 @@ def work(todo: list[Mutant], out: Path, seconds: float, every: bool) -> None:
 
 def key(mutant: Mutant) -> str:
     """What a mutant is, in the file as it is now."""
-    source = (ROOT / f"surgery/{mutant[0]}.py").read_bytes()
+    source = file_of(mutant[0]).read_bytes()
     return f"{mutant[0]} {mutant[1]} {mutant[2]} {hashlib.sha256(source).hexdigest()[:8]}"
 
 
-def table(out: Path, all_of_them: list[Mutant]) -> str:
-    rows = read(out)
-    lines, total = [], [0, 0]
-    for name in dict.fromkeys(m[0] for m in all_of_them):
-        keys = [key(m) for m in all_of_them if m[0] == name]
-        done = [rows[k]["outcome"] for k in keys if k in rows]
-        killed = sum(o != "survived" for o in done)
-        total = [total[0] + killed, total[1] + len(done)]
-        lines.append(
-            f"{name:8} {killed:4} of {len(done):4} mutants  {killed / max(len(done), 1):.1%}"
-        )
-    return "\n".join(
-        [
-            *lines,
-            f"all      {total[0]:4} of {total[1]:4} mutants  {total[0] / max(total[1], 1):.1%}",
-        ]
-    )
+def table(rows: dict[str, dict[str, str]], mutants_of: dict[str, list[Mutant]]) -> str:
+    """Who survived; and how many were killed of those done, file by file and of all."""
+    survived, lines, outcomes = [], [], []
+    for name, listed in mutants_of.items():
+        done = [rows[key(mutant)] for mutant in listed if key(mutant) in rows]
+        survived += [f"survived: {row['where']}" for row in done if row["outcome"] == "survived"]
+        lines.append(score(name, [row["outcome"] for row in done]))
+        outcomes += [row["outcome"] for row in done]
+    return "\n".join([*survived, *lines, score("all", outcomes)])
+
+
+def score(name: str, outcomes: list[str]) -> str:
+    killed, n = sum(outcome != "survived" for outcome in outcomes), len(outcomes)
+    return f"{name:17} {killed:4} of {n:4} mutants  {killed / max(n, 1):.1%}"
 
 
 def read(out: Path) -> dict[str, dict[str, str]]:
@@ -205,41 +234,53 @@ def read(out: Path) -> dict[str, dict[str, str]]:
     return {row["mutant"]: row for row in map(json.loads, lines)}
 
 
+def check_as_it_is(names: Iterable[str], seconds: float, every: bool) -> None:
+    """The tests must pass on what is not mutated."""
+    for name in names:
+        outcome = tested(ROOT, name, seconds, every)
+        if outcome != "survived":
+            sys.exit(f"the tests of {name} fail as it is: {outcome} (MUTANTS_LOUD=1 shows how)")
+
+
+def work_in_turn(todo: list[Mutant], workers: int, out: Path, seconds: float, every: bool) -> None:
+    """Test the mutants in some processes, each its own share."""
+    children = []
+    for i in range(workers):
+        child = os.fork()
+        if child == 0:
+            work(todo[i::workers], out.resolve(), seconds, every)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
 def main() -> None:
+    given = arguments()
+    mutants_of = {name: drawn(name, given.sample) for name in given.files}
+    if not given.show:
+        rows = read(given.out)
+        settled = {
+            k for k, row in rows.items() if row["outcome"] == "killed" or not given.survivors
+        }
+        todo = [m for listed in mutants_of.values() for m in listed if key(m) not in settled]
+        preload()
+        check_as_it_is(dict.fromkeys(m[0] for m in todo), given.seconds, given.survivors)
+        work_in_turn(todo, given.workers, given.out, given.seconds, given.survivors)
+    print(table(read(given.out), mutants_of))
+
+
+def arguments() -> argparse.Namespace:
+    files = [name for name in TESTS if file_of(name).is_file()]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="*", default=list(TESTS), help=", ".join(TESTS))
+    parser.add_argument("files", nargs="*", default=files, help=", ".join(files))
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240, help="limit for a mutant")
+    parser.add_argument("--sample", type=int, help="mutants of each file, drawn; all by default")
     parser.add_argument("--survivors", action="store_true", help="again, with more tests")
     parser.add_argument("--show", action="store_true", help="the table and the survivors alone")
-    arguments = parser.parse_args()
-    everything = [m for name in arguments.files for m in mutants(name)]
-    done = read(arguments.out)
-    if arguments.survivors:
-        todo = [m for m in everything if done.get(key(m), {}).get("outcome") != "killed"]
-    else:
-        todo = [m for m in everything if key(m) not in done]
-    if not arguments.show:
-        preload()
-        for name in dict.fromkeys(m[0] for m in todo):
-            outcome = tested(ROOT, name, arguments.seconds, arguments.survivors)
-            if outcome != "survived":
-                sys.exit(f"the tests of {name} fail as it is: {outcome} (MUTANTS_LOUD=1 shows how)")
-        workers = []
-        for i in range(arguments.workers):
-            child = os.fork()
-            if child == 0:
-                mine = todo[i :: arguments.workers]
-                work(mine, arguments.out.resolve(), arguments.seconds, arguments.survivors)
-                os._exit(0)
-            workers.append(child)
-        for child in workers:
-            os.waitpid(child, 0)
-    for row in read(arguments.out).values():
-        if row["outcome"] == "survived" and row["mutant"] in {key(m) for m in everything}:
-            print("survived:", row["where"])
-    print(table(arguments.out, everything))
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ HEAD = "cls_head_finetune."
 
 
 class Loaded(NamedTuple):
-    """What a file did not fill (names of the model), and held beside (names of the file)."""
+    """What a file did not fill (names of the model), and had beside (names of the file)."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
 
     def __repr__(self) -> str:
         lists = {"missing": self.missing, "unexpected": self.unexpected}
-        lines = [f"{len(names)} {which}: {_brief(names)}" for which, names in lists.items()]
+        lines = [f"{len(names)} {which}: {_first_few(names)}" for which, names in lists.items()]
         return "\n".join([*lines, self.skipped_head]).rstrip()
 
 
@@ -50,33 +50,52 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Loaded:
     >>> len(loaded.missing), loaded.unexpected, model.norm.bias[0].item()
     (52, (), 1.0)
     """
-    rule, own, state = f"load_checkpoint({str(path)!r})", model.state_dict(), _tensors(path)
-    names = {key: _name(key, own) for key in state}
-    found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if names[key] in own and not _same(found.setdefault(names[key], value), value):
-            both = " and ".join(each for each in state if names[each] == names[key])
-            fact = f"{both} differ, and both are {names[key]!r} of the model"
-            raise ValueError(f"{rule}: {fact}. Leave out the one that is not meant.")
-    if not found:
-        held = _brief(list(state)) or "no named tensors"
-        fact = f"The file has {held}; the model {_brief(list(own))}"
+    rule, targets, state = f"load_checkpoint({str(path)!r})", model.state_dict(), _tensors(path)
+    names = {key: _name_in(targets, key) for key in state}
+    tensors = _renamed(rule, state, names, targets)
+    if not tensors:
+        contents = _first_few(list(state)) or "no named tensors"
+        fact = f"The file has {contents}; the model {_first_few(list(targets))}"
         kind = type(model).__name__
         raise ValueError(f"{rule}: nothing in it fits {kind}. {fact}. Give a file of this model.")
-    differ = [key for key, value in found.items() if value.shape != own[key].shape]
-    shapes = [f"{key} {tuple(found[key].shape)} for {tuple(own[key].shape)}" for key in differ]
+    tensors, note = _without_other_head(rule, tensors, targets)
+    if note:
+        warnings.warn(note, stacklevel=2)
+    model.load_state_dict(tensors, strict=False)
+    unexpected = [key.removeprefix("module.") for key in state if names[key] not in targets]
+    missing = [key for key in targets if key not in tensors]
+    return Loaded(tuple(missing), tuple(unexpected), note)
+
+
+def _renamed(
+    rule: str, state: dict[str, Tensor], names: dict[str, str], targets: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a file that the model has, by its names; two of one name must not differ."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if names[key] in targets and not _same(tensors.setdefault(names[key], value), value):
+            both = " and ".join(other for other in state if names[other] == names[key])
+            fact = f"{both} differ, and both are {names[key]!r} of the model"
+            raise ValueError(f"{rule}: {fact}. Leave out the one that is not meant.")
+    return tensors
+
+
+def _without_other_head(
+    rule: str, tensors: dict[str, Tensor], targets: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors, without the head where its shapes differ; and what to say then."""
+    differ = [key for key, value in tensors.items() if value.shape != targets[key].shape]
+    shapes = "; ".join(
+        f"{key} {tuple(tensors[key].shape)} for {tuple(targets[key].shape)}" for key in differ
+    )
     if not all(key.startswith(HEAD) for key in differ):
         remedy = "Build the model with the file's embed_dim, depth and group_size."
-        raise ValueError(f"{rule}: shapes differ, file for model: {'; '.join(shapes)}. {remedy}")
-    note = ""
-    if differ:
-        found = {key: value for key, value in found.items() if not key.startswith(HEAD)}
-        remedy = "Train it, or build the model with the file's num_classes, head_dim and reads."
-        note = f"{rule}: the head is not loaded, file for model: {'; '.join(shapes)}. {remedy}"
-        warnings.warn(note, stacklevel=2)
-    model.load_state_dict(found, strict=False)
-    left = tuple(key.removeprefix("module.") for key in state if names[key] not in own)
-    return Loaded(tuple(key for key in own if key not in found), left, note)
+        raise ValueError(f"{rule}: shapes differ, file for model: {shapes}. {remedy}")
+    if not differ:
+        return tensors, ""
+    remedy = "Train it, or build the model with the file's num_classes, head_dim and reads."
+    note = f"{rule}: the head is not loaded, file for model: {shapes}. {remedy}"
+    return {key: value for key, value in tensors.items() if not key.startswith(HEAD)}, note
 
 
 def _tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -85,9 +104,9 @@ def _tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            held: Any = load_file(path)
+            contents: Any = load_file(path)
         else:
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise  # it names the path
     except Exception as error:  # what is no file of PyTorch, or half of one, raises nearly any
@@ -97,22 +116,23 @@ def _tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
             "if you trust its source, load it with weights_only=False and save its tensors anew."
         ) from error
     for key in ("base_model", "model", "state_dict"):
-        held = held.get(key, held) if isinstance(held, dict) else {}
-    return {key: x for key, x in held.items() if isinstance(key, str) and isinstance(x, Tensor)}
+        contents = contents.get(key, contents) if isinstance(contents, dict) else {}
+    return {key: x for key, x in contents.items() if isinstance(key, str) and isinstance(x, Tensor)}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and bool((a == b).all()))
 
 
-def _name(key: str, own: dict[str, Tensor]) -> str:
+def _name_in(targets: dict[str, Tensor], key: str) -> str:
+    """The name in the model of a tensor of the file."""
     short = key
     for prefix in PREFIXES:
-        if short in own:
+        if short in targets:
             break
         short = short.removeprefix(prefix)
     return short
 
 
-def _brief(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -69,9 +69,8 @@ class Blocks(nn.Module):
 def blocks(dim: int, depth: int, heads: int, drop_path: float) -> nn.ModuleList:
     """timm's blocks as published: no bias of queries, keys, values; drop path growing from 0."""
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(
-        Block(dim, heads, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates
-    )
+    block = partial(Block, dim, heads, norm_layer=nn.LayerNorm)
+    return nn.ModuleList(block(drop_path=rate) for rate in rates)
 
 
 def placed(x: Tensor, pos: Tensor, first: int) -> Tensor:
@@ -182,8 +181,8 @@ class PointMAE(Encoder):
         """What the head is given, (b, d * len(reads)), of normed tokens (b, 1 + p + g, d)."""
         token, prompts, patches = x[:, 0], x[:, 1 : -self.num_groups], x[:, -self.num_groups :]
         mean = prompts.sum(1) / max(prompts.shape[1], 1)
-        found = {"cls": token, "prompt": mean, "patch": patches.amax(1)}
-        return torch.cat([found[name] for name in self.reads], -1)
+        tokens = {"cls": token, "prompt": mean, "patch": patches.amax(1)}
+        return torch.cat([tokens[name] for name in self.reads], -1)
 
 
 def head(features: int, hidden: int, drop: float, classes: int) -> nn.Module:
@@ -222,10 +221,7 @@ class Decoder(nn.Module):
 
 
 class Rebuilt(NamedTuple):
-    """Points of each cloud: visible (b, v, k, 3); rebuilt and true (b, m, k, 3), masked patches.
-
-    centers (b, m, 3) are those of the masked patches.
-    """
+    """Patches: visible (b, v, k, 3); masked: rebuilt and true (b, m, k, 3), centers (b, m, 3)."""
 
     visible: Tensor
     rebuilt: Tensor
@@ -322,8 +318,8 @@ class PointMAEPretrain(nn.Module):
 
 def gather_patches(patches: Tensor, index: Tensor) -> Tensor:
     """Patches (b, g, k, 3) at index (b, m): (b, m, k, 3)."""
-    found = gather(rearrange(patches, "b g k c -> b g (k c)"), index)
-    return rearrange(found, "b m (k c) -> b m k c", c=3)
+    rows = gather(rearrange(patches, "b g k c -> b g (k c)"), index)
+    return rearrange(rows, "b m (k c) -> b m k c", c=3)
 
 
 class Propagation(nn.Module):
@@ -408,8 +404,8 @@ class PointMAEPartSeg(Encoder):
         kind = F.one_hot(category, self.categories).to(tokens.dtype)
         label = self.label_conv(kind[:, :, None])[:, :, 0]
         whole = torch.cat([tokens.amax(1), tokens.mean(1), label], 1)
-        each = self.propagation_0(points, centers, tokens)
-        x = torch.cat([each, repeat(whole, "b c -> b c n", n=points.shape[1])], 1)
+        features = self.propagation_0(points, centers, tokens)
+        x = torch.cat([features, repeat(whole, "b c -> b c n", n=points.shape[1])], 1)
         x = self.dp1(F.relu(self.bns1(self.convs1(x))))
         x = self.convs3(F.relu(self.bns2(self.convs2(x))))
         return cast(Tensor, rearrange(x, "b c n -> b n c"))

@@ -41,11 +41,11 @@ def vit(
         fact = f"it is a {type(model).__name__}, no VisionTransformer"
         raise ValueError(f"vit({name!r}): {fact}. Use timm.create_model({name!r}).")
     if checkpoint is not None:
-        fill(model, str(checkpoint))
+        load_weights(model, str(checkpoint))
     return model
 
 
-def fill(model: VisionTransformer, path: str) -> None:
+def load_weights(model: VisionTransformer, path: str) -> None:
     """The weights of a file into `model`, by timm's own readers."""
     if path.endswith(".npz"):
         model.load_pretrained(path)

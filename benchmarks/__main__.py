@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from .measure import machine
+from .timing import machine
 
 SUBJECTS = ("grouping", "mixture", "operate", "overhead", "parameters")
 

@@ -19,7 +19,7 @@ from pointcloud.sample import farthest_points, gather
 from surgery._table import Table
 from surgery.demo.fit import drawn
 
-from .measure import Action, Times, interleaved, steady, verdict
+from .timing import Action, Times, interleaved, steady, verdict
 
 SIZES = ((32, 1024, 64, 32), (32, 2048, 128, 32), (8, 8192, 512, 32))  # clouds, points, m, k
 STEPS = ((8, 1024, 64, 32), (32, 2048, 128, 32))
@@ -39,8 +39,8 @@ class Clouds(NamedTuple):
 
 def report(rounds: int = 5) -> list[Table]:
     """One table of the methods, one of the data path, and on a GPU one of the methods there."""
-    made = [_methods(rounds), _path(rounds)]
-    return [*made, _on_gpu(rounds)] if torch.cuda.is_available() else made
+    tables = [_methods(rounds), _path(rounds)]
+    return [*tables, _on_gpu(rounds)] if torch.cuda.is_available() else tables
 
 
 def clouds(b: int, n: int, m: int, k: int, device: str = "cpu") -> Clouds:
@@ -76,11 +76,11 @@ def data_path(b: int, n: int, groups: int, size: int) -> Callable[[], object]:
     Of b clouds of 2048 points, as published: the 1200 farthest where n is 1024 (all where n is
     2048, which sampling would only permute), n of them drawn, moved and scaled, cut into groups.
     """
-    held = Labelled(torch.randn(4 * b, HAS, 3), torch.arange(4 * b) % 15, ())
+    loaded = Labelled(torch.randn(4 * b, HAS, 3), torch.arange(4 * b) % 15, ())
     generator = torch.Generator().manual_seed(0)
 
     def act() -> object:
-        x, _ = next(batches(held, b, generator=generator))
+        x, _ = next(batches(loaded, b, generator=generator))
         x = augment.scale_translate(drawn(x, n, generator), generator=generator)
         return group_points(x, groups, size)
 
@@ -93,11 +93,11 @@ def training_step(b: int, n: int, groups: int, size: int) -> Callable[[], object
 
     model = PointMAE(15, num_groups=groups, group_size=size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    held = Labelled(torch.randn(4 * b, HAS, 3), torch.arange(4 * b) % 15, ())
+    loaded = Labelled(torch.randn(4 * b, HAS, 3), torch.arange(4 * b) % 15, ())
     generator = torch.Generator().manual_seed(0)
 
     def act() -> object:
-        x, y = next(batches(held, b, generator=generator))
+        x, y = next(batches(loaded, b, generator=generator))
         x = augment.scale_translate(drawn(x, n, generator), generator=generator)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()

@@ -12,7 +12,7 @@ from surgery._table import Table
 from surgery.parts import MixtureOfAdapters
 from surgery.rules.routing import Routed, top1
 
-from .measure import Action, Times, interleaved, peak, steady, verdict
+from .timing import Action, Times, interleaved, peak, steady, verdict
 
 BATCH, TOKENS, WIDTH, HEADS, RANK, EXPERTS = 4, 197, 768, 3, 64, 4
 TARGETS = {  # forward + backward: (against Algorithm 1, against its own matrix products)
@@ -96,19 +96,19 @@ def _steps(module: nn.Module, x: Tensor) -> tuple[Action, Action]:
     """(forward without gradients, forward + backward to the input and all parameters)."""
     up = torch.randn_like(x)
 
-    def output() -> Tensor:
-        made = module(x)
-        result: Tensor = made.output if isinstance(made, Routed) else made
-        return result
+    def run() -> Tensor:
+        y = module(x)
+        output: Tensor = y.output if isinstance(y, Routed) else y
+        return output
 
     def forward() -> None:
         with torch.no_grad():
-            output()
+            run()
 
     def both() -> None:
         x.grad = None
         module.zero_grad(set_to_none=True)
-        torch.autograd.backward(output(), up)
+        torch.autograd.backward(run(), up)
 
     return forward, both
 
@@ -134,15 +134,15 @@ def _products(parts: int) -> tuple[Action, Action]:
 
 def _fused(written: Written, top_k: int | None) -> MixtureOfAdapters:
     """Surgery's mixture with the weights of Algorithm 1."""
-    made = MixtureOfAdapters(WIDTH, RANK, EXPERTS, HEADS, top_k=top_k)
+    mixture = MixtureOfAdapters(WIDTH, RANK, EXPERTS, HEADS, top_k=top_k)
     experts = [list(expert.parameters()) for expert in written.experts]
-    mine = (made.down, made.down_bias, made.up, made.up_bias)
+    stacks = (mixture.down, mixture.down_bias, mixture.up, mixture.up_bias)
     with torch.no_grad():
-        made.reduction.copy_(written.router.weight)
-        made.embeddings.copy_(written.embeddings)
-        for stacked, own in zip(mine, zip(*experts, strict=True), strict=True):
-            stacked.copy_(torch.stack(own))
-    return made
+        mixture.reduction.copy_(written.router.weight)
+        mixture.embeddings.copy_(written.embeddings)
+        for stacked, weights in zip(stacks, zip(*experts, strict=True), strict=True):
+            stacked.copy_(torch.stack(weights))
+    return mixture
 
 
 def _check(written: Written, x: Tensor) -> None:

@@ -15,7 +15,7 @@ from surgery import adapter, at, inside, parallel
 from surgery._table import Table
 from surgery.rules.rule import Rules
 
-from .measure import Times, fresh, interleaved
+from .timing import Times, fresh, interleaved
 
 WIDTH, RANK, PER_BLOCK = 64, 8, 11
 SIZES = (100, 900, 3000, 10000)  # modules, about
@@ -120,19 +120,19 @@ def report(rounds: int = 1) -> list[Table]:
 
 def _table(job: Job, rounds: int) -> Table:
     rows: list[tuple[object, ...]] = []
-    each: list[float] = []
+    pace: list[float] = []  # us a module
     for size in SIZES:
         modules, sites = len(list(Stack(size).modules())), _sites(Stack(size), job)
         times = _times(size, job, rounds * max(1, 3000 // size))
         best = times.best("surgery")
-        each.append(1e6 * best / modules)
-        cells = (modules, sites, f"{1e3 * best:.1f}", f"{each[-1]:.1f}")
+        pace.append(1e6 * best / modules)
+        cells = (modules, sites, f"{1e3 * best:.1f}", f"{pace[-1]:.1f}")
         us = [f"{1e6 * times.best(n) / sites:.0f}" if n in times.runs else "" for n in NAMES]
         rows.append((*cells, *us, *_beside(times, size)))
     columns = ("modules", "sites", "ms", "us a module", "us a site", "by hand", "PEFT")
     notes = [
         "CPU time; ratios of the fastest rounds, median (and range) of three runs, new models",
-        f"us a module from the smallest to the largest model: x{each[-1] / each[0]:.2f}",
+        f"us a module from the smallest to the largest model: x{pace[-1] / pace[0]:.2f}",
     ]
     title = f"apply: {job.title} (Linears of width {WIDTH} and {2 * WIDTH})"
     return Table(title, (*columns, "PEFT / surgery", "target"), rows, notes)
@@ -157,8 +157,8 @@ def _times(size: int, job: Job, rounds: int) -> Times:
 
 def _peft(model: nn.Module, targets: list[str]) -> nn.Module:
     config = peft.LoraConfig(r=RANK, target_modules=list(targets))
-    made: nn.Module = peft.get_peft_model(model, config)
-    return made
+    wrapped: nn.Module = peft.get_peft_model(model, config)
+    return wrapped
 
 
 def _sites(model: nn.Module, job: Job) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 import surgery
 from surgery._table import Table
 
-from .measure import Action, Times, interleaved, steady
+from .timing import Action, Times, interleaved, steady
 
 MODEL, BATCH = "vit_small_patch16_224", 2
 BASE, RULES = "base", ("adapterx_ffn", "adaptformer", "linear_probe")
@@ -28,8 +28,8 @@ def report(rounds: int = 6) -> list[Table]:
 
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    made: nn.Module = timm.create_model(MODEL, num_classes=100)
-    return made
+    model: nn.Module = timm.create_model(MODEL, num_classes=100)
+    return model
 
 
 def _forward(model: nn.Module, x: torch.Tensor) -> Action:

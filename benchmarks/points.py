@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 from backbones.point_mae import PointMAE
-from surgery import at, ffn, moa, nearest, norm, parallel, prompt_generator, shared, unfreeze
-from surgery.methods import daptx, idpt
+from surgery import at, ffn, methods, moa, parallel, prompt_generator, shared, unfreeze
 from surgery.methods.adapter_x import left_in
 from surgery.parts import dynamic_moa
 from surgery.rules.rule import Rule
 
-from .parameters import CLASS, Row, of
+from .figures import CLASS, NORMS, Figure
 
 HEAD = at("cls_head_finetune", unfreeze)
-NORMS = at(nearest(norm, before=ffn), unfreeze)
 ALL = ("cls", "prompt", "patch")
 
 
@@ -45,50 +43,51 @@ def dynamic(rank: int) -> Rule:
 WIDTH, SPLIT = left_in(prompt_generator()), left_in(prompt_generator(heads=3))
 SCALAR = left_in(prompt_generator(scalar=True))
 PLAIN = at(ffn, parallel(shared(moa(rank=32, activation=nn.GELU))))
-J1, BARE = daptx(), reading(PLAIN, NORMS, *SPLIT)
+BARE = reading(PLAIN, NORMS, *SPLIT)
 BACKGROUND = reading(dynamic(64), NORMS, *WIDTH)  # with DAPT's own sizes, set by set
 MODELNET = reading(dynamic(72), NORMS, *WIDTH)
 FOUR = (BACKGROUND, BACKGROUND, BACKGROUND, MODELNET)
 
 
-def rows() -> list[Row]:
+def figures() -> list[Figure]:
     """Every integer of section 1.3 of the notes on methods; each with the model it is of."""
     two, three = point_mae(), point_mae(15, ALL)
     forty = point_mae(40)
-    print_ = "it prints {}"
+    prints = "it prints {}"
 
-    def row(method: str, setting: str, model: nn.Module, rules: list[Rule] | str, integer: int,
-            printed: str = "", why: str = "") -> Row:  # fmt: skip
-        return Row(method, setting, rules, integer, printed, 0, why, models=(model,))
+    def figure(method: str, setting: str, model: nn.Module, rules: list[Rule] | str, integer: int,
+            printed: str = "", why: str = "") -> Figure:  # fmt: skip
+        return Figure(method, setting, rules, integer, printed, 0, why, models=(model,))
 
-    def x(setting: str, rules: list[Rule], integer: int, why: str = "") -> Row:
-        return row("daptx", setting, three, rules, integer, "0.42 M", why)
+    def daptx(setting: str, rules: list[Rule], integer: int, why: str = "") -> Figure:
+        return figure("daptx", setting, three, rules, integer, "0.42 M", why)
 
     dapt = [("OBJ_BG, PB_T50_RS", three, 64), ("OBJ_ONLY", two, 64), ("ModelNet40", forty, 72)]
     counts = (1_087_771, 989_467, 1_069_716)
-    sets = [of("dapt", rank=rank) for _, _, rank in dapt]
+    sets = [methods.dapt(rank=rank) for _, _, rank in dapt]
     return [
-        row("full", "15 classes", two, "full", 22_093_327, "22.1 M"),
-        row("full", "40 classes", forty, "full", 22_099_752, "22.1 M"),
-        row("linear_probe", "15 classes", two, "linear_probe", 267_535),
-        row("linear_probe", "head reads prompts too", three, "linear_probe", 365_839),
-        row("linear_probe", "40 classes", forty, "linear_probe", 273_960),
-        *(row("dapt", f"{name}, rank {rank}", model, rules, n, "1.1 M", print_.format("0.99"))
+        figure("full", "15 classes", two, "full", 22_093_327, "22.1 M"),
+        figure("full", "40 classes", forty, "full", 22_099_752, "22.1 M"),
+        figure("linear_probe", "15 classes", two, "linear_probe", 267_535),
+        figure("linear_probe", "head reads prompts too", three, "linear_probe", 365_839),
+        figure("linear_probe", "40 classes", forty, "linear_probe", 273_960),
+        *(figure("dapt", f"{name}, rank {rank}", model, rules, n, "1.1 M", prints.format("0.99"))
           for (name, model, rank), rules, n in zip(dapt, sets, counts, strict=True)),
-        Row("dapt", "mean of the four", None, 1_058_681, "1.1 M",
-            each=(sets[0], *sets), models=(three, three, two, forty)),
-        row("idpt", "15 classes", three, "idpt", 1_696_783, "1.7 M"),
-        row("idpt", "40 classes", point_mae(40, ALL), idpt(), 1_703_208, "1.7 M"),
-        x("rank 32, prompts (d/h): 1.88 % of the tuned model", J1, 418_067),
-        x("the same, plain experts: 1.88 % of 22.1 M", BARE, 416_527),
-        x("rank 32, scalar prompts: 1.88 % of 22.1 M", reading(dynamic(32), NORMS, *SCALAR),
-          415_019),
-        x("rank 32, prompts (d): 1.92 % of 22.1 M", reading(dynamic(32), NORMS, *WIDTH), 424_211),
-        x("rank 64, prompts (d)", BACKGROUND, 461_331, print_.format("0.46")),
-        row("daptx", "the same, OBJ_ONLY", two, BACKGROUND, 363_027, "0.42 M",
-            print_.format("0.36")),
-        row("daptx", "rank 72, prompts (d), ModelNet40", forty, MODELNET, 378_732, "0.42 M",
-            print_.format("0.38")),
-        Row("daptx", "mean of these four: 1.88 % of 22.1 M", None, 416_105, "0.42 M", each=FOUR,
-            models=(three, two, three, forty)),
+        Figure("dapt", "mean of the four", None, 1_058_681, "1.1 M",
+            several=(sets[0], *sets), models=(three, three, two, forty)),
+        figure("idpt", "15 classes", three, "idpt", 1_696_783, "1.7 M"),
+        figure("idpt", "40 classes", point_mae(40, ALL), methods.idpt(), 1_703_208, "1.7 M"),
+        daptx("rank 32, prompts (d/h): 1.88 % of the tuned model", methods.daptx(), 418_067),
+        daptx("the same, plain experts: 1.88 % of 22.1 M", BARE, 416_527),
+        daptx("rank 32, scalar prompts: 1.88 % of 22.1 M", reading(dynamic(32), NORMS, *SCALAR),
+            415_019),
+        daptx("rank 32, prompts (d): 1.92 % of 22.1 M", reading(dynamic(32), NORMS, *WIDTH),
+            424_211),
+        daptx("rank 64, prompts (d)", BACKGROUND, 461_331, prints.format("0.46")),
+        figure("daptx", "the same, OBJ_ONLY", two, BACKGROUND, 363_027, "0.42 M",
+            prints.format("0.36")),
+        figure("daptx", "rank 72, prompts (d), ModelNet40", forty, MODELNET, 378_732, "0.42 M",
+            prints.format("0.38")),
+        Figure("daptx", "mean of these four: 1.88 % of 22.1 M", None, 416_105, "0.42 M",
+            several=FOUR, models=(three, two, three, forty)),
     ]  # fmt: skip

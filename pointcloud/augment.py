@@ -21,6 +21,7 @@ from einops import rearrange, reduce
 from torch import Generator, Tensor
 
 from .checks import check_points, not_empty
+from .operations import random_device
 
 AXES = "xyz"
 T = TypeVar("T")  # a Tensor, Data or Batch
@@ -69,9 +70,9 @@ def scale_translate(
     if not low <= high:
         raise ValueError(f"{rule}: low is above high. Give the smaller factor first.")
     _at_least_zero(rule, shift=shift)
-    each = (len(points), 1, 3)
-    scale = low + (high - low) * _uniform(points, each, generator)
-    return points * scale + shift * (2 * _uniform(points, each, generator) - 1)
+    per_cloud = (len(points), 1, 3)
+    scale = low + (high - low) * _uniform(points, per_cloud, generator)
+    return points * scale + shift * (2 * _uniform(points, per_cloud, generator) - 1)
 
 
 @of_clouds
@@ -127,7 +128,7 @@ def jitter(
     rule = f"jitter(sigma={sigma:g}, clip={clip:g})"
     check_points("jitter", points)
     _at_least_zero(rule, sigma=sigma, clip=clip)
-    device = points.device if generator is None else generator.device
+    device = random_device(points, generator)
     noise = torch.randn(points.shape, generator=generator, device=device).to(points)
     return points + (sigma * noise).clamp(-clip, clip)
 
@@ -151,9 +152,9 @@ def flip(
     check_points("flip", points)
     _known_axis(rule, axis)
     _fraction(rule, probability=probability)
-    own = torch.arange(3, device=points.device) == AXES.index(axis)
+    coordinate = torch.arange(3, device=points.device) == AXES.index(axis)
     mirrored = _uniform(points, (len(points), 1, 1), generator) < probability
-    return torch.where(mirrored & own, -points, points)
+    return torch.where(mirrored & coordinate, -points, points)
 
 
 @of_clouds
@@ -161,7 +162,7 @@ def drop(points: Tensor, most: float = 0.875, *, generator: Generator | None = N
     """Drop points at random: each one that goes becomes a copy of its cloud's first point.
 
     points  (b, n, 3)
-    most    0..1: a cloud's ratio is r ~ U(0, most), and each of its points goes with chance r
+    most    0..1: a cloud's ratio is r ~ U(0, most), and each of its points goes with probability r
 
     Raises ValueError on another `most`. Source: Qi et al. 2017 (PointNet++), section 3.3; the
     number, and that a dropped point becomes the first so that n stays, are its published code's.
@@ -202,7 +203,7 @@ def normalize(points: Tensor) -> Tensor:
 
 
 def _uniform(points: Tensor, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
-    device = points.device if generator is None else generator.device
+    device = random_device(points, generator)
     return torch.rand(shape, generator=generator, device=device).to(points)
 
 

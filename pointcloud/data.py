@@ -19,7 +19,7 @@ from .augment import normalize as unit_sphere
 from .clouds import Clouds as Clouds
 from .clouds import batches as batches
 from .clouds import take as take
-from .files import checked, h5, lines, missing, normalized, read_arrays, stacked, told
+from .files import checked, h5, lines, missing, normalized, parsing, read_arrays, stacked
 from .objects import NAMES
 from .sample import farthest_points, gather
 from .shapes import DIFFICULTIES, procedural
@@ -113,9 +113,9 @@ def modelnet40(
     split = "train" if train else "test"
     path = Path(cache or root) / f"modelnet40_{split}_{points}pts_fps.dat"
     if path.is_file():
-        held = read_arrays(path)
-        with told(path, _DAT_LAYOUT):
-            x, labels = held
+        arrays = read_arrays(path)
+        with parsing(path, _DAT_LAYOUT):
+            x, labels = arrays
             x = stacked(x)
     else:
         path = path.with_suffix(".npz")
@@ -127,7 +127,7 @@ def modelnet40(
         labels = [names.index(kind) for kind in kinds]
         if not path.is_file():
             _write_modelnet40(rule, folder, ids, points, path)
-        with told(path, _NPZ_LAYOUT), path.open("rb") as file, np.load(file) as arrays:
+        with parsing(path, _NPZ_LAYOUT), path.open("rb") as file, np.load(file) as arrays:
             x = arrays["points"]
             if arrays["ids"].tolist() != ids:
                 raise ValueError(f"its {len(arrays['ids'])} ids are not the {len(ids)} of the list")
@@ -185,11 +185,11 @@ def modelnet_fewshot(
     folds, names = read_arrays(path), tuple(f"class {i}" for i in range(way))
 
     def clouds(split: str) -> Clouds:
-        with told(path, _PKL_LAYOUT):
+        with parsing(path, _PKL_LAYOUT):
             x, labels, *_ = zip(*folds[split], strict=True)
             x = stacked(x)
-        made = checked(path, x, labels, names)
-        return _spheres(made) if normalize else made
+        read = checked(path, x, labels, names)
+        return _spheres(read) if normalize else read
 
     return clouds("train"), clouds("test")
 
@@ -208,7 +208,7 @@ class ShapeNet55(Dataset[Tensor]):
         path = self.folder / self.files[index]
         if not path.is_file():
             missing("shapenet55", path, _SHAPENET_LAYOUT, _SHAPENET)
-        with told(path, "an array (p, 3)"):
+        with parsing(path, "an array (p, 3)"):
             cloud = np.load(path)[None, :, :3]
         x = checked(path, cloud, [0], ("cloud",)).points[0]
         if len(x) < self.points:
@@ -291,7 +291,7 @@ def _write_modelnet40(rule: str, folder: Path, ids: list[str], points: int, npz:
         path = folder / name.rpartition("_")[0] / f"{name}.txt"
         if not path.is_file():
             missing(rule, path, _TEXT_LAYOUT, _MODELNET)
-        with told(path, "lines of x, y, z and a normal, with commas"):
+        with parsing(path, "lines of x, y, z and a normal, with commas"):
             rows = np.loadtxt(path, np.float32, delimiter=",", ndmin=2)[None, :, :3]
         cloud = checked(path, rows, [0], ("cloud",)).points
         if cloud.shape[1] < points:

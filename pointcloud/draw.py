@@ -173,9 +173,9 @@ def _by_height(clouds: Tensor) -> Tensor:
 def _by_number(numbers: Tensor) -> Tensor:
     """(n, p, 3) colors, the same for the same number, grey below 0."""
     numbers = numbers.cpu().long()  # as an index, uint8 would be a mask
-    own = torch.tensor(PALETTE)[numbers % len(PALETTE)]
+    shades = torch.tensor(PALETTE)[numbers % len(PALETTE)]
     grey = torch.tensor(GREY, dtype=torch.float64)
-    return torch.where(rearrange(numbers < 0, "n p -> n p 1"), grey, _colors("tab20", own))
+    return torch.where(rearrange(numbers < 0, "n p -> n p 1"), grey, _colors("tab20", shades))
 
 
 def _far_apart(centers: Tensor, many: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Published files: pickles of arrays (no code of theirs runs), h5 and lists; what is wrong of them.
 
-A reader opens a file within `told` and returns its arrays through `checked`: whatever is not as
+A reader opens a file within `parsing` and returns its arrays through `checked`: whatever is not as
 it was published is a ValueError that names the file.
 """
 
@@ -53,12 +53,15 @@ def read_arrays(path: Path) -> Any:
     ...     read_arrays(file)[0].shape
     (2, 3)
     """
-    with told(path, "arrays alone in a pickle, of which nothing is executed"), path.open("rb") as f:
+    with (
+        parsing(path, "arrays alone in a pickle, of which nothing is executed"),
+        path.open("rb") as f,
+    ):
         return _Arrays(f).load()
 
 
 @contextmanager
-def told(path: Path, layout: str) -> Iterator[None]:
+def parsing(path: Path, layout: str) -> Iterator[None]:
     """Whatever goes wrong with a file inside, by its path and the layout it should have."""
     try:
         yield
@@ -87,7 +90,7 @@ def h5(path: Path) -> dict[str, Any]:
         import h5py
     except ImportError as error:
         raise ImportError(f"{path}: h5py reads it and is missing. pip install h5py.") from error
-    with told(path, "HDF5 with the keys data and label"), h5py.File(path, "r") as file:
+    with parsing(path, "HDF5 with the keys data and label"), h5py.File(path, "r") as file:
         arrays = {key: file[key][()] for key in ("data", "label", "mask") if key in file}
         if absent := {"data", "label"} - set(arrays):
             raise ValueError(f"it lacks {', '.join(sorted(absent))}")
@@ -115,7 +118,7 @@ def checked(
     Raises ValueError on other shapes, a p other than `points`, labels that are no whole numbers
     of 0 to len(names) - 1, and points that are not finite.
     """
-    with told(path, "arrays of numbers"):
+    with parsing(path, "arrays of numbers"):
         x, labels = np.asarray(x, np.float32), np.asarray(labels)
     if fault := next(_faults(x, labels, len(names), parts, points), None):
         raise ValueError(f"{path}: {fault}. {_REMEDY}")

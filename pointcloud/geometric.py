@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .sample import padding
+from .operations import padding
 
 with warnings.catch_warnings():  # of torch.jit, which it uses
     warnings.simplefilter("ignore")
@@ -91,7 +91,7 @@ def dense(data: Data) -> Dense:
     return Dense(points, lengths, offsets)
 
 
-def whole(name: str, lengths: Tensor | None) -> None:
+def check_no_lengths(name: str, lengths: Tensor | None) -> None:
     """Lengths are the Data's own."""
     if lengths is not None:
         raise ValueError(f"{name}(lengths=): a Data has lengths of its own. Give it without them.")
@@ -100,7 +100,7 @@ def whole(name: str, lengths: Tensor | None) -> None:
 # pyg-lib
 
 
-def there(name: str) -> bool:
+def has(name: str) -> bool:
     """Whether pyg-lib is installed with that search, "fps" or "knn"."""
     return bool(getattr(torch_geometric.typing, f"WITH_{name.upper()}", False))
 
@@ -111,7 +111,7 @@ def fps(points: Tensor, m: int) -> Tensor:
     PyG asks for a ratio and takes ceil(ratio * n) in float32, which (m / n) can make m + 1: half a
     point less cannot.
     """
-    _need("fps")
+    _require("fps")
     b, n, _ = points.shape
     flat, batch = _flat(points)
     index: Tensor = pool.fps(flat, batch, (m - 0.5) / n, random_start=False, batch_size=b)
@@ -120,7 +120,7 @@ def fps(points: Tensor, m: int) -> Tensor:
 
 def knn(queries: Tensor, points: Tensor, k: int, lengths: Tensor | None) -> Tensor:
     """Nearest points (b, m, k) of queries (b, m, 3) in (b, n, 3) by pyg-lib, the nearest first."""
-    _need("knn")
+    _require("knn")
     (b, m, _), n = queries.shape, points.shape[1]
     (centers, of_centers), (flat, batch) = _flat(queries), _flat(points)
     real = torch.arange(b * n, device=points.device)
@@ -140,8 +140,8 @@ def _flat(points: Tensor) -> tuple[Tensor, Tensor]:
     return rearrange(points, "b n c -> (b n) c").contiguous(), batch
 
 
-def _need(name: str) -> None:
-    if not there(name):
+def _require(name: str) -> None:
+    if not has(name):
         raise ImportError(
             f"backend='pyg': {name} takes torch-geometric >= 2.8 and pyg-lib >= 0.6, which are not "
             "both installed. pip install torch-geometric, then pyg-lib as on https://data.pyg.org, "
@@ -173,20 +173,20 @@ class Augment(BaseTransform):  # type: ignore[misc]
 
     def _of(self, points: Tensor) -> Tensor:
         options: dict[str, Any] = {} if self.generator is None else {"generator": self.generator}
-        made = self.function(points, **options)
-        if made.shape != points.shape:
+        changed = self.function(points, **options)
+        if changed.shape != points.shape:
             raise ValueError(
-                f"{self!r}: gave {tuple(made.shape)} for {tuple(points.shape)}. "
+                f"{self!r}: gave {tuple(changed.shape)} for {tuple(points.shape)}. "
                 "Give a function that keeps the shape."
             )
-        return made
+        return changed
 
     def __repr__(self) -> str:
         if not isinstance(self.function, functools.partial):
             return f"Augment({_name(self.function)})"
-        given = [repr(value) for value in self.function.args]
-        given += [f"{name}={value!r}" for name, value in self.function.keywords.items()]
-        return f"Augment({', '.join([_name(self.function.func), *given])})"
+        arguments = [repr(value) for value in self.function.args]
+        arguments += [f"{name}={value!r}" for name, value in self.function.keywords.items()]
+        return f"Augment({', '.join([_name(self.function.func), *arguments])})"
 
 
 def _name(function: Callable[..., Tensor]) -> str:

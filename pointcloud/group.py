@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import sample
 from .checks import check_backend, check_count, check_points, check_values
+from .operations import fine, padding, vmap_into_batch
 from .sample import Start, farthest_points, gather
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ def nearest_points(
     if not (isinstance(queries, Tensor) and isinstance(points, Tensor)):
         from . import geometric
 
-        geometric.whole("nearest_points", lengths)
-        clouds, asked = geometric.dense(points), geometric.dense(queries)
+        geometric.check_no_lengths("nearest_points", lengths)
+        clouds, centers = geometric.dense(points), geometric.dense(queries)
         options: Any = {"lengths": clouds.lengths, "backend": backend}
-        found = nearest_points(asked.points, clouds.points, k, **options)
-        return Nearest(asked.back(clouds.flat(found.index)), asked.back(found.square))
+        near = nearest_points(centers.points, clouds.points, k, **options)
+        return Nearest(centers.back(clouds.flat(near.index)), centers.back(near.square))
     index = _index(queries, points, k, lengths, backend)
-    square = _square(sample.fine(queries), sample.fine(points), index)
+    square = _square(fine(queries), fine(points), index)
     return Nearest(index, square.to(points.dtype))
 
 
@@ -115,17 +116,17 @@ def group_points(
     if not isinstance(points, Tensor):
         from . import geometric
 
-        geometric.whole("group_points", lengths)
+        geometric.check_no_lengths("group_points", lengths)
         clouds = geometric.dense(points)
         options |= {"lengths": clouds.lengths, "backend": backend}
-        made = group_points(clouds.points, groups, size, **options)
-        return made._replace(index=clouds.flat(made.index))
+        grouped = group_points(clouds.points, groups, size, **options)
+        return grouped._replace(index=clouds.flat(grouped.index))
     check_points("group_points", points, lengths)
     check_backend("group_points", backend, ALL_BACKENDS, points)
     check_count("group_points", "groups", groups, points.shape[1])
     check_count("group_points", "size", size, points.shape[1])
     sampler, searcher = (
-        backend if backend in own else "auto" for own in (sample.BACKENDS, BACKENDS)
+        backend if backend in known else "auto" for known in (sample.BACKENDS, BACKENDS)
     )
     chosen = farthest_points(points, groups, lengths=lengths, backend=sampler, **options)
     centers = gather(points, chosen)
@@ -170,11 +171,11 @@ def _nearest(
 ) -> Tensor:
     if lengths is not None:
         lengths = lengths.to(points.device)
-        points = points.masked_fill(sample.padding(points, lengths)[..., None], 0.0)
+        points = points.masked_fill(padding(points, lengths)[..., None], 0.0)
     check_values("nearest_points", "k", k, points, lengths)
     check_values("nearest_points", "k", k, queries, None)
     searcher = {"scipy": _scipy, "pyg": _pyg, "torch": _torch}[_choice(points, backend)]
-    return searcher(sample.fine(queries), sample.fine(points), k, lengths)
+    return searcher(fine(queries), fine(points), k, lengths)
 
 
 @_nearest.register_fake
@@ -184,7 +185,7 @@ def _(queries: Tensor, points: Tensor, k: int, *_: object) -> Tensor:
 
 @_nearest.register_vmap
 def _(info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
-    index = torch.ops.pointcloud.nearest(*sample.fold(info, dims, values))
+    index = torch.ops.pointcloud.nearest(*vmap_into_batch(info, dims, values))
     return index.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -211,9 +212,9 @@ def _scipy(queries: Tensor, points: Tensor, k: int, lengths: Tensor | None) -> T
     workers = torch.get_num_threads()
     options: Any = {"leafsize": 32, "balanced_tree": False, "compact_nodes": False}
     pairs = zip(points.numpy(), queries.numpy(), sizes, strict=True)
-    for cloud, (held, asked, size) in enumerate(pairs):
-        found = cKDTree(held[:size], **options).query(asked, k, workers=workers)[1]
-        index[cloud] = found.reshape(-1, k)  # of one neighbour, SciPy drops the dimension
+    for i, (cloud, centers, size) in enumerate(pairs):
+        nearest = cKDTree(cloud[:size], **options).query(centers, k, workers=workers)[1]
+        index[i] = nearest.reshape(-1, k)  # of one neighbour, SciPy drops the dimension
     return torch.from_numpy(index)
 
 
@@ -229,7 +230,7 @@ def _torch(queries: Tensor, points: Tensor, k: int, lengths: Tensor | None) -> T
     most = CPU_TILE if points.device.type == "cpu" else TILE
     q = max(1, min(m, most // n))
     c = max(1, min(b, most // (n * q)))
-    barred = None if lengths is None else sample.padding(points, lengths)[:, None]
+    barred = None if lengths is None else padding(points, lengths)[:, None]
     centers, planes = rearrange(queries, "b m c -> c b m 1"), rearrange(points, "b n c -> c b 1 n")
     memory = queries.new_empty((2, c, q, n))
     index = queries.new_empty((b, m, k), dtype=torch.int64)

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from .augment import scale_translate
 from .checks import check_points, not_empty
+from .operations import padding
 from .sample import gather, random_points
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def chamfer(
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         from . import geometric
 
-        geometric.whole("chamfer", lengths_a if lengths_b is None else lengths_b)
+        geometric.check_no_lengths("chamfer", lengths_a if lengths_b is None else lengths_b)
         a, lengths_a, _ = geometric.dense(a)
         b, lengths_b, _ = geometric.dense(b)
     _check_pair(rule, a, b)
@@ -254,7 +255,7 @@ def _without_padding(
     if low < 1 or high > n:
         fact = f"go from {low} to {high} where clouds have {n} points"
         raise ValueError(f"{rule} {fact}. Give 1 to {n}; leave empty clouds out.")
-    real = torch.arange(n, device=points.device) < lengths.to(points.device)[:, None]
+    real = ~padding(points, lengths)
     return torch.where(rearrange(real, "b n -> b n 1"), points, points[:, :1]), real
 
 
@@ -301,15 +302,17 @@ def _one_iou(
 ) -> Tensor:
     if ignore is not None:
         answers, parts = answers[parts != ignore], parts[parts != ignore]
-    own = torch.tensor(list(category), device=parts.device)
-    if not torch.isin(parts, own).all():
+    known = torch.tensor(list(category), device=parts.device)
+    if not torch.isin(parts, known).all():
         fact = f"shape {i} has parts outside its category {list(category)}"
         raise ValueError(f"shape_iou: {fact}. Name all the parts it may have.")
     if logits and max(category) >= answers.shape[-1]:
         fact = f"the category {list(category)} of shape {i} has logits of only {answers.shape[-1]}"
         raise ValueError(f"shape_iou: {fact} parts. Give a logit for every part there is.")
     if logits:
-        answers = own[answers[:, own].argmax(-1)]
-    said, true = (rearrange(p, "p -> 1 p") == rearrange(own, "k -> k 1") for p in (answers, parts))
+        answers = known[answers[:, known].argmax(-1)]
+    said, true = (
+        rearrange(p, "p -> 1 p") == rearrange(known, "k -> k 1") for p in (answers, parts)
+    )
     union = (said | true).sum(1)
     return torch.where(union > 0, (said & true).sum(1) / union.double(), 1.0).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -20,6 +20,7 @@ from .checks import (
     check_start,
     check_values,
 )
+from .operations import fine, padding, random_device, vmap_into_batch
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -75,7 +76,7 @@ def farthest_points(
     if not isinstance(points, Tensor):
         from . import geometric
 
-        geometric.whole("farthest_points", lengths)
+        geometric.check_no_lengths("farthest_points", lengths)
         clouds = geometric.dense(points)
         options: Any = {"start": start, "generator": generator, "backend": backend}
         options |= {"lengths": clouds.lengths, "skip_origin": skip_origin}
@@ -110,11 +111,13 @@ def random_points(
     if not isinstance(points, Tensor):
         from . import geometric
 
-        geometric.whole("random_points", lengths)
+        geometric.check_no_lengths("random_points", lengths)
         points, lengths, _ = geometric.dense(points)
     check_points("random_points", points, lengths)
     check_count("random_points", "m", m, points.shape[1])
-    keys = torch.rand(points.shape[:2], generator=generator, device=_home(points, generator))
+    keys = torch.rand(
+        points.shape[:2], generator=generator, device=random_device(points, generator)
+    )
     if lengths is not None:
         check_lengths("random_points", "m", m, points, lengths)
         keys = keys.masked_fill(padding(points, lengths).to(keys.device), 2.0)
@@ -139,17 +142,6 @@ def gather(points: Tensor, index: Tensor) -> Tensor:
     return points.gather(1, rows).view(*index.shape, points.shape[-1])
 
 
-def padding(points: Tensor, lengths: Tensor) -> Tensor:
-    """Where (b, n) there is padding."""
-    order = torch.arange(points.shape[1], device=points.device)
-    return order >= rearrange(lengths.to(points.device), "b -> b 1")
-
-
-def fine(points: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    return points.float() if points.device.type == "mps" else points.double()
-
-
 @cache
 def installed(package: str) -> bool:
     """Whether a package is there, without importing it."""
@@ -162,11 +154,7 @@ def pyg_has(name: str) -> bool:
         return False
     from . import geometric
 
-    return geometric.there(name)
-
-
-def _home(points: Tensor, generator: torch.Generator | None) -> torch.device:
-    return points.device if generator is None else generator.device
+    return geometric.has(name)
 
 
 def _first(
@@ -184,7 +172,7 @@ def _first(
     if start == "random":
         sizes = torch.full((b,), n) if lengths is None else lengths
         sizes = sizes.to(points.device)
-        drawn = torch.rand(b, generator=generator, device=_home(points, generator))
+        drawn = torch.rand(b, generator=generator, device=random_device(points, generator))
         return (drawn.to(points.device) * sizes).long().minimum(sizes - 1)
     if isinstance(start, bool) or not hasattr(start, "__index__") or not 0 <= start < n:
         raise ValueError(
@@ -237,21 +225,9 @@ def _(points: Tensor, m: int, *_: object) -> Tensor:
     return points.new_empty((points.shape[0], m), dtype=torch.int64)
 
 
-def fold(info: Any, dims: Iterable[int | None], values: Iterable[Any]) -> list[Any]:
-    """Arguments of a batched operation with the dimension of a vmap in their batch."""
-
-    def folded(value: Any, dim: int | None) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        wide = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-        return wide.flatten(0, 1)
-
-    return [folded(*each) for each in zip(values, dims, strict=True)]
-
-
 @_farthest.register_vmap
 def _(info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
-    index = torch.ops.pointcloud.farthest(*fold(info, dims, values))
+    index = torch.ops.pointcloud.farthest(*vmap_into_batch(info, dims, values))
     return index.unflatten(0, (info.batch_size, -1)), 0
 
 

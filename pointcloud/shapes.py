@@ -61,9 +61,9 @@ def procedural(
     labels = labels[torch.randperm(clouds, generator=generator)]
     x, parts = torch.empty(clouds, points, 3), torch.empty(clouds, points, dtype=torch.int64)
     for label in range(min(clouds, len(CLASSES))):
-        own = (labels == label).nonzero()[:, 0]
-        for start in range(0, len(own), _CHUNK):
-            rows = own[start : start + _CHUNK]
+        members = (labels == label).nonzero()[:, 0]
+        for start in range(0, len(members), _CHUNK):
+            rows = members[start : start + _CHUNK]
             x[rows], parts[rows] = _scan(label, difficulty, Draw(len(rows), generator), points)
     return Clouds(x, labels, NAMES, parts)
 
@@ -150,9 +150,9 @@ def _crop(x: Tensor, parts: Tensor, kept: Tensor, d: Draw) -> tuple[Tensor, Tens
 
     Where fewer than a tenth of the points would stay, the move is halved until more do.
     """
-    own = (kept & (parts != BACKGROUND))[:, None]
-    low = torch.where(own, x, math.inf).amin(2, keepdim=True)
-    high = torch.where(own, x, -math.inf).amax(2, keepdim=True)
+    object_points = (kept & (parts != BACKGROUND))[:, None]
+    low = torch.where(object_points, x, math.inf).amin(2, keepdim=True)
+    high = torch.where(object_points, x, -math.inf).amax(2, keepdim=True)
     half, x = (high - low) / 2, x - (high + low) / 2
     move = torch.stack([d(-SHIFT, SHIFT) for _ in "xyz"], -1)[..., None] * 2 * half
     for _ in range(8):

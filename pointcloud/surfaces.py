@@ -132,7 +132,7 @@ def sample(
     (torch.Size([2, 3, 100]), torch.Size([2, 100]), True)
     """
     table, mass = _table(surfaces, b)
-    pick, u, v, chance = torch.rand(4, b, n, generator=generator)
+    pick, u, v, height = torch.rand(4, b, n, generator=generator)
     which = torch.searchsorted(mass.cumsum(-1), pick * mass.sum(-1, keepdim=True))
     which = which.clamp_(max=len(surfaces) - 1) + torch.arange(b)[:, None] * len(surfaces)
     rows = rearrange(table.flatten(0, 1)[which.flatten()], "(b n) c -> b c n", b=b).contiguous()
@@ -142,7 +142,7 @@ def sample(
     points = origin + x * f[0] + y * f[1] + z * f[2]
     normals = dx * m[0] + dy * m[1] + dz * m[2]
     area = normals.square().sum(1).sqrt_()
-    return Sample(points, normals * solid[:, None], part.long(), chance * bound < area)
+    return Sample(points, normals * solid[:, None], part.long(), height * bound < area)
 
 
 def _table(surfaces: Sequence[Surface], b: int) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,40 @@ def test_no_circle_in_a_room(room):
     assert circle(arrows) == []
 
 
+BESIDE = ("benchmarks", "pointcloud", "backbones")
+
+
+def siblings(folder: str, source: str) -> set[str]:
+    """The files of a flat folder that a text of it imports, anywhere in it."""
+    paths: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            paths += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = [folder] if node.level else []
+            start += [node.module] if node.module else []
+            paths += [".".join([*start, alias.name]) for alias in node.names]
+    inner = [path.split(".")[1:2] or [""] for path in paths if path.split(".")[0] == folder]
+    return {name if (ROOT / folder / f"{name}.py").is_file() else "__init__" for [name] in inner}
+
+
+@pytest.mark.parametrize("folder", BESIDE)
+def test_no_circle_beside_surgery(folder):
+    files = {file.stem: file.read_text() for file in (ROOT / folder).glob("*.py")}
+    arrows = {name: siblings(folder, source) - {name} for name, source in files.items()}
+    assert circle(arrows) == []
+
+
+def test_imports_of_siblings_are_seen_in_every_form():
+    text = "from . import sample\nfrom .group import Groups\nimport pointcloud.draw, torch\n"
+    text += (
+        "def f():\n    from pointcloud import load, metrics\n    from pointcloud.data import take"
+    )
+    assert siblings("pointcloud", text) == {
+        "sample", "group", "draw", "__init__", "metrics", "data",
+    }  # fmt: skip
+
+
 def test_upward_imports_and_circles_are_seen():
     assert upward("structure.path", "from ..engine.hooks import HookedSite") == {"engine.hooks"}
     assert upward("engine.hooks", "def f():\n    from surgery.state import load") == {"state"}

@@ -7,22 +7,23 @@ from typing import Any
 import pytest
 
 from benchmarks import points
-from benchmarks.parameters import Row, first, matches, second, table
+from benchmarks.figures import Figure, matches, table
+from benchmarks.parameters import first, second
 from surgery import rulesets
 
-ROWS = [*first(), *second(), *points.rows()]
+FIGURES = [*first(), *second(), *points.figures()]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.method} {row.setting}")
-def test_every_integer_is_ours(row: Any) -> None:
-    assert row.counted == row.integer
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.method} {figure.setting}")
+def test_every_integer_is_ours(figure: Any) -> None:
+    assert figure.counted == figure.integer
 
 
 def test_what_does_not_match_has_a_reason() -> None:
-    for row in ROWS:
-        assert row.verdict != "no: "
-        assert bool(row.printed) or row.verdict == "none printed"
-    missed = {r.method for r in ROWS if r.verdict.startswith("no: ")}
+    for figure in FIGURES:
+        assert figure.verdict != "no: "
+        assert bool(figure.printed) or figure.verdict == "none printed"
+    missed = {f.method for f in FIGURES if f.verdict.startswith("no: ")}
     assert missed == {
         "vpt_deep", "adapter", "adaptformer", "noah", "arc_att", "repadapter", "Adapter-X",
         "dapt", "daptx",
@@ -30,11 +31,11 @@ def test_what_does_not_match_has_a_reason() -> None:
 
 
 def test_every_rule_set_is_in_it() -> None:
-    assert {row.method for row in ROWS} - {"Adapter-X"} == {row[0] for row in rulesets().rows}
+    assert {f.method for f in FIGURES} - {"Adapter-X"} == {row[0] for row in rulesets().rows}
 
 
 def test_the_table_says_so_where_it_is_wrong() -> None:
-    right, wrong = Row("full", "", "full", 85_798_656), Row("full", "", "full", 1)
+    right, wrong = Figure("full", "", "full", 85_798_656), Figure("full", "", "full", 1)
     assert table("", [right]).notes == []
     assert table("", [wrong]).notes == ["WRONG: full, : not 1"]
     assert matches(167_424, "0.17 M")

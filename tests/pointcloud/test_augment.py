@@ -15,7 +15,7 @@ from pointcloud.augment import drop, flip, jitter, normalize, rotate, scale_tran
 Change = Callable[..., Tensor]
 RANDOM: list[Change] = [scale_translate, rotate, jitter, partial(flip, axis="x"), drop]
 EVERY = [*RANDOM, lambda x, generator=None: normalize(x)]
-each = pytest.mark.parametrize("change", EVERY)
+every_change = pytest.mark.parametrize("change", EVERY)
 each_random = pytest.mark.parametrize("change", RANDOM)
 
 
@@ -27,7 +27,7 @@ def clouds(b: int = 6, n: int = 50, dtype: torch.dtype = torch.float64) -> Tenso
     return torch.randn(b, n, 3, generator=seeded(99), dtype=dtype)
 
 
-@each
+@every_change
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_shape_dtype_and_input_stay(change: Change, dtype: torch.dtype) -> None:
     x = clouds(dtype=dtype)
@@ -68,7 +68,7 @@ def test_every_cloud_has_its_own(change: Change) -> None:
     assert len({tuple(y.flatten().tolist()) for y in change(x, generator=seeded())}) > 1
 
 
-@each
+@every_change
 def test_differentiable(change: Change) -> None:
     x = clouds(2, 5).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: change(t, generator=seeded()), (x,))
@@ -86,7 +86,7 @@ def test_draws_are_made_where_the_generator_is(change: Change) -> None:
     assert not torch.equal(meta, start)
 
 
-@each
+@every_change
 @pytest.mark.parametrize(
     ("points", "said"),
     [
@@ -100,7 +100,7 @@ def test_what_is_no_cloud_is_refused(change: Change, points: Tensor, said: str) 
         change(points, generator=seeded())
 
 
-@each
+@every_change
 def test_no_clouds_give_none(change: Change) -> None:
     assert change(torch.zeros(0, 8, 3)).shape == (0, 8, 3)
 
@@ -146,8 +146,8 @@ def test_rotate_about_y_is_the_published_matrix() -> None:
 def test_rotate_keeps_the_axis_lengths_and_handedness(axis: str) -> None:
     x = torch.eye(3, dtype=torch.float64).expand(200, 3, 3)
     y = rotate(x, axis, generator=seeded())
-    own = "xyz".index(axis)
-    assert torch.equal(y[..., own], x[..., own])
+    coordinate = "xyz".index(axis)
+    assert torch.equal(y[..., coordinate], x[..., coordinate])
     torch.testing.assert_close(y @ y.mT, x, rtol=0, atol=4 * 2**-52)
     torch.testing.assert_close(torch.linalg.det(y), torch.ones(200).double(), rtol=0, atol=1e-14)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import peak
+from benchmarks.timing import peak
 from pointcloud import data
 from pointcloud.augment import normalize
 from pointcloud.clouds import Clouds, batches, take
@@ -40,31 +40,31 @@ def write_scanobjectnn(root: Path, variant: str, clouds: Clouds, train: bool) ->
 @pytest.mark.parametrize("inner", [False, True])
 def test_scanobjectnn_reads_what_was_written(tmp_path: Path, variant: str, inner: bool) -> None:
     for train in (True, False):
-        made = procedural("OBJ_BG", clouds=30, points=64, train=train)
-        write_scanobjectnn(tmp_path, variant, made, train)
+        written = procedural("OBJ_BG", clouds=30, points=64, train=train)
+        write_scanobjectnn(tmp_path, variant, written, train)
     root = tmp_path / "h5_files" if inner else tmp_path
     for train in (True, False):
-        made = procedural("OBJ_BG", clouds=30, points=64, train=train)
+        written = procedural("OBJ_BG", clouds=30, points=64, train=train)
         read = data.scanobjectnn(root, variant, train=train)
-        assert torch.equal(read.points, made.points)
-        assert torch.equal(read.labels, made.labels)
-        assert read.names == made.names
-        assert made.parts is not None
+        assert torch.equal(read.points, written.points)
+        assert torch.equal(read.labels, written.labels)
+        assert read.names == written.names
+        assert written.parts is not None
         assert read.parts is not None
-        assert torch.equal(read.parts, made.parts)
+        assert torch.equal(read.parts, written.parts)
         assert (read.points.dtype, read.labels.dtype, read.parts.dtype) == (
             torch.float32,
             torch.int64,
             torch.int64,
         )
     round_ = data.scanobjectnn(root, variant, train=False, normalize=True)
-    torch.testing.assert_close(round_.points, normalize(made.points))
+    torch.testing.assert_close(round_.points, normalize(written.points))
 
 
 def test_the_variants_of_scanobjectnn_are_different_files(tmp_path: Path) -> None:
-    made = procedural("OBJ_BG", clouds=15, points=8)
+    written = procedural("OBJ_BG", clouds=15, points=8)
     files = {
-        write_scanobjectnn(tmp_path, variant, made, train)
+        write_scanobjectnn(tmp_path, variant, written, train)
         for variant in data.VARIANTS
         for train in (True, False)
     }
@@ -74,22 +74,22 @@ def test_the_variants_of_scanobjectnn_are_different_files(tmp_path: Path) -> Non
 
 
 def test_scanobjectnn_without_a_mask_has_no_parts(tmp_path: Path) -> None:
-    made = procedural("OBJ_ONLY", clouds=15, points=8)._replace(parts=None)
-    write_scanobjectnn(tmp_path, "OBJ_ONLY", made, True)
+    written = procedural("OBJ_ONLY", clouds=15, points=8)._replace(parts=None)
+    write_scanobjectnn(tmp_path, "OBJ_ONLY", written, True)
     assert data.scanobjectnn(tmp_path, "OBJ_ONLY").parts is None
 
 
 def test_an_h5_file_that_lacks_a_key_is_told(tmp_path: Path) -> None:
-    made = procedural("OBJ_ONLY", clouds=15, points=8)
-    with h5py.File(write_scanobjectnn(tmp_path, "OBJ_ONLY", made, True), "a") as file:
+    written = procedural("OBJ_ONLY", clouds=15, points=8)
+    with h5py.File(write_scanobjectnn(tmp_path, "OBJ_ONLY", written, True), "a") as file:
         del file["label"]
     with pytest.raises(ValueError, match=r"training_objectdataset\.h5.*it lacks label"):
         data.scanobjectnn(tmp_path, "OBJ_ONLY")
 
 
 def test_a_missing_h5py_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = procedural("OBJ_ONLY", clouds=15, points=8)
-    write_scanobjectnn(tmp_path, "OBJ_ONLY", made, True)
+    written = procedural("OBJ_ONLY", clouds=15, points=8)
+    write_scanobjectnn(tmp_path, "OBJ_ONLY", written, True)
     normal = builtins.__import__
 
     def without(name: str, *rest: object) -> object:
@@ -280,10 +280,10 @@ def write_h5(path: Path, **arrays: np.ndarray) -> Path:
 @pytest.mark.parametrize(("arrays", "said"), FAULTS)
 def test_a_file_that_is_not_as_published_is_told(tmp_path: Path, arrays, said: str) -> None:
     path = write_h5(tmp_path / "main_split_nobg/training_objectdataset.h5", **(N | arrays))
-    with pytest.raises(ValueError, match=said) as told:
+    with pytest.raises(ValueError, match=said) as error:
         data.scanobjectnn(tmp_path, "OBJ_ONLY")
-    assert str(told.value).startswith(f"{path}: ")
-    assert str(told.value).endswith("anew.")
+    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith("anew.")
 
 
 @pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i4", "u8", "i8", ">i4"])
@@ -328,7 +328,7 @@ CLOUD = np.ones((16, 6), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("held", "said"),
+    ("contents", "said"),
     [
         ({"a": 1}, "not enough values"),
         ([CLOUD] * 3, "too many values"),
@@ -339,19 +339,19 @@ CLOUD = np.ones((16, 6), np.float32)
         ([[CLOUD], [0, 1]], r"labels are int64 \(2,\)"),
     ],
 )
-def test_a_published_cache_of_another_layout_is_told(tmp_path: Path, held, said: str) -> None:
+def test_a_published_cache_of_another_layout_is_told(tmp_path: Path, contents, said: str) -> None:
     write_modelnet40(tmp_path)
-    (tmp_path / "modelnet40_train_16pts_fps.dat").write_bytes(pickle.dumps(held))
+    (tmp_path / "modelnet40_train_16pts_fps.dat").write_bytes(pickle.dumps(contents))
     with pytest.raises(ValueError, match=rf"modelnet40_train_16pts_fps\.dat: .*{said}"):
         data.modelnet40(tmp_path, points=16)
 
 
 @pytest.mark.parametrize(
-    "held", [[1], {"train": [], "test": []}, {"train": [(CLOUD, 5, 7)], "test": []}]
+    "contents", [[1], {"train": [], "test": []}, {"train": [(CLOUD, 5, 7)], "test": []}]
 )
-def test_a_fold_of_another_layout_is_told(tmp_path: Path, held) -> None:
+def test_a_fold_of_another_layout_is_told(tmp_path: Path, contents) -> None:
     (tmp_path / "5way_10shot").mkdir()
-    (tmp_path / "5way_10shot" / "0.pkl").write_bytes(pickle.dumps(held))
+    (tmp_path / "5way_10shot" / "0.pkl").write_bytes(pickle.dumps(contents))
     with pytest.raises(ValueError, match=r"0\.pkl: (the layout is a pickle of|labels go from 5)"):
         data.modelnet_fewshot(tmp_path)
 
@@ -475,9 +475,9 @@ READERS = [
 
 @pytest.mark.parametrize(("reader", "file"), READERS)
 def test_a_missing_file_is_told_with_layout_and_where_to_ask(tmp_path: Path, reader, file) -> None:
-    with pytest.raises(FileNotFoundError) as told:
+    with pytest.raises(FileNotFoundError) as error:
         reader(tmp_path)
-    text = str(told.value)
+    text = str(error.value)
     assert text.startswith(f"{reader.__name__}('{tmp_path}'")
     assert f"there is no {tmp_path}" in text
     assert any(name in text for name in file.split("|"))
@@ -492,8 +492,8 @@ def test_a_variant_that_does_not_exist_is_told(tmp_path: Path) -> None:
 
 
 def test_load_by_a_line_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = procedural("OBJ_BG", clouds=15, points=8)
-    for variant, clouds in (("OBJ_BG", made), ("PB_T50_RS", take(made, slice(0, 4)))):
+    written = procedural("OBJ_BG", clouds=15, points=8)
+    for variant, clouds in (("OBJ_BG", written), ("PB_T50_RS", take(written, slice(0, 4)))):
         write_scanobjectnn(tmp_path, variant, clouds, False)
     assert len(data.load(f"scanobjectnn/OBJ_BG:{tmp_path}", train=False).labels) == 15
     assert len(data.load(f"scanobjectnn:{tmp_path}", train=False).labels) == 4
@@ -512,9 +512,9 @@ def test_load_by_a_line_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     "spec", ["", "scan", "scanobjectnn", "procedural:x", "modelnet40", "modelnet40/a:x", "ab:c"]
 )
 def test_a_line_that_cannot_be_loaded_is_told(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"a source is procedural.*Give one of these") as told:
+    with pytest.raises(ValueError, match=r"a source is procedural.*Give one of these") as error:
         data.load(spec)
-    assert repr(spec) in str(told.value)
+    assert repr(spec) in str(error.value)
 
 
 def numbered(n: int) -> Clouds:
@@ -525,12 +525,12 @@ def numbered(n: int) -> Clouds:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_give_each_cloud_once_with_its_label(shuffle: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    found = list(batches(numbered(23), 5, shuffle=shuffle, generator=generator))
-    assert [len(labels) for _, labels in found] == [5, 5, 5, 5, 3]
-    labels = torch.cat([y for _, y in found])
+    epoch = list(batches(numbered(23), 5, shuffle=shuffle, generator=generator))
+    assert [len(labels) for _, labels in epoch] == [5, 5, 5, 5, 3]
+    labels = torch.cat([y for _, y in epoch])
     assert sorted(labels.tolist()) == list(range(23))
     assert (labels.tolist() == list(range(23))) is not shuffle
-    assert torch.equal(torch.cat([x for x, _ in found])[:, 2, 1], labels.float())
+    assert torch.equal(torch.cat([x for x, _ in epoch])[:, 2, 1], labels.float())
 
 
 def test_batches_follow_the_generator_epoch_after_epoch() -> None:

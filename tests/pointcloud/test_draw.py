@@ -35,9 +35,9 @@ def ink(picture: Tensor) -> Tensor:
 
 def where(picture: Tensor, color: tuple[int, int, int]) -> Tensor:
     """Rows and columns (n, 2) of the pixels of this color."""
-    found = ((picture - torch.tensor(color)).abs() <= 2).all(-1).nonzero()
-    assert len(found), f"no {color} is in the picture"
-    return found
+    pixels = ((picture - torch.tensor(color)).abs() <= 2).all(-1).nonzero()
+    assert len(pixels), f"no {color} is in the picture"
+    return pixels
 
 
 def box(mask: Tensor) -> tuple[int, int, int, int]:
@@ -134,8 +134,8 @@ def test_every_number_up_to_18_has_its_own_color(tmp_path: Path) -> None:
 def test_numbers_may_be_any_integers(dtype: torch.dtype, tmp_path: Path) -> None:
     clouds, numbers = torch.randn(2, 9, 3), torch.arange(18).view(2, 9)
     want = draw_clouds(clouds, tmp_path / "long.png", colors=numbers)
-    made = draw_clouds(clouds, tmp_path / "other.png", colors=numbers.to(dtype))
-    assert made.read_bytes() == want.read_bytes()
+    drawn = draw_clouds(clouds, tmp_path / "other.png", colors=numbers.to(dtype))
+    assert drawn.read_bytes() == want.read_bytes()
 
 
 def test_near_hides_far_and_far_is_paler(tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ def clouds(sizes: list[int]) -> list[Data]:
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_batch_is_as_one_cloud_at_a_time(sizes: list[int]) -> None:
-    each = clouds(sizes)
-    batch = batched(each)
+    separate = clouds(sizes)
+    batch = batched(separate)
     index = farthest_points(batch, 8, start=2)
     groups = group_points(batch, 8, 5)
-    for i, data in enumerate(each):
+    for i, data in enumerate(separate):
         first = int(batch.ptr[i])
         assert torch.equal(index[i] - first, farthest_points(data, 8, start=2)[0])
         alone = group_points(data, 8, 5)
@@ -62,27 +62,27 @@ def test_a_batch_vector_alone_will_do() -> None:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_dense_and_back(sizes: list[int]) -> None:
     batch = batched(clouds(sizes))
-    made = geometric.dense(batch)
-    assert made.points.shape == (len(sizes), max(sizes), 3)
-    assert (made.lengths is None) == (len(set(sizes)) == 1)
-    assert torch.equal(made.back(made.points), batch.pos)
-    alike = torch.cat([x.flatten(0, 1) for x in made.alike()])
+    padded = geometric.dense(batch)
+    assert padded.points.shape == (len(sizes), max(sizes), 3)
+    assert (padded.lengths is None) == (len(set(sizes)) == 1)
+    assert torch.equal(padded.back(padded.points), batch.pos)
+    alike = torch.cat([x.flatten(0, 1) for x in padded.alike()])
     assert torch.equal(alike, batch.pos)
-    assert (len(made.alike()) == 1) == (len(set(sizes)) == 1)
+    assert (len(padded.alike()) == 1) == (len(set(sizes)) == 1)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_neighbours_are_rows_of_pos(sizes: list[int]) -> None:
     queries, points = batched(clouds(sizes[::-1])), batched(clouds(sizes))
     for asked in (queries, points):
-        found = nearest_points(asked, points, 5)
-        assert found.index.shape == found.square.shape == (len(asked.pos), 5)
-        square = (points.pos[found.index] - asked.pos[:, None]).square().sum(-1)
-        torch.testing.assert_close(found.square, square)
-        assert torch.equal(points.batch[found.index], asked.batch[:, None].expand(-1, 5))
+        near = nearest_points(asked, points, 5)
+        assert near.index.shape == near.square.shape == (len(asked.pos), 5)
+        square = (points.pos[near.index] - asked.pos[:, None]).square().sum(-1)
+        torch.testing.assert_close(near.square, square)
+        assert torch.equal(points.batch[near.index], asked.batch[:, None].expand(-1, 5))
         for i in range(len(sizes)):
             alone = nearest_points(asked[i].pos[None], points[i].pos[None], 5)
-            rows = found.index[asked.batch == i] - points.ptr[i]
+            rows = near.index[asked.batch == i] - points.ptr[i]
             assert torch.equal(rows, alone.index[0])
 
 
@@ -92,9 +92,9 @@ def test_random_points_are_of_each_cloud(sizes: list[int]) -> None:
     drawn = random_points(batch, 9)
     assert drawn.shape == (len(sizes), 9, 3)
     for i, rows in enumerate(drawn):
-        found = (rows[:, None] == batch[i].pos).all(-1)
-        assert found.any(1).all()
-        assert found.sum(0).max() == 1
+        same = (rows[:, None] == batch[i].pos).all(-1)
+        assert same.any(1).all()
+        assert same.sum(0).max() == 1
 
 
 @pytest.mark.parametrize("norm", [1, 2])
@@ -119,25 +119,25 @@ def test_augmentations_give_a_copy_with_new_pos(change, sizes: list[int]) -> Non
     batch = batched(clouds(sizes))
     before = batch.pos.clone()
     torch.manual_seed(0)
-    made = change(batch)
-    assert type(made) is type(batch)
-    assert made is not batch
+    changed = change(batch)
+    assert type(changed) is type(batch)
+    assert changed is not batch
     assert torch.equal(batch.pos, before)
-    assert (made.y is batch.y, made.batch is batch.batch) == (True, True)
+    assert (changed.y is batch.y, changed.batch is batch.batch) == (True, True)
     torch.manual_seed(0)
     if len(set(sizes)) == 1:
         want = change(before.view(len(sizes), -1, 3)).flatten(0, 1)
     else:
         want = torch.cat([change(data.pos[None])[0] for data in batch.to_data_list()])
-    assert torch.equal(made.pos, want)
+    assert torch.equal(changed.pos, want)
 
 
 def test_augmentations_take_their_arguments_and_compile() -> None:
     data = Data(pos=torch.randn(20, 3))
     seeds = [torch.Generator().manual_seed(0) for _ in "ab"]
     want = augment.rotate(data.pos[None], "z", degrees=20.0, generator=seeds[0])[0]
-    made = augment.rotate(data, "z", degrees=20.0, generator=seeds[1])
-    assert torch.equal(made.pos, want)
+    turned = augment.rotate(data, "z", degrees=20.0, generator=seeds[1])
+    assert torch.equal(turned.pos, want)
     assert torch.equal(augment.flip(points=data, probability=0.0).pos, data.pos)
     torch._dynamo.reset()
     run = torch.compile(augment.normalize, fullgraph=True, backend="aot_eager")
@@ -200,21 +200,21 @@ def scaled(points: Tensor, by: float = 2.0, generator: torch.Generator | None = 
 def test_augment_changes_pos_alone_of_a_copy() -> None:
     data = Data(pos=torch.randn(20, 3), y=torch.tensor([3]))
     before = data.pos.clone()
-    made = Augment(scaled, torch.Generator().manual_seed(0))(data)
+    changed = Augment(scaled, torch.Generator().manual_seed(0))(data)
     want = scaled(before[None], generator=torch.Generator().manual_seed(0))[0]
-    assert torch.equal(made.pos, want)
+    assert torch.equal(changed.pos, want)
     assert torch.equal(data.pos, before)
-    assert made.y is data.y
+    assert changed.y is data.y
 
 
 def test_augment_is_of_each_cloud_of_a_batch() -> None:
     for sizes in SIZES:
         batch = batched(clouds(sizes))
         ratio = Augment(scaled)(batch).pos / batch.pos
-        each = [ratio[batch.batch == i] for i in range(len(sizes))]
-        for factors in each:
+        by_cloud = [ratio[batch.batch == i] for i in range(len(sizes))]
+        for factors in by_cloud:
             torch.testing.assert_close(factors, factors[:1, :1].expand_as(factors))
-        assert len({round(float(factors[0, 0]), 4) for factors in each}) == len(sizes)
+        assert len({round(float(factors[0, 0]), 4) for factors in by_cloud}) == len(sizes)
 
 
 def test_augment_shows_what_it_does() -> None:

@@ -17,9 +17,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from benchmarks.measure import peak
+from benchmarks.timing import peak
 from pointcloud import group, sample
 from pointcloud.group import group_points, nearest_points
+from pointcloud.operations import padding
 from pointcloud.sample import farthest_points, gather
 from tests.pointcloud.test_sample import CLOUDS, FLAT, NAN
 
@@ -87,11 +88,11 @@ def test_permuted_points_give_the_same_points(seed: int, backend: str) -> None:
 @pytest.mark.parametrize("hole", [float("nan"), float("inf"), 0.0])
 def test_ragged_clouds_are_as_one_at_a_time(backend: str, hole: float) -> None:
     points, lengths = torch.randn(4, 60, 3), torch.tensor([12, 60, 33, 59])
-    points[sample.padding(points, lengths)] = hole
-    made = group_points(points, 10, 12, lengths=lengths, backend=backend)
+    points[padding(points, lengths)] = hole
+    groups = group_points(points, 10, 12, lengths=lengths, backend=backend)
     for i, n in enumerate(lengths.tolist()):
         alone = group_points(points[i : i + 1, :n], 10, 12, backend=backend)
-        for one, other in zip(made, alone, strict=True):
+        for one, other in zip(groups, alone, strict=True):
             assert torch.equal(one[i], other[0])
 
 
@@ -139,8 +140,10 @@ def test_groups_are_centers_and_what_is_around_them() -> None:
 def test_options_reach_the_sampling() -> None:
     points = torch.randn(2, 100, 3)
     points[:, :3] = 0.0
-    made = group_points(points, 99, 4, skip_origin=True)
-    assert torch.equal(made.centers, gather(points, farthest_points(points, 99, skip_origin=True)))
+    groups = group_points(points, 99, 4, skip_origin=True)
+    assert torch.equal(
+        groups.centers, gather(points, farthest_points(points, 99, skip_origin=True))
+    )
     drawn = group_points(points, 9, 4, start="random", generator=torch.Generator().manual_seed(5))
     start = torch.Generator().manual_seed(5)
     index = farthest_points(points, 9, start="random", generator=start)
@@ -150,8 +153,8 @@ def test_options_reach_the_sampling() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch", "numpy", "scipy"])
 def test_groups_are_the_same_by_all_backends(backend: str) -> None:
     points = torch.randn(2, 600, 3)
-    made, other = group_points(points, 9, 7), group_points(points, 9, 7, backend=backend)
-    assert all(map(torch.equal, made, other))
+    groups, other = group_points(points, 9, 7), group_points(points, 9, 7, backend=backend)
+    assert all(map(torch.equal, groups, other))
 
 
 def test_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,10 +244,10 @@ def test_compiles_as_one_graph_and_trains_the_same() -> None:
 def test_exports() -> None:
     model, points = Small(), torch.randn(2, 30, 3)
     batch = torch.export.Dim("batch", min=1, max=64)
-    made = torch.export.export(model, (points,), dynamic_shapes=({0: batch},)).module()
-    assert torch.equal(made(points), model(points))
+    exported = torch.export.export(model, (points,), dynamic_shapes=({0: batch},)).module()
+    assert torch.equal(exported(points), model(points))
     more = torch.randn(5, 30, 3)
-    assert torch.equal(made(more), model(more))
+    assert torch.equal(exported(more), model(more))
 
 
 def test_traces_symbolically() -> None:
@@ -268,12 +271,12 @@ def test_function_transforms() -> None:
         return torch.func.functional_call(model, params, (points,)).square().sum()
 
     together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, points)
-    alone = [torch.func.grad(loss)(params, each) for each in points]
+    alone = [torch.func.grad(loss)(params, cloud) for cloud in points]
     for name, grads in together.items():
-        torch.testing.assert_close(grads, torch.stack([each[name] for each in alone]))
+        torch.testing.assert_close(grads, torch.stack([slopes[name] for slopes in alone]))
     for at in range(4):  # also where the batch is not the first dimension
         by = torch.vmap(lambda x: farthest_points(x, 5), in_dims=at)(points.movedim(0, at))
-        assert torch.equal(by, torch.stack([farthest_points(each, 5) for each in points]))
+        assert torch.equal(by, torch.stack([farthest_points(cloud, 5) for cloud in points]))
     same = torch.vmap(lambda q: nearest_points(q, points[0], 5).index)(points)
     assert torch.equal(same, torch.stack([nearest_points(q, points[0], 5).index for q in points]))
     value, slope = torch.func.jvp(lambda x: loss(params, x), (points[0],), (points[0],))

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import peak
+from benchmarks.timing import peak
 from pointcloud import metrics
 from pointcloud.augment import scale_translate
 from pointcloud.metrics import (
@@ -164,13 +164,13 @@ class Alive(TorchDispatchMode):
     now = most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self.now += 1
                 weakref.finalize(tensor, self.freed)
         self.most = max(self.most, self.now)
-        return made
+        return outputs
 
     def freed(self) -> None:
         self.now -= 1
@@ -193,14 +193,14 @@ def test_vmap_and_compile_see_through_the_tiles(
     dims: tuple[int | None, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "TILE", {"cpu": 20, "else": 20})
-    each = [torch.randn(3, 2, n, 3, generator=seeded(n)) for n in (9, 7)]
-    a, b = (x if dim == 0 else x[0] for x, dim in zip(each, dims, strict=True))
+    clouds = [torch.randn(3, 2, n, 3, generator=seeded(n)) for n in (9, 7)]
+    a, b = (x if dim == 0 else x[0] for x, dim in zip(clouds, dims, strict=True))
     pairs = zip(a.expand(3, 2, 9, 3), b.expand(3, 2, 7, 3), strict=True)
     want = torch.stack([brute(*pair, 2).mean() for pair in pairs]).float()
     torch.testing.assert_close(torch.vmap(chamfer, in_dims=dims)(a, b), want)
     torch._dynamo.reset()
     run = torch.compile(chamfer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(each[0][0], each[1][0]), want[0])
+    torch.testing.assert_close(run(clouds[0][0], clouds[1][0]), want[0])
 
 
 def test_half_precision_is_measured_in_single() -> None:

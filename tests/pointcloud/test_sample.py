@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pointcloud import sample
 from pointcloud.checks import check_backend
+from pointcloud.operations import padding
 from pointcloud.sample import farthest_points, gather, random_points
 
 FEW = settings(max_examples=40, deadline=None)
@@ -111,9 +112,9 @@ def test_starts(backend: str) -> None:
     for start in (7, 49):
         index = farthest_points(points, 10, start=start, backend=backend)
         assert index.tolist() == [brute(cloud, 10, start) for cloud in points]
-    each = torch.tensor([3, 0, 49])
-    index = farthest_points(points, 10, start=each, backend=backend)
-    assert index.tolist() == [brute(c, 10, s) for c, s in zip(points, each.tolist(), strict=True)]
+    starts = torch.tensor([3, 0, 49])
+    index = farthest_points(points, 10, start=starts, backend=backend)
+    assert index.tolist() == [brute(c, 10, s) for c, s in zip(points, starts.tolist(), strict=True)]
 
 
 def test_random_starts_are_of_the_generator_and_within_each_cloud() -> None:
@@ -139,7 +140,7 @@ def test_random_starts_are_of_the_generator_and_within_each_cloud() -> None:
 @pytest.mark.parametrize("hole", [float("nan"), float("inf"), 1e30, 0.0])
 def test_ragged_clouds_are_as_one_at_a_time(backend: str, hole: float) -> None:
     points, lengths = torch.randn(4, 60, 3), torch.tensor([12, 60, 33, 59])
-    points[sample.padding(points, lengths)] = hole
+    points[padding(points, lengths)] = hole
     index = farthest_points(points, 12, lengths=lengths, backend=backend)
     alone = [brute(cloud[:n], 12) for cloud, n in zip(points, lengths.tolist(), strict=True)]
     assert index.tolist() == alone
@@ -238,9 +239,9 @@ def test_random_points_are_of_each_ragged_cloud() -> None:
     points, lengths = torch.randn(3, 9, 3), torch.tensor([4, 9, 6])
     drawn = random_points(points, 4, lengths=lengths)
     for cloud, n, rows in zip(points, lengths, drawn, strict=True):
-        found = (rows[:, None] == cloud[:n]).all(-1)
-        assert found.any(1).all()
-        assert found.sum(0).max() == 1
+        same = (rows[:, None] == cloud[:n]).all(-1)
+        assert same.any(1).all()
+        assert same.sum(0).max() == 1
     other = random_points(points, 4, lengths=lengths)
     assert not torch.equal(other[1], drawn[1])
 

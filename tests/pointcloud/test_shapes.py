@@ -74,11 +74,11 @@ def mesh(formula, k: float, arc: float, frame: Tensor, cells: int = 600) -> tupl
 @pytest.mark.parametrize(("kind", "formula", "k", "arc", "size"), CASES)
 def test_points_are_uniform_by_area(kind, formula, k, arc, size) -> None:
     """Kolmogorov-Smirnov against a mesh, along seven directions, in a sheared frame."""
-    made = sf.surface(kind, 0, (0.1, 0.2, 0.3), size, k, arc)
-    made = made._replace(frame=SHEAR @ made.frame)
-    found = sf.sample([made], 1, 30_000, generator=seeded(1))
-    points = found.points[0].T[found.kept[0]].double()
-    centres, areas = mesh(formula, k, arc, made.frame)
+    bent = sf.surface(kind, 0, (0.1, 0.2, 0.3), size, k, arc)
+    bent = bent._replace(frame=SHEAR @ bent.frame)
+    drawn = sf.sample([bent], 1, 30_000, generator=seeded(1))
+    points = drawn.points[0].T[drawn.kept[0]].double()
+    centres, areas = mesh(formula, k, arc, bent.frame)
     assert len(points) > 5_000
     directions = torch.cat([torch.eye(3), torch.randn(4, 3, generator=seeded(2))]).double()
     for direction in directions:
@@ -96,21 +96,21 @@ def test_points_are_uniform_by_area(kind, formula, k, arc, size) -> None:
 def test_several_surfaces_share_the_points_by_area() -> None:
     one = sf.surface(sf.PATCH, 0, (0.0, 0.0, 0.0), (1.0, 0.0, 3.0))
     other = sf.surface(sf.BALL, 1, (5.0, 0.0, 0.0), (0.5, 0.5, 0.5))
-    found = sf.sample([one, other], 1, 40_000, generator=seeded())
-    share = found.parts[found.kept].double().mean()
+    drawn = sf.sample([one, other], 1, 40_000, generator=seeded())
+    share = drawn.parts[drawn.kept].double().mean()
     wanted = math.pi / (math.pi + 3)  # the ball's area is 4 pi / 4
-    spread = (wanted * (1 - wanted) / int(found.kept.sum())) ** 0.5
+    spread = (wanted * (1 - wanted) / int(drawn.kept.sum())) ** 0.5
     assert abs(float(share) - wanted) < 4 * spread
 
 
 @pytest.mark.parametrize("kind", range(5))
 @pytest.mark.parametrize("k", [0.2, 1.0])
 def test_no_area_element_exceeds_its_bound(kind: int, k: float) -> None:
-    made = sf.surface(kind, 0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), k)
+    stretched = sf.surface(kind, 0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), k)
     frames = torch.randn(500, 3, 4, generator=seeded(kind))
-    made = made._replace(frame=frames)
-    bound = sf._table([made], 500)[1]
-    area = sf.sample([made], 500, 400, generator=seeded()).normals.norm(dim=1)
+    stretched = stretched._replace(frame=frames)
+    bound = sf._table([stretched], 500)[1]
+    area = sf.sample([stretched], 500, 400, generator=seeded()).normals.norm(dim=1)
     assert (area <= bound * (1 + 1e-5)).all()  # 1e-5: some 80 eps of float32, for its rounding
     assert (area.amax(1) > bound[:, 0] * 0.4).all()  # nor is it so loose that most is thrown away
 
@@ -120,18 +120,18 @@ def test_normals_of_a_closed_box_and_a_ball_point_outwards() -> None:
     solids = sf.turn(solids, 0, 0.7, (1.0, 0.5, 2.0))
     centre = torch.tensor([1.0, 0.5, 2.0])[:, None]
     lump = sf.surface(sf.BALL, 0, (1.0, 0.5, 2.0), (0.3, 0.4, 0.5))
-    for made in (solids, [lump], sf.turn([lump], 2, 1.0, (1.0, 0.5, 2.0))):
-        found = sf.sample(made, 1, 2_000, generator=seeded())
-        assert ((found.points[0] - centre) * found.normals[0]).sum(0).min() > 0
+    for surfaces in (solids, [lump], sf.turn([lump], 2, 1.0, (1.0, 0.5, 2.0))):
+        drawn = sf.sample(surfaces, 1, 2_000, generator=seeded())
+        assert ((drawn.points[0] - centre) * drawn.normals[0]).sum(0).min() > 0
 
 
 def test_a_sheet_has_no_side_and_a_part_of_size_zero_has_no_points() -> None:
     sheet = sf.surface(sf.PATCH, 0, (0.0, 0.0, 0.0), (1.0, 0.0, 1.0), solid=False)
     nothing = sf.surface(sf.SQUARE, 1, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
-    found = sf.sample([nothing, sheet, nothing], 4, 500, generator=seeded())
-    assert found.normals.eq(0).all()
-    assert found.parts[found.kept].eq(0).all()
-    assert found.kept.all()
+    drawn = sf.sample([nothing, sheet, nothing], 4, 500, generator=seeded())
+    assert drawn.normals.eq(0).all()
+    assert drawn.parts[drawn.kept].eq(0).all()
+    assert drawn.kept.all()
 
 
 def test_objects_stand_on_the_floor_and_are_of_known_size() -> None:
@@ -140,9 +140,9 @@ def test_objects_stand_on_the_floor_and_are_of_known_size() -> None:
     long = x[:, 2].amax(1) - x[:, 2].amin(1)
     assert ((long > 1.85) & (long < 2.3)).all()
     for build in CLASSES:
-        found = sf.sample(build(Draw(8, seeded())), 8, 500, generator=seeded())
-        assert found.points.isfinite().all()
-        assert found.kept.float().mean() > 0.4
+        drawn = sf.sample(build(Draw(8, seeded())), 8, 500, generator=seeded())
+        assert drawn.points.isfinite().all()
+        assert drawn.kept.float().mean() > 0.4
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
@@ -165,8 +165,8 @@ def test_clouds_have_the_shapes_told(difficulty: str) -> None:
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 def test_the_seed_decides_every_byte_and_nothing_else_does(difficulty: str) -> None:
     def data(seed: int, train: bool = True) -> bytes:
-        made = procedural(difficulty, clouds=20, points=64, train=train, seed=seed)
-        return b"".join(t.numpy().tobytes() for t in (made.points, made.labels, made.parts))
+        drawn = procedural(difficulty, clouds=20, points=64, train=train, seed=seed)
+        return b"".join(t.numpy().tobytes() for t in (drawn.points, drawn.labels, drawn.parts))
 
     state = torch.random.get_rng_state()
     first = data(0)
@@ -262,7 +262,7 @@ def test_few_clouds_and_few_points_are_no_special_case() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"difficulty": "HARD"}, "'HARD'.*there are OBJ_ONLY, OBJ_BG, PB_T50_RS"),
         ({"clouds": 0}, r"procedural\(clouds=0\)"),
@@ -270,6 +270,6 @@ def test_few_clouds_and_few_points_are_no_special_case() -> None:
         ({"seed": -1}, r"procedural\(seed=-1\)"),
     ],
 )
-def test_what_cannot_be_made_is_told(arguments: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_made_is_told(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         procedural(**arguments)  # type: ignore[arg-type]

@@ -33,8 +33,8 @@ class Times:
     def ratios(self, name: str, other: str) -> tuple[float, float, float]:
         """(median, lowest, highest) over the runs of fastest round to fastest round."""
         pairs = zip(self.runs[name], self.runs[other], strict=True)
-        each = [min(a) / min(b) for a, b in pairs]
-        return median(each), min(each), max(each)
+        ratios = [min(a) / min(b) for a, b in pairs]
+        return median(ratios), min(ratios), max(ratios)
 
 
 def interleaved(actions: Mapping[str, Prepare], rounds: int, runs: int = 3, warm: int = 1) -> Times:
@@ -54,9 +54,9 @@ def interleaved(actions: Mapping[str, Prepare], rounds: int, runs: int = 3, warm
 
 def _seconds(action: Action) -> float:
     start = time.process_time()  # not the clock on the wall: other processes may be running
-    made = action()
+    output = action()
     stop = time.process_time()
-    del made
+    del output
     return stop - start
 
 
@@ -89,13 +89,13 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for tensor in _tensors(made):
+        outputs = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(outputs):
             storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._known:
+            if storage._cdata not in inputs and storage._cdata not in self._known:
                 self._count(storage)
-        return made
+        return outputs
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -110,7 +110,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def peak(action: Action) -> int:
