@@ -1,9 +1,9 @@
-"""The example: inputs of one forward, and how a model is called with them."""
+"""The example: inputs of one forward, how a model is called with them, the tensors it gives."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +23,32 @@ def copied(example: Any) -> Any:
     return pytree.tree_map(_copied, example)
 
 
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
     try:
-        return copy.deepcopy(leaf)
+        return copy.deepcopy(value)
     except (TypeError, RuntimeError):  # it cannot be copied
-        return leaf
+        return value
+
+
+def tensors_in(value: Any, walked: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in inputs or outputs of any form: containers, dataclasses, objects.
+
+    walked  ids of the containers that were walked already: each is walked once
+    """
+    walked = set() if walked is None else walked
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in walked and not isinstance(value, (type, nn.Module)):
+        walked.add(id(value))
+        for item in _items(value):
+            yield from tensors_in(item, walked)
+
+
+def _items(container: Any) -> Iterable[Any]:
+    if isinstance(container, Mapping):
+        return container.values()
+    if isinstance(container, (list, tuple, set)):
+        return container
+    return getattr(container, "__dict__", {}).values()
