@@ -237,7 +237,7 @@ def _counts(model: nn.Module, count: int) -> list[int]:
 def guesses(config: Any, name: str, width: int = 0) -> Iterator[Any]:
     """Values that an argument of this name may take, the likeliest first.
 
-    width  of its features, where an error has told
+    width  of its features, where an error says it
 
     >>> [tuple(guess.shape) for guess in guesses(None, "bbox")]
     [(1, 12, 4)]

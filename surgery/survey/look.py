@@ -226,6 +226,6 @@ def _address(ffn: TracedFFN) -> str:
 
 
 def _listed(what: str, paths: list[str]) -> str:
-    """Addresses under one heading, those that differ in a number alone told once."""
+    """Addresses under one heading, those that differ in a number alone once, with their count."""
     kinds = Counter(generalise(path) for path in paths)
     return f"{what}: {', '.join(f'{kind} x{n}' for kind, n in kinds.items())}" if paths else ""

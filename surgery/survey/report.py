@@ -152,7 +152,7 @@ def _by_heading(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _called(row: Row) -> str:
-    """Its family, where families are told of together: those of timm, torchvision without sites."""
+    """The name that an exception goes by: of its family, where that has no site and is no type."""
     alone = row.source == "transformers" or row.sites or not row.family
     return row.name if alone else row.family
 
