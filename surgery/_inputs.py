@@ -1,4 +1,4 @@
-"""The example: inputs of one forward, and how a model is called with them."""
+"""The example: inputs of one forward, how a model is called with them, the tensors it gives."""
 
 from __future__ import annotations
 
@@ -32,18 +32,23 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors in an output of any form: containers, dataclasses, objects that hold tensors."""
-    seen = set() if seen is None else seen
+def tensors_in(value: Any, walked: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in inputs or outputs of any form: containers, dataclasses, objects.
+
+    walked  ids of the containers that were walked already: each is walked once
+    """
+    walked = set() if walked is None else walked
     if isinstance(value, Tensor):
         yield value
-    elif id(value) not in seen and not isinstance(value, (type, nn.Module)):
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            items: Iterable[Any] = value.values()
-        elif isinstance(value, (list, tuple, set)):
-            items = value
-        else:
-            items = getattr(value, "__dict__", {}).values()
-        for item in items:
-            yield from tensors_in(item, seen)
+    elif id(value) not in walked and not isinstance(value, (type, nn.Module)):
+        walked.add(id(value))
+        for item in _items(value):
+            yield from tensors_in(item, walked)
+
+
+def _items(container: Any) -> Iterable[Any]:
+    if isinstance(container, Mapping):
+        return container.values()
+    if isinstance(container, (list, tuple, set)):
+        return container
+    return getattr(container, "__dict__", {}).values()

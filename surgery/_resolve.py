@@ -31,8 +31,8 @@ def build(name: str, device: str = "meta") -> nn.Module:
     kind, _, what = name.partition(":")
     if kind == "timm" and what:
         return _timm(what, device)
-    made = _named(name, "MODEL", MODEL)
-    model = _called(made, name) if not isinstance(made, nn.Module) else made
+    target = _object(name, "MODEL", MODEL)
+    model = target if isinstance(target, nn.Module) else _called(target, name)
     if not isinstance(model, nn.Module):
         raise RuleError(name, f"it gave a {type(model).__name__}, and no model.", f"Give {MODEL}.")
     return model
@@ -46,7 +46,7 @@ def rules_of(name: str) -> Rules:
     """
     if ":" not in name:
         return name
-    rules: Rules = _named(name, "RULES", RULES)
+    rules: Rules = _object(name, "RULES", RULES)
     return rules
 
 
@@ -63,10 +63,10 @@ def inputs_of(name: str, model: nn.Module) -> Any:
     surgery.errors.RuleError: torch:zeros: calling it failed: TypeError: ...
     """
     if name:
-        made = _named(name, "INPUTS", INPUTS)
-        return _called(made, name) if callable(made) and not isinstance(made, Tensor) else made
-    if callable(told := getattr(model, "example", None)):
-        return told()
+        inputs = _object(name, "INPUTS", INPUTS)
+        return _called(inputs, name) if _is_function(inputs) else inputs
+    if callable(example := getattr(model, "example", None)):
+        return example()
     size = (getattr(model, "default_cfg", None) or {}).get("input_size")
     if size:
         return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
@@ -100,6 +100,7 @@ def _timm(name: str, device: str) -> nn.Module:
 
 
 def missing(module: str, extra: str) -> RuleError:
+    """The error where a module is not installed, which an extra of this package brings."""
     return RuleError(
         f"import {module}",
         f"{module} is not installed.",
@@ -107,7 +108,11 @@ def missing(module: str, extra: str) -> RuleError:
     )
 
 
-def _named(name: str, what: str, help: str) -> Any:
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, Tensor)
+
+
+def _object(name: str, what: str, help: str) -> Any:
     """The object that `module:attribute` or `file.py:attribute` names."""
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):
@@ -129,8 +134,8 @@ def _imported(module_name: str, name: str) -> Any:
             sys.path.insert(0, "")
             return importlib.import_module(module_name)
         path = Path(module_name).resolve()
-        known = (m for m in sys.modules.values() if getattr(m, "__file__", None) == str(path))
-        return next(known, None) or _executed(path)
+        loaded = (m for m in sys.modules.values() if getattr(m, "__file__", None) == str(path))
+        return next(loaded, None) or _executed(path)
     except SurgeryError:
         raise
     except Exception as error:
@@ -158,9 +163,9 @@ def _executed(path: Path) -> Any:
     return module
 
 
-def _called(made: Any, name: str) -> Any:
+def _called(function: Any, name: str) -> Any:
     try:
-        return made()
+        return function()
     except Exception as error:
         raise RuleError(
             name,

@@ -40,19 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, run: Callable[[Any], int | None]) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help)
-        made.set_defaults(run=run)
-        return made
+        subparser = commands.add_parser(name, help=help, description=help)
+        subparser.set_defaults(run=run)
+        return subparser
 
-    demo = command("demo", "train and compare methods on real digits, on the CPU", _demo)
-    _demo_arguments(demo)
-    look = command(
-        "anatomy", "show what a model is made of", lambda a: print(anatomy(build(a.model)))
-    )
-    look.add_argument("model", metavar="MODEL", help=MODEL)
-    made = command("plan", "show what rules would do to a model", _plan)
-    made.add_argument("model", metavar="MODEL", help=MODEL)
-    made.add_argument("rules", metavar="RULES", help=RULES, nargs="?", default="adapterx_ffn")
+    _demo_arguments(command("demo", "train and compare methods on real digits, on the CPU", _demo))
+    _model_argument(command("anatomy", "show what a model is made of", _anatomy))
+    _plan_arguments(command("plan", "show what rules would do to a model", _plan))
     _check_arguments(command("check", "try the specification suite on a model and rules", _check))
     command("rulesets", "list the named rule sets", lambda a: print(rulesets()))
     _survey_arguments(command("survey", "try every model of timm, torchvision, ...", _survey))
@@ -66,6 +60,15 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--methods", nargs="+", metavar="RULES", help="rule sets to compare")
     demo.add_argument("--pretrain", action="store_true", help="make the backbone anew (minutes)")
     demo.add_argument("--out", default="out", help="folder for the adapter and the picture")
+
+
+def _model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("rules", metavar="RULES", help=RULES, nargs="?", default="adapterx_ffn")
 
 
 def _source(text: str) -> str:
@@ -86,7 +89,7 @@ def _survey_arguments(survey: argparse.ArgumentParser) -> None:
 
 
 def _check_arguments(check: argparse.ArgumentParser) -> None:
-    check.add_argument("model", metavar="MODEL", help=MODEL)
+    _model_argument(check)
     check.add_argument("--rules", metavar="RULES", help=RULES, default="adapterx_ffn")
     check.add_argument("--inputs", metavar="INPUTS", help=f"{INPUTS}; else guessed", default="")
     check.add_argument("--only", nargs="+", metavar="PROPERTY", default=[], help="these alone")
@@ -110,6 +113,10 @@ def number(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
+
+
+def _anatomy(arguments: argparse.Namespace) -> None:
+    print(anatomy(build(arguments.model)))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

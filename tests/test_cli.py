@@ -15,7 +15,7 @@ from surgery.demo import digits, glyphs
 VIT = "timm:vit_tiny_patch16_224"
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def output_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of `surgery words...`."""
     try:
         status = main(list(words))
@@ -26,21 +26,21 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 
 
 def test_plan_counts_on_the_meta_device(capsys):
-    status, out, _ = told(capsys, "plan", "timm:vit_base_patch16_224", "adapterx_ffn")
+    status, out, _ = output_of(capsys, "plan", "timm:vit_base_patch16_224", "adapterx_ffn")
     assert status == 0
     assert "148,992" in out
     assert "blocks.*.mlp x12" in out
 
 
 def test_anatomy_names_every_role_and_its_width(capsys):
-    status, out, _ = told(capsys, "anatomy", VIT)
+    status, out, _ = output_of(capsys, "anatomy", VIT)
     assert status == 0
     for word in ("embed", "block", "norm", "attn", "qkv", "ffn", "head", "blocks.*.mlp", "192"):
         assert word in out
 
 
 def test_rulesets_are_listed_with_their_papers(capsys):
-    status, out, _ = told(capsys, "rulesets")
+    status, out, _ = output_of(capsys, "rulesets")
     assert status == 0
     for word in ("adapterx_ffn", "adaptformer", "linear_probe", "Li et al. 2024"):
         assert word in out
@@ -53,7 +53,7 @@ def test_models_and_rules_of_ones_own_file(tmp_path, monkeypatch, capsys):
         "def build():\n    return nn.Sequential(nn.Linear(8, 2))\n"
         "RULES = at('0', unfreeze)\n"
     )
-    status, out, _ = told(capsys, "plan", "own.py:build", "own.py:RULES")
+    status, out, _ = output_of(capsys, "plan", "own.py:build", "own.py:RULES")
     assert status == 0
     assert "18 trainable" in out
 
@@ -76,7 +76,7 @@ def test_models_and_rules_of_ones_own_file(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_screen_and_no_traceback(words, fact, capsys):
-    status, out, err = told(capsys, *words)
+    status, out, err = output_of(capsys, *words)
     assert status == 2
     assert fact in err
     assert "Traceback" not in out + err
@@ -95,7 +95,7 @@ def test_python_m_surgery_is_surgery():
 @pytest.mark.slow
 def test_the_demo_compares_saves_loads_draws_and_reverts(tmp_path, capsys):
     methods = ["linear_probe", "adapterx_ffn"]
-    status, out, _ = told(
+    status, out, _ = output_of(
         capsys,
         "demo",
         "--seeds",

@@ -33,7 +33,7 @@ METHODS = [
 ]  # fmt: skip
 PER_CLASS, BATCH, EPOCHS = 20, 50, 40
 BALANCE = 0.01  # weight of the load-balance loss, as usual (Li et al. 2024, Eq. 7)
-# The best of RATES on the validation images, mean of 3 seeds: `choose()` prints them all.
+# The best of RATES on the validation images, mean of 3 seeds: `choose_rates()` prints them all.
 RATES = (1e-3, 3e-3, 1e-2)
 RATE = {
     "linear_probe": 1e-2,
@@ -57,6 +57,8 @@ class Images(NamedTuple):
 
 
 class Split(NamedTuple):
+    """What is trained on, chosen by, and judged by."""
+
     train: Images
     validation: Images
     test: Images
@@ -83,12 +85,13 @@ def digits(seed: int) -> Split:
     fixed, drawn = torch.Generator().manual_seed(1234), torch.Generator().manual_seed(seed)
     rows: list[list[Tensor]] = [[], [], []]
     for digit in range(10):
-        own = (y == digit).nonzero()[:, 0]
-        own = own[torch.randperm(len(own), generator=fixed)]
-        pool = own[30:90][torch.randperm(60, generator=drawn)]
-        for kind, chosen in zip(rows, (pool[:PER_CLASS], own[:30], own[90:]), strict=True):
-            kind.append(chosen)
-    return Split(*(Images(x[torch.cat(kind)], y[torch.cat(kind)]) for kind in rows))
+        of_class = (y == digit).nonzero()[:, 0]
+        of_class = of_class[torch.randperm(len(of_class), generator=fixed)]
+        pool = of_class[30:90][torch.randperm(60, generator=drawn)]
+        shares = (pool[:PER_CLASS], of_class[:30], of_class[90:])
+        for part, share in zip(rows, shares, strict=True):
+            part.append(share)
+    return Split(*(Images(x[torch.cat(part)], y[torch.cat(part)]) for part in rows))
 
 
 def tune(
@@ -138,8 +141,8 @@ def run(
     results = compare(chosen, seeds, epochs or EPOCHS)
     print(table(results, epochs or EPOCHS))
     routed = [m for m in chosen if routing(results[m][-1].model)]
-    last = routed[-1] if routed else chosen[-1]
-    prove(last, results[last][-1].model, digits(0).test, out)
+    method = routed[-1] if routed else chosen[-1]
+    prove(method, results[method][-1].model, digits(0).test, out)
 
 
 def compare(methods: list[str], seeds: int, epochs: int) -> dict[str, list[Result]]:
@@ -152,12 +155,12 @@ def compare(methods: list[str], seeds: int, epochs: int) -> dict[str, list[Resul
             bar = progress.add_task(f"{method:<13}", total=seeds * steps)
             step = partial(progress.advance, bar)
             results[method] = [
-                _one(method, split, seed, epochs, step) for seed, split in enumerate(splits)
+                _tuned(method, split, seed, epochs, step) for seed, split in enumerate(splits)
             ]
     return results
 
 
-def _one(method: str, split: Split, seed: int, epochs: int, step: Callable[[], None]) -> Result:
+def _tuned(method: str, split: Split, seed: int, epochs: int, step: Callable[[], None]) -> Result:
     start = time.perf_counter()
     rate = RATE.get(method, 3e-3)
     model = tune(method, split.train, seed=seed, rate=rate, epochs=epochs, step=step)
@@ -202,12 +205,12 @@ def prove(method: str, model: nn.Module, test: Images, out: Path) -> None:
         print(f"drew    {picture}")
     revert(model)
     base = dict(glyphs.pretrained(10).state_dict())
-    kept = {k: v for k, v in model.state_dict().items() if k not in glyphs.HEAD}
-    equal = all(torch.equal(base[key], value) for key, value in kept.items())
+    back = {k: v for k, v in model.state_dict().items() if k not in glyphs.HEAD}
+    equal = all(torch.equal(base[key], value) for key, value in back.items())
     print(f"reverted: every tensor of the backbone equal to the last bit: {equal}")
 
 
-def choose() -> None:
+def choose_rates() -> None:
     """Print the validation accuracy of every method at every rate, mean of 3 seeds."""
     for method in METHODS:
         for rate in RATES:

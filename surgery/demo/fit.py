@@ -17,6 +17,8 @@ from pointcloud.augment import scale_translate
 from pointcloud.clouds import Clouds, batches
 from pointcloud.sample import farthest_points, gather, random_points
 
+from .._files import write_whole
+
 Source = Clouds | Dataset[Tensor]  # in memory, or read as it is needed, without labels
 Loss = Callable[[Tensor, Tensor], Tensor]
 Augment = Callable[..., Tensor]
@@ -108,20 +110,23 @@ def answers(model: nn.Module, clouds: Clouds, *, points: int, batch: int = 32) -
     """Logits (n, classes) for the farthest points of each cloud, as in testing: nothing drawn."""
     device = next(model.parameters()).device
 
-    def told() -> Iterator[Tensor]:
+    def logits() -> Iterator[Tensor]:
         for x, _ in batches(clouds, batch, shuffle=False):
             x = x.to(device)
             yield model(x if points == x.shape[1] else gather(x, farthest_points(x, points)))
 
     with torch.inference_mode():
-        return torch.cat([*told()]).cpu()
+        return torch.cat([*logits()]).cpu()
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    free = [p for name, p in named if p.dim() < 2 or name.endswith("bias") or "token" in name]
-    rest = [p for _, p in named if not any(p is other for other in free)]
-    return [{"params": free, "weight_decay": 0.0}, {"params": rest, "weight_decay": decay}]
+    """The trained parameters in two groups: biases, norms and tokens do not decay, weights do."""
+    free, decaying = list[nn.Parameter](), list[nn.Parameter]()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_free = p.dim() < 2 or name.endswith("bias") or "token" in name
+            (free if is_free else decaying).append(p)
+    return [{"params": free, "weight_decay": 0.0}, {"params": decaying, "weight_decay": decay}]
 
 
 def _cosine(done: float, least: float, warm: float = 1 / 30) -> float:
@@ -132,9 +137,8 @@ def _cosine(done: float, least: float, warm: float = 1 / 30) -> float:
 
 
 def _save(states: dict[str, Any], epoch: int, file: Path) -> None:
-    half = file.with_suffix(".half")
-    torch.save({**{k: v.state_dict() for k, v in states.items()}, "epoch": epoch}, half)
-    half.replace(file)
+    content = {**{name: state.state_dict() for name, state in states.items()}, "epoch": epoch}
+    write_whole(file, lambda half: torch.save(content, half))
 
 
 def _resume(states: dict[str, Any], file: Path | None) -> int:
@@ -142,10 +146,10 @@ def _resume(states: dict[str, Any], file: Path | None) -> int:
     if file is None or not file.is_file():
         return 0
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever half a file is
         print(f"{file} cannot be read ({error}): this run starts anew")
         return 0
     for name, state in states.items():
-        state.load_state_dict(held[name])
-    return int(held["epoch"])
+        state.load_state_dict(content[name])
+    return int(content["epoch"])

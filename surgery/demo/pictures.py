@@ -57,12 +57,12 @@ def table(results: Sequence[Result], title: str) -> Table:
     runs = grouped(results)
     rows: list[tuple[object, ...]] = []
     notes: list[str] = []
-    for (target, method), own in runs.items():
-        mean, deviation = spread(own)
-        share = 100 * own[0].trained / own[0].whole
-        seconds = statistics.mean(r.seconds for r in own)
-        told = f"{share:.2f}", f"{mean:.1f}", f"{deviation:.1f}" if len(own) > 1 else "-"
-        rows.append((target, method, own[0].trained, *told, f"{seconds:.1f}"))
+    for (target, method), seeds in runs.items():
+        mean, deviation = spread(seeds)
+        share = 100 * seeds[0].trained / seeds[0].whole
+        seconds = statistics.mean(run.seconds for run in seeds)
+        figures = f"{share:.2f}", f"{mean:.1f}", f"{deviation:.1f}" if len(seeds) > 1 else "-"
+        rows.append((target, method, seeds[0].trained, *figures, f"{seconds:.1f}"))
         if method == "daptx" and (target, "full") in runs:
             ahead = mean - spread(runs[target, "full"])[0]
             word = "ahead of" if ahead > 0 else "behind"
@@ -70,8 +70,8 @@ def table(results: Sequence[Result], title: str) -> Table:
                 f"{target}: daptx is {abs(ahead):.1f} points {word} full fine-tuning, "
                 f"with {share:.1f} % of what that trains."
             )
-    seeds = max(map(len, runs.values()))
-    notes.append(f"Mean and standard deviation of {seeds} seeds; every method trains a new head.")
+    most = max(map(len, runs.values()))
+    notes.append(f"Mean and standard deviation of {most} seeds; every method trains a new head.")
     columns = ("target", "method", "trained", "% of all", "accuracy %", "+-", "seconds a run")
     return Table(title, columns, rows, notes)
 
@@ -87,18 +87,12 @@ def draw_tradeoff(results: Sequence[Result], path: Path) -> Path:
     panels = figure.subplots(1, len(targets), squeeze=False)[0]
     for axes, target in zip(panels, targets, strict=True):
         for i, method in enumerate(methods):
-            if own := runs.get((target, method)):
-                mean, deviation = spread(own)
-                label = method if target == targets[0] else None
+            if seeds := runs.get((target, method)):
+                mean, deviation = spread(seeds)
                 axes.errorbar(
-                    own[0].trained,
-                    mean,
-                    deviation,
-                    marker="o",
-                    capsize=3,
-                    color=f"C{i}",
-                    label=label,
-                )
+                    seeds[0].trained, mean, deviation, marker="o", capsize=3, color=f"C{i}",
+                    label=method if target == targets[0] else None,
+                )  # fmt: skip
                 if method == "full":
                     axes.axhline(mean, color=f"C{i}", linestyle="--", linewidth=0.8, zorder=0)
         axes.set(xscale="log", xlabel="parameters trained", title=target)
@@ -122,8 +116,8 @@ def draw_targets(tests: Mapping[str, Clouds], path: Path) -> Path:
             points.append(clouds.points[i, :fewest])
             parts.append(None if clouds.parts is None else clouds.parts[i, :fewest])
             titles.append(f"{clouds.names[label]}, {name}")
-    known = [p for p in parts if p is not None]
-    colors = torch.stack(known) if len(known) == len(parts) else None
+    labelled = [p for p in parts if p is not None]
+    colors = torch.stack(labelled) if len(labelled) == len(parts) else None
     return draw_clouds(torch.stack(points), path, titles=titles, colors=colors)
 
 
@@ -134,5 +128,5 @@ def _of_the_set(tests: Mapping[str, Clouds]) -> bool:
 
 def _five(clouds: Clouds) -> list[int]:
     """Five classes, spread over those that there are."""
-    there = sorted(set(clouds.labels.tolist()))
-    return [there[i * len(there) // 5] for i in range(5)] if len(there) > 5 else there
+    classes = sorted(set(clouds.labels.tolist()))
+    return [classes[i * len(classes) // 5] for i in range(5)] if len(classes) > 5 else classes

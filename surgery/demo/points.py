@@ -26,7 +26,19 @@ from ..engine.reports import draw_loads
 from ..state.checkpoint import load, save
 from .fit import Source, steps
 from .pictures import Result, draw_targets, draw_tradeoff, table
-from .recipe import POINTS, PRETRAIN, RATES, Recipe, Step, digest, fill, made, score, small, tune
+from .recipe import (
+    POINTS,
+    PRETRAIN,
+    RATES,
+    Recipe,
+    Step,
+    digest,
+    load_backbone,
+    pretrained_backbone,
+    score,
+    small,
+    tune,
+)
 
 METHODS = ["linear_probe", "full", "dapt", "daptx", "adapterx_ffn"]
 HARD = ["OBJ_BG", "PB_T50_RS"]
@@ -69,32 +81,29 @@ def compare(
                     result = known.get(blank.stem)
                     if result is None:
                         step = partial(progress.advance, bar)
-                        result = _one(blank, recipe, train, test, backbone, step, out)
+                        result = _tuned(blank, recipe, train, test, backbone, step, out)
                     progress.update(bar, completed=(seed + 1) * length)
                     results.append(result)
     return sorted(results, key=lambda r: ([*targets].index(r.target), methods.index(r.method)))
 
 
 def _known(file: Path) -> dict[str, Result]:
-    found: dict[str, Result] = {}
+    """The runs that a file has a line of, by their stems."""
+    known: dict[str, Result] = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             result = Result(*json.loads(line))
         except (ValueError, TypeError):  # half a line of a run that was stopped
             continue
-        found[result.stem] = result
-    return found
+        known[result.stem] = result
+    return known
 
 
-def _one(
-    blank: Result,
-    recipe: Recipe,
-    train: Clouds,
-    test: Clouds,
-    backbone: Path,
-    step: Step,
+def _tuned(
+    blank: Result, recipe: Recipe, train: Clouds, test: Clouds, backbone: Path, step: Step,
     out: Path,
-) -> Result:
+) -> Result:  # fmt: skip
+    """A run that was not done before; its line is written, and its adapter."""
     start = time.perf_counter()
     model = tune(
         blank.method, recipe, train, backbone, seed=blank.seed, step=step,
@@ -159,8 +168,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     if backbone is None:
         first = first or recipe._replace(epochs=PRETRAIN)
-        backbone = made(first, out, source, masked=masked, anew=anew)
-    print(f"backbone {backbone}\n{fill(recipe.model(15), backbone)}")
+        backbone = pretrained_backbone(first, out, source, masked=masked, anew=anew)
+    print(f"backbone {backbone}\n{load_backbone(recipe.model(15), backbone)}")
     results = compare(recipe, splits, backbone, methods=chosen, seeds=seeds, out=out)
     print(table(results, f"Point-MAE to harder clouds, {recipe.epochs} epochs"))
     tests = {name: split(0)[1] for name, split in splits.items()}
@@ -173,11 +182,11 @@ def prove(
     recipe: Recipe, backbone: Path, tests: Mapping[str, Clouds], results: list[Result], out: Path
 ) -> None:
     """A saved adapter on a fresh backbone: its accuracy again, its routers, and back."""
-    last = [r for r in results if r.seed == 0 and r.target == results[-1].target]
-    result = next((r for r in last if r.method == "daptx"), last[-1])
+    of_target = [r for r in results if r.seed == 0 and r.target == results[-1].target]
+    result = next((r for r in of_target if r.method == "daptx"), of_target[-1])
     file, test = out / f"{result.stem}.safetensors", tests[result.target]
     model = recipe.model(len(test.names), result.method)
-    fill(model, backbone)
+    load_backbone(model, backbone)
     base = {k: v.clone() for k, v in model.state_dict().items()}
     load(model, file).eval()
     size, again = file.stat().st_size / 1024, score(model, test, recipe)
@@ -193,19 +202,19 @@ def prove(
     print(f"reverted: every tensor of the backbone equal to the last bit: {equal}")
 
 
-def choose(difficulties: list[str] = HARD, seeds: int = 3, out: Path = Path("out")) -> None:
+def choose_rates(difficulties: list[str] = HARD, seeds: int = 3, out: Path = Path("out")) -> None:
     """Print the validation accuracy of every method at every rate, mean of the seeds."""
     recipe = small()
-    backbone = made(recipe._replace(epochs=PRETRAIN), out)
+    backbone = pretrained_backbone(recipe._replace(epochs=PRETRAIN), out)
     for name in difficulties:
-        held = procedural(name, 600, POINTS, seed=7)
+        validation = procedural(name, 600, POINTS, seed=7)
         for method in METHODS:
             for rate in RATES:
                 scores = []
                 for seed in range(seeds):
                     train = drawn(name, 50 + seed)[0]
                     model = tune(method, recipe, train, backbone, seed=seed, rate=rate)
-                    scores.append(score(model, held, recipe))
+                    scores.append(score(model, validation, recipe))
                 mean = 100 * statistics.mean(scores)
                 print(f"{name} {method:<13} {rate:.0e} {mean:.1f}", flush=True)
 

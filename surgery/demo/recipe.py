@@ -20,6 +20,7 @@ from pointcloud.clouds import Clouds
 from pointcloud.metrics import overall_accuracy
 from pointcloud.shapes import procedural
 
+from .._files import write_whole
 from ..engine.apply import apply, balance_loss
 from ..methods.adapter_x import adapterx_ffn, daptx
 from ..methods.point_clouds import dapt
@@ -32,7 +33,7 @@ BALANCE = 0.01  # weight of the load-balance loss, as usual (Li et al. 2024, Eq.
 Step = Callable[[], None]
 
 # The small recipe: 0.5 M parameters, 60 clouds of a class; ranks a quarter of those at width 384,
-# as the width is; learning rates the best of RATES on validation clouds, see `choose`.
+# as the width is; learning rates the best of RATES on validation clouds, see `choose_rates`.
 SMALL: dict[str, Any] = {
     "num_groups": 32, "group_size": 16, "embed_dim": 96, "depth": 4, "num_heads": 4,
     "drop_path": 0.0, "head_dim": 32, "drop_rate": 0.1,
@@ -92,11 +93,11 @@ class Recipe(NamedTuple):
     def mark(self, method: str, *of: str) -> str:
         """What this recipe comes to for a method, and what else it is of, in twelve letters."""
         augment = getattr(self.augment, "__name__", repr(self.augment))
-        told = (
+        facts = (
             self.sizes, self.asks(method), str(self.rules(method)), self.rate(method), self.epochs,
             self.batch, self.points, augment, self.decay, self.clip, of,
         )  # fmt: skip
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def small(epochs: int | None = None) -> Recipe:
@@ -109,15 +110,15 @@ def digest(source: Source | Path) -> str:
     if isinstance(source, Clouds):
         tensors = (source.points, source.labels)
         return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
-    held = source.read_bytes() if isinstance(source, Path) else repr(vars(source)).encode()
-    return hashlib.sha256(held).hexdigest()
+    content = source.read_bytes() if isinstance(source, Path) else repr(vars(source)).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
-def made(
+def pretrained_backbone(
     recipe: Recipe, out: Path, source: Source | None = None, *, masked: bool = False,
     anew: bool = False,
 ) -> Path:  # fmt: skip
-    """The backbone, trained on clean objects; read back where the same was made before."""
+    """The file of a backbone trained on clean objects; the one there is, if it is of the same."""
     source = procedural("OBJ_ONLY", 1500, recipe.points) if source is None else source
     file = out / f"backbone-{recipe.mark('full', digest(source), str(masked))}.pth"
     if anew or not file.is_file():
@@ -134,28 +135,25 @@ def pretrain(
     torch.manual_seed(0)
     if masked:
         sizes = {k: v for k, v in recipe.sizes.items() if k not in ("head_dim", "drop_rate")}
-        decoder = {
-            "decoder_depth": max(1, sizes["depth"] // 3),
-            "decoder_heads": sizes["num_heads"],
-        }
-        model: nn.Module = PointMAEPretrain(**sizes, **decoder).to(recipe.device)
+        depth, heads = max(1, sizes["depth"] // 3), sizes["num_heads"]
+        model: nn.Module = PointMAEPretrain(**sizes, decoder_depth=depth, decoder_heads=heads)
+        model = model.to(recipe.device)
     elif isinstance(source, Clouds):
         model = recipe.model(len(source.names))
     else:
         raise ValueError(f"{type(source).__name__} has no labels. Give --pretrain masked.")
     recipe.fit(model, source, 1e-3, step=step, keep=file.with_suffix(".resume"))
     state = {k: v.cpu() for k, v in model.state_dict().items() if "cls_head" not in k}
-    half = file.with_suffix(".half")
-    torch.save({"base_model": state, "epoch": recipe.epochs}, half)
-    half.replace(file)
+    content = {"base_model": state, "epoch": recipe.epochs}
+    write_whole(file, lambda half: torch.save(content, half))
     return file
 
 
-def fill(model: nn.Module, backbone: Path) -> Loaded:
+def load_backbone(model: nn.Module, backbone: Path) -> Loaded:
     """Load a backbone. Raises ValueError where it lacks more than what is new: token and head."""
     loaded = load_checkpoint(model, backbone)
-    new = ("cls_token", "cls_pos", "cls_head_finetune.")
-    if lacking := [key for key in loaded.missing if not key.startswith(new)]:
+    fresh = ("cls_token", "cls_pos", "cls_head_finetune.")
+    if lacking := [key for key in loaded.missing if not key.startswith(fresh)]:
         raise ValueError(
             f"{backbone} lacks {len(lacking)} tensors of the backbone, such as {lacking[0]}. "
             "Give a file of a model of the same depth and sizes."
@@ -170,21 +168,21 @@ def tune(
     """The backbone with a new head, operated by `method` and trained on `train`."""
     torch.manual_seed(seed)
     model = recipe.model(len(train.names), method)
-    fill(model, backbone)
+    load_backbone(model, backbone)
     apply(model, recipe.rules(method), seed=seed)
     return recipe.fit(model, train, rate or recipe.rate(method), seed=seed, step=step, keep=keep)
 
 
 def _supervised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        wrong = F.cross_entropy(model(x), y)
-        done = hasattr(model, "surgery")
-        return wrong + BALANCE * balance_loss(model) if done else wrong
+        entropy = F.cross_entropy(model(x), y)
+        operated = hasattr(model, "surgery")
+        return entropy + BALANCE * balance_loss(model) if operated else entropy
 
     return loss
 
 
 def score(model: nn.Module, test: Clouds, recipe: Recipe) -> float:
     """Fraction of the test clouds named rightly."""
-    told = answers(model, test, points=recipe.points, batch=recipe.batch)
-    return overall_accuracy(told, test.labels)
+    logits = answers(model, test, points=recipe.points, batch=recipe.batch)
+    return overall_accuracy(logits, test.labels)

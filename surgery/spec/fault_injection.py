@@ -1,4 +1,4 @@
-"""A fault at any line of surgery, put there on purpose."""
+"""Faults put on purpose: an error raised at any chosen line of surgery that a call runs."""
 
 from __future__ import annotations
 
@@ -14,34 +14,40 @@ Line = tuple[str, int]
 
 
 class Fault(Exception):
-    """The fault."""
+    """The error that is put there, if it is to be no other."""
 
 
 class Tripwire:
-    """Raises once, at the n-th time that a line of surgery is about to run; 0: writes them down."""
+    """Raises once, at the n-th time that a line of surgery is about to run; 0: writes them down.
+
+    where  the line at which it raised; lines: all that ran until then
+    """
 
     def __init__(self, at_event: int, error: type[BaseException] = Fault) -> None:
-        self.left, self.error, self.lines = at_event, error, list[Line]()
+        self.remaining, self.error, self.lines = at_event, error, list[Line]()
         self.where: Line | None = None
-        self.last: dict[FrameType, int] = {}
+        self.last: dict[FrameType, int] = {}  # the number of the last line of each function
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         return self.step if frame.f_code.co_filename.startswith(HERE) else None
 
     def step(self, frame: FrameType, event: str, arg: object) -> Any:
+        """What Python calls before each line of a function of surgery."""
         if event == "line" and self.where is None:
             line, last = (frame.f_code.co_filename, frame.f_lineno), self.last.get(frame, 0)
             self.last[frame] = line[1]
-            if last > line[1] and source(line).startswith("with "):
-                return self.step  # on its way out: Python would never call __exit__
+            leaves_with = last > line[1] and source(line).startswith("with ")
+            if leaves_with:  # on the way out of one: Python would never call __exit__
+                return self.step
             self.lines.append(line)
-            self.left -= 1
-            if self.left == 0:
+            self.remaining -= 1
+            if self.remaining == 0:
                 self.where = line
                 raise self.error
         return self.step
 
     def run(self, call: Callable[[], object]) -> None:
+        """Make a call with the fault in it, and catch that fault."""
         tracing = sys.gettrace()
         sys.settrace(self)
         try:
@@ -65,7 +71,7 @@ def source(line: Line) -> str:
 
 
 def committed(line: Line) -> bool:
-    """Whether nothing is left to do there but to hand the model back."""
+    """Whether nothing remains to be done there but to return the model."""
     return source(line) in ("return model", "return self.model")
 
 

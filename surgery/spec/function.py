@@ -29,7 +29,7 @@ from ..rules.selector import where
 from ..structure.module_tree import Site
 from . import isolation
 from .case import SEEDS, Case, actions, operation, stir, train
-from .isolation import another, answer_of, each, parts_given
+from .isolation import map_samples, output_of, part_inputs, with_another
 from .laws import Broken, Draw, applies, holds
 from .snapshot import MODEL, SITE, equal, gap, near, rounding, unchanged, used
 
@@ -52,8 +52,8 @@ def _form(model: nn.Module, case: Case) -> list[object]:
     with torch.no_grad():
         answer = call(model, case.inputs())
     leaves, spec = pytree.tree_flatten(answer)
-    kinds = [(t.shape, t.dtype, t.device, t.stride()) for t in tensors_in(answer)]
-    return [type(answer), str(spec), len(leaves), *kinds]
+    forms = [(t.shape, t.dtype, t.device, t.stride()) for t in tensors_in(answer)]
+    return [type(answer), str(spec), len(leaves), *forms]
 
 
 def _other(before: list[object], after: list[object]) -> str:
@@ -64,7 +64,7 @@ def _other(before: list[object], after: list[object]) -> str:
 def parts_start_as_the_identity(case: Case, draw: Draw) -> None:
     """S(x) = m(x) to the bit at the start, where all parts declare `starts_at_zero`."""
     model = case.operated(seed=draw(SEEDS, "seed"))
-    kinds = {type(s.part).__name__ for _, s in actions(model) if not _starts_at_zero(s)}
+    kinds = {type(a.part).__name__ for _, a in actions(model) if not _starts_at_zero(a)}
     applies(not kinds, f"{first_few(sorted(kinds))} does not say that it starts at zero")
     equal(case.outputs(model), case.outputs(case.twin(model)), "S(x) at the start is not m(x)")
 
@@ -77,7 +77,7 @@ def scale_is_linear(case: Case, draw: Draw) -> None:
     """At a site, S_2s - m ~4 2 (S_s - m) in units of the site's output, and S_0 = m to the bit."""
     scaled = [(r, e, s) for r, s in case.places for e in r.rest if isinstance(e, Parallel)]
     applies(scaled, "no rule puts a part beside a site, parallel(part, scale=...)")
-    rule, edit, site = draw(st.sampled_from(scaled), "site", lambda each: each[2].path)
+    rule, edit, site = draw(st.sampled_from(scaled), "site", lambda triple: triple[2].path)
     seed = draw(SEEDS, "seed")
 
     there = where(rule.where) & where(lambda s: s.path == site.path)
@@ -95,12 +95,12 @@ def scale_is_linear(case: Case, draw: Draw) -> None:
 
 def _output(case: Case, site: Site, model: nn.Module) -> Tensor:
     """What a site first gives in a forward."""
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
     exit = model.get_submodule(site.exit.path)
-    exit.register_forward_hook(lambda m, args, y: seen.append(_first(y)))
+    exit.register_forward_hook(lambda m, args, y: outputs.append(_first(y)))
     case.outputs(model)
-    applies(seen, f"{site.path} did not run")
-    return seen[0]
+    applies(outputs, f"{site.path} did not run")
+    return outputs[0]
 
 
 def _first(value: object) -> Tensor:
@@ -116,28 +116,34 @@ def every_part_runs(case: Case, draw: Draw) -> None:
 
 def runs(case: Case, model: nn.Module) -> None:
     """Raise Broken unless every part of S runs in a forward as often as its sites are called."""
+    joined = [
+        (hooked.path, hooked.entry if action.place == "before" else hooked.exit, action.part)
+        for hooked, action in actions(model)
+    ]
+    calls = _calls(case, model, [m for _, end, part in joined for m in (end, part)])
+    want: Counter[int] = Counter()
+    for path, end, part in joined:
+        holds(calls[id(end)], f"{path} is never called")
+        want[id(part)] += calls[id(end)]
+    for path, _, part in joined:
+        n, times = want[id(part)], calls[id(part)]
+        kind = type(part).__name__
+        holds(times == n, f"{kind} at {path} runs {times} times, and its sites {n}")
+
+
+def _calls(case: Case, model: nn.Module, modules: list[nn.Module]) -> Counter[int]:
+    """How often each of some modules runs in a forward, by its id."""
     calls: Counter[int] = Counter()
-    ends = [hooked.entry if s.place == "before" else hooked.exit for hooked, s in actions(model)]
-    watched = {id(m): m for m in [*ends, *(action.part for _, action in actions(model))]}
     hooks = [
         module.register_forward_pre_hook(lambda m, *_: calls.update([id(m)]))
-        for module in watched.values()
+        for module in {id(m): m for m in modules}.values()
     ]
     try:
         case.outputs(model)
     finally:
         for hook in hooks:
             hook.remove()
-    want: Counter[int] = Counter()
-    for (hooked, action), end in zip(actions(model), ends, strict=True):
-        holds(calls[id(end)], f"{hooked.path} is never called")
-        want[id(action.part)] += calls[id(end)]
-    for hooked, action in actions(model):
-        n, times = want[id(action.part)], calls[id(action.part)]
-        told = (
-            f"{type(action.part).__name__} at {hooked.path} runs {times} times, and its sites {n}"
-        )
-        holds(times == n, told)
+    return calls
 
 
 def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
@@ -146,20 +152,20 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
     And a part gives gates if and only if it declares `routes`. For every part at each of its sites.
     """
     fresh, model = case.operated(), case.operated(stirred=draw(SEEDS, "seed"))
-    found = parts_given(model, case.inputs())
-    applies(found, "no part here is given features")
-    for hooked, action, x in parts_given(fresh, case.inputs()):
-        if getattr(action.part, "starts_at_zero", False) and answer_of(action.part, x).any():
+    parts = part_inputs(model, case.inputs())
+    applies(parts, "no part here is given features")
+    for hooked, action, x in part_inputs(fresh, case.inputs()):
+        if getattr(action.part, "starts_at_zero", False) and output_of(action.part, x).any():
             raise Broken(f"{type(action.part).__name__} at {hooked.path} does not start at zero")
-    for hooked, action, x in found:
+    for hooked, action, x in parts:
         place, part = f"{type(action.part).__name__} at {hooked.path}", action.part
         gates, says = isinstance(part(x), Routed), bool(getattr(part, "routes", False))
         holds(gates == says, f"{place} gives {'gates' if gates else 'no gates'}, and routes={says}")
         if map := affine(part):
             want = x * map.weight if map.weight.dim() == 1 else x @ map.weight.T
             want = want if map.bias is None else want + map.bias
-            most = rounding(lambda: [answer_of(part, x)], used(part), SITE)  # noqa: B023
-            near([answer_of(part, x)], [want], most, f"{place} is not what its affine() says")
+            most = rounding(lambda: [output_of(part, x)], used(part), SITE)  # noqa: B023
+            near([output_of(part, x)], [want], most, f"{place} is not what its affine() says")
 
 
 def forward_changes_nothing(case: Case, draw: Draw) -> None:
@@ -169,35 +175,46 @@ def forward_changes_nothing(case: Case, draw: Draw) -> None:
     """
     model = case.operated(stirred=draw(SEEDS, "seed"))
     case.outputs(model)  # the first may fill buffers of the model's own
-    x, base = case.inputs(), case.model()
-    case.outputs(base)
-    quiet = fingerprint(base)
-    case.outputs(base)
-    draws = any(
-        quiet[mark] != value for mark, value in fingerprint(base).items() if "random" in mark
-    )
+    draws = _draws(case)
     _ = torch.rand(1), random.random(), np.random.rand()  # else one that seeds them is not seen
-    before, given_ = fingerprint(model), [t.clone() for t in tensors_in(x)]
-    written: list[str] = []
-    kept: dict[int, Tensor] = {}
+    x = case.inputs()
+    before, x_before = fingerprint(model), [t.clone() for t in tensors_in(x)]
+    writers = _writers(model, x)
+    but = ("attributes", "random") if draws else ("attributes",)
+    unchanged(before, fingerprint(model), "a forward", but=but)
+    equal(list(tensors_in(x)), x_before, "a forward wrote to its inputs")
+    holds(not writers, f"{first_few(writers)} wrote to what it was given")
+
+
+def _draws(case: Case) -> bool:
+    """Whether a forward of m moves random numbers."""
+    base = case.model()
+    case.outputs(base)
+    before = fingerprint(base)
+    case.outputs(base)
+    after = fingerprint(base)
+    return any(before[mark] != value for mark, value in after.items() if "random" in mark)
+
+
+def _writers(model: nn.Module, x: Any) -> list[str]:
+    """The kinds of parts that write to what they are given, in one forward."""
+    kinds: list[str] = []
+    given: dict[int, Tensor] = {}
 
     def enter(part: nn.Module, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
-            kept[id(part)] = args[0].detach().clone()
+            given[id(part)] = args[0].detach().clone()
 
     def leave(part: nn.Module, args: Any, output: Any) -> None:
-        if id(part) in kept and not torch.equal(args[0], kept.pop(id(part))):
-            written.append(type(part).__name__)
+        if id(part) in given and not torch.equal(args[0], given.pop(id(part))):
+            kinds.append(type(part).__name__)
 
-    hooks = [s.part.register_forward_pre_hook(enter) for _, s in actions(model)]
-    hooks += [s.part.register_forward_hook(leave) for _, s in actions(model)]
+    hooks = [action.part.register_forward_pre_hook(enter) for _, action in actions(model)]
+    hooks += [action.part.register_forward_hook(leave) for _, action in actions(model)]
     call(model, x)
     for hook in hooks:
         hook.remove()
-    loud = ("attributes", "random") if draws else ("attributes",)
-    unchanged(before, fingerprint(model), "a forward", but=loud)
-    equal(list(tensors_in(x)), given_, "a forward wrote to its inputs")
-    holds(not written, f"{first_few(written)} wrote to what it was given")
+    return kinds
 
 
 def forward_is_deterministic(case: Case, draw: Draw) -> None:
@@ -208,7 +225,7 @@ def forward_is_deterministic(case: Case, draw: Draw) -> None:
     one, two = (case.operated(seed=seed, stirred=seed) for _ in range(2))
     want = case.outputs(one)
     equal(case.outputs(one), want, "two forwards in a row")
-    other = each(case.inputs(), lambda t: another(t, 0))
+    other = map_samples(case.inputs(), lambda t: with_another(t, 0))
     case.outputs(two, other)
     equal(case.outputs(two), want, "the forward after one on other inputs")
     a, b, c = (operation(case.operated(seed=s)) for s in (seed, seed, seed + 1))
@@ -241,19 +258,20 @@ def it_compiles_whole(case: Case, draw: Draw) -> None:
 
     (Top-1 mixtures take a form of static shapes then, which rounds otherwise.)
     """
-    applies(_compiled(case, case.model()) is None, "the base itself does not compile whole")
-    told = _compiled(case, case.operated(stirred=draw(SEEDS, "seed")))
-    holds(told is None, f"compiled whole: {told}")
+    applies(_trouble_compiled(case, case.model()) is None, "the base itself does not compile whole")
+    trouble = _trouble_compiled(case, case.operated(stirred=draw(SEEDS, "seed")))
+    holds(trouble is None, f"compiled whole: {trouble}")
 
 
-def _compiled(case: Case, model: nn.Module) -> str | None:
+def _trouble_compiled(case: Case, model: nn.Module) -> str | None:
     """What goes wrong when a model is compiled; None where nothing does."""
     want = case.outputs(model)
     torch._dynamo.reset()
     try:
         compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            near(list(tensors_in(call(compiled, case.inputs()))), want, MODEL, "another answer")
+            answer = call(compiled, case.inputs())
+            near(list(tensors_in(answer)), want, MODEL, "another answer")
     except Broken as error:
         return str(error)
     except Exception as error:

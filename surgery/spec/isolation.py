@@ -1,4 +1,8 @@
-"""What mixes what: samples of a batch, tokens of a sample. S is the operated model, x inputs."""
+"""Laws of isolation: of samples in a batch, of tokens in a sample. S is the operated model.
+
+x are inputs. Belongs to the laws of the function: what a part of S does to one sample or token
+must not depend on the others.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from .._inputs import call, copied, tensors_in
 from .._text import first_few
+from ..engine.hooks import HookedSite
+from ..engine.tokens import Action
 from ..rules.routing import Routed
 from .case import SEEDS, Case, actions
 from .laws import Broken, Draw, applies, holds
@@ -30,9 +36,9 @@ def samples_do_not_mix(case: Case, draw: Draw) -> None:
     excused = {n for n, _ in _mixed(base, x, i, j)}
     applies(len(excused - {-1}) < len(_run(base, x)), "the base itself mixes samples")
     model = case.operated(stirred=draw(SEEDS, "seed"))
-    for n, told in _mixed(model, x, i, j):
+    for n, how in _mixed(model, x, i, j):
         if n not in excused:
-            raise Broken(f"{told}{_suspect(model, x, i, j)}")
+            raise Broken(f"{how}{_suspect(model, x, i, j)}")
 
 
 def _size(x: Any) -> int:
@@ -40,12 +46,16 @@ def _size(x: Any) -> int:
     return next((t.shape[0] for t in tensors_in(x) if t.dim()), 0)
 
 
+def _holds_samples(t: Any, size: int) -> bool:
+    return isinstance(t, Tensor) and t.dim() > 0 and len(t) == size
+
+
 def _batch(case: Case, model: nn.Module) -> Any:
     """Inputs with two samples or more; where there is one, it is doubled."""
     x = case.inputs()
     applies(_size(x), "the inputs hold no tensor")
     if _size(x) < 2:
-        x = each(x, lambda t: torch.cat([t, t]))
+        x = map_samples(x, lambda t: torch.cat([t, t]))
         try:
             case.outputs(model, x)
         except Exception as error:
@@ -53,43 +63,39 @@ def _batch(case: Case, model: nn.Module) -> Any:
     return x
 
 
-def each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_samples(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Inputs with a change of every tensor that holds the samples."""
     size = _size(x)
-
-    def changed(t: Any) -> Any:
-        fits = isinstance(t, Tensor) and t.dim() and t.shape[0] == size
-        return change(t) if fits else t
-
-    return pytree.tree_map(changed, x)
+    return pytree.tree_map(lambda t: change(t) if _holds_samples(t, size) else t, x)
 
 
-def another(t: Tensor, j: int) -> Tensor:
+def with_another(t: Tensor, j: int) -> Tensor:
     """A tensor in which sample j is another: numbers negated, ids reversed, or else others."""
     t, row = t.clone(), t[j]
     if t.is_floating_point() or t.is_complex():
         t[j] = -1.5 * row
     elif t.dtype != torch.bool:
-        ways = [row.flip(-1), row.roll(1, -1)] if row.dim() else []
-        ways += [*t.unbind(0), torch.zeros_like(row)]
-        t[j] = next((way for way in ways if not torch.equal(way, row)), row)
+        others = [row.flip(-1), row.roll(1, -1)] if row.dim() else []
+        others += [*t.unbind(0), torch.zeros_like(row)]
+        t[j] = next((other for other in others if not torch.equal(other, row)), row)
     return t
 
 
 def _mixed(model: nn.Module, x: Any, i: int, j: int) -> Iterator[tuple[int, str]]:
     """(number of the output, how its sample i depends on other samples), for each that does."""
     size, whole = _size(x), _run(model, x)
-    ways = {f"with sample {j} of the inputs": _run(model, each(x, lambda t: another(t, j)))}
+    negated = _run(model, map_samples(x, lambda t: with_another(t, j)))
+    answers = {f"with sample {j} of the inputs": negated}
     try:
-        ways["where it is alone"] = _run(model, each(x, lambda t: t[i : i + 1]))
+        answers["where it is alone"] = _run(model, map_samples(x, lambda t: t[i : i + 1]))
     except Exception as error:  # m too may take batches of one size only
         yield -1, f"sample {i} alone raises {type(error).__name__}: {error}"
-    for told, other in ways.items():
-        for n, (a, b) in enumerate(zip(whole, other, strict=False)):
-            if a.dim() and a.shape[0] == size and b.dim():
+    for when, answer in answers.items():
+        for n, (a, b) in enumerate(zip(whole, answer, strict=False)):
+            if _holds_samples(a, size) and b.dim():
                 far = gap(a[i], b[0] if len(b) == 1 else b[i], size=a)
                 if far > MODEL:
-                    yield n, f"sample {i} of the output moves by {far:.3g} eps {told}"
+                    yield n, f"sample {i} of the output moves by {far:.3g} eps {when}"
     for n, most in _slopes(model, x, i, j):
         if most != 0:
             yield n, f"d S(x)_{i} / d x_{j} reaches {most:.3g}, and not 0"
@@ -97,16 +103,14 @@ def _mixed(model: nn.Module, x: Any, i: int, j: int) -> Iterator[tuple[int, str]
 
 def _slopes(model: nn.Module, x: Any, i: int, j: int) -> Iterator[tuple[int, float]]:
     """(number of the output, the largest |d S(x)_i / d x_j|), where the inputs are floating."""
-    leaves, size = copied(x), _size(x)
-    floating = [
-        t for t in tensors_in(leaves) if t.is_floating_point() and len(t.shape) and len(t) == size
-    ]
+    x, size = copied(x), _size(x)
+    floating = [t for t in tensors_in(x) if t.is_floating_point() and _holds_samples(t, size)]
     for t in floating:
         t.requires_grad_()
     with torch.enable_grad():
-        outputs = list(map(real, tensors_in(call(model, leaves))))
+        outputs = list(map(real, tensors_in(call(model, x))))
     for n, y in enumerate(outputs):
-        if floating and y.requires_grad and y.dim() and len(y) == size:
+        if floating and y.requires_grad and _holds_samples(y, size):
             row = y[i].nan_to_num(0, 0, 0).square().sum()
             slopes = torch.autograd.grad(row, floating, retain_graph=True, allow_unused=True)
             yield n, max((s[j].abs().max().item() for s in slopes if s is not None), default=0.0)
@@ -119,24 +123,25 @@ def _run(model: nn.Module, x: Any) -> list[Tensor]:
 
 def _suspect(model: nn.Module, x: Any, i: int, j: int) -> str:
     """The first part whose own answer mixes samples, in words."""
-    for hooked, action, given_ in parts_given(model, x):
-        if given_.dim() < 2 or given_.shape[0] <= max(i, j):
+    for hooked, action, features in part_inputs(model, x):
+        if features.dim() < 2 or features.shape[0] <= max(i, j):
             continue
-        ways = [answer_of(action.part, t) for t in (another(given_, j), given_[i : i + 1])]
-        whole = answer_of(action.part, given_)[i]
-        if any(gap(w[0] if len(w) == 1 else w[i], whole) > SITE for w in ways):
+        changed = (with_another(features, j), features[i : i + 1])
+        answers = [output_of(action.part, t) for t in changed]
+        want = output_of(action.part, features)[i]
+        if any(gap(a[0] if len(a) == 1 else a[i], want) > SITE for a in answers):
             return f": {type(action.part).__name__} at {hooked.path} does"
     return ""
 
 
-def parts_given(model: nn.Module, x: Any) -> list[tuple[Any, Any, Tensor]]:
-    """(graft, step, what the part is first given) of every part that maps features."""
-    seen: dict[int, Tensor] = {}
+def part_inputs(model: nn.Module, x: Any) -> list[tuple[HookedSite, Action, Tensor]]:
+    """(hooked site, action, what its part is first given) of every part that maps features."""
+    features: dict[int, Tensor] = {}
 
     def hook(module: nn.Module, args: Any) -> None:
-        found = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        if found and found[0].is_floating_point():
-            seen.setdefault(id(module), found[0].detach().clone())
+        given = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        if given and given[0].is_floating_point():
+            features.setdefault(id(module), given[0].detach().clone())
 
     handles = [action.part.register_forward_pre_hook(hook) for _, action in actions(model)]
     try:
@@ -145,16 +150,17 @@ def parts_given(model: nn.Module, x: Any) -> list[tuple[Any, Any, Tensor]]:
         for handle in handles:
             handle.remove()
     return [
-        (g, s, seen[id(s.part)])
-        for g, s in actions(model)
-        if id(s.part) in seen and s.place not in ("instead", "into", "among")
+        (hooked, action, features[id(action.part)])
+        for hooked, action in actions(model)
+        if id(action.part) in features and action.place not in ("instead", "into", "among")
     ]
 
 
-def answer_of(part: nn.Module, x: Tensor) -> Tensor:
-    out = part(x)
-    tensor: Tensor = out.output if isinstance(out, Routed) else out
-    return tensor
+def output_of(part: nn.Module, x: Tensor) -> Tensor:
+    """What a part gives, without its gates where it routes."""
+    answer = part(x)
+    output: Tensor = answer.output if isinstance(answer, Routed) else answer
+    return output
 
 
 def tokens_do_not_mix(case: Case, draw: Draw) -> None:
@@ -168,7 +174,7 @@ def tokens_do_not_mix(case: Case, draw: Draw) -> None:
         i = int(share * x.shape[-2])
         leaf = x.clone().requires_grad_()
         with torch.enable_grad():
-            row = answer_of(part, leaf).select(-2, i)
+            row = output_of(part, leaf).select(-2, i)
         if not row.requires_grad:
             continue
         (slope,) = torch.autograd.grad(row.square().sum(), leaf, allow_unused=True)
@@ -187,18 +193,18 @@ def tokens_have_no_order(case: Case, draw: Draw) -> None:
     for place, part, x in _tokens(model, case):
         order = torch.randperm(x.shape[-2], generator=generator)
         with torch.no_grad():
-            moved = answer_of(part, x.index_select(-2, order))
-            want = answer_of(part, x).index_select(-2, order)
-        most = rounding(lambda: [answer_of(part, x)], used(part), SITE)  # noqa: B023
+            moved = output_of(part, x.index_select(-2, order))
+            want = output_of(part, x).index_select(-2, order)
+        most = rounding(lambda: [output_of(part, x)], used(part), SITE)  # noqa: B023
         near([moved], [want], most, f"{place}: tokens in another order give another answer")
 
 
 def _tokens(model: nn.Module, case: Case) -> list[tuple[str, nn.Module, Tensor]]:
     """(place in words, part, what it is given) of every part that should keep tokens apart."""
-    found = [
+    parts = [
         (f"{type(action.part).__name__} at {hooked.path}", action.part, x)
-        for hooked, action, x in parts_given(model, case.inputs())
+        for hooked, action, x in part_inputs(model, case.inputs())
         if x.dim() > 2 and x.shape[-2] > 1 and not getattr(action.part, "mixes_tokens", False)
     ]
-    applies(found, "no part here is given tokens that it should keep apart")
-    return found
+    applies(parts, "no part here is given tokens that it should keep apart")
+    return parts

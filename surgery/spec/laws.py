@@ -1,4 +1,4 @@
-"""What a property is: a function of a case that raises `Broken` where its law does not hold."""
+"""What a law is: a function of a case that raises `Broken` where it does not hold."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def law(prop: Any) -> str:
     return (prop.__doc__ or "").strip().splitlines()[0]
 
 
-def holds(fact: object, told: str) -> None:
-    """Raise Broken with `told` unless `fact`."""
+def holds(fact: object, message: str) -> None:
+    """Raise Broken with the message unless `fact`."""
     if not fact:
-        raise Broken(told)
+        raise Broken(message)
 
 
-def applies(fact: object, why: str) -> None:
-    """Raise Absent with `why` unless `fact`: then the law says nothing here."""
+def applies(fact: object, reason: str) -> None:
+    """Raise Absent with the reason unless `fact`: then the law says nothing here."""
     if not fact:
-        raise Absent(why)
+        raise Absent(reason)

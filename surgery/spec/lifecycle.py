@@ -1,4 +1,4 @@
-"""Laws of life: back, again, in another order, through faults, files and copies."""
+"""Laws of the life cycle: reverted, repeated, in another order, through faults, files, copies."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..rules.rule import at
 from ..rules.selector import where
 from ..state import checkpoint
 from ..structure.layers import named_modules
+from ..structure.module_tree import Site
 from .case import FLAGS, SEEDS, Case, actions, mark, operation, stir, train
 from .fault_injection import Tripwire, committed, source
 from .function import gap_all
@@ -31,7 +32,7 @@ from .laws import Draw, applies, holds
 from .parameters import COPIES
 from .snapshot import MODEL, equal, near, raised, rounding, unchanged
 
-MINE = ("random", "gradient")  # what training may move, and revert need not bring back
+BY_TRAINING = ("random", "gradient")  # what it may move, and revert need not bring back
 
 
 def revert_is_exact(case: Case, draw: Draw) -> None:
@@ -42,12 +43,13 @@ def revert_is_exact(case: Case, draw: Draw) -> None:
     model = case.model()
     mark(model, draw(FLAGS, "flags"))
     before = fingerprint(model)
-    steps_ = draw(st.integers(0, 2), "steps of training")
+    steps = draw(st.integers(0, 2), "steps of training")
     case.operated(model, seed=draw(SEEDS, "seed"))
-    if steps_:
-        train(case, model, steps_)
+    if steps:
+        train(case, model, steps)
     revert(model)
-    unchanged(before, fingerprint(model), f"apply, {steps_} steps of training and revert", but=MINE)
+    when = f"apply, {steps} steps of training and revert"
+    unchanged(before, fingerprint(model), when, but=BY_TRAINING)
 
 
 def copies_revert_too(case: Case, draw: Draw) -> None:
@@ -94,17 +96,16 @@ def stacked_operations_come_off_in_order(case: Case, draw: Draw) -> None:
 
 def disjoint_rules_commute(case: Case, draw: Draw) -> None:
     """S_RQ = S_QR, state and answer to the bit, for R and Q at disjoint sites: halves of a rule."""
-    model = case.model()
-    made = case.plan(model)
+    plan = case.plan(case.model())
     rule = draw(st.sampled_from(case.rules), "rule")
-    places = [s for each, sites in made.matches if each is rule for s in sites]
+    places = [site for other, sites in plan.matches if other is rule for site in sites]
     applies(len(places) > 1, "this rule has fewer than two sites to be divided")
     cut = draw(st.integers(1, len(places) - 1), "cut")
     applies(_apart(places[:cut], places[cut:]), "its sites lie in one another, or are tied")
-    first = {site.path for site in places[:cut]}
+    paths = {site.path for site in places[:cut]}
     n = case.rules.index(rule)
-    r = at(where(rule.where) & where(lambda s: s.path in first), *rule.rest)
-    q = at(where(rule.where) & where(lambda s: s.path not in first), *rule.rest)
+    r = at(where(rule.where) & where(lambda s: s.path in paths), *rule.rest)
+    q = at(where(rule.where) & where(lambda s: s.path not in paths), *rule.rest)
     orders = ([*case.rules[:n], *pair, *case.rules[n + 1 :]] for pair in ([r, q], [q, r]))
     one, two = (case.operated(rules=rules) for rules in orders)
     a, b = checkpoint.state_dict(one), checkpoint.state_dict(two)
@@ -117,11 +118,11 @@ def disjoint_rules_commute(case: Case, draw: Draw) -> None:
 def _apart(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists of sites have no module and no tensor in common."""
 
-    def held(sites: list[Any]) -> set[int]:
+    def ids(sites: list[Any]) -> set[int]:
         modules = [m for s in sites for end in (s.entry, s.exit) for m in end.module.modules()]
         return {id(x) for m in modules for x in (m, *m.parameters(recurse=False))}
 
-    return not held(a) & held(b)
+    return not ids(a) & ids(b)
 
 
 def faults_leave_nothing(case: Case, draw: Draw) -> None:
@@ -140,8 +141,8 @@ def faults_leave_nothing(case: Case, draw: Draw) -> None:
     if wire.where is None or committed(wire.where):
         revert(model)  # too late a fault: it was done
     file, number = lines[k - 1]
-    told = f"a fault at {Path(file).name}:{number} ({source((file, number))})"
-    unchanged(before, fingerprint(model), told)
+    when = f"a fault at {Path(file).name}:{number} ({source((file, number))})"
+    unchanged(before, fingerprint(model), when)
 
 
 def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
@@ -154,11 +155,8 @@ def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
     rule = next(p.rule for p in placed if p.site.path == path)
     broken = at(where(rule.where) & where(lambda s: s.path == path), append(_failing))
     before = fingerprint(model)
-
-    def act() -> None:
-        case.operated(model, [*case.rules, broken])
-
-    raised(_Failed, act, "a part that cannot be made")
+    operate = lambda: case.operated(model, [*case.rules, broken])  # noqa: E731
+    raised(_Failed, operate, "a part that cannot be made")
     unchanged(before, fingerprint(model), f"a part that could not be made at {path}")
 
 
@@ -181,10 +179,7 @@ def base_keys_are_kept(case: Case, draw: Draw) -> None:
     and identities are those of m.
     """
     model, seed = case.model(), draw(SEEDS, "seed")
-    keys, modules = (
-        list(model.state_dict()),
-        {p: (id(m), type(m)) for p, m in named_modules(model, aliases=True)},
-    )
+    keys, modules = list(model.state_dict()), _modules(model)
     checkpoint = copy.deepcopy(case.model().state_dict())
     case.operated(model, stirred=seed)
     now = list(model.state_dict())
@@ -194,17 +189,22 @@ def base_keys_are_kept(case: Case, draw: Draw) -> None:
     )
     foreign = [key for key in added if "surgery." not in key]
     holds(not foreign, f"added keys lie outside of the room: {first_few(foreign)}")
-    told = {p: (id(m), type(m)) for p, m in named_modules(model, aliases=True)}
-    other = [path for path in {*modules, *told} if modules.get(path) != told.get(path)]
+    after = _modules(model)
+    other = [path for path in {*modules, *after} if modules.get(path) != after.get(path)]
     holds(not other, f"other modules than before: {first_few(other)}")
     missing, unexpected = model.load_state_dict(checkpoint, strict=False)
     counters = {key for key in added if key.endswith("num_batches_tracked")}  # torch fills them in
-    told_missing = {*missing, *counters} == {*added}
-    holds(told_missing, f"missing are {first_few(missing)}, added {first_few(added)}")
+    says_all = {*missing, *counters} == {*added}
+    holds(says_all, f"missing are {first_few(missing)}, added {first_few(added)}")
     holds(not unexpected, f"the checkpoint of the base has {first_few(unexpected)} too many")
     filled = model.state_dict()
     wrong = [k for k, t in checkpoint.items() if not torch.equal(filled[k], t)]
     holds(not wrong, f"a checkpoint of the base does not fill {first_few(wrong)}")
+
+
+def _modules(model: nn.Module) -> dict[str, tuple[int, type[nn.Module]]]:
+    """By every path, which module it is, and its class."""
+    return {path: (id(m), type(m)) for path, m in named_modules(model, aliases=True)}
 
 
 def files_round_trip(case: Case, draw: Draw) -> None:
@@ -227,14 +227,11 @@ def files_round_trip(case: Case, draw: Draw) -> None:
         return
     key = draw(st.sampled_from(sorted(tensors)), "key")
     before = fingerprint(fresh)
-    lacking = {k: t for k, t in tensors.items() if k != key}
+    too_few = {k: t for k, t in tensors.items() if k != key}
+    too_many = {**tensors, f"{key}.x": tensors[key]}
     if key.startswith("parts.") or not _is_buffer(model, key):
-        raised(FileError, lambda: checkpoint.load_state_dict(fresh, lacking), f"without {key}")
-    raised(
-        FileError,
-        lambda: checkpoint.load_state_dict(fresh, {**tensors, f"{key}.x": tensors[key]}),
-        f"with {key}.x",
-    )
+        raised(FileError, lambda: checkpoint.load_state_dict(fresh, too_few), f"without {key}")
+    raised(FileError, lambda: checkpoint.load_state_dict(fresh, too_many), f"with {key}.x")
     unchanged(before, fingerprint(fresh), "a state that does not fit")
 
 
@@ -280,10 +277,10 @@ def meta_has_the_same_plan(case: Case, draw: Draw) -> None:
     applies(
         not case.needs_example, "its places are read off a forward, which meta tensors have none of"
     )
-    real, thin = case.operated(), case.model().to("meta")
-    apply(thin, case.rules)
-    shapes = [{k: (t.shape, t.dtype) for k, t in m.state_dict().items()} for m in (real, thin)]
-    differ = sorted(k for k in {*shapes[0], *shapes[1]} if shapes[0].get(k) != shapes[1].get(k))
+    real, meta = case.operated(), case.model().to("meta")
+    apply(meta, case.rules)
+    a, b = ({k: (t.shape, t.dtype) for k, t in m.state_dict().items()} for m in (real, meta))
+    differ = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
     holds(not differ, f"on the meta device otherwise: {first_few(differ)}")
 
 
@@ -305,8 +302,8 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
         holds(any(k in str(error) for k in kinds), f"the refusal names no part: {error}")
         applies(False, str(error).splitlines()[0])
     near(case.outputs(model), want, most, "merged, the answer")
-    kept = list(case.model().state_dict())
-    holds([k for k in model.state_dict() if k in kept] == kept, "merged, the base has other keys")
+    keys = list(case.model().state_dict())
+    holds([k for k in model.state_dict() if k in keys] == keys, "merged, the base has other keys")
     unmerge(model)
     unchanged(before, fingerprint(model), "merge and unmerge")
 
@@ -317,33 +314,38 @@ def user_hooks_come_first(case: Case, draw: Draw) -> None:
     placed = [p for p in case.plan(case.model()).placed if p.edit.place != "instead"]
     applies(placed, "these rules join no part")
     path = draw(st.sampled_from(sorted({p.site.path for p in placed})), "site")
-    site = next(p.site for p in placed if p.site.path == path)
-    told: list[str] = []
-    entry, exit = model.get_submodule(site.entry.path), model.get_submodule(site.exit.path)
-    for word in ("first", "second"):
-        entry.register_forward_pre_hook(lambda *_, w=word: told.append(f"{w} before"))
-        exit.register_forward_hook(lambda *_, w=word: told.append(f"{w} after"))
+    here = [p for p in placed if p.site.path == path]
+    fired: list[str] = []
+    _hook(model, here[0].site, fired)
     case.outputs(model)
-    want = list(told)
+    want = list(fired)
     case.operated(model)
-    seen = [action.part for hooked, action in actions(model) if hooked.path == path]
-    for part in {id(p): p for p in seen}.values():
-        part.register_forward_pre_hook(lambda *_: told.append("part"))
-    told.clear()
+    parts = {id(a.part): a.part for hooked, a in actions(model) if hooked.path == path}
+    for part in parts.values():
+        part.register_forward_pre_hook(lambda *_: fired.append("part"))
+    fired.clear()
     case.outputs(model)
     holds(
-        [w for w in told if w != "part"] == want,
-        f"{path}: hooks fire as {first_few(told)}, not {first_few(want)}",
+        [word for word in fired if word != "part"] == want,
+        f"{path}: hooks fire as {first_few(fired)}, not {first_few(want)}",
     )
-    after = {p.edit.place for p in placed if p.site.path == path} <= {"after", "beside"}
-    if (
-        after
-        and len({id(p) for p in seen}) == 1
-        and told.count("part") == 1
-        and "second after" in told
-    ):
-        here = told.index("part") > told.index("second after")
-        holds(here, f"{path}: the part runs before the user's hooks: {first_few(told, 8)}")
+    acts_on_output = {p.edit.place for p in here} <= {"after", "beside"}
+    if acts_on_output and len(parts) == 1:
+        _check_part_is_last(path, fired)
+
+
+def _check_part_is_last(path: str, fired: list[str]) -> None:
+    if fired.count("part") == 1 and "second after" in fired:
+        last = fired.index("part") > fired.index("second after")
+        holds(last, f"{path}: the part runs before the user's hooks: {first_few(fired, 8)}")
+
+
+def _hook(model: nn.Module, site: Site, fired: list[str]) -> None:
+    """Two hooks before a site and two after it, as a user has them, that say when they fire."""
+    entry, exit = model.get_submodule(site.entry.path), model.get_submodule(site.exit.path)
+    for word in ("first", "second"):
+        entry.register_forward_pre_hook(lambda *_, w=word: fired.append(f"{w} before"))
+        exit.register_forward_hook(lambda *_, w=word: fired.append(f"{w} after"))
 
 
 LAWS = (

@@ -20,7 +20,7 @@ from ..engine.reports import anatomy
 from ..errors import MatchError, SurgeryError
 from ..rules.edits import unfreeze
 from ..rules.roles import attn, ffn
-from ..rules.rule import at
+from ..rules.rule import Rule, at
 from ..rules.selector import Selector, where
 from ..structure.anatomy import roles_of
 from ..structure.module_tree import Site, Tree
@@ -41,8 +41,8 @@ def matching_is_pure(case: Case, draw: Draw) -> None:
     pattern = draw(from_model(model).patterns(), "pattern")
     mark(model, draw(FLAGS, "flags"))
     before = fingerprint(model)
-    made = case.plan(model)
-    _ = str(made), made.added, made.trainable, made.record
+    plan = case.plan(model)
+    _ = str(plan), plan.added, plan.trainable, plan.record
     pattern.find(Tree(model))
     _ = str(anatomy(model, case.inputs()))
     unchanged(
@@ -63,23 +63,23 @@ def patterns_are_a_boolean_algebra(case: Case, draw: Draw) -> None:
     def match(pattern: Selector) -> set[Site]:
         return {site for site in known if pattern.test(tree, site) is not None}
 
-    def found(pattern: Selector) -> set[Site]:
+    def find(pattern: Selector) -> set[Site]:
         return set(pattern.find(tree))
 
     laws = {
-        "p & q is not the intersection": (found(p & q), match(p) & match(q)),
-        "p | q is not the union": (found(p | q), match(p) | match(q)),
-        "~p is not the complement": (found(~p), (found(p) | {*tree.sites}) - match(p)),
-        "p & ~p is not empty": (found(p & ~p), set()),
-        "p | ~p is not all": (found(p | ~p), found(p) | {*tree.sites}),
-        "~~p is not p": (found(~~p), found(p)),
-        "~(p | q) is not ~p & ~q": (match(~(p | q)), found(~p & ~q)),
-        "~(p & q) is not ~p | ~q": (match(~(p & q)), found(~p | ~q)),
-        '"**" is not all': (found(where("**")), {*tree.sites}),
+        "p & q is not the intersection": (find(p & q), match(p) & match(q)),
+        "p | q is not the union": (find(p | q), match(p) | match(q)),
+        "~p is not the complement": (find(~p), (find(p) | {*tree.sites}) - match(p)),
+        "p & ~p is not empty": (find(p & ~p), set()),
+        "p | ~p is not all": (find(p | ~p), find(p) | {*tree.sites}),
+        "~~p is not p": (find(~~p), find(p)),
+        "~(p | q) is not ~p & ~q": (match(~(p | q)), find(~p & ~q)),
+        "~(p & q) is not ~p | ~q": (match(~(p & q)), find(~p | ~q)),
+        '"**" is not all': (find(where("**")), {*tree.sites}),
     }
-    for told, (left, right) in laws.items():
+    for message, (left, right) in laws.items():
         other = sorted(site.path for site in left ^ right)
-        holds(not other, f"{told} at {first_few(other)}, p={p!r}, q={q!r}")
+        holds(not other, f"{message} at {first_few(other)}, p={p!r}, q={q!r}")
 
 
 def addresses_match_whole_paths(case: Case, draw: Draw) -> None:
@@ -91,14 +91,14 @@ def addresses_match_whole_paths(case: Case, draw: Draw) -> None:
     model = case.model()
     tree, address = Tree(model), draw(from_model(model).addresses(), "address")
     expression = _expression(address, tree)
-    found = where(address).find(tree)
+    matches = where(address).find(tree)
     for site in tree.sites:
-        ways = [_text(steps) for steps in (site.steps, *site.aliases)]
-        fits = next((hit for way in ways if (hit := re.fullmatch(expression, way))), None)
+        texts = [_text(steps) for steps in (site.steps, *site.aliases)]
+        fits = next((fit for text in texts if (fit := re.fullmatch(expression, text))), None)
         want = None if fits is None else fits.groupdict()
         holds(
-            found.get(site) == want,
-            f'"{address}" at {site.path or "the root"} captures {found.get(site)}, not {want}',
+            matches.get(site) == want,
+            f'"{address}" at {site.path or "the root"} captures {matches.get(site)}, not {want}',
         )
 
 
@@ -107,32 +107,34 @@ def _text(steps: tuple[object, ...]) -> str:
 
 
 def _expression(address: str, tree: Tree) -> str:
-    places = {
-        (s.position, s.siblings)
+    positions = {
+        (step.position, step.siblings)
         for site in tree.sites
-        for way in (site.steps, *site.aliases)
-        for s in way
+        for steps in (site.steps, *site.aliases)
+        for step in steps
     }
-    written, known = "", set[str]()
-    for step in re.split(r"\.(?![^\[]*\])", address) if address else []:
-        if step == "**":
-            written += r"(?:[^.]+\.)*"
-        elif step == "*":
-            written += r"[^.]+\."
-        elif step[0] == "{" and "," not in step:
-            name = step[1:-1]
-            group = f"(?P={name})" if name in known else f"(?P<{name}>[^@.]+)"
-            known.add(name)
-            written += rf"{group}@\d+@\d+\."
-        elif step[0] == "{":
-            names = "|".join(re.escape(name.strip()) for name in step[1:-1].split(","))
-            written += rf"(?:{names})@\d+@\d+\."
-        elif step[0] == "[":
-            chosen = "|".join(f"@{p}@{n}" for p, n in places if p in _chosen(step, n))
-            written += rf"[^@.]+(?:{chosen or '(?!)'})\."
-        else:
-            written += rf"{re.escape(step)}@\d+@\d+\."
-    return written
+    steps, captured = re.split(r"\.(?![^\[]*\])", address) if address else [], set[str]()
+    return "".join(_step_expression(step, positions, captured) for step in steps)
+
+
+def _step_expression(step: str, positions: set[tuple[int, int]], captured: set[str]) -> str:
+    """The texts that a step stands for; the name that it captures is put in `captured`."""
+    if step == "**":
+        return r"(?:[^.]+\.)*"
+    if step == "*":
+        return r"[^.]+\."
+    if step[0] == "[":
+        chosen = "|".join(f"@{p}@{n}" for p, n in positions if p in _chosen(step, n))
+        return rf"[^@.]+(?:{chosen or '(?!)'})\."
+    if step[0] != "{":
+        return rf"{re.escape(step)}@\d+@\d+\."
+    if "," in step:
+        names = "|".join(re.escape(name.strip()) for name in step[1:-1].split(","))
+        return rf"(?:{names})@\d+@\d+\."
+    name = step[1:-1]
+    group = f"(?P={name})" if name in captured else f"(?P<{name}>[^@.]+)"
+    captured.add(name)
+    return rf"{group}@\d+@\d+\."
 
 
 def _chosen(step: str, siblings: int) -> list[int]:
@@ -177,15 +179,16 @@ def roles_do_what_they_say(case: Case, draw: Draw) -> None:
     """
     model = case.model()
     roles = {ffn.name: ffn.find(Tree(model)), attn.name: attn.find(Tree(model))}
-    sites = [(role, site) for role, found in roles.items() for site in found]
+    sites = [(role, site) for role, of_role in roles.items() for site in of_role]
     applies(sites, "no feed-forward network and no attention was found by structure")
-    role, site = draw(st.sampled_from(sites), "site", lambda each: each[1].path)
+    role, site = draw(st.sampled_from(sites), "site", lambda pair: pair[1].path)
     mixing = list(_mixing(case, model, site))
     applies(mixing, f"{site.path} gave no gradient in this forward")
-    mixes = any(others for _, others in mixing)
-    told = "; ".join(f"position {i} reads {first_few(others, 2)}" for i, others in mixing if others)
+    reads = [f"position {i} reads {first_few(others, 2)}" for i, others in mixing if others]
+    mixes = bool(reads)
     if role == ffn.name:
-        holds(not mixes, f"{site.path} is taken for a feed-forward network, and yet {told}")
+        fact = "; ".join(reads)
+        holds(not mixes, f"{site.path} is taken for a feed-forward network, and yet {fact}")
     else:
         applies(_positions(case, model, site) > 1, f"{site.path} was given one position")
         holds(mixes, f"{site.path} is taken for attention, and yet no position reads another")
@@ -196,14 +199,14 @@ def _mixing(case: Case, model: nn.Module, site: Site) -> Iterator[tuple[int, lis
     x, y = _between(case, model, site)
     if x is None or y is None or not y.requires_grad:
         return
-    flat = _rows(y, site.out, site.axis)
+    flat = _flat(y, site.out, site.axis)
     for i in sorted({0, len(flat) // 2, len(flat) - 1}):
         (grad,) = torch.autograd.grad(
             flat[i].square().sum(), x, retain_graph=True, allow_unused=True
         )
         if grad is None:
             continue
-        read = _rows(grad, site.shape.width, site.axis).abs().amax(-1)
+        read = _flat(grad, site.shape.width, site.axis).abs().amax(-1)
         if len(read) == len(flat):
             yield i, [j for j in read.nonzero().flatten().tolist() if j != i]
 
@@ -213,7 +216,7 @@ def _positions(case: Case, model: nn.Module, site: Site) -> int:
     return 0 if x is None else x.numel() // max(site.shape.width, 1)
 
 
-def _rows(x: Tensor, width: int, axis: int) -> Tensor:
+def _flat(x: Tensor, width: int, axis: int) -> Tensor:
     """(positions, features), wherever features lie."""
     if x.dim() > 2 and axis != -1 and x.shape[axis] == width:
         x = x.movedim(axis, -1)
@@ -221,20 +224,21 @@ def _rows(x: Tensor, width: int, axis: int) -> Tensor:
 
 
 def _between(case: Case, model: nn.Module, site: Site) -> tuple[Tensor | None, Tensor | None]:
-    """What a site is given, as a leaf of its own, and what it gives, in one forward."""
-    seen: dict[str, Tensor] = {}
+    """What a site is given, as a leaf of the graph, and what it gives, in one forward."""
+    ends: dict[str, Tensor] = {}
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        first = next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), None)
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        first = next((t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()), None)
         if first is None:
             return None
-        leaf = seen["x"] = first.detach().clone().requires_grad_()
-        return pytree.tree_unflatten([leaf if t is first else t for t in leaves], spec)
+        leaf = ends["x"] = first.detach().clone().requires_grad_()
+        return pytree.tree_unflatten([leaf if t is first else t for t in inputs], spec)
 
     def leave(module: nn.Module, args: object, output: object) -> None:
-        found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        seen.update(y=found[0]) if found else None
+        outputs = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        if outputs:
+            ends["y"] = outputs[0]
 
     hooks = [
         site.entry.module.register_forward_pre_hook(enter, with_kwargs=True),
@@ -246,7 +250,7 @@ def _between(case: Case, model: nn.Module, site: Site) -> tuple[Tensor | None, T
     finally:
         for hook in hooks:
             hook.remove()
-    return seen.get("x"), seen.get("y")
+    return ends.get("x"), ends.get("y")
 
 
 def grafts_are_invisible(case: Case, draw: Draw) -> None:
@@ -262,8 +266,8 @@ def grafts_are_invisible(case: Case, draw: Draw) -> None:
 
 
 def _read(pattern: Selector, model: nn.Module) -> dict[str, object]:
-    found = pattern.find(Tree(model))
-    return {site.path: (captures, site.shape, site.index) for site, captures in found.items()}
+    matches = pattern.find(Tree(model))
+    return {site.path: (captures, site.shape, site.index) for site, captures in matches.items()}
 
 
 def missing_or_miscounted_sites_raise(case: Case, draw: Draw) -> None:
@@ -275,20 +279,18 @@ def missing_or_miscounted_sites_raise(case: Case, draw: Draw) -> None:
     before = fingerprint(model)
     rule = draw(st.sampled_from(case.rules), "rule")
     times = draw(st.integers(1, 99), "times")
-    none = f"{draw(from_model(model).addresses(), 'address')}.nowhere".lstrip(".")
-    count = len(next(sites for each, sites in case.plan(model).matches if each is rule))
+    nowhere = f"{draw(from_model(model).addresses(), 'address')}.nowhere".lstrip(".")
+    count = len(next(sites for other, sites in case.plan(model).matches if other is rule))
     if times != count and count:
-        wrong = at(rule.where, *rule.rest, times=times)
-        _told(model, case, wrong, f"times={times}", str(count))
-    _told(model, case, at(none, unfreeze), none)
+        miscounted = at(rule.where, *rule.rest, times=times)
+        _check_refusal(model, case, miscounted, f"times={times}", str(count))
+    _check_refusal(model, case, at(nowhere, unfreeze), nowhere)
     unchanged(before, fingerprint(model), "a rule that was refused")
 
 
-def _told(model: nn.Module, case: Case, rule: object, *words: str) -> None:
-    def act() -> None:
-        case.operated(model, [rule])  # type: ignore[list-item]
-
-    error = raised(MatchError, act, f"{rule!r}")
+def _check_refusal(model: nn.Module, case: Case, rule: Rule, *words: str) -> None:
+    """Raise Broken unless a rule raises MatchError with these words in it."""
+    error = raised(MatchError, lambda: case.operated(model, [rule]), f"{rule!r}")
     assert isinstance(error, SurgeryError)
     missing = [word for word in words if word not in str(error)]
     if missing or not (error.fact and error.remedy):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from .._text import first_few
 from ..engine.placement import Placement
@@ -31,31 +31,42 @@ def freezing_is_exact(case: Case, draw: Draw) -> None:
     model = case.model()
     declared = _declared(case, model)
     case.operated(model, seed=draw(SEEDS, "seed"))
+    _check_flags(model, declared)
+    frozen = [
+        (n, p, p.detach().clone()) for n, p in _base_parameters(model) if id(p) not in declared
+    ]
+    statistics = _frozen_statistics(model, declared)
+    train(case, model)
+    drifted = [kind for kind, buffer, was in statistics if not torch.equal(buffer, was)]
+    holds(not drifted, f"training moved statistics of {first_few(drifted)}, which is frozen")
+    moved = [name for name, p, was in frozen if not torch.equal(p, was)]
+    holds(not moved, f"training moved {first_few(moved)}, which is frozen")
+    graded = [name for name, p, _ in frozen if p.grad is not None]
+    holds(not graded, f"a gradient came to {first_few(graded)}, which is frozen")
+
+
+def _check_flags(model: nn.Module, declared: set[int]) -> None:
+    """Raise Broken unless what asks for a gradient is what is declared, and parts."""
     parts = {id(p): f"{ADDITIONS}.{n}" for n, p in operation(model).named_parameters()}
-    names = {id(p): n for n, p in _base_parameters(model)}
+    names = {**parts, **{id(p): n for n, p in _base_parameters(model)}}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    own = {id(p) for p in operation(model).parameters() if p.requires_grad}
+    of_parts = {id(p) for p in operation(model).parameters() if p.requires_grad}
     frozen_by_mistake = [names[i] for i in declared - trained]
-    free_by_mistake = [names.get(i, parts.get(i, "?")) for i in trained - declared - own]
+    free_by_mistake = [names.get(i, "?") for i in trained - declared - of_parts]
     holds(
         not frozen_by_mistake, f"the rules unfreeze {first_few(frozen_by_mistake)}, which is frozen"
     )
     holds(not free_by_mistake, f"no rule unfreezes {first_few(free_by_mistake)}, which is trained")
-    rest = [(n, p, p.detach().clone()) for n, p in _base_parameters(model) if id(p) not in declared]
-    norms = [
-        m
-        for _, m in named_modules(model, aliases=True)
-        if keeps_statistics(m) and [*m.parameters()]
-    ]
-    still = [m for m in norms if not declared & {id(p) for p in m.parameters()}]
-    counted = [(type(m).__name__, b, b.clone()) for m in still for b in m.buffers()]
-    train(case, model)
-    drifted = [kind for kind, b, was in counted if not torch.equal(b, was)]
-    holds(not drifted, f"training moved statistics of {first_few(drifted)}, which is frozen")
-    moved = [n for n, p, was in rest if not torch.equal(p, was)]
-    holds(not moved, f"training moved {first_few(moved)}, which is frozen")
-    graded = [n for n, p, _ in rest if p.grad is not None]
-    holds(not graded, f"a gradient came to {first_few(graded)}, which is frozen")
+
+
+def _frozen_statistics(model: nn.Module, declared: set[int]) -> list[tuple[str, Tensor, Tensor]]:
+    """(class, buffer, its values now) of the norms with weights of which nothing is declared."""
+    frozen = []
+    for _, module in named_modules(model, aliases=True):
+        weights = {id(p) for p in module.parameters()}
+        if keeps_statistics(module) and weights and not declared & weights:
+            frozen += [(type(module).__name__, b, b.clone()) for b in module.buffers()]
+    return frozen
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -76,8 +87,8 @@ def _declared(case: Case, model: nn.Module) -> set[int]:
                 continue
             for site in sites:
                 ends = (site.entry.module, site.exit.module)
-                held = [p for end in ends for _, p in edit.parameters(end)]
-                ids = {id(p) for p in held if p.is_floating_point()}
+                named = [pair for end in ends for pair in edit.parameters(end)]
+                ids = {id(p) for _, p in named if p.is_floating_point()}
                 chosen = chosen | ids if edit.trained else chosen - ids
     return chosen
 
@@ -89,23 +100,29 @@ def gradients_reach_every_part(case: Case, draw: Draw) -> None:
     A module that a rule unfreezes has had one for one tensor at least, unless the rule is optional.
     """
     model = case.operated(seed=draw(SEEDS, "seed"))
-    chosen = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(chosen, lr=0.01)
-    reached: set[int] = set()
-    for seed in range(3):
-        optimiser.zero_grad()
-        case.loss(model, seed).backward()  # type: ignore[no-untyped-call]
-        reached |= {id(p) for p in chosen if p.grad is not None and p.grad.any()}
-        optimiser.step()
+    reached = _reached(case, model)
     parts = operation(model).named_parameters()
     dry = [name for name, p in parts if p.requires_grad and id(p) not in reached]
     holds(not dry, f"no gradient comes to {first_few(dry)}")
     for rule, site in case.places:
-        if rule.optional or not any(isinstance(e, Trained) and e.trained for e in rule.rest):
-            continue
-        ends = (model.get_submodule(site.entry.path), model.get_submodule(site.exit.path))
-        held = [p for end in ends for p in end.parameters() if p.requires_grad]
-        holds(not held or any(id(p) in reached for p in held), f"no gradient comes to {site.path}")
+        unfreezes = any(isinstance(edit, Trained) and edit.trained for edit in rule.rest)
+        if unfreezes and not rule.optional:
+            ends = (model.get_submodule(site.entry.path), model.get_submodule(site.exit.path))
+            trained = {id(p) for end in ends for p in end.parameters() if p.requires_grad}
+            holds(not trained or trained & reached, f"no gradient comes to {site.path}")
+
+
+def _reached(case: Case, model: nn.Module) -> set[int]:
+    """Ids of the parameters that have a gradient other than zero in some step of AdamW."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=0.01)
+    reached: set[int] = set()
+    for seed in range(3):
+        optimiser.zero_grad()
+        case.loss(model, seed).backward()  # type: ignore[no-untyped-call]
+        reached |= {id(p) for p in trained if p.grad is not None and p.grad.any()}
+        optimiser.step()
+    return reached
 
 
 def counts_are_closed_forms(case: Case, draw: Draw) -> None:
@@ -115,17 +132,18 @@ def counts_are_closed_forms(case: Case, draw: Draw) -> None:
     the same numbers as S holds.
     """
     model = case.model()
-    made = case.plan(model)
+    plan = case.plan(model)
     want, groups = 0, set[Any]()
-    for p in made.placed:
-        group = _group(p)
+    for placement in plan.placed:
+        group = _group(placement)
         if group is None or group not in groups:
-            want += sum(q.numel() for q in p.sketch().parameters())
+            want += sum(p.numel() for p in placement.sketch().parameters())
         groups.add(group)
-    placed = {p.key for p in made.placed}
-    want += sum(q.numel() for k, m in made.parts.items() if k not in placed for q in m.parameters())
-    added, trainable = made.added, made.trainable
-    made.apply()
+    placed = {placement.key for placement in plan.placed}
+    others = [part for key, part in plan.parts.items() if key not in placed]
+    want += sum(p.numel() for part in others for p in part.parameters())
+    added, trainable = plan.added, plan.trainable
+    plan.apply()
     holds(added == want, f"plan(m).added is {added:,}, and its parts have {want:,} parameters")
     here = sum(p.numel() for p in operation(model).parameters())
     holds(here == added, f"S holds {here:,} new parameters, and plan(m).added said {added:,}")
@@ -135,14 +153,16 @@ def counts_are_closed_forms(case: Case, draw: Draw) -> None:
     )
 
 
-def _group(p: Placement) -> Any:
+def _group(placement: Placement) -> Any:
     """What a shared part must be the same for; None for a part of one site."""
-    part, site = p.edit.part, p.site
+    part, site = placement.edit.part, placement.site
     if not isinstance(part, Shared):
         return None
-    inner = part.part if hasattr(part.part, "word") else id(part.part)
-    captured = site.captures.get(part.by) if isinstance(part.by, str) else part.by and p.key
-    return inner, part.name, part.by, captured, site.width, site.out, p.device, p.dtype
+    maker = part.part if hasattr(part.part, "word") else id(part.part)
+    captures, by = site.captures, part.by
+    captured = captures.get(by) if isinstance(by, str) else by and placement.key
+    widths = (site.width, site.out)
+    return maker, part.name, by, captured, *widths, placement.device, placement.dtype
 
 
 def sharing_is_kept(case: Case, draw: Draw) -> None:
@@ -151,28 +171,32 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
     Copies: deepcopy, pickle, .to(dtype), load_state_dict. The state holds each tensor once.
     """
     model = case.model()
-    made = case.plan(model)
-    applies(made.placed, "these rules join no part")
+    plan = case.plan(model)
+    applies(plan.placed, "these rules join no part")
     groups: dict[Any, list[str]] = {}
-    for i, p in enumerate(made.placed):
-        groups.setdefault(_group(p) or i, []).append(p.site.path)
-    want = sorted(sorted(paths) for paths in groups.values())
-    made.apply()
+    for i, placement in enumerate(plan.placed):
+        groups.setdefault(_group(placement) or i, []).append(placement.site.path)
+    plan.apply()
     way = draw(st.sampled_from([*COPIES]), "copy")
-    for name, each in (("S", model), (f"S after {way}", COPIES[way](model))):
-        found: dict[int, list[str]] = {}
-        for hooked, action in actions(each):
-            found.setdefault(id(action.part), []).append(hooked.path)
-        have = sorted(sorted(paths) for paths in found.values())
-        holds(have == want, f"{name} has {len(have)} parts, not {len(want)}: {_uneven(want, have)}")
-        own = [p.data_ptr() for p in operation(each).state_dict().values() if p.numel()]
-        holds(len(own) == len(set(own)), f"{name} holds a tensor under two keys")
-        tied = {id(p) for p in operation(each).parameters()}
-        base = {id(p) for p in each.parameters()} - tied
-        run = {id(p) for _, action in actions(each) for p in used(action.part)} - base
-        holds(tied == run, f"{name} runs parts that it does not hold")
+    for name, copied in (("S", model), (f"S after {way}", COPIES[way](model))):
+        _check_sharing(copied, name, sorted(sorted(paths) for paths in groups.values()))
         if way != ".to(bfloat16)":
-            runs(case, each)
+            runs(case, copied)
+
+
+def _check_sharing(model: nn.Module, name: str, want: list[list[str]]) -> None:
+    """Raise Broken unless some lists of paths have a part each, and no tensor is held twice."""
+    paths_of: dict[int, list[str]] = {}
+    for hooked, action in actions(model):
+        paths_of.setdefault(id(action.part), []).append(hooked.path)
+    have = sorted(sorted(paths) for paths in paths_of.values())
+    holds(have == want, f"{name} has {len(have)} parts, not {len(want)}: {_uneven(want, have)}")
+    pointers = [t.data_ptr() for t in operation(model).state_dict().values() if t.numel()]
+    holds(len(pointers) == len(set(pointers)), f"{name} holds a tensor under two keys")
+    held = {id(p) for p in operation(model).parameters()}
+    base = {id(p) for p in model.parameters()} - held
+    run = {id(p) for _, action in actions(model) for p in used(action.part)} - base
+    holds(held == run, f"{name} runs parts that it does not hold")
 
 
 def _uneven(want: list[list[str]], have: list[list[str]]) -> str:
@@ -233,24 +257,26 @@ def parts_are_like_their_site(case: Case, draw: Draw) -> None:
     model = case.model().to(dtype)
     mark(model, draw(FLAGS, "flags"))
     try:
-        made = case.plan(model)
+        plan = case.plan(model)
     except RuntimeError as error:
         applies(False, f"the base does not run in {dtype}: {error}")
-    applies(made.placed, "these rules join no part")
-    first = {p.key: p.site for p in reversed(made.placed)}
-    modes = {key: site.module.training for key, site in first.items()}
-    made.apply()
-    for key, site in first.items():
+    applies(plan.placed, "these rules join no part")
+    first_sites = {placement.key: placement.site for placement in reversed(plan.placed)}
+    modes = {key: site.module.training for key, site in first_sites.items()}
+    plan.apply()
+    for key, site in first_sites.items():
         part, want = operation(model)._modules[key], modes[key]
         assert part is not None
-        told = f"the part at {site.path} has training={part.training}, its site {want}"
-        holds(part.training == want, told)
+        holds(
+            part.training == want,
+            f"the part at {site.path} has training={part.training}, its site {want}",
+        )
         for weight in [t for t in site.entry.module.parameters() if t.is_floating_point()][:1]:
             for t in part.parameters():
-                told = (
-                    f"the part at {site.path} is {t.dtype} on {t.device}, its site {weight.dtype}"
+                holds(
+                    (t.dtype, t.device) == (weight.dtype, weight.device),
+                    f"the part at {site.path} is {t.dtype} on {t.device}, its site {weight.dtype}",
                 )
-                holds((t.dtype, t.device) == (weight.dtype, weight.device), told)
 
 
 LAWS = (

@@ -13,7 +13,7 @@ from ..engine import apply
 from ..engine.hooks import routes
 from ..rules import routing
 from .case import SEEDS, Case, operation
-from .isolation import parts_given
+from .isolation import part_inputs
 from .laws import Draw, applies, holds
 from .snapshot import SITE, gap
 
@@ -35,8 +35,10 @@ def gates_lie_on_the_simplex(case: Case, draw: Draw) -> None:
         sums = gates.sum(-1)
         far = (sums - 1).abs().max().item()
         worst = sums[int((sums - 1).abs().argmax())].item()
-        told = f"{path}: the gates of a sub-token sum to {worst:.6g}, not 1"
-        holds(far <= n * torch.finfo(gates.dtype).eps, told)
+        holds(
+            far <= n * torch.finfo(gates.dtype).eps,
+            f"{path}: the gates of a sub-token sum to {worst:.6g}, not 1",
+        )
         chosen = routing.top1(gates)
         holds(
             bool((chosen.sum(-1) == 1).all() and ((chosen != 0).sum(-1) == 1).all()),
@@ -58,12 +60,13 @@ class _Router:
 
     def having(self, chosen: list[int]) -> nn.Module:
         """A copy of the part with these experts, in this order."""
-        made = copy.deepcopy(self.part)
+        part = copy.deepcopy(self.part)
         for name in self.names:
-            setattr(made, name, nn.Parameter(getattr(self.part, name).detach()[chosen].clone()))
-        return made
+            setattr(part, name, nn.Parameter(getattr(self.part, name).detach()[chosen].clone()))
+        return part
 
     def answer(self, part: nn.Module) -> routing.Routed:
+        """What a part gives for what the router is given."""
         with torch.no_grad():
             routed: routing.Routed = part(self.x)
         return routed
@@ -72,13 +75,17 @@ class _Router:
 def _routers(case: Case, draw: Draw) -> list[_Router]:
     """Every router at each of its sites."""
     model = _routed(case, draw)
-    made = [
-        _Router(g.path, s.part, x) for g, s, x in parts_given(model, case.inputs()) if routes(s)
+    routers = [
+        _Router(hooked.path, action.part, x)
+        for hooked, action, x in part_inputs(model, case.inputs())
+        if routes(action)
     ]
-    silent = [type(router.part).__name__ for router in made if not router.names]
-    named = [router for router in made if router.names]
-    applies(named, f"{first_few(silent)} does not say what it holds for each expert (by_expert)")
-    return named
+    silent = [type(router.part).__name__ for router in routers if not router.names]
+    by_expert = [router for router in routers if router.names]
+    applies(
+        by_expert, f"{first_few(silent)} does not say what it holds for each expert (by_expert)"
+    )
+    return by_expert
 
 
 def experts_have_no_order(case: Case, draw: Draw) -> None:
@@ -99,8 +106,10 @@ def experts_have_no_order(case: Case, draw: Draw) -> None:
         spoken = True
         other = router.answer(router.having(order))
         far = gap(other.output, output)
-        told = f"{router.path}: with experts in the order {order} the answer moves by {far:.3g} eps"
-        holds(far <= SITE, told)
+        holds(
+            far <= SITE,
+            f"{router.path}: with experts in the order {order} the answer moves by {far:.3g} eps",
+        )
         moved = gap(other.gates, gates[:, order])
         holds(moved <= SITE, f"{router.path}: the gates do not move with the experts")
     applies(spoken, "two experts are equally likely at every router")
@@ -121,9 +130,11 @@ def equal_experts_are_one(case: Case, draw: Draw) -> None:
         holds(
             far <= SITE, f"{router.path}: {router.experts} equal experts are {far:.3g} eps from one"
         )
-        even = (many.gates - 1 / router.experts).abs().max().item()
-        told = f"{router.path}: the gates of equal experts are {even:.3g} from 1/{router.experts}"
-        holds(even <= torch.finfo(many.gates.dtype).eps, told)
+        uneven = (many.gates - 1 / router.experts).abs().max().item()
+        holds(
+            uneven <= torch.finfo(many.gates.dtype).eps,
+            f"{router.path}: the gates of equal experts are {uneven:.3g} from 1/{router.experts}",
+        )
 
 
 def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
@@ -136,7 +147,31 @@ def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
     model = _routed(case, draw)
     loss = case.loss(model)
     balance = apply.balance_loss(model)
-    want = torch.zeros((), dtype=torch.float64)
+    want = _switch_loss(model)
+    far = (balance.double() - want).abs().item()
+    most = 64 * torch.finfo(balance.dtype).eps * max(want.item(), 1.0)
+    holds(
+        far <= most,
+        f"balance_loss(S) is {balance.item():.9g}, and the formula gives {want.item():.9g}",
+    )
+    trained = all(p.requires_grad for p in operation(model).parameters())
+    if not trained or _called_again(case, model):
+        return  # of a module called twice, balance_loss counts the last call
+    slopes = _gradients(model, loss + 0.5 * balance)
+    unseen = case.operated(balance=0.5)
+    unseen.load_state_dict(model.state_dict())
+    others = _gradients(unseen, case.loss(unseen))
+    for name, slope in slopes.items():
+        far = gap(others[name], slope) if slope.any() else others[name].abs().max().item()
+        holds(
+            far <= 1e4,
+            f"with balance=0.5 the gradient of {name} is {far:.3g} eps from that of the sum",
+        )
+
+
+def _switch_loss(model: nn.Module) -> Tensor:
+    """The formula, written out; Broken where a site leaves its bounds."""
+    total = torch.zeros((), dtype=torch.float64)
     for path, routed in apply.routing(model).items():
         gates = routed.gates.double()
         n, mean = gates.shape[-1], gates.mean(0)
@@ -149,27 +184,8 @@ def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
         holds(
             1 - 1e-9 <= importance <= n * (1 + 1e-9), f"{path}: its importance is {importance:.6g}"
         )
-        want += site
-    far = (balance.double() - want).abs().item()
-    most = 64 * torch.finfo(balance.dtype).eps * max(want.item(), 1.0)
-    holds(
-        far <= most,
-        f"balance_loss(S) is {balance.item():.9g}, and the formula gives {want.item():.9g}",
-    )
-    if not all(p.requires_grad for p in operation(model).parameters()) or _called_again(
-        case, model
-    ):
-        return  # of a module called twice, balance_loss counts the last call
-    both = _gradients(model, loss + 0.5 * balance)
-    unseen = case.operated(balance=0.5)
-    unseen.load_state_dict(model.state_dict())
-    other = _gradients(unseen, case.loss(unseen))
-    for name, slope in both.items():
-        far = gap(other[name], slope) if slope.any() else other[name].abs().max().item()
-        holds(
-            far <= 1e4,
-            f"with balance=0.5 the gradient of {name} is {far:.3g} eps from that of the sum",
-        )
+        total += site
+    return total
 
 
 def _called_again(case: Case, model: nn.Module) -> bool:
@@ -186,10 +202,9 @@ def _called_again(case: Case, model: nn.Module) -> bool:
 def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    named = operation(model).named_parameters()
     return {
-        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for n, p in named
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in operation(model).named_parameters()
         if p.requires_grad
     }
 

@@ -1,4 +1,7 @@
-"""What can be seen of a model and of tensors, and how two of them differ, in words and in eps."""
+"""How two snapshots differ, of a model or of tensors, in words and in eps.
+
+A snapshot of a model is its `fingerprint`; one of what it computes is a list of tensors.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,17 @@ def unchanged(before: Marks, after: Marks, when: str, but: Sequence[str] = ()) -
     Says which marks differ, and from what to what where that can be read.
     """
     marks = [m for m in {**before, **after} if not any(word in m for word in but)]
-    differ = [m for m in marks if before.get(m, "nothing") != after.get(m, "nothing")]
-    told = "; ".join(
-        _change(m, before.get(m, "nothing"), after.get(m, "nothing")) for m in differ[:4]
-    )
-    more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
-    holds(not differ, f"{when} changed {told}{more}")
+    changes = {m: (before.get(m, "nothing"), after.get(m, "nothing")) for m in marks}
+    changes = {m: (was, now) for m, (was, now) in changes.items() if was != now}
+    words = "; ".join(_change(m, *values) for m, values in [*changes.items()][:4])
+    more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
+    holds(not changes, f"{when} changed {words}{more}")
 
 
 def _change(mark: str, was: object, now: object) -> str:
-    shown = [repr(value) for value in (was, now)]
-    small = all(len(text) <= 60 for text in shown) and not isinstance(was, bytes)
-    return f"{mark} (from {shown[0]} to {shown[1]})" if small else mark
+    texts = [repr(value) for value in (was, now)]
+    readable = all(len(text) <= 60 for text in texts) and not isinstance(was, bytes)
+    return f"{mark} (from {texts[0]} to {texts[1]})" if readable else mark
 
 
 # tensors ---------------------------------------------------------------------------------------
@@ -51,27 +53,27 @@ def rounding(
     the largest of three draws: another order of the sums in it does about that.
     """
     moved = [t for t in numbers if t.is_floating_point()]
-    want, was = list(answer()), [t.detach().clone() for t in moved]
+    want, values = list(answer()), [t.detach().clone() for t in moved]
     generator, far = torch.Generator().manual_seed(0), 0.0
     try:
         for _ in range(3):
-            for tensor, value in zip(moved, was, strict=True):
+            for tensor, value in zip(moved, values, strict=True):
                 ulps = torch.randint(-1, 2, value.shape, generator=generator).to(value)
                 tensor.detach().copy_(value + ulps * value.abs() * torch.finfo(value.dtype).eps)
             far = max([far, *(gap(a, b) for a, b in zip(answer(), want, strict=True))])
     finally:
-        for tensor, value in zip(moved, was, strict=True):
+        for tensor, value in zip(moved, values, strict=True):
             tensor.detach().copy_(value)
     return max(most, 4 * far)
 
 
 def used(part: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a part, and of what it was lent, which is no child of it."""
+    """The parameters of a part, and of what it borrows, which is no child of it."""
     yield from part.parameters()
     for module in part.modules():
-        for lent in vars(module).values():
-            if isinstance(lent, nn.Module):
-                yield from used(lent)
+        for borrowed in vars(module).values():
+            if isinstance(borrowed, nn.Module):
+                yield from used(borrowed)
 
 
 def gap(a: Tensor, b: Tensor, size: Tensor | None = None) -> float:
@@ -87,14 +89,21 @@ def gap(a: Tensor, b: Tensor, size: Tensor | None = None) -> float:
     if not a.is_floating_point():
         return float("inf")
     finite = a.isfinite() & b.isfinite()
-    if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(
-        a[~finite].nan_to_num(), b[~finite].nan_to_num()
-    ):
+    if not _alike_where_not(finite, a, b):
         return float("inf")
-    far = (a - b)[finite].abs().max() if finite.any() else a.new_zeros(())
-    size = (b[finite] if size is None else size).abs()
-    unit = torch.finfo(a.dtype).eps * (size.max() if size.numel() else size.new_zeros(()))
+    far = _largest((a - b)[finite])
+    unit = torch.finfo(a.dtype).eps * _largest(b[finite] if size is None else size)
     return (far / unit).item() if unit > 0 else (0.0 if far == 0 else float("inf"))
+
+
+def _alike_where_not(finite: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are NaN, inf and -inf in the same places."""
+    infinities = a[~finite].nan_to_num(), b[~finite].nan_to_num()
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(*infinities)
+
+
+def _largest(t: Tensor) -> Tensor:
+    return t.abs().max() if t.numel() else t.new_zeros(())
 
 
 def equal(a: Sequence[Tensor], b: Sequence[Tensor], what: str) -> None:
@@ -125,13 +134,13 @@ def _far(x: Tensor, y: Tensor, far: float) -> str:
 
 def ties(model: nn.Module) -> set[frozenset[str]]:
     """The groups of paths that lead to one and the same module, parameter or buffer of the base."""
-    groups: dict[int, set[str]] = {}
+    paths: dict[int, set[str]] = {}
     for path, module in named_modules(model, aliases=True):
-        groups.setdefault(id(module), set()).add(path)
+        paths.setdefault(id(module), set()).add(path)
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None:
-                groups.setdefault(id(tensor), set()).add(f"{path}.{name}".strip("."))
-    return {frozenset(group) for group in groups.values() if len(group) > 1}
+                paths.setdefault(id(tensor), set()).add(f"{path}.{name}".strip("."))
+    return {frozenset(group) for group in paths.values() if len(group) > 1}
 
 
 def raised(

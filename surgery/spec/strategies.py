@@ -30,7 +30,7 @@ def transformers() -> SearchStrategy[nn.Module]:
     a block under two names, calls by keyword, tuples and dicts, nn.Sequential roots.
 
     >>> from hypothesis import find
-    >>> find(transformers(), lambda model: model.example().dim() == 4).own["first"]
+    >>> find(transformers(), lambda model: model.example().dim() == 4).options["first"]
     True
     """
     flag = st.booleans()
@@ -56,14 +56,15 @@ def affine(site: Site, bias: bool = True) -> nn.Module:
 @part
 def other(site: Site) -> nn.Module:
     """Something to run in place of a site: a linear map along its features, wherever they lie."""
-    kind = nn.Linear(site.width, site.out)
-    return nn.Conv2d(site.width, site.out, 1) if site.axis == 1 else kind
+    features_first = site.axis == 1
+    linear = nn.Linear(site.width, site.out)
+    return nn.Conv2d(site.width, site.out, 1) if features_first else linear
 
 
 def parts() -> SearchStrategy[Maker]:
     """Parts for a rule: adapters, linear maps, low-rank ones and mixtures, own or shared."""
     smooth = st.sampled_from([nn.GELU, QuickGELU])
-    own = st.one_of(
+    unshared = st.one_of(
         st.builds(adapter, rank=st.integers(1, 3), activation=smooth),
         st.just(adapter(rank=8)),  # of fewer units with ReLU all may be dead
         st.builds(affine, bias=st.booleans()),
@@ -71,7 +72,7 @@ def parts() -> SearchStrategy[Maker]:
         st.integers(1, 3).map(lambda rank: vera(core=shared(frozen(rank=rank)))),  # it borrows
         mixtures(),
     )
-    return own | own.map(shared)
+    return unshared | unshared.map(shared)
 
 
 def mixtures() -> SearchStrategy[Maker]:
@@ -116,11 +117,11 @@ def rules(of: SearchStrategy[Maker] | None = None) -> SearchStrategy[list[Rule]]
         lambda place, *rest: at(place, *rest, optional=True), places, any_edit, any_edit
     )
     trained = st.sampled_from([at(head, unfreeze), at(nearest(norm, before=ffn), freeze, unfreeze)])
-    sure = st.builds(lambda part: at(ffn, parallel(part, scale=0.5)), of)
+    always = st.builds(lambda part: at(ffn, parallel(part, scale=0.5)), of)
     replaced = at(attn & ~where(_gives_weights), replace(other()), optional=True)
     few, alone = st.lists(joined | trained, max_size=2), st.sampled_from([[], [replaced]])
     more = alone | few  # in what is replaced no part would run
-    return st.builds(lambda one, more: [one, *more], sure, more)
+    return st.builds(lambda one, more: [one, *more], always, more)
 
 
 def mergeable() -> SearchStrategy[list[Rule]]:
@@ -144,23 +145,23 @@ def addresses(paths: Sequence[str] = ()) -> SearchStrategy[str]:
     >>> find(addresses(["blocks.0.mlp"]), lambda address: address.startswith("*"))[0]
     '*'
     """
-    known = [[Step(name, 0, 2) for name in p.split(".")] for p in paths or ["blocks.0.mlp", "head"]]
-    return _addresses(known)
+    paths = paths or ["blocks.0.mlp", "head"]
+    return _addresses([[Step(name, 0, 2) for name in path.split(".")] for path in paths])
 
 
 def _addresses(paths: Sequence[Sequence[Step]]) -> SearchStrategy[str]:
-    strange = st.lists(st.sampled_from(NAMES).map(lambda name: Step(name, 1, 3)), max_size=4)
-    steps = st.sampled_from(paths) | st.sampled_from(paths) | strange
+    made_up = st.lists(st.sampled_from(NAMES).map(lambda name: Step(name, 1, 3)), max_size=4)
+    steps = st.sampled_from(paths) | st.sampled_from(paths) | made_up
     return steps.flatmap(lambda path: st.tuples(*map(_form, path))).map(".".join)
 
 
 def _form(step: Step) -> SearchStrategy[str]:
     """A step as it is, or one that may stand for it."""
-    name, place, siblings = step
-    near = st.sampled_from([place, place - siblings]) | st.integers(-3, 3)
+    name, position, siblings = step
+    near = st.sampled_from([position, position - siblings]) | st.integers(-3, 3)
     bound = st.none() | near
     slices = st.builds(
-        lambda a, b, c: f"[{_n(a)}:{_n(b)}{'' if c is None else f':{c}'}]",
+        lambda a, b, c: f"[{_bound(a)}:{_bound(b)}{'' if c is None else f':{c}'}]",
         bound, bound, st.none() | st.sampled_from([-2, -1, 1, 2]),
     )  # fmt: skip
     return st.one_of(
@@ -171,7 +172,7 @@ def _form(step: Step) -> SearchStrategy[str]:
     )
 
 
-def _n(value: int | None) -> str:
+def _bound(value: int | None) -> str:
     return "" if value is None else str(value)
 
 
@@ -191,11 +192,11 @@ class ModelStrategies:
 
     def patterns(self) -> SearchStrategy[Selector]:
         """Addresses, roles, classes, and all that combines them."""
-        kinds = sorted({type(s.module) for s in self.tree.sites}, key=lambda kind: kind.__name__)
-        leaves = st.one_of(
-            self.addresses().map(where), st.sampled_from(ROLES), st.sampled_from(kinds).map(where)
+        types = sorted({type(s.module) for s in self.tree.sites}, key=lambda kind: kind.__name__)
+        single = st.one_of(
+            self.addresses().map(where), st.sampled_from(ROLES), st.sampled_from(types).map(where)
         )
-        return st.recursive(leaves, _combined, max_leaves=3)
+        return st.recursive(single, _combined, max_leaves=3)
 
     def rules(self) -> SearchStrategy[list[Rule]]:
         """One or two rules at sites of the model that have a width."""

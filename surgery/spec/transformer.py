@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 CLASSES = 5
+FORMS = ("post", "fused", "gated", "spread", "first")  # of a block
 
 
 class Attention(nn.Module):
@@ -126,18 +127,17 @@ class Transformer(nn.Module):
         weights: bool = False, named: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        own = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.own, self.first, self.named, self.seed = own, first, named, seed
+        options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.options, self.first, self.named, self.seed = options, first, named, seed
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.embed = _linear(3, widths[0], first)
-            names = ("post", "fused", "gated", "spread", "first")
-            forms = {name: own[name] for name in names}
+            forms = {name: options[name] for name in FORMS}
             stages: list[nn.ModuleList] = []
             for i, width in enumerate(widths):
                 blocks = [Block(width, heads, act, weights=weights, **forms) for _ in range(depth)]
-                step = [_linear(widths[i - 1], width, first)] if i else []
-                stages.append(nn.ModuleList([*step, *blocks]))
+                step_up = [_linear(widths[i - 1], width, first)] if i else []
+                stages.append(nn.ModuleList([*step_up, *blocks]))
             self.stages = nn.ModuleList(stages)
             self.again = stages[-1][-1] if aliased else None
             self.norm, self.pool = _norm(widths[-1], first), Pool(first)
@@ -163,30 +163,30 @@ class Transformer(nn.Module):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def __repr__(self) -> str:
-        default = Transformer.__init__.__defaults__ or ()
-        named = zip(self.own, default, strict=True)
-        changed = [f"{k}={_said(self.own[k])}" for k, v in named if self.own[k] != v]
-        return f"Transformer({', '.join(changed)})"
+        defaults = zip(self.options, Transformer.__init__.__defaults__ or (), strict=True)
+        changed = [name for name, default in defaults if self.options[name] != default]
+        arguments = [f"{name}={_written(self.options[name])}" for name in changed]
+        return f"Transformer({', '.join(arguments)})"
 
 
 class Row(nn.Sequential):
-    """A Transformer without stages as a root that calls its children in a row."""
+    """The layers of a Transformer in a row, as the children of a root that calls them."""
 
-    def __init__(self, made: Transformer) -> None:
-        super().__init__(made.embed, *made.layers(), made.norm, made.pool, made.head)
-        self.__dict__["made"] = made
+    def __init__(self, whole: Transformer) -> None:
+        super().__init__(whole.embed, *whole.layers(), whole.norm, whole.pool, whole.head)
+        self.__dict__["whole"] = whole  # no child of it: its layers are
         self.eval()
 
     def example(self) -> Tensor:
         """Two samples."""
-        made: Transformer = self.__dict__["made"]
-        return made.example()
+        whole: Transformer = self.__dict__["whole"]
+        return whole.example()
 
     def __repr__(self) -> str:
-        return f"Row({self.__dict__['made']!r})"
+        return f"Row({self.__dict__['whole']!r})"
 
 
-def _said(value: object) -> str:
+def _written(value: object) -> str:
     return f"nn.{value.__name__}" if isinstance(value, type) else repr(value)
 
 

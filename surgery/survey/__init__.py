@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def survey(
     """
     from rich.progress import Progress
 
-    asked = {s: chosen(names(s), only) if only else names(s) for s in sources}
-    if not any(asked.values()):
+    wanted = {s: chosen(names(s), only) if only else names(s) for s in sources}
+    if not any(wanted.values()):
         raise RuleError(
             f"--only {only}",
             f"no model of {', '.join(sources)} has such a name.",
@@ -40,18 +41,26 @@ def survey(
         )
     done: list[Row] = []
     with Progress(transient=True) as bar:
-        for source, wanted in asked.items():
-            task = bar.add_task(source, total=0)
-
-            def told(news: Any, task: Any = task) -> None:
-                total = (bar.tasks[task].total or 0) + news if isinstance(news, int) else None
-                bar.update(task, total=total, advance=0 if isinstance(news, int) else 1)
-
-            done += rows(source, wanted, real=real, seconds=seconds, workers=workers, told=told)
+        for source, of_source in wanted.items():
+            progress = _advance(bar, bar.add_task(source, total=0))
+            done += rows(
+                source, of_source, real=real, seconds=seconds, workers=workers, progress=progress
+            )
     print(report.summary(done))
     if out:
-        words = ["--only", only] if only else []
-        words += [] if real else ["--meta"]
-        words += ["--seconds", f"{seconds:g}", "--workers", str(workers), "--out", str(out)]
-        report.write(done, out, " ".join(["surgery survey", *sources, *words]))
+        options = ["--only", only] if only else []
+        options += [] if real else ["--meta"]
+        options += ["--seconds", f"{seconds:g}", "--workers", str(workers), "--out", str(out)]
+        report.write(done, out, " ".join(["surgery survey", *sources, *options]))
     return done
+
+
+def _advance(bar: Any, task: Any) -> Callable[[Any], None]:
+    """Moves a bar on by one model, or lengthens it by a number of them."""
+
+    def progress(news: Any) -> None:
+        more = news if isinstance(news, int) else None
+        total = None if more is None else (bar.tasks[task].total or 0) + more
+        bar.update(task, total=total, advance=1 if more is None else 0)
+
+    return progress

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._inputs import tensors_in
 from .._preserve import fingerprint
 from ..engine import apply
 from ..engine.planning import plan
@@ -19,7 +20,7 @@ from ..structure.ffn_traced import TracedFFN, traced_ffns
 from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from ..structure.trace import Trace, trace
-from .dummy_inputs import Inputs, run
+from .dummy_inputs import Inputs, forward, one_line
 
 RULES = "adapterx_ffn"
 IDLE = "not run with these inputs"
@@ -54,26 +55,24 @@ class Row(NamedTuple):
 
 def read(row: Row, model: nn.Module, example: Inputs | None = None) -> Row:
     """The row with what anatomy and plan say of the model; nothing is changed, or run unasked."""
-    row = row._replace(
-        family=row.family or type(model).__module__.rpartition(".")[2],
-        parameters=sum(p.numel() for p in model.parameters()),
-    )
     tree = Tree(model)
     attach_dataflow(tree, example)
     roles = roles_of(tree)
-    found = roles["ffn"]
+    sites = roles["ffn"]
     row = row._replace(
-        sites=len(found),
-        owners=_owners(found),
-        widths=tuple(sorted({s.width for s in found})),
-        layout=" and ".join(sorted({"last" if s.axis == -1 else str(s.axis) for s in found})),
+        family=row.family or type(model).__module__.rpartition(".")[2],
+        parameters=sum(p.numel() for p in model.parameters()),
+        sites=len(sites),
+        owners=_owners(sites),
+        widths=tuple(sorted({s.width for s in sites})),
+        layout=" and ".join(sorted({"last" if s.axis == -1 else str(s.axis) for s in sites})),
         attention=len(roles["attn"]),
     )
     try:
         plan(model, RULES, example=example)
     except SurgeryError as error:
-        why = instead_of_ffns(tree) if not found else _words(error)
-        return row._replace(status="refused", reason=why)
+        reason = one_line(error) if sites else instead_of_ffns(tree)
+        return row._replace(status="refused", reason=reason)
     return row._replace(status="planned")
 
 
@@ -91,27 +90,82 @@ def operated(row: Row, model: nn.Module, inputs: Inputs, example: Inputs | None 
     try:
         apply.apply(model, RULES, example=example)
     except SurgeryError as error:
-        return row._replace(status="refused", reason=_join(_words(error), row.reason))
-    told: list[str] = []
-    wrong: list[str] = []
+        return row._replace(status="refused", reason=joined(one_line(error), row.reason))
     try:
-        told, wrong = _judged(model, inputs, base, again)
+        right, wrong = _judged(model, inputs, base, again)
     except SurgeryError as error:
         known = row.reason.startswith(IDLE)  # it refuses for this very reason
-        words = row.reason if known else _join(_words(error), row.reason)
-        return row._replace(status="refused", reason=words)
+        reason = row.reason if known else joined(one_line(error), row.reason)
+        return row._replace(status="refused", reason=reason)
     finally:
         model.zero_grad(set_to_none=True)
         apply.revert(model)
     torch.manual_seed(0)
     changed = [mark for mark, value in fingerprint(model).items() if before.get(mark) != value]
     wrong += [f"revert left {len(changed)} marks changed: {', '.join(changed[:3])}"] * bool(changed)
-    status = "failed" if wrong else "operated"
     return row._replace(
-        status=status,
-        run=", ".join([*told, "reverted", row.run]),
-        reason=_join(*wrong, row.reason),
+        status="failed" if wrong else "operated",
+        run=", ".join([*right, "reverted", row.run]),
+        reason=joined(*wrong, row.reason),
     )
+
+
+def joined(*reasons: str) -> str:
+    """Several reasons as one."""
+    return "; ".join(filter(None, reasons))
+
+
+def _judged(
+    model: nn.Module, inputs: Inputs, base: list[Tensor], again: list[Tensor]
+) -> tuple[list[str], list[str]]:
+    """What is as it should be and what is wrong: identity at the start, gradients."""
+    right: list[str] = []
+    wrong: list[str] = []
+    far = _distance(base, _outputs(model, inputs))
+    if far <= max(CLOSE, _distance(base, again)):
+        right.append("identical" if far == 0 else f"within {far:.0e}")
+    else:
+        wrong.append(f"the output differs by {far:.1e} at the start")
+    if not _went_back(model, inputs):
+        return right, [*wrong, "no output carries a gradient"]
+    parts = dict(model.get_submodule("surgery").named_parameters())
+    dry = [name for name, p in parts.items() if p.requires_grad and p.grad is None]
+    if dry:
+        wrong.append(f"{len(dry)} of {len(parts)} parameters got no gradient: {dry[0]}")
+    else:
+        right.append(f"{len(parts)} gradients")
+    return right, wrong
+
+
+def _went_back(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a backward from all outputs could be made, and was."""
+    with torch.enable_grad():
+        outputs = [t for t in tensors_in(forward(model, inputs)) if t.requires_grad]
+        if outputs:
+            loss = torch.stack([t.abs().float().mean() for t in outputs]).sum()
+            torch.autograd.backward(loss + apply.balance_loss(model))
+    return bool(outputs)
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        outputs = tensors_in(forward(model, inputs))
+        return [t.clone() for t in outputs if t.is_floating_point() or t.is_complex()]
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.numel()]
+    return max(((x - y).abs().nan_to_num(0, 0, 0).max().item() for x, y in pairs), default=0.0)
+
+
+def _owners(sites: list[Site]) -> tuple[str, ...]:
+    counts = Counter(f"{generalise(s.path)} {type(s.module).__name__}" for s in sites)
+    return tuple(f"{owner} x{n}" for owner, n in counts.items())
+
+
+# what a forward sees, beside what the structure gave --------------------------------------------
 
 
 def compared(row: Row, model: nn.Module, inputs: Inputs) -> Row:
@@ -121,117 +175,57 @@ def compared(row: Row, model: nn.Module, inputs: Inputs) -> Row:
     """
     torch.manual_seed(1)
     try:
-        seen = trace(model.eval(), inputs)
-        feeds = [feed for feed in traced_ffns(seen) if feed.kind in ("ffn", "tokens")]
+        tracing = trace(model.eval(), inputs)
+        ffns = [ffn for ffn in traced_ffns(tracing) if ffn.kind in ("ffn", "tokens")]
     except Exception as error:
-        return row._replace(run="forward not traced", reason=_join(row.reason, _words(error)[:200]))
-    found = roles_of(Tree(model))["ffn"]
-    unseen = [site for site in found if not any(_covers(site, feed) for feed in feeds)]
-    more = [feed for feed in feeds if not any(_covers(site, feed) for site in found)]
-    told = [f"{len(found) - len(unseen)} of {len(found)}"] * bool(unseen)
-    told += [f"{len(more)} more"] * bool(more)
-    verdict = f"forward sees {' and '.join(told)}" if told else "forward agrees"
-    idle = [site for site in unseen if not _ran(seen, site)]
-    other = [site for site in unseen if site not in idle]
-    reasons = (
-        _listed(IDLE, [site.path for site in idle]),
-        _listed("run, but no feed-forward network to the forward", [site.path for site in other]),
-        _listed("to the forward alone", [_span(f) for f in more]),
+        reason = joined(row.reason, one_line(error)[:200])
+        return row._replace(run="forward not traced", reason=reason)
+    sites = roles_of(Tree(model))["ffn"]
+    unseen = [site for site in sites if not any(_covers(site, ffn) for ffn in ffns)]
+    more = [ffn for ffn in ffns if not any(_covers(site, ffn) for site in sites)]
+    return row._replace(
+        run=_verdict(len(sites), len(unseen), len(more)),
+        reason=joined(row.reason, *_disagreement(tracing, unseen, more)),
     )
-    return row._replace(run=verdict, reason=_join(row.reason, *reasons))
 
 
-def _join(*reasons: str) -> str:
-    return "; ".join(filter(None, reasons))
+def _disagreement(tracing: Trace, unseen: list[Site], more: list[TracedFFN]) -> Iterator[str]:
+    """What only the structure sees, idle or run, and what only the forward does."""
+    idle = [site.path for site in unseen if not _ran(tracing, site)]
+    run = [site.path for site in unseen if site.path not in idle]
+    yield _listed(IDLE, idle)
+    yield _listed("run, but no feed-forward network to the forward", run)
+    yield _listed("to the forward alone", [_address(ffn) for ffn in more])
 
 
-def _covers(site: Site, feed: TracedFFN) -> bool:
-    return _is_in(feed.entry, site.entry.path) and _is_in(feed.exit, site.exit.path)
+def _verdict(sites: int, unseen: int, more: int) -> str:
+    sees = [f"{sites - unseen} of {sites}"] * bool(unseen) + [f"{more} more"] * bool(more)
+    return f"forward sees {' and '.join(sees)}" if sees else "forward agrees"
+
+
+def _covers(site: Site, ffn: TracedFFN) -> bool:
+    return _is_in(ffn.entry, site.entry.path) and _is_in(ffn.exit, site.exit.path)
 
 
 def _is_in(path: str, holder: str) -> bool:
     return not holder or f"{path}.".startswith(f"{holder}.")
 
 
-def _ran(seen: Trace, site: Site) -> bool:
+def _ran(tracing: Trace, site: Site) -> bool:
     inside = {id(module) for module in site.entry.module.modules()}
-    return any(id(call.module) in inside for call in seen.calls)
+    return any(id(call.module) in inside for call in tracing.calls)
 
 
-def _span(feed: TracedFFN) -> str:
+def _address(ffn: TracedFFN) -> str:
     """Its address, as that of a site would be."""
-    owner = f"{feed.owner}." if feed.owner else ""
-    if feed.entry == feed.exit:
-        return feed.entry
-    ends = (end.removeprefix(owner) for end in (feed.entry, feed.exit))
+    owner = f"{ffn.owner}." if ffn.owner else ""
+    if ffn.entry == ffn.exit:
+        return ffn.entry
+    ends = (end.removeprefix(owner) for end in (ffn.entry, ffn.exit))
     return f"{owner}({' to '.join(ends)})"
 
 
 def _listed(what: str, paths: list[str]) -> str:
-    """Addresses under one heading, those that differ in a number alone told once."""
+    """Addresses under one heading, those that differ in a number alone once, with their count."""
     kinds = Counter(generalise(path) for path in paths)
     return f"{what}: {', '.join(f'{kind} x{n}' for kind, n in kinds.items())}" if paths else ""
-
-
-def _judged(
-    model: nn.Module, inputs: Inputs, base: list[Tensor], again: list[Tensor]
-) -> tuple[list[str], list[str]]:
-    """What is as it should be and what is wrong: identity at the start, gradients."""
-    told: list[str] = []
-    wrong: list[str] = []
-    far = _distance(base, _outputs(model, inputs))
-    if far <= max(CLOSE, _distance(base, again)):
-        told.append("identical" if far == 0 else f"within {far:.0e}")
-    else:
-        wrong.append(f"the output differs by {far:.1e} at the start")
-    with torch.enable_grad():
-        results = [t for t in tensors(run(model, inputs)) if t.requires_grad]
-        if not results:
-            return told, [*wrong, "no output carries a gradient"]
-        loss = torch.stack([t.abs().float().mean() for t in results]).sum()
-        torch.autograd.backward(loss + apply.balance_loss(model))
-    parts = dict(model.get_submodule("surgery").named_parameters())
-    dry = [name for name, p in parts.items() if p.requires_grad and p.grad is None]
-    if dry:
-        wrong.append(f"{len(dry)} of {len(parts)} parameters got no gradient: {dry[0]}")
-    else:
-        told.append(f"{len(parts)} gradients")
-    return told, wrong
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
-        return [t.clone() for t in tensors(run(model, inputs))]
-
-
-def tensors(value: Any, seen: int = 0) -> Iterator[Tensor]:
-    """Every floating tensor in a model's output, in order."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex():
-            yield value
-    elif seen < 6 and isinstance(value, dict):
-        for each in value.values():
-            yield from tensors(each, seen + 1)
-    elif seen < 6 and isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors(each, seen + 1)
-
-
-def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    if [t.shape for t in a] != [t.shape for t in b]:
-        return float("inf")
-    gaps = [
-        (x - y).abs().nan_to_num(0, 0, 0).max().item()
-        for x, y in zip(a, b, strict=True)
-        if x.numel()
-    ]
-    return max(gaps, default=0.0)
-
-
-def _owners(sites: list[Site]) -> tuple[str, ...]:
-    counts = Counter(f"{generalise(s.path)} {type(s.module).__name__}" for s in sites)
-    return tuple(f"{owner} x{n}" for owner, n in counts.items())
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .._table import Table
-from .look import ALONE, RULES, Row
+from .._text import first_few
+from .look import ALONE, RULES, Row, joined
 
 STATUSES = ("operated", "planned", "refused", "failed")
 MEANING = {
@@ -31,51 +32,55 @@ HOW = (
     "that can be done.",
 )
 LONGEST = 300  # characters of a reason
+OWNERS, MODELS = 4, 6  # named in a cell, and under a reason
 
 
 def summary(rows: list[Row]) -> Table:
     """How many models of each source came out how."""
     counts: list[tuple[object, ...]] = []
-    for source in dict.fromkeys(row.source for row in rows):
-        own = [row for row in rows if row.source == source]
-        by = Counter(row.status for row in own)
-        with_sites = sum(bool(row.sites) for row in own)
-        counts.append((source, len(own), with_sites, *(by[s] for s in STATUSES)))
+    for source, of_source in _by_source(rows).items():
+        by_status = Counter(row.status for row in of_source)
+        with_sites = sum(bool(row.sites) for row in of_source)
+        counts.append((source, len(of_source), with_sites, *(by_status[s] for s in STATUSES)))
     notes = [f"{status}: {MEANING[status]}" for status in STATUSES]
     return Table(f"Survey of {RULES}", ("source", "models", "with sites", *STATUSES), counts, notes)
 
 
-def write(rows: list[Row], path: Path, made: str = "") -> None:
+def write(rows: list[Row], path: Path, command: str = "") -> None:
     """Write the whole survey as Markdown. Raises OSError where that cannot be done."""
-    path.write_text(markdown(rows, made))
+    path.write_text(markdown(rows, command))
 
 
-def markdown(rows: list[Row], made: str = "") -> str:
+def markdown(rows: list[Row], command: str = "") -> str:
     """What made the page, the counts, and a part for each source.
 
-    made  the command, or commands, one a line
+    command  what was run, or commands, one a line
     """
-    top = summary(rows)
-    sources = list(dict.fromkeys(row.source for row in rows))
-    text = [f"# {top.title}", "", *(f"    {line}" for line in made.splitlines()), ""]
-    text += [f"With {', '.join(_versions(sources))}.", ""]
+    top, sources = summary(rows), _by_source(rows)
+    text = [f"# {top.title}", "", *(f"    {line}" for line in command.splitlines()), ""]
+    text += [f"With {', '.join(_versions([*sources]))}.", ""]
     text += [*_table(top.columns, top.rows), "", *(f"- {note}" for note in top.notes), ""]
-    for source in sources:
-        own = [row for row in rows if row.source == source]
-        types = source == "transformers"
-        text += [f"## {source}", "", *_facts(own), "", *(_types(own) if types else _families(own))]
-        text += ["", *_exceptions(own)]
+    for source, of_source in sources.items():
+        table = _types(of_source) if source == "transformers" else _families(of_source)
+        text += [f"## {source}", "", *_facts(of_source), "", *table, "", *_exceptions(of_source)]
     return "\n".join(text).rstrip() + "\n"
 
 
+def _by_source(rows: list[Row]) -> dict[str, list[Row]]:
+    sources: dict[str, list[Row]] = {}
+    for row in rows:
+        sources.setdefault(row.source, []).append(row)
+    return sources
+
+
 def _versions(sources: list[str]) -> list[str]:
-    found = []
+    versions = []
     for name in ("torch", *sources):
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _facts(rows: list[Row]) -> list[str]:
@@ -84,8 +89,8 @@ def _facts(rows: list[Row]) -> list[str]:
     ran = [row for row in rows if "forward agrees" in row.run or "forward sees" in row.run]
     agree = [row for row in ran if "forward agrees" in row.run]
     without = sum(not row.sites for row in ran)
-    shown = sum(ALONE in row.run for row in rows)
-    how = f"those of {shown} models by a forward alone, the rest" if shown else "all found"
+    alone = sum(ALONE in row.run for row in rows)
+    how = f"those of {alone} models by a forward alone, the rest" if alone else "all found"
     return [
         f"{len(rows):,} models, {len(sites):,} of them with feed-forward networks: "
         f"{sum(sites):,} sites, {how} by structure. {HOW[rows[0].source == 'transformers']}",
@@ -110,7 +115,8 @@ def _families(rows: list[Row]) -> list[str]:
     for row in rows:
         owners = tuple(dict.fromkeys(owner.rpartition(" x")[0] for owner in row.owners))
         verdict = row.status if row.status in ("refused", "failed") else "sites"
-        groups[row.family, verdict, _few(owners), row.layout, bool(row.attention)].append(row)
+        owner = first_few(owners, OWNERS)
+        groups[row.family, verdict, owner, row.layout, bool(row.attention)].append(row)
     columns = ("family", "verdict", "models", "owner", "axis", "attention", "run for real")
     cells: list[tuple[object, ...]] = []
     for (*key, attention), alike in groups.items():
@@ -124,32 +130,44 @@ def _families(rows: list[Row]) -> list[str]:
 
 def _exceptions(rows: list[Row]) -> list[str]:
     """Models with a reason, under a heading for each kind; those that share one stand together."""
-    groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row.reason:
-            heading, reason = _filed(row)
-            alone = row.source == "transformers" or row.sites or not row.family
-            name = row.name if alone else row.family
-            if name not in groups[heading][reason]:
-                groups[heading][reason].append(name)
     source = rows[0].source
     text: list[str] = []
-    for heading in HEADINGS.values():
-        if found := groups.get(heading):
-            count = sum(_filed(row)[0] == heading for row in rows if row.reason)
-            text += [f"### {source}: {heading} ({count})", ""]
-            most = None if heading == HEADINGS[""] else 6
-            text += [f"- **{_few(tuple(n), most)}**: {_safe(why)}" for why, n in found.items()]
-            text += [""]
+    for heading, odd in _by_heading(rows).items():
+        reasons: dict[str, list[str]] = {}
+        for row in odd:
+            reasons.setdefault(_filed(row)[1], []).append(_called(row))
+        text += [f"### {source}: {heading} ({len(odd)})", ""]
+        text += [f"- **{_names(heading, names)}**: {_safe(why)}" for why, names in reasons.items()]
+        text += [""]
     return text or [f"### {source}: exceptions", "", "None."]
+
+
+def _by_heading(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows that have a reason, by its heading, in the order of HEADINGS."""
+    odd: dict[str, list[Row]] = {heading: [] for heading in HEADINGS.values()}
+    for row in rows:
+        if row.reason:
+            odd[_filed(row)[0]].append(row)
+    return {heading: alike for heading, alike in odd.items() if alike}
+
+
+def _called(row: Row) -> str:
+    """The name that an exception goes by: of its family, where that has no site and is no type."""
+    alone = row.source == "transformers" or row.sites or not row.family
+    return row.name if alone else row.family
+
+
+def _names(heading: str, names: list[str]) -> str:
+    names = list(dict.fromkeys(names))
+    return first_few(names, len(names) if heading == HEADINGS[""] else MODELS)
 
 
 def _filed(row: Row) -> tuple[str, str]:
     """The heading of an exception, and its reason in the words that others share."""
     if row.status == "refused" and not row.sites:
-        made_of, _, more = row.reason.partition("; ")
-        kind = re.fullmatch(r"it has \d+ (.+?) \(.*\)", made_of)
-        return HEADINGS[""], _brief("; ".join(filter(None, [kind[1] if kind else made_of, more])))
+        what, _, more = row.reason.partition("; ")
+        layers = re.fullmatch(r"it has \d+ (.+?) \(.*\)", what)  # so many, without their number
+        return HEADINGS[""], _brief(joined(layers[1] if layers else what, more))
     return HEADINGS[row.status], _brief(row.reason)
 
 
@@ -165,12 +183,7 @@ def _brief(reason: str) -> str:
 
 
 def _shape(row: Row) -> tuple[str, str, str]:
-    return _few(row.owners), ", ".join(map(str, row.widths)), row.layout
-
-
-def _few(words: tuple[str, ...], most: int | None = 4) -> str:
-    more = f" and {len(words) - most} more" if most and len(words) > most else ""
-    return ", ".join(words[:most]) + more
+    return first_few(row.owners, OWNERS), ", ".join(map(str, row.widths)), row.layout
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
+# fields by name: widths, to be divided, and what only sounds like one (vocab_size, window_size)
 WIDTH = re.compile(
     r"(size|sizes|dims?|channels|width|rank|features|filters|planes|units|lowrank|ffn|feats)\d?$"
     r"|^(d_model|d_ff|d_kv|d_inner|d_head|d_latents|n_embd|n_inner|dff|dim|dim_ff)$|_dims?_"
@@ -21,41 +22,42 @@ NO_WIDTH = re.compile(
     r"|(?<!upsample_)group|tile|frame|bucket|table|resample_|max_im|image_embedding_size|tubelet"
     r"|hidden_layers|num_layers|layer_ids|pos_emb|_labels|context|hidden_state_ind|^num_features"
 )
+# numbers of layers, and what only sounds like one (max_window_layers of Qwen2)
 DEPTH = re.compile(r"(^|_)(layers?|depths?|num_blocks|n_layer|blocks_per_stage|block_repeats)$")
 NO_DEPTH = re.compile(
     r"^(max|min|rope|aligner)_|feat_extract|upsampling|feature_layer|source_layers"
 )
-LISTED = re.compile(
+LISTED = re.compile(  # numbers that layers have: global_attn_indexes of SAM, moe_layers of Llama 4
     r"(ids|idxs|index|indexes|indices|layers|hybrid_layer_ids|global_attention_blocks)$"
 )
 TOKEN = re.compile(r"(_id|_ids|token_index|_indices|mask_index|blank_id|vocab_offset)$")
 EXPERTS = re.compile(r"num\w*_experts$|n_routed_experts$|moe_num_experts$")
 HEADS = re.compile(r"heads$|^n_head$|^num_\w*heads_per")
 HEAD_WIDTH = re.compile(r"head_?dim$|d_head$|d_kv$|head_size$|mrope_section|rotary_dim|dim_head$")
-UNSET = {
-    "vocab_size": 1024,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "image_token_index": 3,
-    "image_token_id": 3,
-    "video_token_index": 4,
-    "video_token_id": 4,
-    "audio_token_id": 2,
-    "pad_token_id": 0,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 64,
-    "deepstack_layer_map": [],
-    "clip_qkv": 8.0,
-    "downsample_rate": "4/8",
-    "rope_theta": 10000.0,
-    "dropout_rate": 0.0,
-    "prediction_length": 8,
-    "vocabulary_map": {},
-}  # that no default gives
-KINDS = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}  # of every layer, the same
 IMAGE = re.compile(r"(^|_)(image|img)_size$|^input_size$|pretrain_image_size|grid_pinpoints$")
+UNSET = {  # that no default gives
+    "vocab_size": 1024,  # ESM, Wav2Vec2-BERT
+    "n_routed_experts": 8,  # dots1
+    "n_shared_experts": 1,
+    "image_token_index": 3,  # BLIP-2
+    "image_token_id": 3,  # Chameleon, Emu3
+    "video_token_index": 4,  # InstructBLIP for video
+    "video_token_id": 4,  # MiniCPM-V
+    "audio_token_id": 2,  # Voxtral
+    "pad_token_id": 0,  # more than a hundred types
+    "num_experts": 8,  # Gemma 4
+    "num_experts_per_tok": 2,  # DeepSeek-V2, dots1
+    "top_k_experts": 2,  # Gemma 4
+    "moe_intermediate_size": 64,
+    "deepstack_layer_map": [],  # Granite 4 Vision
+    "clip_qkv": 8.0,  # OLMo
+    "downsample_rate": "4/8",  # Granite 4 Vision
+    "rope_theta": 10000.0,  # DBRX
+    "dropout_rate": 0.0,  # the encoder of T5Gemma 2
+    "prediction_length": 8,  # Autoformer, Informer
+    "vocabulary_map": {},  # Chameleon, Emu3
+}
+KINDS = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}  # of every layer, the same
 
 
 class Shrink(NamedTuple):
@@ -79,70 +81,63 @@ def shrunk(config: Any, how: Shrink, tokens: list[int] | None = None) -> Any:
     (96, 384, 2, 2048)
     """
     if isinstance(getattr(config, "architecture", None), str):
-        return config  # built by name, at one size
+        return config  # built by its name in timm, at one size: TimmWrapper, the tower of Gemma 3n
     tokens = tokens if tokens is not None else sorted(_large_tokens(config, how))
-    depth, held = _depth(config), vars(config)
-    usual = vars(type(config)())
-    changes: dict[str, Any] = {}
-    for name, value in held.items():
-        if _is_config(value):
-            changes[name] = shrunk(value, how, tokens)
-        elif name == "_out_indices" and value and len(value) > 1:
-            changes["out_indices"] = _indices(value, depth, how.layers)
-        elif not name.startswith("_") and name not in ("model_type", "transformers_version"):
-            new = _smaller(name, value, how, depth, tokens)
-            derived = isinstance(value, list) and _is_derived(config, name)
-            derived = derived and not IMAGE.search(name)
-            if new != usual.get(name) and not (derived and value == usual.get(name)):
-                changes[name] = new
-    changes |= {k: False for k in ("use_pretrained_backbone", "use_cache") if k in held}
-    changes |= {k: v for k, v in UNSET.items() if held.get(k, 0) is None}
-    changes |= _heads({**held, **changes}, how)
-    changes |= _whole_grid({**held, **changes}, how.grid)
+    fields, changes = vars(config), _changes(config, how, tokens)
+    changes |= {k: False for k in ("use_pretrained_backbone", "use_cache") if k in fields}
+    changes |= {k: v for k, v in UNSET.items() if fields.get(k, 0) is None}
+    changes |= _by_heads({**fields, **changes}, how)
+    changes |= _whole_grid({**fields, **changes}, how.grid)
     _meet(changes)
     return type(config)(**changes)
 
 
-def mended(config: Any, error: Exception) -> bool:
-    """Whether a config was given what an error of building says is missing from it."""
-    if isinstance(error, AttributeError) and _is_config(error.obj):
-        held, name = vars(error.obj), str(error.name)
-        value = held.get("num_attention_heads") if "heads" in name else UNSET.get(name)
-        if value is not None:
-            setattr(error.obj, name, value)
-        return value is not None
-    done = False
-    for each in (config, *(v for v in vars(config).values() if _is_config(v))):
-        for name in (n for n in KINDS if getattr(each, n, 0) is None and type(error) is TypeError):
-            setattr(each, name, [KINDS[name]] * _depth(each))
-            done = True
-        kinds, rope = getattr(each, "layer_types", None) or (), getattr(each, "rope_parameters", 0)
-        if isinstance(error, KeyError) and isinstance(rope, dict) and error.args[0] in kinds:
-            done = done or not set(kinds) <= set(rope)
-            plain = {"rope_type": "default", "rope_theta": UNSET["rope_theta"], **rope}
-            each.rope_parameters = {kind: rope.get(kind, plain) for kind in set(kinds)}
-    return done
+def _changes(config: Any, how: Shrink, tokens: list[int]) -> dict[str, Any]:
+    """The fields of a config made small, but for those that its class gives by itself."""
+    depth, defaults = _depth(config), vars(type(config)())
+    changes: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if _is_config(value):
+            changes[name] = shrunk(value, how, tokens)
+        elif name == "_out_indices" and value and len(value) > 1:  # of backbones: BEiT, ConvNeXt
+            changes["out_indices"] = _indices(value, depth, how.layers)
+        elif not name.startswith("_") and name not in ("model_type", "transformers_version"):
+            small = _smaller(name, value, how, depth, tokens)
+            by_itself = _is_derived(config, name, value) and value == defaults.get(name)
+            if small != defaults.get(name) and not by_itself:
+                changes[name] = small
+    return changes
 
 
-def _heads(held: dict[str, Any], how: Shrink) -> dict[str, Any]:
+def _is_derived(config: Any, name: str, value: Any) -> bool:
+    """Whether the config works a list out by itself where none is given, such as layer_types.
+
+    Pictures are not of its size, and made small: the grid_pinpoints of LLaVA-NeXT.
+    """
+    field = getattr(type(config), "__dataclass_fields__", {}).get(name)
+    unset = field and field.default is None and field.default_factory is dataclasses.MISSING
+    return bool(unset) and isinstance(value, list) and not IMAGE.search(name)
+
+
+def _by_heads(fields: dict[str, Any], how: Shrink) -> dict[str, Any]:
     """What follows from the number of heads, where a config leaves it open."""
-    width, heads = held.get("hidden_size"), held.get("num_attention_heads")
+    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     if not isinstance(width, int) or not isinstance(heads, int) or not heads:
         return {}
-    inner = held.get("head_dim") or width // heads
-    found: dict[str, Any] = {"head_dim": inner, "num_key_value_heads": heads}
-    found = {k: v for k, v in found.items() if held.get(k, 0) is None}
-    rope = held.get("rope_parameters")
-    if how.sections and isinstance(rope, dict) and "mrope_section" not in rope:
-        half = int(inner * (rope.get("partial_rotary_factor") or 1)) // 2
+    head_dim = fields.get("head_dim") or width // heads
+    changes: dict[str, Any] = {"head_dim": head_dim, "num_key_value_heads": heads}
+    changes = {k: v for k, v in changes.items() if fields.get(k, 0) is None}  # Mixtral; Nemotron
+    rope = fields.get("rope_parameters")
+    if how.sections and isinstance(rope, dict) and "mrope_section" not in rope:  # Qwen2-VL
+        half = int(head_dim * (rope.get("partial_rotary_factor") or 1)) // 2
         sections = [half - 2 * (half // 3), half // 3, half // 3]
-        found["rope_parameters"] = {**rope, "mrope_section": sections}
-    return found
+        changes["rope_parameters"] = {**rope, "mrope_section": sections}
+    return changes
 
 
-def _whole_grid(held: dict[str, Any], grid: int) -> dict[str, Any]:
+def _whole_grid(fields: dict[str, Any], grid: int) -> dict[str, Any]:
     """An image of a whole grid of patches, which towers that merge patches ask for."""
-    image, patch = held.get("image_size"), held.get("patch_size")
+    image, patch = fields.get("image_size"), fields.get("patch_size")
     if not isinstance(image, int) or not isinstance(patch, int) or image < 2 * grid * patch:
         return {}
     return {"image_size": image - image % (grid * patch)} if grid > 1 else {}
@@ -150,60 +145,123 @@ def _whole_grid(held: dict[str, Any], grid: int) -> dict[str, Any]:
 
 def _meet(changes: dict[str, Any]) -> None:
     """Let every tower end in the width of the text, and read in that of the encoder."""
-    meets = getattr(changes.get("text_config"), "hidden_size", None)
-    if meets and isinstance(changes.get("hidden_size"), int):
-        changes["hidden_size"] = meets
-    encoder = changes.get("encoder_config")
-    read = getattr(encoder, "hidden_size", None) or getattr(encoder, "hidden_dim", None)
-    for each in filter(_is_config, changes.values()):
-        for name in ("out_hidden_size", "output_dim"):
-            if meets and isinstance(getattr(each, name, None), int):
-                setattr(each, name, meets)
-        if read and isinstance(getattr(each, "encoder_hidden_size", None), int):
-            each.encoder_hidden_size = read
+    text = getattr(changes.get("text_config"), "hidden_size", None)
+    if text and isinstance(changes.get("hidden_size"), int):  # Ovis 2
+        changes["hidden_size"] = text
+    encoder_config = changes.get("encoder_config")
+    encoder = getattr(encoder_config, "hidden_size", None)
+    encoder = encoder or getattr(encoder_config, "hidden_dim", None)  # Granite Speech
+    for tower in filter(_is_config, changes.values()):
+        for name in ("out_hidden_size", "output_dim"):  # Qwen2.5-VL, GLM-OCR; Qwen3-ASR
+            if text and isinstance(getattr(tower, name, None), int):
+                setattr(tower, name, text)
+        if encoder and isinstance(getattr(tower, "encoder_hidden_size", None), int):
+            tower.encoder_hidden_size = encoder  # the Q-Former of Granite Speech
+
+
+# what an error of building says is missing -----------------------------------------------------
+
+
+def mended(config: Any, error: Exception) -> bool:
+    """Whether a config was given what an error of building says is missing from it."""
+    if isinstance(error, AttributeError) and _is_config(error.obj):
+        return _given_field(error.obj, str(error.name))
+    given: list[bool] = []
+    for part in (config, *filter(_is_config, vars(config).values())):
+        if type(error) is TypeError:
+            given.append(_given_kinds(part))
+        elif isinstance(error, KeyError):
+            given.append(_given_rope(part, error))
+    return any(given)
+
+
+def _given_field(config: Any, name: str) -> bool:
+    """DBRX has no rope_theta, Moonshine Streaming no num_key_value_heads."""
+    value = vars(config).get("num_attention_heads") if "heads" in name else UNSET.get(name)
+    if value is not None:
+        setattr(config, name, value)
+    return value is not None
+
+
+def _given_kinds(config: Any) -> bool:
+    """LFM2-MoE and DeepSeek-OCR 2 have no kinds of layers, and index them."""
+    unset = [name for name in KINDS if getattr(config, name, 0) is None]
+    for name in unset:
+        setattr(config, name, [KINDS[name]] * _depth(config))
+    return bool(unset)
+
+
+def _given_rope(config: Any, error: KeyError) -> bool:
+    """Cohere Compass asks for a rotary embedding of every kind of layer, and has one."""
+    kinds = getattr(config, "layer_types", None) or ()
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or error.args[0] not in kinds:
+        return False
+    plain = {"rope_type": "default", "rope_theta": UNSET["rope_theta"], **rope}
+    config.rope_parameters = {kind: rope.get(kind, plain) for kind in set(kinds)}
+    return not set(kinds) <= set(rope)
+
+
+# what one field becomes ------------------------------------------------------------------------
 
 
 def _smaller(name: str, value: Any, how: Shrink, depth: int, tokens: list[int]) -> Any:
-    if isinstance(value, dict) and "layer" in name and all(isinstance(k, int) for k in value):
-        return {k: v for k, v in value.items() if k < (how.layers or depth)}
     if isinstance(value, dict):
+        if "layer" in name and all(isinstance(k, int) for k in value):  # one for each layer
+            return {k: v for k, v in value.items() if k < (how.layers or depth)}
         return {k: _smaller(str(k), v, how, depth, tokens) for k, v in value.items()}
-    if isinstance(value, (list, tuple)) and value and depth and how.layers:
-        if all(isinstance(v, str) for v in value) and len(value) == depth:
-            return _kinds(value, how.layers)
-        if (
-            LISTED.search(name)
-            and _increases(value)
-            and ("layer" in name or not TOKEN.search(name))
-        ):
-            return _indices(value, depth, how.layers)
-        if len(value) == depth > how.layers:
-            value = value[: how.layers]
     if isinstance(value, (list, tuple)):
-        return type(value)(_smaller(name, v, how, depth, tokens) for v in value)
+        return _smaller_list(name, value, how, depth, tokens)
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    return _number(name, value, how, depth, tokens)
+    return _number(name, value, how, tokens)
 
 
-def _number(name: str, value: int, how: Shrink, depth: int, tokens: list[int]) -> int:
+def _smaller_list(name: str, value: Any, how: Shrink, depth: int, tokens: list[int]) -> Any:
+    if value and depth and how.layers:
+        if len(value) == depth and all(isinstance(v, str) for v in value):
+            return _kinds(value, how.layers)  # layer_types, the layers_block_type of Zamba
+        if _numbers_layers(name, value):
+            return _indices(value, depth, how.layers)
+        if len(value) == depth > how.layers:  # one for each layer: no_rope_layers of SmolLM3
+            value = value[: how.layers]
+    return type(value)(_smaller(name, v, how, depth, tokens) for v in value)
+
+
+def _numbers_layers(name: str, value: Any) -> bool:
+    """Whether a list numbers layers; one of tokens has a like name, and no layer in it."""
+    of_tokens = TOKEN.search(name) and "layer" not in name  # visual_indicator_token_ids of Ovis 2
+    return bool(LISTED.search(name)) and _increases(value) and not of_tokens
+
+
+def _number(name: str, value: int, how: Shrink, tokens: list[int]) -> int:
     if DEPTH.search(name) and not NO_DEPTH.search(name):
-        most = how.layers or value
-        return min(value, max(1, most // 2) if "depths" in name or "shared" in name else most)
+        return _fewer_layers(name, value, how.layers or value)
     if EXPERTS.search(name):
         return min(value, 32)
-    if name == "mm_tokens_per_image":
+    if name == "mm_tokens_per_image":  # Gemma 3: its pictures have fewer patches
         return min(value, 16)
     if how.heads and HEADS.search(name):
         return max(1, value // how.by)
     if how.heads and HEAD_WIDTH.search(name):
         return value
-    if name == "mrope_section":
+    if name == "mrope_section":  # Cosmos 3 Edge
         return max(1, value // how.by)
     if how.vocab and "vocab_size" in name:
         return min(value, how.vocab)
-    if how.vocab and TOKEN.search(name) and value >= how.vocab and value in tokens:
-        return how.vocab - len(tokens) + tokens.index(value)
+    return _size(name, value, how, tokens)
+
+
+def _fewer_layers(name: str, value: int, most: int) -> int:
+    # of several stages (depths of Swin), or that share keys (num_kv_shared_layers of Gemma 3n)
+    some = "depths" in name or "shared" in name
+    return min(value, max(1, most // 2) if some else most)
+
+
+def _size(name: str, value: int, how: Shrink, tokens: list[int]) -> int:
+    large_token = how.vocab and TOKEN.search(name) and value >= how.vocab and value in tokens
+    if how.vocab and large_token:
+        return how.vocab - len(tokens) + tokens.index(value)  # the last of the vocabulary
     if IMAGE.search(name):
         return value // 4 if how.image and value > how.image * 2 else value
     if WIDTH.search(name) and not NO_WIDTH.search(name) and value >= 4 * how.by:
@@ -220,16 +278,6 @@ def _is_config(value: Any) -> bool:
     return hasattr(value, "sub_configs") and hasattr(value, "model_type")
 
 
-def _is_derived(config: Any, name: str) -> bool:
-    """Whether the config works a list out by itself where none is given."""
-    fields = getattr(type(config), "__dataclass_fields__", {})
-    return (
-        name in fields
-        and fields[name].default is None
-        and (fields[name].default_factory is dataclasses.MISSING)
-    )
-
-
 def _depth(config: Any) -> int:
     """How many layers a config has, 0 where it counts them otherwise."""
     for name in (
@@ -240,20 +288,21 @@ def _depth(config: Any) -> int:
         "depth",
         "encoder_layers",
     ):
-        if isinstance(found := getattr(config, name, None), int):
-            return found
+        if isinstance(count := getattr(config, name, None), int):
+            return count
     return 0
 
 
 def _large_tokens(config: Any, how: Shrink) -> set[int]:
-    found: set[int] = set()
+    """The tokens that a smaller vocabulary would not have."""
+    tokens: set[int] = set()
     for name, value in vars(config).items():
         if _is_config(value):
-            found |= _large_tokens(value, how)
-        elif TOKEN.search(name):
-            many = value if isinstance(value, (list, tuple)) else [value]
-            found |= {v for v in many if isinstance(v, int) and how.vocab and v >= how.vocab}
-    return found
+            tokens |= _large_tokens(value, how)
+        elif TOKEN.search(name) and how.vocab:
+            ids = value if isinstance(value, (list, tuple)) else [value]
+            tokens |= {v for v in ids if isinstance(v, int) and v >= how.vocab}
+    return tokens
 
 
 def _increases(values: Any) -> bool:

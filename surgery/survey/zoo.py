@@ -14,7 +14,7 @@ from torch import nn
 from .dummy_inputs import Inputs, feed, unfed
 from .shrink import Shrink, mended, shrunk
 
-LADDER = (
+LADDER = (  # sizes to try; pictures cut, or as they are, in whole grids where towers merge patches
     Shrink(),
     Shrink(image=None, sections=True, grid=4),
     Shrink(by=4, image=None, heads=True, grid=4),
@@ -57,18 +57,19 @@ def sketch(source: str, name: str) -> nn.Module:
 def real(source: str, name: str) -> nn.Module:
     """A timm or torchvision model with random weights."""
     torch.manual_seed(0)
+    model: nn.Module
     if source == "timm":
         import timm
 
-        model: nn.Module = timm.create_model(name)
+        model = timm.create_model(name)
         return model
     import torchvision
 
     builder = torchvision.models.get_model_builder(name)
-    known = inspect.signature(builder).parameters
-    bare = {k: None for k in ("weights", "weights_backbone") if k in known}
-    built: nn.Module = builder(**bare)
-    return built
+    parameters = inspect.signature(builder).parameters
+    bare = {k: None for k in ("weights", "weights_backbone") if k in parameters}
+    model = builder(**bare)
+    return model
 
 
 def picture(source: str, model: nn.Module) -> Inputs:
@@ -81,28 +82,29 @@ def picture(source: str, model: nn.Module) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     main, *more = inspect.signature(model.forward).parameters
     inputs: Inputs = {main: torch.randn(1, *size, generator=generator)}
-    if more and more[0] == "image2":  # optical flow
+    if more and more[0] == "image2":  # optical flow, RAFT: two pictures
         inputs = {
             name: torch.randn(1, 3, 128, 128, generator=generator) for name in (main, more[0])
         }
     return inputs
 
 
-def own(source: str, name: str) -> tuple[nn.Module, Inputs]:
+def from_module(source: str, name: str) -> tuple[nn.Module, Inputs]:
     """What a function of a module gives: a model and its inputs by name."""
-    made: tuple[nn.Module, Inputs] = getattr(importlib.import_module(source), name)()
-    return made
+    model, inputs = getattr(importlib.import_module(source), name)()
+    return model, inputs
 
 
 def model_types() -> list[str]:
     """Every model type of transformers that has a model of its own."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
-    known: list[str] = list(vars(configuration_auto)["CONFIG_MAPPING_NAMES"])
-    return [name for name in known if name in modeling_auto.MODEL_MAPPING_NAMES]
+    types: list[str] = list(vars(configuration_auto)["CONFIG_MAPPING_NAMES"])
+    return [name for name in types if name in modeling_auto.MODEL_MAPPING_NAMES]
 
 
 def default_config(model_type: str) -> Any:
+    """The config that a transformers type has where nothing is said."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return CONFIG_MAPPING[model_type]()
@@ -146,45 +148,37 @@ def _auto(config: Any) -> nn.Module:
 def candidates(model_type: str) -> Iterator[tuple[Shrink, nn.Module | Exception]]:
     """The model in one size after another, or why that size cannot be built."""
     base = default_config(model_type)
-    told: list[str] = []
+    errors: list[str] = []
     for how in LADDER:
-        if told[2:] and len(set(told[-3:])) == 1 and how is not LADDER[-1]:
+        if errors[2:] and len(set(errors[-3:])) == 1 and how is not LADDER[-1]:
             continue  # no size will do; fewer kinds of layers may
         try:
             torch.manual_seed(0)
-            yield how, _sane(shrunk(base, how))
+            yield how, _built(shrunk(base, how))
         except ImportError as error:  # of a package that no size would bring
             yield how, error
             return
         except Exception as error:
-            told.append(repr(error))
+            errors.append(repr(error))
             yield how, error
 
 
-def still(model_type: str) -> nn.Module:
+def on_meta(model_type: str) -> nn.Module:
     """The model on the meta device, to be read and not run: small, or as it is by default."""
     base = default_config(model_type)
-    first: Exception | None = None
-    for config in (*(_tried(base, how) for how in LADDER[:3]), base):
+    first_error: Exception | None = None
+    for how in (*LADDER[:3], None):
         try:
-            if isinstance(config, Exception):
-                raise config
+            config = shrunk(base, how) if how else base
             with torch.device("meta"):
                 return model_of(config)
         except Exception as error:
-            first = first or error
-    raise first or RuntimeError(model_type)
+            first_error = first_error or error
+    raise first_error or RuntimeError(model_type)
 
 
-def _tried(base: Any, how: Shrink) -> Any:
-    try:
-        return shrunk(base, how)
-    except Exception as error:
-        return error
-
-
-def _sane(config: Any) -> nn.Module:
-    """Build on the meta device to count, then for real."""
+def _built(config: Any) -> nn.Module:
+    """Build on the meta device to count, then for real. Raises MemoryError above MOST."""
     try:
         with torch.device("meta"):
             sketch = model_of(config)
@@ -203,22 +197,22 @@ def tiny(model_type: str, seconds: float = 40.0) -> tuple[nn.Module, Inputs]:
     runs at all. Raises the last error of a forward (or of building) where nothing runs.
     """
     deadline = time.monotonic() + seconds
-    last: Exception | None = None
-    partly: tuple[nn.Module, Inputs] | None = None
+    trouble: Exception | None = None
+    partly_fed: tuple[nn.Module, Inputs] | None = None
     for _, model in candidates(model_type):
         if isinstance(model, Exception):
-            last = last or model
+            trouble = trouble or model
             continue
         try:
             left = min(12.0, deadline - time.monotonic())
-            inputs = feed(model, left, whole=partly is not None)
+            inputs = feed(model, left, whole=partly_fed is not None)
             if not unfed(model, inputs):
                 return model, inputs
-            partly = partly or (model, inputs)
+            partly_fed = partly_fed or (model, inputs)
         except Exception as error:
-            last = error  # of the forward: it says more than that of the building
+            trouble = error  # of the forward: it says more than that of the building
         if time.monotonic() > deadline:
             break
-    if partly:
-        return partly
-    raise last or RuntimeError("no time was left")
+    if partly_fed:
+        return partly_fed
+    raise trouble or RuntimeError("no time was left")

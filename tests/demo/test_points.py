@@ -41,8 +41,9 @@ def test_train_and_test_share_no_cloud_and_seeds_change_the_first_alone() -> Non
     assert (len(train.labels), len(test.labels)) == (demo.TRAIN, demo.TEST)
     assert len(test.labels) >= 1000
     assert torch.equal(test.points, same.points)
-    held = procedural("PB_T50_RS", 600, demo.POINTS, seed=7)  # what `choose` looks at
-    clouds = [{c.numpy().tobytes() for c in part.points} for part in (train, other, test, held)]
+    validation = procedural("PB_T50_RS", 600, demo.POINTS, seed=7)  # of `choose_rates`
+    parts = (train, other, test, validation)
+    clouds = [{c.numpy().tobytes() for c in part.points} for part in parts]
     assert sum(map(len, clouds)) == len(set.union(*clouds))
 
 
@@ -80,7 +81,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_the_rate_warms_up_and_falls_to_its_end() -> None:
-    model, seen = Odd(), []
+    model, moves = Odd(), []
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return model.weight.sum()  # AdamW moves by the rate
@@ -89,15 +90,15 @@ def test_the_rate_warms_up_and_falls_to_its_end() -> None:
 
     def step() -> None:
         nonlocal was
-        seen.append(was - model.weight[0, 0].item())
+        moves.append(was - model.weight[0, 0].item())
         was = model.weight[0, 0].item()
 
     fit(model, loss, FEW, points=96, epochs=40, batch=10, rate=1e-2, decay=0.0, step=step)
-    assert len(seen) == 40 * steps(FEW, 10)
-    assert seen[0] == pytest.approx(1e-6, rel=0.1)
-    assert max(seen) == pytest.approx(1e-2, rel=0.05)
-    assert seen.index(max(seen)) in (3, 4, 5)
-    assert seen[-1] < 1e-4
+    assert len(moves) == 40 * steps(FEW, 10)
+    assert moves[0] == pytest.approx(1e-6, rel=0.1)
+    assert max(moves) == pytest.approx(1e-2, rel=0.05)
+    assert moves.index(max(moves)) in (3, 4, 5)
+    assert moves[-1] < 1e-4
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
@@ -118,17 +119,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     with pytest.raises(StopIteration):
         tuned(lambda: next(count), keep)
     assert keep.is_file()
-    told: list[int] = []
-    again = tuned(lambda: told.append(1), keep)
-    assert len(told) == 12, "what was done before counts as done"
+    steps_taken: list[int] = []
+    again = tuned(lambda: steps_taken.append(1), keep)
+    assert len(steps_taken) == 12, "what was done before counts as done"
     assert not keep.exists()
     assert all(torch.equal(again[key], value) for key, value in whole.items())
 
 
 def test_a_backbone_is_kept_as_it_is_published(tmp_path: Path) -> None:
-    held = torch.load(backbone(tmp_path), weights_only=True)["base_model"]
-    own = RECIPE.model(15).state_dict()
-    assert set(held) == {key for key in own if "cls_head" not in key}
+    published = torch.load(backbone(tmp_path), weights_only=True)["base_model"]
+    state = RECIPE.model(15).state_dict()
+    assert set(published) == {key for key in state if "cls_head" not in key}
     masked = pretrain(RECIPE, FEW, tmp_path / "masked.pth", masked=True)
     names = set(torch.load(masked, weights_only=True)["base_model"])
     assert {"mask_token", "MAE_encoder.norm.weight", "increase_dim.0.weight"} <= names
@@ -198,9 +199,9 @@ def test_half_a_file_to_go_on_from_is_not_gone_on_from(
 def test_the_last_batch_is_left_out_where_it_is_not_whole(tmp_path: Path) -> None:
     one_more = take(procedural("OBJ_ONLY", 45, 96), slice(0, 31))
     assert (steps(one_more, 10), steps(one_more, 31), steps(one_more, 50)) == (3, 1, 1)
-    told: list[int] = []
-    tune("full", RECIPE, one_more, backbone(tmp_path), seed=0, step=lambda: told.append(1))
-    assert len(told) == 2 * 3
+    taken: list[int] = []
+    tune("full", RECIPE, one_more, backbone(tmp_path), seed=0, step=lambda: taken.append(1))
+    assert len(taken) == 2 * 3
 
 
 def test_a_checkpoint_that_lacks_the_backbone_is_refused(tmp_path: Path) -> None:
@@ -239,15 +240,15 @@ def test_the_table_says_how_daptx_stands_to_full() -> None:
 def test_the_short_form(tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]
     assert main(["demo", "--points", *arguments]) == 0
-    told = capsys.readouterr().out
-    assert "reverted: every tensor of the backbone equal to the last bit: True" in told
+    printed = capsys.readouterr().out
+    assert "reverted: every tensor of the backbone equal to the last bit: True" in printed
     for method in demo.METHODS:
-        assert f"PB_T50_RS  {method}" in told
+        assert f"PB_T50_RS  {method}" in printed
     for picture in ("clouds.png", "tradeoff.png", "loads.png"):
         assert (tmp_path / picture).stat().st_size > 5000
-    rows = told[told.index("% of all") :]
+    rows = printed[printed.index("% of all") :]
     accuracy = next(r for r in rows.splitlines() if "daptx  " in r).split()[4]
-    assert f"into a fresh model: {accuracy} %, as when it was trained: True" in told
+    assert f"into a fresh model: {accuracy} %, as when it was trained: True" in printed
 
 
 def test_wrong_names_are_told_before_any_work(
@@ -281,6 +282,6 @@ def test_the_example_in_full_size_takes_published_files(
     )
     monkeypatch.setattr(sys, "argv", command.split())
     example.main()
-    told = capsys.readouterr().out
-    assert "scanobjectnn  daptx" in told
-    assert "reverted: every tensor of the backbone equal to the last bit: True" in told
+    printed = capsys.readouterr().out
+    assert "scanobjectnn  daptx" in printed
+    assert "reverted: every tensor of the backbone equal to the last bit: True" in printed

@@ -65,8 +65,8 @@ def test_a_law_is_mathematics_in_one_line(name):
 @settings(ANY, max_examples=60)
 @given(transformers())
 def test_every_drawn_transformer_runs_and_its_roles_are_found(model):
-    made = model if hasattr(model, "own") else model.__dict__["made"]
-    blocks = len(made.own["widths"]) * made.own["depth"]
+    options = getattr(model, "whole", model).options
+    blocks = len(options["widths"]) * options["depth"]
     roles = roles_of(Tree(model))
     assert [len(roles[role]) for role in ("ffn", "attn", "block")] == [blocks] * 3
     answer = model(model.example())
@@ -74,24 +74,24 @@ def test_every_drawn_transformer_runs_and_its_roles_are_found(model):
 
 
 FORMS = {
-    "post-norm": lambda m: m.own["post"],
-    "split projections": lambda m: not m.own["fused"],
-    "gated": lambda m: m.own["gated"],
-    "a span": lambda m: m.own["spread"],
-    "features first": lambda m: m.own["first"],
-    "stages of other widths": lambda m: len(set(m.own["widths"])) > 1,
-    "an alias": lambda m: m.own["aliased"],
-    "tuples": lambda m: m.own["weights"],
-    "keywords and dicts": lambda m: m.own["named"],
+    "post-norm": lambda m: m.options["post"],
+    "split projections": lambda m: not m.options["fused"],
+    "gated": lambda m: m.options["gated"],
+    "a span": lambda m: m.options["spread"],
+    "features first": lambda m: m.options["first"],
+    "stages of other widths": lambda m: len(set(m.options["widths"])) > 1,
+    "an alias": lambda m: m.options["aliased"],
+    "tuples": lambda m: m.options["weights"],
+    "keywords and dicts": lambda m: m.options["named"],
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_drawn_and_shrinks_to_little_else(form):
-    model = find(transformers(), lambda m: hasattr(m, "own") and FORMS[form](m), settings=ANY)
-    assert eval(repr(model), vars(surgery.spec.transformer) | {"nn": nn}).own == model.own
-    default = surgery.spec.transformer.Transformer().own
-    changed = [name for name, value in model.own.items() if value != default[name]]
+    model = find(transformers(), lambda m: hasattr(m, "options") and FORMS[form](m), settings=ANY)
+    assert eval(repr(model), vars(surgery.spec.transformer) | {"nn": nn}).options == model.options
+    default = surgery.spec.transformer.Transformer().options
+    changed = [name for name, value in model.options.items() if value != default[name]]
     assert len(set(changed) - {"depth", "heads", "fused", "act"}) <= 1, model
 
 

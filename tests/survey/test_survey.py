@@ -11,9 +11,9 @@ from surgery.structure.ffn_traced import traced_ffns
 from surgery.structure.trace import trace
 from surgery.survey import Row, chosen, report, rows, zoo
 from surgery.survey import run as running
-from surgery.survey.dummy_inputs import feed, guesses, run
+from surgery.survey.dummy_inputs import feed, forward, guesses
 from surgery.survey.look import compared, operated, read
-from surgery.survey.run import look
+from surgery.survey.run import row_of
 from surgery.survey.shrink import Shrink, shrunk
 from tests import models
 
@@ -214,7 +214,7 @@ def test_guesses_are_the_same_every_time(name):
 @quiet
 @pytest.mark.parametrize("name", ["bert", "vit", "clip", "t5"])
 def test_tiny_transformers_are_operated_for_real(name):
-    row = look("transformers", name, True)
+    row = row_of("transformers", name, True)
     assert (row.status, row.reason) == ("operated", "")
     assert row.sites >= 4
     assert row.attention >= 4
@@ -224,7 +224,7 @@ def test_tiny_transformers_are_operated_for_real(name):
 
 @quiet
 def test_a_plain_convnet_is_refused_with_its_reason():
-    row = look("torchvision", "resnet18", True)
+    row = row_of("torchvision", "resnet18", True)
     assert (row.status, row.sites) == ("refused", 0)
     assert "convolutions over positions" in row.reason
     assert row.run == "forward agrees"
@@ -232,7 +232,7 @@ def test_a_plain_convnet_is_refused_with_its_reason():
 
 @quiet
 def test_a_timm_model_is_read_on_the_meta_device():
-    row = look("timm", "vit_tiny_patch16_224", False)
+    row = row_of("timm", "vit_tiny_patch16_224", False)
     assert (row.status, row.sites, row.widths, row.layout) == ("planned", 12, (192,), "last")
     assert row.owners == ("blocks.*.mlp Mlp x12",)
 
@@ -318,13 +318,13 @@ class Pieces(nn.Module):
         linear = nn.functional.linear
         taken = torch.cat([linear(p, w) for p, w in zip(x.split(2), self.ups, strict=True)])
         taken = taken.relu()
-        made = [linear(p, w) for p, w in zip(taken.split(2), self.downs, strict=True)]
-        return x + torch.cat(made)
+        outputs = [linear(p, w) for p, w in zip(taken.split(2), self.downs, strict=True)]
+        return x + torch.cat(outputs)
 
 
 def test_experts_run_on_pieces_are_one_network():
-    found = traced_ffns(trace(Pieces(), torch.randn(6, D)))
-    assert [(f.width, f.hidden, f.kind) for f in found] == [(D, H, "ffn")]
+    ffns = traced_ffns(trace(Pieces(), torch.randn(6, D)))
+    assert [(f.width, f.hidden, f.kind) for f in ffns] == [(D, H, "ffn")]
 
 
 def test_a_residual_of_several_streams_is_one():
@@ -336,14 +336,14 @@ def test_a_residual_of_several_streams_is_one():
         def forward(self, x):  # [batch, tokens, 4, D]
             return self.gate(x[:, :, 0])[..., None] * self.mlp(x.mean(2))[:, :, None] + x
 
-    found = traced_ffns(trace(Streams(), torch.randn(1, 5, 4, D)))
-    assert [(f.owner, f.kind) for f in found] == [("mlp", "ffn")]
+    ffns = traced_ffns(trace(Streams(), torch.randn(1, 5, 4, D)))
+    assert [(f.owner, f.kind) for f in ffns] == [("mlp", "ffn")]
 
 
 def test_a_forward_is_repeatable():
     inputs = {"input": torch.ones(1, 4)}
     dropout = nn.Dropout(0.5).train()
-    assert torch.equal(run(dropout, inputs), run(dropout, inputs))
+    assert torch.equal(forward(dropout, inputs), forward(dropout, inputs))
 
 
 # many models
@@ -395,16 +395,16 @@ def grows():
 def test_a_crash_and_a_hang_are_rows_and_the_run_goes_on(tmp_path, monkeypatch):
     (tmp_path / "zoo_of_ones_own.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    seen: list[object] = []
-    done = rows("zoo_of_ones_own", seconds=8, workers=2, told=seen.append)
-    by = {row.name: row for row in done}
-    assert list(by) == ["fine", "crashes", "hangs", "raises", "also_fine"]
-    assert by["fine"].status == by["also_fine"].status == "operated"
-    assert by["crashes"].reason == "its process died (exit code 3)"
-    assert by["hangs"].reason == "it took more than 8 seconds"
-    assert by["raises"].reason.startswith("ValueError: no such thing")
-    assert seen[0] == 5
-    assert len(seen) == 6
+    news: list[object] = []
+    done = rows("zoo_of_ones_own", seconds=8, workers=2, progress=news.append)
+    by_name = {row.name: row for row in done}
+    assert list(by_name) == ["fine", "crashes", "hangs", "raises", "also_fine"]
+    assert by_name["fine"].status == by_name["also_fine"].status == "operated"
+    assert by_name["crashes"].reason == "its process died (exit code 3)"
+    assert by_name["hangs"].reason == "it took more than 8 seconds"
+    assert by_name["raises"].reason.startswith("ValueError: no such thing")
+    assert news[0] == 5
+    assert len(news) == 6
 
 
 def test_a_worker_that_has_grown_is_replaced_without_a_loss(tmp_path, monkeypatch):
@@ -503,7 +503,7 @@ def test_a_model_that_could_not_be_built_is_named():
 
 @quiet
 def test_a_model_that_the_meta_device_will_not_build_is_built():
-    row = look("torchvision", "quantized_mobilenet_v2", False)
+    row = row_of("torchvision", "quantized_mobilenet_v2", False)
     assert (row.status, row.sites) == ("refused", 0)
 
 
