@@ -39,18 +39,19 @@ class Operand(Role):
     """A projection that makes the query, the key or the value of attention, and nothing else."""
 
     def select(self, tree: Tree) -> Selected:
-        fed = dataflow_of(tree)
-        if fed is None:
+        dataflow = dataflow_of(tree)
+        if dataflow is None:
             raise RuleError(
                 f"at({self.name}, ...)",
                 "the module tree does not tell queries, keys and values apart.",
                 "Give apply(..., example=inputs), and a forward tells; or use an address, or qkv.",
             )
-        return {site: {} for site, made in operands(tree, fed).items() if made == {self.name}}
+        made = operands(tree, dataflow).items()
+        return {site: {} for site, words in made if words == {self.name}}
 
 
 block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))
 norm, embed, head = map(Role, ("norm", "embed", "head"))
-LAYERS = fused, fc1, fc2 = tuple(map(Role, ("fused", "fc1", "fc2")))
-MADE = query, key, value = tuple(map(Operand, OPERANDS))
+fused, fc1, fc2 = map(Role, ("fused", "fc1", "fc2"))
+query, key, value = map(Operand, OPERANDS)
 ROLES = (embed, block, norm, attn, qkv, proj, ffn, head)
