@@ -25,6 +25,7 @@ from .layers import (
     is_list,
     is_norm,
     is_spatial_conv,
+    is_torch_attention,
     keeps_statistics,
     linear_shape,
 )
@@ -126,9 +127,7 @@ class _Anatomy:
         fused = [a for a, qkv in inputs.items() if _makes_thirds(qkv, outputs[a])]
         return {
             "qkv": [s for qkv in inputs.values() for s in qkv],
-            "proj": [
-                s for s in outputs.values() if not isinstance(s.module, nn.MultiheadAttention)
-            ],
+            "proj": [s for s in outputs.values() if not is_torch_attention(s.module)],
             "fused": [inputs[attn][0] for attn in fused],
         }
 
@@ -172,7 +171,7 @@ class _Anatomy:
             if site in shared or site is block or is_list(site.module):
                 for child in site.children:
                     visit(child)
-            elif len(projections) > 1 or isinstance(projections[0].module, nn.MultiheadAttention):
+            elif len(projections) > 1 or is_torch_attention(projections[0].module):
                 attns.append(_smallest(site, projections))
 
         visit(block)

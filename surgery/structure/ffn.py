@@ -23,7 +23,9 @@ from .layers import (
     is_list,
     is_nonlinear,
     is_norm,
+    is_sigmoid,
     is_spatial_conv,
+    is_torch_attention,
     linear_shape,
     may_be_inside_ffn,
     own_parameters,
@@ -52,14 +54,10 @@ class Projections:
 
 
 def _projects(site: Site) -> bool:
-    if _is_attention(site):
+    if is_torch_attention(site.module):
         return True
-    inside_attention = site.parent is not None and _is_attention(site.parent)
+    inside_attention = site.parent is not None and is_torch_attention(site.parent.module)
     return linear_shape(site.module) is not None and not inside_attention
-
-
-def _is_attention(site: Site) -> bool:
-    return isinstance(site.module, nn.MultiheadAttention)
 
 
 class FFNs(NamedTuple):
@@ -232,9 +230,8 @@ def _is_gate(site: Site, layers: list[Site]) -> bool:
 
 
 def _ends_in_sigmoid(site: Site, layers: list[Site]) -> bool:
-    """Whether what it gives is no feature but a weight."""
-    late = [s.module for s in site.below() if s.order > layers[-1].order]
-    return any("sigmoid" in type(module).__name__.lower() for module in late)
+    """Whether a sigmoid follows the last layer: then what it gives weighs something else."""
+    return any(is_sigmoid(s.module) for s in site.below() if s.order > layers[-1].order)
 
 
 # experts --------------------------------------------------------------------------------------
@@ -307,13 +304,14 @@ def _goes(site: Site, width: int, out: int) -> bool:
 def _take_split(layers: list[Site], projections: Projections, ffns: FFNs) -> bool:
     """Take the span of these layers for a network or a bottleneck; False where it is none."""
     site = _span(layers[0], layers[-1])
+    holder = holders(site)[0]
     others = _others(site, layers, projections.tree)
-    if any(s in projections.elements for s in others) or not _is_apart(site, layers, projections):
+    if any(s in projections.elements for s in others) or not _is_apart(holder, layers, projections):
         return False
     if _is_bottleneck(layers, others):
         ffns.bottlenecks.append(site)
     elif all(may_be_inside_ffn(s.module) for s in others) and _is_no_attention(
-        site, layers, others, projections, ffns.sites
+        holder, layers, others, projections, ffns.sites
     ):
         ffns.sites.append(site)
     else:
@@ -321,9 +319,9 @@ def _take_split(layers: list[Site], projections: Projections, ffns: FFNs) -> boo
     return True
 
 
-def _is_apart(site: Site, layers: list[Site], projections: Projections) -> bool:
+def _is_apart(holder: Site, layers: list[Site], projections: Projections) -> bool:
     """Whether nothing else projects, or convolves over positions, where the two ends lie."""
-    holder, last = holders(site)[0], layers[-1]
+    last = layers[-1]
     ends = [s for s in holder.children if any(s.order <= layer.order < s.end for layer in layers)]
     beside = [s for end in ends for s in projections.below(end) if s not in layers]
     if len(ends) > 1 and layers[-2].order < ends[-1].order < last.order:
@@ -336,30 +334,34 @@ def _is_apart(site: Site, layers: list[Site], projections: Projections) -> bool:
 
 
 def _is_no_attention(
-    site: Site,
+    holder: Site,
     layers: list[Site],
     others: list[Site],
     projections: Projections,
     ffns: list[Site],
 ) -> bool:
     """Whether layers held apart are a network, and no two projections of an attention."""
-    holder, down = holders(site)[0], layers[-1]
+    down = layers[-1]
     beside = [s for s in projections.below(holder) if s not in layers]
     direct, inline = _held_by(holder, beside), _are_inline(layers, holder)
     if inline and len(direct) > 1 and not holder.is_element:
         return False  # query, key, value and output, of which two go d -> h, h -> d
     if down.width > down.out:
         return True
-    if len(layers) > 2 or any(holder.order < ffn.order < holder.end for ffn in ffns):
+    if len(layers) > 2 or _holds_one(holder, ffns):
         return False
     if inline and beside and not direct and _attends_or_acts(holder):
         return True
     return down.width == down.out and holder.is_element and _any_nonlinear(others)
 
 
+def _holds_one(holder: Site, ffns: list[Site]) -> bool:
+    return any(holder.order < ffn.order < holder.end for ffn in ffns)
+
+
 def _held_by(holder: Site, projections: list[Site]) -> list[Site]:
     """Those that a module holds itself, torch's attention aside."""
-    return [s for s in projections if s.parent is holder and not _is_attention(s)]
+    return [s for s in projections if s.parent is holder and not is_torch_attention(s.module)]
 
 
 def _are_inline(layers: list[Site], holder: Site) -> bool:
@@ -369,7 +371,8 @@ def _are_inline(layers: list[Site], holder: Site) -> bool:
 
 def _attends_or_acts(holder: Site) -> bool:
     """Whether attention, or an activation, stands directly in a module."""
-    return any(map(_is_attention, holder.children)) or _any_nonlinear(holder.children)
+    attends = any(is_torch_attention(s.module) for s in holder.children)
+    return attends or _any_nonlinear(holder.children)
 
 
 # places ---------------------------------------------------------------------------------------
@@ -384,7 +387,7 @@ def _is_placed(site: Site, projections: Projections) -> bool:
         return False
     inside = set(projections.below(site))
     beside = [s for s in projections.below(around[0]) if s not in inside]
-    attends = len(beside) > 1 or any(map(_is_attention, beside))
+    attends = len(beside) > 1 or any(is_torch_attention(s.module) for s in beside)
     return attends and any(is_norm(s.module) for s in around[0].children)
 
 

@@ -101,6 +101,16 @@ def is_spatial_conv(module: nn.Module) -> bool:
     return is_conv(module) and max(module.kernel_size) > 1 and module.groups != module.in_channels
 
 
+def is_torch_attention(module: nn.Module) -> bool:
+    """Whether it is torch's own attention, which runs without calling the projections in it."""
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def is_sigmoid(module: nn.Module) -> bool:
+    """Whether it is a sigmoid, hard ones too: what it gives is no feature but a weight."""
+    return "sigmoid" in type(module).__name__.lower()
+
+
 def may_be_inside_ffn(module: nn.Module) -> bool:
     """Whether it may stand between the projections of a feed-forward network.
 
@@ -108,7 +118,7 @@ def may_be_inside_ffn(module: nn.Module) -> bool:
     convolution may (PVTv2).
     """
     kind = type(module).__name__.lower()
-    if isinstance(module, nn.MultiheadAttention) or "pool" in kind or "softmax" in kind:
+    if is_torch_attention(module) or "pool" in kind or "softmax" in kind:
         return False
     if is_conv(module):
         keeps_size = set(module.stride) == {1}
