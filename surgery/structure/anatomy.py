@@ -16,7 +16,7 @@ from itertools import accumulate
 from torch import nn
 
 from .dataflow import Dataflow, dataflow_of
-from .ffn import Projections, find_ffns
+from .ffn import find_ffns
 from .ffn_traced import find_traced_ffns
 from .layers import (
     CONVS,
@@ -29,7 +29,7 @@ from .layers import (
     keeps_statistics,
     linear_shape,
 )
-from .module_tree import Site, Tree, holders
+from .module_tree import Projections, Site, Tree, holders
 from .path import generalise
 
 

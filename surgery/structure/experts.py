@@ -1,9 +1,21 @@
-"""Experts that a module holds as stacks of matrices [experts, ., .], one parameter for all."""
+"""Mixtures of experts: each in one site, the layer that holds the experts and their router.
+
+Experts stand in a list, or as stacks of matrices [experts, ., .], one parameter for all of them.
+"""
 
 from __future__ import annotations
 
-from .layers import NARROWEST, Shape, expert_stacks, is_nonlinear, is_norm, linear_shape, shape_of
-from .module_tree import Site, holders
+from .layers import (
+    NARROWEST,
+    Shape,
+    expert_stacks,
+    is_list,
+    is_nonlinear,
+    is_norm,
+    linear_shape,
+    shape_of,
+)
+from .module_tree import Projections, Site, holders
 
 Stack = tuple[int, int, int]
 
@@ -61,3 +73,33 @@ def _norm_widths(site: Site) -> set[int]:
     around = ([s for s in holder.children if is_norm(s.module)] for holder in holders(site))
     norms = next((norms for norms in around if norms), [])
     return {shape.width for shape in (shape_of(s.module) for s in norms) if shape}
+
+
+def expert_layers(sites: list[Site], projections: Projections, taken: set[Site]) -> list[Site]:
+    """These networks, with the experts of one layer made one: the layer, with its router."""
+    shapes: dict[Site, Shape] = {}
+    for site in sites:
+        shapes.setdefault(_expert_layer(site, projections, taken), site.shape)
+    for site, shape in shapes.items():
+        site._shape = shape
+    layers = [s for s in shapes if not s.is_span and s not in sites]
+    return [s for s in shapes if not any(layer.order < s.order < layer.end for layer in layers)]
+
+
+def _expert_layer(site: Site, projections: Projections, taken: set[Site]) -> Site:
+    """The outermost module around an expert that is called and holds nothing else but routers."""
+    listed = site.is_element and site.parent is not None and len(site.parent.children) > 1
+    if site.is_span or not (listed or any(expert_stacks(s.module) for s in (site, *site.below()))):
+        return site
+    layer = site
+    for above in site.above():
+        if above.parent is None or above.is_element or not is_routed(above, projections, taken):
+            break
+        layer = layer if is_list(above.module) else above
+    return layer
+
+
+def is_routed(layer: Site, projections: Projections, taken: set[Site]) -> bool:
+    """Whether beside feed-forward networks a layer holds routers only: each gives few features."""
+    rest = [linear_shape(s.module) for s in projections.below(layer) if s not in taken]
+    return all(shape is not None and shape.out < shape.width for shape in rest)

@@ -8,17 +8,15 @@ over positions in between). An MLP over tokens (MLP-Mixer) is one, whose feature
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
-from .experts import stacked_experts
+from .experts import expert_layers, stacked_experts
 from .layers import (
     NARROWEST,
     Shape,
-    expert_stacks,
     is_conv,
     is_list,
     is_nonlinear,
@@ -31,33 +29,7 @@ from .layers import (
     own_parameters,
     shape_of,
 )
-from .module_tree import Site, Tree, element, holders, span
-
-
-class Projections:
-    """The channel-linear layers of a tree, in the order of the walk.
-
-    elements  for each the nearest element of a container that holds it
-    """
-
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-        self.all = [s for s in tree.sites if _projects(s)]
-        self.orders = [s.order for s in self.all]
-        self.elements = {s: element(s) for s in self.all}
-        self.open_ended: dict[tuple[Site, type], bool] = {}  # a memo of `_grows`
-
-    def below(self, site: Site) -> list[Site]:
-        """Those of a site, itself included."""
-        low, high = bisect_left(self.orders, site.order), bisect_left(self.orders, site.end)
-        return self.all[low:high]
-
-
-def _projects(site: Site) -> bool:
-    if is_torch_attention(site.module):
-        return True
-    inside_attention = site.parent is not None and is_torch_attention(site.parent.module)
-    return linear_shape(site.module) is not None and not inside_attention
+from .module_tree import Projections, Site, Tree, element, holders, span
 
 
 class FFNs(NamedTuple):
@@ -81,7 +53,7 @@ def find_ffns(projections: Projections) -> FFNs:
     for site in _doubtful(ffns.sites, projections):
         ffns.sites.remove(site)
         ffns.projections.difference_update(projections.below(site))
-    sites = _expert_layers(ffns.sites, projections, ffns.projections)
+    sites = expert_layers(ffns.sites, projections, ffns.projections)
     sites = [s for s in sites if _is_placed(s, projections) and not _grows(s, projections)]
     return ffns._replace(sites=sorted(sites, key=lambda s: s.order))
 
@@ -234,39 +206,6 @@ def _ends_in_sigmoid(site: Site, layers: list[Site]) -> bool:
     return any(is_sigmoid(s.module) for s in site.below() if s.order > layers[-1].order)
 
 
-# experts --------------------------------------------------------------------------------------
-
-
-def _expert_layers(sites: list[Site], projections: Projections, taken: set[Site]) -> list[Site]:
-    """The same, with the experts of one layer made one: the layer, with its router."""
-    shapes: dict[Site, Shape] = {}
-    for site in sites:
-        shapes.setdefault(_expert_layer(site, projections, taken), site.shape)
-    for site, shape in shapes.items():
-        site._shape = shape
-    layers = [s for s in shapes if not s.is_span and s not in sites]
-    return [s for s in shapes if not any(layer.order < s.order < layer.end for layer in layers)]
-
-
-def _expert_layer(site: Site, projections: Projections, taken: set[Site]) -> Site:
-    """The outermost module around an expert that is called and holds nothing else but routers."""
-    listed = site.is_element and site.parent is not None and len(site.parent.children) > 1
-    if site.is_span or not (listed or any(expert_stacks(s.module) for s in (site, *site.below()))):
-        return site
-    layer = site
-    for above in site.above():
-        if above.parent is None or above.is_element or not is_routed(above, projections, taken):
-            break
-        layer = layer if is_list(above.module) else above
-    return layer
-
-
-def is_routed(layer: Site, projections: Projections, taken: set[Site]) -> bool:
-    """Whether beside feed-forward networks a layer holds routers only: each gives few features."""
-    rest = [linear_shape(s.module) for s in projections.below(layer) if s not in taken]
-    return all(shape is not None and shape.out < shape.width for shape in rest)
-
-
 # spans ----------------------------------------------------------------------------------------
 
 
@@ -409,12 +348,14 @@ def _grows(site: Site, projections: Projections) -> bool:
     block = element(site)
     if block is None or block.parent is None or len(projections.below(block)) != 2:
         return False
-    key = block.parent, type(block.module)
-    if key not in projections.open_ended:
-        alike = [s for s in block.parent.children if type(s.module) is key[1]]
+    kind, memo = type(block.module), projections.tree.memo
+    key = ("grows", block.parent, kind)
+    if key not in memo:
+        alike = [s for s in block.parent.children if type(s.module) is kind]
         pairs = [pair for s in alike if len(pair := projections.below(s)) == 2]
-        projections.open_ended[key] = sum(map(_is_open_ended, pairs)) > len(alike) / 2
-    return projections.open_ended[key]
+        memo[key] = sum(map(_is_open_ended, pairs)) > len(alike) / 2
+    grows: bool = memo[key]
+    return grows
 
 
 def _is_open_ended(pair: list[Site]) -> bool:

@@ -8,10 +8,11 @@ from math import prod
 from typing import NamedTuple
 
 from .dataflow import is_sum, norm_before
-from .ffn import FFNs, Projections, is_routed, whole_or_span, widens
+from .experts import is_routed
+from .ffn import FFNs, whole_or_span, widens
 from .layers import NARROWEST, Shape, is_list
 from .linear_ops import LinearOp, is_depthwise, linear_op
-from .module_tree import Site, span
+from .module_tree import Projections, Site, span
 from .trace import CONV_OPS, MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, names
 
 FARTHEST = 200  # operations between the two ends of one network

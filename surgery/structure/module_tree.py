@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import nn
 
 from ..errors import RuleError
-from .layers import CONVS, Shape, is_norm, linear_shape, named_children, shape_of
+from .layers import (
+    CONVS,
+    Shape,
+    is_norm,
+    is_torch_attention,
+    linear_shape,
+    named_children,
+    shape_of,
+)
 from .path import Step
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -210,3 +219,28 @@ def _alias(site: Site, steps: tuple[Step, ...]) -> None:
     site.aliases.append(steps)
     for child in site.children:
         _alias(child, (*steps, child.steps[-1]))
+
+
+class Projections:
+    """The channel-linear layers of a tree, in the order of the walk.
+
+    elements  for each the nearest element of a container that holds it
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.all = [s for s in tree.sites if _projects(s)]
+        self.orders = [s.order for s in self.all]
+        self.elements = {s: element(s) for s in self.all}
+
+    def below(self, site: Site) -> list[Site]:
+        """Those of a site, itself included."""
+        low, high = bisect_left(self.orders, site.order), bisect_left(self.orders, site.end)
+        return self.all[low:high]
+
+
+def _projects(site: Site) -> bool:
+    if is_torch_attention(site.module):
+        return True
+    inside_attention = site.parent is not None and is_torch_attention(site.parent.module)
+    return linear_shape(site.module) is not None and not inside_attention
