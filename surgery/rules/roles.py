@@ -1,7 +1,7 @@
-"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
-fused, the one projection that makes query, key and value at once, a third each; fc1 and fc2, the
-layers of a feed-forward network; query, key and value, which a forward on an
-example tells apart.
+"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name.
+
+fused is the one projection that makes query, key and value at once, a third each; fc1 and fc2 are
+the layers of a feed-forward network; query, key and value a forward on an example tells apart.
 
 Attention is what projects features inside a block and is no feed-forward network; a block is the
 repeated module that holds them.
@@ -46,8 +46,8 @@ class Operand(Role):
                 "the module tree does not tell queries, keys and values apart.",
                 "Give apply(..., example=inputs), and a forward tells; or use an address, or qkv.",
             )
-        made = operands(tree, dataflow).items()
-        return {site: {} for site, words in made if words == {self.name}}
+        words = operands(tree, dataflow)
+        return {site: {} for site in words if words[site] == {self.name}}
 
 
 block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))

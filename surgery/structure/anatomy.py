@@ -1,10 +1,7 @@
-"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
-fused, the one projection that makes query, key and value at once, a third each; fc1 and fc2, the
-layers of a feed-forward network; query, key and value, which a forward on an
-example tells apart.
+"""The sites of every role in a tree, found by structure, never by name.
 
-Attention is what projects features inside a block and is no feed-forward network; a block is the
-repeated module that holds them.
+Feed-forward networks come first. Attention is what else projects features inside a block; a block
+is the repeated module that holds them; before the first one are embeddings, after the last heads.
 """
 
 from __future__ import annotations
@@ -81,7 +78,7 @@ def _anatomy(tree: Tree) -> _Anatomy:
 
 
 class _Anatomy:
-    """Feed-forward networks first, then blocks around them, then attention: what is left there."""
+    """The roles of one tree, each worked out from those before it."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
