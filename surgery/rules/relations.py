@@ -30,21 +30,21 @@ class Inside(_Around):
         if inner is None:
             inner = tree.memo[self, "inner"] = {
                 id(module)
-                for found in self.pattern.find(tree)
-                for end in (found.entry, found.exit)
-                for module in list(end.module.modules())[0 if found.is_span else 1 :]
+                for outer in self.pattern.find(tree)
+                for end in (outer.entry, outer.exit)
+                for module in list(end.module.modules())[0 if outer.is_span else 1 :]
             }
         return {} if id(site.entry.module) in inner and id(site.exit.module) in inner else None
 
 
 class Holding(_Around):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
-        if (self, "tops") not in tree.memo:
-            tree.memo[self, "tops"] = [
-                {id(found.entry.module), id(found.exit.module)} for found in self.pattern.find(tree)
+        if (self, "ends") not in tree.memo:
+            tree.memo[self, "ends"] = [
+                {id(inner.entry.module), id(inner.exit.module)} for inner in self.pattern.find(tree)
             ]
         below = {id(m) for m in list(site.module.modules())[1:]} if not site.is_span else set()
-        return {} if any(top <= below for top in tree.memo[self, "tops"]) else None
+        return {} if any(ends <= below for ends in tree.memo[self, "ends"]) else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,19 +60,19 @@ class Nearest(Selection):
     def pairs(self, tree: Tree, whole: bool = False) -> list[tuple[Site, Site]]:
         """(nearest, anchor) for every anchor that has one; `whole`: one that a span begins at."""
         anchors = (self.before or self.after or self.pattern).find(tree)
-        found = sorted(self.pattern.find(tree), key=lambda site: site.order)
+        sites = sorted(self.pattern.find(tree), key=lambda site: site.order)
         named = isinstance(self.pattern, Address)
-        found = [site for site in found if named or not site.is_folded]
-        pairs = ((self._partner(tree, anchor, found, whole), anchor) for anchor in anchors)
+        sites = [site for site in sites if named or not site.completes_projection]
+        pairs = ((self._partner(tree, anchor, sites, whole), anchor) for anchor in anchors)
         return [(near, anchor) for near, anchor in pairs if near is not None]
 
-    def _partner(self, tree: Tree, anchor: Site, found: list[Site], whole: bool) -> Site | None:
+    def _partner(self, tree: Tree, anchor: Site, sites: list[Site], whole: bool) -> Site | None:
         if self.before is None:
-            return _after(anchor, found)
-        if fed := dataflow_of(tree):
+            return _after(anchor, sites)
+        if dataflow := dataflow_of(tree):
             with suppress(LookupError):
-                return fed(anchor, found, whole)
-        return _before(anchor, found, isinstance(self.pattern, Address))
+                return dataflow(anchor, sites, whole)
+        return _before(anchor, sites, isinstance(self.pattern, Address))
 
     def select(self, tree: Tree) -> Selected:
         near = {site for site, _ in self.pairs(tree)}
@@ -90,9 +90,9 @@ class Span(Selection):
     def select(self, tree: Tree) -> Selected:
         pairs = Nearest(self.entry, before=self.exit).pairs(tree, whole=True)
         named = isinstance(self.entry, Address)
-        near = {b: a for a, b in pairs if named or _is_alike(a, b) or not is_norm(a.module)}
+        near = {b: a for a, b in pairs if named or _same_width(a, b) or not is_norm(a.module)}
         anchors = self.exit.find(tree)
-        return {_from(near[site], site) if site in near else site: {} for site in anchors}
+        return {_stretch(near[site], site) if site in near else site: {} for site in anchors}
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,12 +105,12 @@ class Until(Selection):
 
     def select(self, tree: Tree) -> Selected:
         ends = list(self.exit.find(tree))
-        found = self.entry.find(tree).items()
-        pairs = [(site, _last(site, ends), captures) for site, captures in found]
-        return {a if a is b else _from(a, b): captures for a, b, captures in pairs if b}
+        entries = self.entry.find(tree).items()
+        pairs = [(site, _last_end(site, ends), captures) for site, captures in entries]
+        return {a if a is b else _stretch(a, b): captures for a, b, captures in pairs if b}
 
 
-def _last(site: Site, ends: list[Site]) -> Site | None:
+def _last_end(site: Site, ends: list[Site]) -> Site | None:
     """The last end from the site on, in the smallest module around it that holds one."""
     later = [end for end in ends if end.exit.order >= site.exit.order]
     for holder in (*([] if site.is_element else [site]), *holders(site)):
@@ -192,43 +192,58 @@ def until(entry: Where, exit: Where) -> Selector:
     return Until(where(entry), where(exit))
 
 
-def _before(anchor: Site, found: list[Site], named: bool) -> Site | None:
+def _before(anchor: Site, sites: list[Site], named: bool) -> Site | None:
     """By registration. A norm of another block feeds this one by way of a residual sum only.
 
     named  by an address: whoever names a norm means it
     """
-    apart = False
+    left_block = False
     for holder in anchor.entry.above():
-        around = _around(anchor, holder, found)
+        around = _around(anchor, holder, sites)
         if not named:
-            around = [s for s in around if not is_norm(s.module) or _fits(s, anchor, holder, apart)]
-        direct = [site for site in around if site.parent is holder]
-        branches = _branches(anchor, holder, around)
-        for likely in (branches, [branch for branch in branches if not branch.normed]):
-            if direct and len(direct) == len(likely) and any(branch.own for branch in likely):
-                return direct[[branch.own for branch in likely].index(True)]
-        earlier = [site for site in around if site.order < anchor.order]
-        if earlier:
-            return _beside(earlier, anchor) or earlier[-1]
-        if len(direct) == 1:  # of all branches, which run side by side (Cohere)
-            return direct[0]
-        if len(direct) == len(branches) + 1:  # the last norms the block's output (Conformer)
-            return direct[[branch.own for branch in branches].index(True)]
-        apart = apart or holder.is_element
+            around = [s for s in around if _may_feed(s, anchor, holder, left_block)]
+        if (near := _before_in(holder, anchor, around)) is not None:
+            return near
+        left_block = left_block or holder.is_element
     return None
 
 
-def _fits(norm: Site, anchor: Site, holder: Site, apart: bool) -> bool:
-    """Whether a norm may feed an anchor: of its block, and not one per head inside attention."""
-    return not apart and (norm.parent is holder or _is_alike(norm, anchor))
+def _may_feed(site: Site, anchor: Site, holder: Site, left_block: bool) -> bool:
+    """Whether a norm may: of the anchor's block, and not one per head inside attention."""
+    if not is_norm(site.module):
+        return True
+    return not left_block and (site.parent is holder or _same_width(site, anchor))
 
 
-def _is_alike(norm: Site, anchor: Site) -> bool:
+def _before_in(holder: Site, anchor: Site, around: list[Site]) -> Site | None:
+    """The one of `around`, all of them in `holder`, that comes before the anchor's branch."""
+    direct = [site for site in around if site.parent is holder]
+    branches = _branches(anchor, holder, around) if direct else []
+    for likely in (branches, [branch for branch in branches if not branch.holds_match]):
+        if len(direct) == len(likely) and (near := _of_branch(direct, likely)) is not None:
+            return near
+    earlier = [site for site in around if site.order < anchor.order]
+    if earlier:
+        return _of_same_number(earlier, anchor) or earlier[-1]
+    if len(direct) == 1:  # of all branches, which run side by side (Cohere)
+        return direct[0]
+    if len(direct) == len(branches) + 1:  # the last norms the block's output (Conformer)
+        return _of_branch(direct, branches)
+    return None
+
+
+def _of_branch(direct: list[Site], branches: list[_Branch]) -> Site | None:
+    """The one that has the number of the anchor's branch."""
+    numbered = zip(direct, branches, strict=False)
+    return next((site for site, branch in numbered if branch.holds_anchor), None)
+
+
+def _same_width(norm: Site, anchor: Site) -> bool:
     """Whether both are of one width, as far as both are known."""
     return norm.width == anchor.width or 0 in (norm.width, anchor.width)
 
 
-def _beside(earlier: list[Site], anchor: Site) -> Site | None:
+def _of_same_number(earlier: list[Site], anchor: Site) -> Site | None:
     """Of a list as long as that of the anchor, the one of its number (XLM lists norms and FFNs)."""
     last = earlier[-1]
     if anchor.is_span or not (last.is_element and anchor.is_element):
@@ -239,58 +254,60 @@ def _beside(earlier: list[Site], anchor: Site) -> Site | None:
     return next((site for site in earlier if site is theirs[ours.index(anchor)]), None)
 
 
-def _from(near: Site, anchor: Site) -> Site:
+def _stretch(near: Site, anchor: Site) -> Site:
     """The span from `near` to the end of the anchor; features lie in it where the anchor's do."""
-    made = make_span(near.entry, anchor.exit)
+    site = make_span(near.entry, anchor.exit)
     if near.width and anchor.out:
-        made._shape = Shape(near.width, anchor.out, anchor.axis)
-    return made
+        site._shape = Shape(near.width, anchor.out, anchor.axis)
+    return site
 
 
-def _after(anchor: Site, found: list[Site]) -> Site | None:
+def _after(anchor: Site, sites: list[Site]) -> Site | None:
     for holder in anchor.exit.above():
-        later = [site for site in _around(anchor, holder, found) if site.order >= anchor.end]
+        later = [site for site in _around(anchor, holder, sites) if site.order >= anchor.end]
         if later:
             return later[0]
     return None
 
 
-def _around(anchor: Site, holder: Site, found: list[Site]) -> list[Site]:
-    """Those of `found` below `holder` that neither hold the anchor nor lie inside it."""
-    low = bisect_left(found, holder.order + 1, key=lambda site: site.order)
-    high = bisect_left(found, holder.end, key=lambda site: site.order)
-    return [site for site in found[low:high] if not _meets(site, anchor)]
+def _around(anchor: Site, holder: Site, sites: list[Site]) -> list[Site]:
+    """Those of `sites` below `holder` that neither hold the anchor nor lie inside it."""
+    low = bisect_left(sites, holder.order + 1, key=lambda site: site.order)
+    high = bisect_left(sites, holder.end, key=lambda site: site.order)
+    return [site for site in sites[low:high] if not _overlaps(site, anchor)]
 
 
-def _meets(site: Site, anchor: Site) -> bool:
+def _overlaps(site: Site, anchor: Site) -> bool:
     return any(site.order < end.end and end.order < site.end for end in (anchor.entry, anchor.exit))
 
 
 class _Branch(NamedTuple):
-    """Children of a module that carry weight matrices, and run as one.
+    """Children of a module that hold weight matrices, and run as one.
 
-    own     whether the anchor lies there
-    normed  whether it has what we look for inside
+    holds_anchor  whether the anchor lies there
+    holds_match   whether it has what we look for inside
     """
 
-    own: bool
-    normed: bool
+    holds_anchor: bool
+    holds_match: bool
 
 
 def _branches(anchor: Site, holder: Site, around: list[Site]) -> list[_Branch]:
     """The branches of `holder`: all of the anchor is one, and projections in a row are one."""
     branches: list[_Branch] = []
-    follows = False
+    in_a_row = False
     for child in holder.children:
-        own, single = _meets(child, anchor), linear_shape(child.module) is not None
+        holds_anchor, projects = _overlaps(child, anchor), linear_shape(child.module) is not None
         if child in around:
-            follows = False
-        elif own or _has_matrix(child):
-            made = _Branch(own, any(child.order < site.order < child.end for site in around))
-            if branches and ((own and branches[-1].own) or (single and follows)):
-                made = _Branch(*map(max, branches.pop(), made))
-            branches.append(made)
-            follows = single
+            in_a_row = False
+        elif holds_anchor or _has_matrix(child):
+            holds_match = any(child.order < site.order < child.end for site in around)
+            branch = _Branch(holds_anchor, holds_match)
+            same_anchor = holds_anchor and branches and branches[-1].holds_anchor
+            if branches and (same_anchor or (projects and in_a_row)):
+                branch = _Branch(*map(max, branches.pop(), branch))
+            branches.append(branch)
+            in_a_row = projects
     return branches
 
 

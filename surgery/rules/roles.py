@@ -1,7 +1,7 @@
-"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
-fused, the one projection that makes query, key and value at once, a third each; fc1 and fc2, the
-layers of a feed-forward network; query, key and value, which a forward on an
-example tells apart.
+"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name.
+
+fused is the one projection that makes query, key and value at once, a third each; fc1 and fc2 are
+the layers of a feed-forward network; query, key and value a forward on an example tells apart.
 
 Attention is what projects features inside a block and is no feed-forward network; a block is the
 repeated module that holds them.
@@ -39,18 +39,19 @@ class Operand(Role):
     """A projection that makes the query, the key or the value of attention, and nothing else."""
 
     def select(self, tree: Tree) -> Selected:
-        fed = dataflow_of(tree)
-        if fed is None:
+        dataflow = dataflow_of(tree)
+        if dataflow is None:
             raise RuleError(
                 f"at({self.name}, ...)",
                 "the module tree does not tell queries, keys and values apart.",
                 "Give apply(..., example=inputs), and a forward tells; or use an address, or qkv.",
             )
-        return {site: {} for site, made in operands(tree, fed).items() if made == {self.name}}
+        words = operands(tree, dataflow)
+        return {site: {} for site in words if words[site] == {self.name}}
 
 
 block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))
 norm, embed, head = map(Role, ("norm", "embed", "head"))
-LAYERS = fused, fc1, fc2 = tuple(map(Role, ("fused", "fc1", "fc2")))
-MADE = query, key, value = tuple(map(Operand, OPERANDS))
+fused, fc1, fc2 = map(Role, ("fused", "fc1", "fc2"))
+query, key, value = map(Operand, OPERANDS)
 ROLES = (embed, block, norm, attn, qkv, proj, ffn, head)

@@ -34,8 +34,8 @@ class Selector(Expression):
         """The sites of `tree` that this pattern selects, in the order of the walk."""
         if self not in tree.memo:
             tree.memo[self] = self.select(tree)
-        found: Selected = tree.memo[self]
-        return found
+        selected: Selected = tree.memo[self]
+        return selected
 
     def select(self, tree: Tree) -> Selected:
         tested = ((site, self.test(tree, site)) for site in self.candidates(tree))
@@ -99,11 +99,11 @@ class Chosen(Selection):
         return "[]"
 
     def select(self, tree: Tree) -> Selected:
-        found = list(self.pattern.find(tree).items())
+        items = list(self.pattern.find(tree).items())
         if len(self.rest) > 1:
-            return dict(found[slice(*self.rest)])
+            return dict(items[slice(*self.rest)])
         index = self.rest[0] or 0
-        return dict([found[index]] if -len(found) <= index < len(found) else [])
+        return dict([items[index]] if -len(items) <= index < len(items) else [])
 
     def __repr__(self) -> str:
         bounds = ["" if b is None else str(b) for b in self.rest]
@@ -142,7 +142,9 @@ def plain(pattern: Selector) -> Any:
 
 
 @dataclass(frozen=True, repr=False)
-class _Leaf(Selector):
+class _Single(Selector):
+    """Base of patterns that look at one site alone: an address, a class, a predicate."""
+
     what: Any
 
     @property
@@ -150,7 +152,7 @@ class _Leaf(Selector):
         return "where"
 
 
-class Address(_Leaf):
+class Address(_Single):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         for steps in (site.steps, *site.aliases):
             if (captures := path.match(self.what, steps)) is not None:
@@ -158,12 +160,12 @@ class Address(_Leaf):
         return None
 
 
-class Kind(_Leaf):
+class Kind(_Single):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         return {} if isinstance(site.module, self.what) else None
 
 
-class Predicate(_Leaf):
+class Predicate(_Single):
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
         return {} if self.what(site) else None
 

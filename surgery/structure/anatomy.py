@@ -1,25 +1,32 @@
-"""Roles: block, attn, ffn, qkv, proj, norm, embed and head, found by structure, never by name;
-fused, the one projection that makes query, key and value at once, a third each; fc1 and fc2, the
-layers of a feed-forward network; query, key and value, which a forward on an
-example tells apart.
+"""The sites of every role in a tree, found by structure, never by name.
 
-Attention is what projects features inside a block and is no feed-forward network; a block is the
-repeated module that holds them.
+Feed-forward networks come first. Attention is what else projects features inside a block; a block
+is the repeated module that holds them; before the first one are embeddings, after the last heads.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any
 
 from torch import nn
 
 from .dataflow import Dataflow, dataflow_of
-from .ffn import Projections, find_ffns, is_spatial
+from .ffn import find_ffns
 from .ffn_traced import find_traced_ffns
-from .layers import CONVS, NARROWEST, is_list, is_norm, keeps_statistics, linear_shape
-from .module_tree import Site, Tree, holders
+from .layers import (
+    CONVS,
+    NARROWEST,
+    is_conv,
+    is_list,
+    is_norm,
+    is_spatial_conv,
+    is_torch_attention,
+    keeps_statistics,
+    linear_shape,
+)
+from .module_tree import Projections, Site, Tree, holders
 from .path import generalise
 
 
@@ -28,23 +35,27 @@ def roles_of(tree: Tree) -> dict[str, list[Site]]:
     return _anatomy(tree).roles
 
 
-def operands(tree: Tree, fed: Dataflow) -> dict[Site, set[str]]:
+def operands(tree: Tree, dataflow: Dataflow) -> dict[Site, set[str]]:
     """What each projection of an attention makes, as a forward tells: query, key, value, or all."""
     roles = roles_of(tree)
     if "operands" not in tree.memo:
-        tree.memo["operands"] = fed.operands(roles["attn"], roles["qkv"])
-    made: dict[Site, set[str]] = tree.memo["operands"]
-    return {site: made[site] for site in roles["qkv"] if site in made}
+        tree.memo["operands"] = dataflow.operands(roles["attn"], roles["qkv"])
+    words: dict[Site, set[str]] = tree.memo["operands"]
+    return {site: words[site] for site in roles["qkv"] if site in words}
 
 
 def instead_of_ffns(tree: Tree) -> str:
     """Why a model has no feed-forward network: what it is made of, in words."""
-    known = _anatomy(tree)
+    anatomy = _anatomy(tree)
+    spatial = [s for s in tree.sites if is_spatial_conv(s.module)]
     for sites, what in (
-        (known.found.fused, "blocks whose attention and feed-forward network share one projection"),
-        (known.found.bottlenecks, "inverted bottlenecks, which mix positions as they widen"),
-        ([s for s in tree.sites if is_spatial(s.module)], "convolutions over positions"),
-        (known.leaves.all, "projections, none of them a pair d -> h, h -> d in a block"),
+        (
+            anatomy.ffns.fused,
+            "blocks whose attention and feed-forward network share one projection",
+        ),
+        (anatomy.ffns.bottlenecks, "inverted bottlenecks, which mix positions as they widen"),
+        (spatial, "convolutions over positions"),
+        (anatomy.projections.all, "projections, none of them a pair d -> h, h -> d in a block"),
     ):
         if sites:
             return f"it has {len(sites)} {what} ({generalise(sites[0].path) or 'the model'})"
@@ -62,139 +73,166 @@ def stages(tree: Tree) -> list[int]:
 def _anatomy(tree: Tree) -> _Anatomy:
     if "anatomy" not in tree.memo:
         tree.memo["anatomy"] = _Anatomy(tree)
-    known: _Anatomy = tree.memo["anatomy"]
-    return known
+    anatomy: _Anatomy = tree.memo["anatomy"]
+    return anatomy
 
 
 class _Anatomy:
+    """The roles of one tree, each worked out from those before it."""
+
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self.leaves = Projections(tree)
-        self.found = find_ffns(self.leaves)
-        fed = dataflow_of(tree)
-        if fed and not self.found.sites:
-            self.found = find_traced_ffns(fed.trace, self.leaves, self.found)
-        ffns = self.found.sites
-        self.rest = {s for s in self.leaves.all if s not in self.found.taken}
-        met = {s for f in ffns for s in (*tree.sites[f.order : f.end], *f.entry.above())}
-        blocks = _unique(self._block(f) for f in ffns)
-        attns = _unique(a for b in blocks for a in self._attentions(b, met))
-        aside = {s for a in attns for s in self._aside(a)}
-        inside = {leaf for f in ffns for leaf in self.leaves.below(f)}
-        for site in (*blocks, *attns):
-            site.read_shape(but=aside | inside)
+        self.projections = Projections(tree)
+        self.ffns = find_ffns(self.projections)
+        dataflow = dataflow_of(tree)
+        if dataflow and not self.ffns.sites:
+            self.ffns = find_traced_ffns(dataflow.trace, self.projections, self.ffns)
+        self.rest = {s for s in self.projections.all if s not in self.ffns.projections}
+        self.blocks = _unique(self._block(ffn) for ffn in self.ffns.sites)
+        self.attns = self._attentions()
+        self.coordinates = {s for attn in self.attns for s in self._of_coordinates(attn)}
+        self._read_shapes()
+        self.roles = self._roles()
+
+    def _read_shapes(self) -> None:
+        """Read the widths of blocks and attentions off their features, not off coordinates."""
+        inside = {s for ffn in self.ffns.sites for s in self.projections.below(ffn)}
+        for site in (*self.blocks, *self.attns):
+            site.read_shape(leave_out=self.coordinates | inside)
             if not site.shape.out:
-                site.read_shape(but=aside)
-        projections = [[s for s in self.leaves.below(a) if s not in aside] for a in attns]
-        last = {self._last(a, made): a for a, made in zip(attns, projections, strict=True)}
-        rest = [[s for s in made if s not in last] for made in projections]
-        self.roles: dict[str, list[Site]] = {
-            "ffn": ffns,
-            "block": blocks,
-            "attn": attns,
-            "qkv": [s for made in rest for s in made],
-            "proj": [s for s in last if not isinstance(s.module, nn.MultiheadAttention)],
-            "norm": [s for s in tree.sites if is_norm(s.module)],
-            "fused": [
-                own[0]
-                for own, made in zip(rest, projections, strict=True)
-                if len(own) == 1 and own[0].out == 3 * (set(made) - set(own)).pop().width
-            ],
-            "fc1": [s for f in ffns for s in self._layers(f)[0]],
-            "fc2": [s for f in ffns for s in self._layers(f)[1]],
-            "head": self._heads(blocks),
-            "embed": self._embeddings(blocks),
+                site.read_shape(leave_out=self.coordinates)
+
+    def _roles(self) -> dict[str, list[Site]]:
+        layers = [self._layers(ffn) for ffn in self.ffns.sites]
+        return {
+            "ffn": self.ffns.sites,
+            "block": self.blocks,
+            "attn": self.attns,
+            "norm": [s for s in self.tree.sites if is_norm(s.module)],
+            "fc1": [s for fc1, _ in layers for s in fc1],
+            "fc2": [s for _, fc2 in layers for s in fc2],
+            "head": self._heads(),
+            "embed": self._embeddings(),
+            **self._projection_roles(),
         }
+
+    def _projection_roles(self) -> dict[str, list[Site]]:
+        """What attentions are made of: what reads features, what gives them, what makes all."""
+        outputs = {attn: self._output(attn) for attn in self.attns}
+        last = set(outputs.values())
+        inputs = {attn: [s for s in self._inside(attn) if s not in last] for attn in self.attns}
+        fused = [a for a, qkv in inputs.items() if _makes_thirds(qkv, outputs[a])]
+        return {
+            "qkv": [s for qkv in inputs.values() for s in qkv],
+            "proj": [s for s in outputs.values() if not is_torch_attention(s.module)],
+            "fused": [inputs[attn][0] for attn in fused],
+        }
+
+    def _inside(self, attn: Site) -> list[Site]:
+        """The projections of features inside an attention."""
+        return [s for s in self.projections.below(attn) if s not in self.coordinates]
 
     def _layers(self, ffn: Site) -> tuple[list[Site], list[Site]]:
         """The linear layers of a feed-forward network: what widens (and gates), what narrows."""
-        own = [s for s in self.leaves.below(ffn) if linear_shape(s.module)]
-        fc2 = [s for i, s in enumerate(own) if i and s.out == ffn.out]
+        layers = [s for s in self.projections.below(ffn) if linear_shape(s.module)]
+        fc2 = [s for i, s in enumerate(layers) if i and s.out == ffn.out]
         hidden = {s.width for s in fc2}
-        fits = [s for s in own if s not in fc2 and s.width == ffn.width]
-        return [s for s in fits if s.out in hidden or s.out // 2 in hidden], fc2
+        reading = [s for s in layers if s not in fc2 and s.width == ffn.width]
+        return [s for s in reading if s.out in hidden or s.out // 2 in hidden], fc2
 
     def _block(self, ffn: Site) -> Site:
         """The nearest container element around an FFN that also projects; else the nearest."""
-        around = [s for s in holders(ffn) if s.is_element]
-        for site in around:
-            if any(s in self.rest and not _is_conv(s) for s in self.leaves.below(site)):
+        elements = [s for s in holders(ffn) if s.is_element]
+        for site in elements:
+            if any(s in self.rest and not is_conv(s.module) for s in self.projections.below(site)):
                 return site
         called = [s for s in holders(ffn) if not is_list(s.module)]
-        return [*around, *called, ffn][0]
+        return [*elements, *called, ffn][0]
 
-    def _attentions(self, block: Site, met: set[Site]) -> list[Site]:
+    def _attentions(self) -> list[Site]:
+        ffns, sites = self.ffns.sites, self.tree.sites
+        shared = {s for ffn in ffns for s in (*sites[ffn.order : ffn.end], *ffn.entry.above())}
+        return _unique(attn for block in self.blocks for attn in self._beside_ffns(block, shared))
+
+    def _beside_ffns(self, block: Site, shared: set[Site]) -> list[Site]:
         """The smallest modules that hold what else projects in a block, branch by branch.
 
-        met: the sites that have something in common with an FFN.
+        shared  the sites that have something in common with an FFN
         """
-        found: list[Site] = []
+        attns: list[Site] = []
 
         def visit(site: Site) -> None:
-            own = [s for s in self.leaves.below(site) if s in self.rest]
-            if not own:
+            projections = [s for s in self.projections.below(site) if s in self.rest]
+            if not projections:
                 return
-            if site in met or site is block or is_list(site.module):
+            if site in shared or site is block or is_list(site.module):
                 for child in site.children:
                     visit(child)
-            elif len(own) > 1 or isinstance(own[0].module, nn.MultiheadAttention):
-                found.append(_smallest(site, own))
+            elif len(projections) > 1 or is_torch_attention(projections[0].module):
+                attns.append(_smallest(site, projections))
 
         visit(block)
-        return found
+        return attns
 
-    def _last(self, attn: Site, projections: list[Site]) -> Site:
+    def _output(self, attn: Site) -> Site:
         """The output projection: the last that gives as many features as the FFN beside it takes.
 
         (Phi-3 registers it first.)
         """
-        ffns = self.found.sites
+        ffns, projections = self.ffns.sites, self._inside(attn)
         near = ffns[min(bisect_left(ffns, attn.order, key=lambda f: f.order), len(ffns) - 1)]
         ends = [s for s in projections if s.out == near.width]
-        return (ends or projections or self.leaves.below(attn))[-1]
+        return (ends or projections or self.projections.below(attn))[-1]
 
-    def _aside(self, attn: Site) -> list[Site]:
+    def _of_coordinates(self, attn: Site) -> list[Site]:
         """The projections of an attention that take coordinates, no features (Swin V2, ConViT)."""
-        leaves = self.leaves.below(attn)
+        projections = self.projections.below(attn)
         narrow = {
-            s for s in leaves if (found := linear_shape(s.module)) and found.width < NARROWEST
+            s for s in projections if (shape := linear_shape(s.module)) and shape.width < NARROWEST
         }
         small = {s.parent for s in narrow} - {attn}
-        return [s for s in leaves if s in narrow or s.parent in small]
+        return [s for s in projections if s in narrow or s.parent in small]
 
-    def _heads(self, blocks: list[Site]) -> list[Site]:
+    def _heads(self) -> list[Site]:
         """The outermost modules after the last block that project to another width than its own.
 
         And what stands among them and keeps running statistics, which nothing else would train.
         """
-        if not blocks:
+        if not self.blocks:
             return []
-        last = max(b.end for b in blocks)
-        late = [s for s in self.leaves.all if s.order >= last and linear_shape(s.module)]
-        tops = _unique(_outermost(s, blocks) for s in late)
-        width = blocks[-1].out
-        heads = [s for s in tops if self.leaves.below(s)[-1].out != width] or tops[-1:]
-        counting = [s for s in self.tree.sites if keeps_statistics(s.module)]
-        among = [s for s in counting if heads and heads[0].order < s.order]
-        return _unique([*heads, *(_outermost(s, blocks) for s in among)])
+        end, width = max(block.end for block in self.blocks), self.blocks[-1].out
+        late = [s for s in self.projections.all if s.order >= end and linear_shape(s.module)]
+        tops = self._outermost(late)
+        heads = [s for s in tops if self.projections.below(s)[-1].out != width] or tops[-1:]
+        if not heads:
+            return []
+        statistics = [s for s in self.tree.sites if keeps_statistics(s.module)]
+        among = [s for s in statistics if heads[0].order < s.order]
+        return _unique([*heads, *self._outermost(among)])
 
-    def _embeddings(self, blocks: list[Site]) -> list[Site]:
+    def _embeddings(self) -> list[Site]:
         """The outermost modules before the first block that take the input in."""
-        if not blocks:
+        if not self.blocks:
             return []
         kinds = (*CONVS, nn.Linear, nn.Embedding)
-        early = [s for s in self.tree.sites if s.order < blocks[0].order]
-        return _unique(_outermost(s, blocks) for s in early if isinstance(s.module, kinds))
+        early = [s for s in self.tree.sites if s.order < self.blocks[0].order]
+        return self._outermost(s for s in early if isinstance(s.module, kinds))
+
+    def _outermost(self, sites: Iterable[Site]) -> list[Site]:
+        """The outermost module around each site that holds no block, and is not the model."""
+        return _unique(_outermost(site, self.blocks) for site in sites)
 
 
-def _is_conv(site: Site) -> bool:
-    return isinstance(site.module, CONVS)
+def _makes_thirds(qkv: list[Site], output: Site) -> bool:
+    """Whether one projection makes query, key and value, each as wide as what the output takes."""
+    return len(qkv) == 1 and qkv[0].out == 3 * output.width
 
 
-def _smallest(site: Site, leaves: list[Site]) -> Site:
+def _smallest(site: Site, projections: list[Site]) -> Site:
+    """The smallest module in a site that holds all of these."""
     for child in site.children:
-        if child.order <= leaves[0].order and leaves[-1].order < child.end:
-            return _smallest(child, leaves)
+        if child.order <= projections[0].order and projections[-1].order < child.end:
+            return _smallest(child, projections)
     return site
 
 
@@ -207,5 +245,6 @@ def _outermost(site: Site, blocks: list[Site]) -> Site:
     return top
 
 
-def _unique(sites: Any) -> list[Site]:
+def _unique(sites: Iterable[Site]) -> list[Site]:
+    """Sites in the order of the walk, each once."""
     return sorted(dict.fromkeys(sites), key=lambda s: s.order)

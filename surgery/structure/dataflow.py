@@ -5,7 +5,7 @@ The module tree tells neither: it keeps the order in which modules were made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,16 +13,15 @@ from torch import nn
 
 from .layers import is_norm
 from .module_tree import Site, Tree
-from .trace import SUMS, Op, Trace, Value, is_cheap, names, upstream
+from .trace import NORM_AXES, SUMS, Op, Trace, Value, is_cheap, names, upstream
 from .trace import trace as run
 
 OPERANDS = ("query", "key", "value")
 PRODUCTS = names("matmul bmm baddbmm einsum")
-NORMS = names("layer_norm rms_norm batch_norm group_norm instance_norm")
 
 
 class Dataflow:
-    """Tells what feeds a site, as one forward of the model on `example` shows it.
+    """Says what feeds a site, as one forward of the model on `example` shows it.
 
     The forward is run when first asked; `asked` says whether it was.
     """
@@ -44,76 +43,80 @@ class Dataflow:
         nearest upstream is none of these.
         """
         calls = self.trace.calls_of(site.entry.module)
-        found = {norm_before(self.trace, call.given) for call in calls}
-        known = {norm.path: norm for norm in norms}
-        if not found or not any(path in known for path, _ in found):
+        feeding = {norm_before(self.trace, call.inputs) for call in calls}
+        by_path = {norm.path: norm for norm in norms}
+        if not any(path in by_path for path, _ in feeding):
             raise LookupError(site.path)
-        path, direct = found.pop()
-        if not (path and direct) or found:
+        (path, direct), *others = feeding
+        if not path or not direct or others:
             return None
-        norm = known[path]
+        norm = by_path[path]
         return norm if not whole or self._is_beside(norm, site) else None
 
     def _is_beside(self, norm: Site, site: Site) -> bool:
         block = next((above for above in site.entry.above() if above.is_element), None)
         if block and not block.order <= norm.order < block.end:
             return False
-        given = {_sizes(value) for c in self.trace.calls_of(norm.module) for value in c.given[:1]}
-        made = {
-            _sizes(value) for c in self.trace.calls_of(site.exit.module) for value in c.made[:1]
-        }
-        return bool(given & made)
+        norm_calls, exit_calls = map(self.trace.calls_of, (norm.module, site.exit.module))
+        inputs = {_sizes(value) for call in norm_calls for value in call.inputs[:1]}
+        outputs = {_sizes(value) for call in exit_calls for value in call.outputs[:1]}
+        return bool(inputs & outputs)
 
     def operands(self, attns: Sequence[Site], projections: Sequence[Site]) -> dict[Site, set[str]]:
         """Which of the projections make the query, the key and the value of each attention."""
-        made = {id(site.module): site for site in projections}
-        modules = {id(site.module) for site in attns}
-        found: dict[Site, set[str]] = {}
+        by_module = {id(site.module): site for site in projections}
+        attentions = {id(site.module) for site in attns}
+        words: dict[Site, set[str]] = {}
         for op in self.trace.ops:
-            if any(id(call.module) in modules for call in op.stack()):
+            if any(id(call.module) in attentions for call in op.stack()):
                 for word, value in _operands(op):
-                    for module in _makers(value, made):
-                        found.setdefault(made[module], set()).add(word)
-        return found
+                    for module in _makers(value, by_module):
+                        words.setdefault(by_module[module], set()).add(word)
+        return words
 
 
 def attach_dataflow(tree: Tree, example: Any) -> Dataflow:
     """Let a forward on the example, where there is one, decide what feeds what in this tree."""
-    fed = Dataflow(tree.model, example)
+    dataflow = Dataflow(tree.model, example)
     if example is not None:
-        tree.memo["fed"] = fed
-    return fed
+        tree.memo["dataflow"] = dataflow
+    return dataflow
 
 
 def dataflow_of(tree: Tree) -> Dataflow | None:
-    """What tells what feeds what in this tree; None where nothing but the order of modules does."""
-    found: Dataflow | None = tree.memo.get("fed")
-    return found
+    """What says what feeds what in this tree; None where nothing but the order of modules does."""
+    dataflow: Dataflow | None = tree.memo.get("dataflow")
+    return dataflow
 
 
 def _operands(op: Op) -> Iterator[tuple[str, Value]]:
     """The query, key and value of an attention: of a kernel, or those around a softmax."""
     if op.name == "scaled_dot_product_attention":
-        yield from zip(OPERANDS, op.given[:3], strict=True)
+        yield from zip(OPERANDS, op.inputs[:3], strict=True)
     elif op.name == "softmax":
-        before = (v.op for v in upstream(op.features, _is_pointwise) if v.op)
-        scores = next((each for each in before if _is_product(each)), None)
-        weighed = next((use for use in _uses(op.made[0]) if _is_product(use)), None)
-        if scores and weighed:
-            weights = {v for v in weighed.features if _comes_from(v, op)}
-            rest = [v for v in weighed.features if v not in weights]
-            yield from zip(OPERANDS, [*scores.features[-2:], *rest[:1]], strict=False)
+        yield from _around_softmax(op)
 
 
-def _makers(value: Value, made: dict[int, Site]) -> Iterator[int]:
+def _around_softmax(softmax: Op) -> Iterator[tuple[str, Value]]:
+    """The factors of the product before a softmax, and what the product after it weighs up."""
+    before = (v.op for v in upstream(softmax.features, _is_pointwise) if v.op)
+    scores = next((op for op in before if _is_product(op)), None)
+    weighed = next((op for op in _uses(softmax.outputs[0]) if _is_product(op)), None)
+    if scores and weighed:
+        weights = {v for v in weighed.features if _comes_from(v, softmax)}
+        values = [v for v in weighed.features if v not in weights]
+        yield from zip(OPERANDS, [*scores.features[-2:], *values[:1]], strict=False)
+
+
+def _makers(value: Value, projections: Collection[int]) -> Iterator[int]:
     """The projections nearest upstream of a value: through norms, rotations, heads side by side."""
 
     def owner(op: Op) -> int | None:
-        weights = (weight for given in op.given for weight in given.weights or ())
-        return next((id(w.owner(op)) for w in weights if id(w.owner(op)) in made), None)
+        owners = (id(weight.owner(op)) for v in op.inputs for weight in v.weights or ())
+        return next((module for module in owners if module in projections), None)
 
-    for step in upstream([value], lambda op: owner(op) is None and not _is_product(op)):
-        if step.op and (module := owner(step.op)):
+    for source in upstream([value], lambda op: owner(op) is None and not _is_product(op)):
+        if source.op and (module := owner(source.op)):
             yield module
 
 
@@ -132,11 +135,12 @@ def _uses(value: Value) -> Iterator[Op]:
     for value in queue:
         for op in value.uses:
             yield op
-            queue += op.made if is_cheap(op) else []
+            queue += op.outputs if is_cheap(op) else []
 
 
 def _comes_from(value: Value, op: Op) -> bool:
-    return any(step.op is op for step in upstream([value], lambda o: o is not op and is_cheap(o)))
+    sources = upstream([value], lambda other: other is not op and is_cheap(other))
+    return any(source.op is op for source in sources)
 
 
 def _sizes(value: Value) -> tuple[int, ...]:
@@ -146,10 +150,9 @@ def _sizes(value: Value) -> tuple[int, ...]:
 
 def norm_before(trace: Trace, values: list[Value]) -> tuple[str | None, bool]:
     """The norm nearest upstream of values, and whether no residual sum lies between."""
-    for norm, direct in ((_norm(trace, values, False), True), (_norm(trace, values, True), False)):
-        if norm is not None:
-            return norm, direct
-    return None, False
+    if (norm := _norm(trace, values, over_sums=False)) is not None:
+        return norm, True
+    return _norm(trace, values, over_sums=True), False
 
 
 def _norm(trace: Trace, values: list[Value], over_sums: bool) -> str | None:
@@ -168,7 +171,7 @@ def _norm_module(op: Op) -> nn.Module | None:
     for call in op.stack():
         if is_norm(call.module):
             return call.module
-    if op.name in NORMS and op.call is not None:
+    if op.name in NORM_AXES and op.call is not None:
         return op.call.module
     return None
 

@@ -1,413 +1,364 @@
-"""TracedFFN-forward networks by structure: d -> h, then h -> d, each token by itself.
+"""Feed-forward networks by structure: d -> h, then h -> d, each token by itself.
 
-One is the smallest module whose channel-linear leaves are just these (gated: two d -> h, or one
-d -> 2h); where no module holds just these, the span between them; a mixture of experts is one.
+One is the smallest module whose projections are just these (gated: two d -> h, or one d -> 2h);
+where no module holds just these, the span between them; a mixture of experts is one.
 What only looks like it is left out: squeeze-excite gates, and inverted bottlenecks (a convolution
 over positions in between). An MLP over tokens (MLP-Mixer) is one, whose features are the tokens.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
+from .experts import expert_layers, stacked_experts
 from .layers import (
-    CONVS,
     NARROWEST,
     Shape,
-    expert_stacks,
+    is_conv,
     is_list,
     is_nonlinear,
     is_norm,
+    is_sigmoid,
+    is_spatial_conv,
+    is_torch_attention,
     linear_shape,
+    may_be_inside_ffn,
+    own_parameters,
     shape_of,
 )
-from .module_tree import Site, Tree, element, holders, span
-
-
-class Projections:
-    """The channel-linear leaves of a tree, in the order of the walk."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-        self.all = [s for s in tree.sites if _projects(s)]
-        self.orders = [s.order for s in self.all]
-        self.elements = {s: element(s) for s in self.all}
-        self.growing: dict[tuple[Site, type], bool] = {}
-
-    def below(self, site: Site) -> list[Site]:
-        """Those of a site, itself included."""
-        low, high = bisect_left(self.orders, site.order), bisect_left(self.orders, site.end)
-        return self.all[low:high]
+from .module_tree import Projections, Site, Tree, element, holders, span
 
 
 class FFNs(NamedTuple):
-    """sites, and the leaves that belong to them; and what is no FFN though it holds the like.
+    """sites, and the projections that belong to them; and what is no FFN though it holds the like.
 
     bottlenecks  inverted: a depthwise convolution between widening and narrowing
     fused        blocks with one projection for attention and FFN
     """
 
     sites: list[Site]
-    taken: set[Site]
+    projections: set[Site]
     bottlenecks: list[Site]
     fused: list[Site]
 
 
-def find_ffns(leaves: Projections) -> FFNs:
+def find_ffns(projections: Projections) -> FFNs:
     """Every feed-forward network of a tree, in the order of the walk."""
-    found = FFNs([], set(), [], _fused(leaves))
-    _find_whole(leaves, found)
-    _find_split(leaves, found)
-    for site in _doubtful(found.sites, leaves):
-        found.sites.remove(site)
-        found.taken.difference_update(leaves.below(site))
-    sites = [s for s in _lifted(found.sites, leaves, found.taken) if _is_placed(s, leaves)]
-    sites = [s for s in sites if not _grows(s, leaves)]
-    return found._replace(sites=sorted(sites, key=lambda s: s.order))
+    ffns = FFNs([], set(), [], _fused_blocks(projections))
+    _find_whole(projections, ffns)
+    _find_split(projections, ffns)
+    for site in _doubtful(ffns.sites, projections):
+        ffns.sites.remove(site)
+        ffns.projections.difference_update(projections.below(site))
+    sites = expert_layers(ffns.sites, projections, ffns.projections)
+    sites = [s for s in sites if _is_placed(s, projections) and not _grows(s, projections)]
+    return ffns._replace(sites=sorted(sites, key=lambda s: s.order))
 
 
-def _fused(leaves: Projections) -> list[Site]:
+def widens(outs: list[int], hidden: int) -> bool:
+    """Whether projections to such widths begin a network: d -> h, d -> 2h, or twice d -> h."""
+    return outs in ([hidden], [2 * hidden], [hidden, hidden])
+
+
+def _fused_blocks(projections: Projections) -> list[Site]:
     """Elements with one projection d -> 3 d + h, and what is narrowed again to d out of d + h."""
-    found: list[Site] = []
-    for up, holder in leaves.elements.items():
+    blocks: list[Site] = []
+    for up, holder in projections.elements.items():
         first = linear_shape(up.module)
         if first and holder and first.out > 4 * first.width:
-            later = [linear_shape(s.module) for s in leaves.below(holder) if s.order > up.order]
-            back = sum(s.width for s in later if s and s.out == first.width)
-            if back == first.out - 2 * first.width:
-                found.append(holder)
-    return found
+            later = [s for s in projections.below(holder) if s.order > up.order]
+            shapes = [shape for s in later if (shape := linear_shape(s.module))]
+            narrowed = sum(shape.width for shape in shapes if shape.out == first.width)
+            if narrowed == first.out - 2 * first.width:
+                blocks.append(holder)
+    return blocks
 
 
 # whole modules --------------------------------------------------------------------------------
 
 
-def _find_whole(leaves: Projections, found: FFNs) -> None:
-    for site in reversed(leaves.tree.sites):  # children before their parents
-        if any(site.order <= f.order < site.end for f in found.sites[-1:]):
+def _find_whole(projections: Projections, ffns: FFNs) -> None:
+    for site in reversed(projections.tree.sites):  # children before their parents
+        if any(site.order <= ffn.order < site.end for ffn in ffns.sites[-1:]):
             continue
-        own = [s for s in leaves.below(site) if s not in found.taken]
-        if made := stacked_experts(site, own):
-            found.sites.append(made)
-        elif not site.children or not 1 <= len(own) <= 3 or _is_listed(own) or is_list(site.module):
-            continue
-        elif _is_gate(site, own):
-            pass
-        elif not _fits(own, _others(site, own)):
-            continue
-        elif _is_bottleneck(own, _others(site, own)):
-            found.bottlenecks.append(site)
-        elif all(_is_harmless(s.module) for s in _others(site, own)) and not _is_gated(site, own):
-            found.sites.append(whole_or_span(site, own))
-        else:
-            continue
-        found.taken.update(leaves.below(site))
+        layers = [s for s in projections.below(site) if s not in ffns.projections]
+        if _take_whole(site, layers, projections.tree, ffns):
+            ffns.projections.update(projections.below(site))
 
 
-def _is_listed(own: list[Site]) -> bool:
-    """Whether the leaves lie in branches of a list, which nothing says run one after another."""
-    holder = holders(span(own[0], own[-1]))[0] if len(own) > 1 else own[0]
+def _take_whole(site: Site, layers: list[Site], tree: Tree, ffns: FFNs) -> bool:
+    """Take a module for a network, an inverted bottleneck or a gate; False where it is none."""
+    if experts := stacked_experts(site, layers):
+        ffns.sites.append(experts)
+        return True
+    few = site.children and 1 <= len(layers) <= 3
+    if not few or _are_branches(layers) or is_list(site.module):
+        return False
+    if _is_gate(site, layers):
+        return True
+    others = _others(site, layers, tree)
+    if not _are_ffn_widths(layers, others):
+        return False
+    if _is_bottleneck(layers, others):
+        ffns.bottlenecks.append(site)
+    elif all(may_be_inside_ffn(s.module) for s in others) and not _ends_in_sigmoid(site, layers):
+        ffns.sites.append(whole_or_span(site, layers[0], layers[-1]))
+    else:
+        return False
+    return True
+
+
+def _are_branches(layers: list[Site]) -> bool:
+    """Whether they lie in branches of a list, which nothing says run one after another."""
+    holder = holders(span(layers[0], layers[-1]))[0] if len(layers) > 1 else layers[0]
     listed = isinstance(holder.module, (nn.ModuleList, nn.ModuleDict))
-    return listed and any(leaf.parent is not holder for leaf in own)
+    return listed and any(layer.parent is not holder for layer in layers)
 
 
-def whole_or_span(site: Site, own: list[Site]) -> Site:
-    """The module, or the span in it where something with weights comes before the first leaf."""
-    early = [s for s in site.below() if s.order < own[0].order]
-    if any(p is not None for s in early for p in s.module._parameters.values()):
-        return _spanned(own[0], own[-1])
-    site._shape = _joined(own[0].module, own[-1].module)
+def whole_or_span(site: Site, first: Site, last: Site) -> Site:
+    """The module, or the span in it where something with weights comes before the first layer."""
+    early = [s for s in site.below() if s.order < first.order]
+    if any(own_parameters(s.module) for s in early):
+        return _span(first, last)
+    site._shape = _shape_between(first, last)
     return site
 
 
-def _spanned(first: Site, last: Site) -> Site:
-    made = span(first, last)
-    made._shape = _joined(first.module, last.module)
-    return made
+def _span(first: Site, last: Site) -> Site:
+    site = span(first, last)
+    site._shape = _shape_between(first, last)
+    return site
 
 
-def _joined(first: nn.Module, last: nn.Module) -> Shape | None:
-    a, b = shape_of(first), shape_of(last)
+def _shape_between(first: Site, last: Site) -> Shape | None:
+    a, b = shape_of(first.module), shape_of(last.module)
     return Shape(a.width, b.out, a.axis) if a and b else None
 
 
-def _fits(own: list[Site], others: list[Site]) -> bool:
-    """d -> h, h -> d; or d -> 2h, h -> d; or twice d -> h, h -> d.
+def _are_ffn_widths(layers: list[Site], others: list[Site]) -> bool:
+    """Whether they go d -> h, h -> d; or d -> 2h, h -> d; or twice d -> h, h -> d.
 
-    gMLP has a matrix over tokens in between, RWKV a gate d -> d. Without a gate, h is no less than
-    d, and where it is equal, or less, something must act in between.
+    Without a gate, h is no less than d, and where it is equal, or less, something must act in
+    between.
     """
-    shapes = [linear_shape(s.module) for s in own]
-    if None in shapes or len(own) < 2:
+    shapes = [linear_shape(s.module) for s in layers]
+    if None in shapes or len(layers) < 2:
         return False
-    (*ups, down) = [s for s in shapes if s is not None]
-    d, h = down.out, down.width
-    if len(ups) == 2 and ups[1].width == ups[1].out and ups[1].out not in (h, 2 * h):
+    (*ups, down) = [shape for shape in shapes if shape is not None]
+    if len(ups) == 2 and _is_inner(ups[1], down):
         ups = ups[:1]
-    if d < NARROWEST or any(up.width != d or up.axis != down.axis for up in ups):
+    if down.out < NARROWEST or not _begin(ups, down):
         return False
-    outs = [up.out for up in ups]
-    if outs not in ([h], [2 * h], [h, h]):
-        return False
-    near = [s for s in others if s.parent in {leaf.parent for leaf in own}]
-    return h > d or (any(is_nonlinear(s.module) for s in near) and (h == d or outs != [h]))
+    if down.width > down.out:
+        return True
+    gated = len(ups) > 1 or ups[0].out > down.width
+    return (gated or down.width == down.out) and _acts_among(layers, others)
 
 
-def _others(site: Site, own: list[Site]) -> list[Site]:
-    """A site and all below it, but for these leaves and what is inside of them."""
-    inside = {s for leaf in own for s in (leaf, *leaf.below())}
-    return [s for s in (site, *site.below()) if s not in inside]
+def _acts_among(layers: list[Site], others: list[Site]) -> bool:
+    """Whether an activation stands where one of the layers does, side by side."""
+    near = {layer.parent for layer in layers}
+    return _any_nonlinear(s for s in others if s.parent in near)
 
 
-def _is_harmless(module: nn.Module) -> bool:
-    """Whether a module leaves positions apart and carries no matrix of its own."""
-    kind = type(module).__name__.lower()
-    if isinstance(module, nn.MultiheadAttention) or "pool" in kind or "softmax" in kind:
-        return False
-    if isinstance(module, CONVS):
-        still = set(module.stride) == {1}
-        return still and module.groups == module.in_channels == module.out_channels
-    return linear_shape(module) is None and _has_vectors(module)
+def _is_inner(shape: Shape, down: Shape) -> bool:
+    """Whether it may be a matrix over tokens in between (gMLP), or a gate d -> d (RWKV)."""
+    return shape.width == shape.out and shape.out not in (down.width, 2 * down.width)
 
 
-def _has_vectors(module: nn.Module) -> bool:
-    own = [p for p in module._parameters.values() if p is not None]
-    return all(p.dim() == 0 or p.numel() == max(p.shape) for p in own)
+def _begin(ups: list[Shape], down: Shape) -> bool:
+    """Whether these lead from what the last projection gives to what it takes."""
+    alike = all(up.width == down.out and up.axis == down.axis for up in ups)
+    return alike and widens([up.out for up in ups], down.width)
 
 
-def _is_bottleneck(own: list[Site], others: Iterable[Site]) -> bool:
+def _any_nonlinear(sites: Iterable[Site]) -> bool:
+    return any(is_nonlinear(s.module) for s in sites)
+
+
+def _others(site: Site, layers: list[Site], tree: Tree) -> list[Site]:
+    """What lies in a site, itself included, but for these layers and what is inside of them."""
+    inside = {s for layer in layers for s in (layer, *layer.below())}
+    return [s for s in tree.sites[site.order : site.end] if s not in inside]
+
+
+def _is_bottleneck(layers: list[Site], others: list[Site]) -> bool:
     """Whether convolutions widen, mix positions channel by channel, and narrow again."""
-    if not isinstance(own[0].module, CONVS):
+    if not is_conv(layers[0].module):
         return False
-    between = [s.module for s in others if own[0].order < s.order < own[-1].order]
-    return any(isinstance(m, CONVS) and max(m.kernel_size) > 1 for m in between)
+    between = [s.module for s in others if layers[0].order < s.order < layers[-1].order]
+    return any(is_conv(module) and max(module.kernel_size) > 1 for module in between)
 
 
-def _is_gate(site: Site, own: list[Site]) -> bool:
+def _is_gate(site: Site, layers: list[Site]) -> bool:
     """Whether this goes c -> c, or c -> r -> c, to gate something (squeeze-excite) or to narrow."""
-    first, last = linear_shape(own[0].module), linear_shape(own[-1].module)
-    if len(own) > 2 or not (first and last) or first.width != last.out or first.out != last.width:
+    first, last = linear_shape(layers[0].module), linear_shape(layers[-1].module)
+    if len(layers) > 2 or not first or not last or first[:2] != (last.out, last.width):
         return False
-    return first.out < first.width or _is_gated(site, own)
+    return first.out < first.width or _ends_in_sigmoid(site, layers)
 
 
-def _is_gated(site: Site, own: list[Site]) -> bool:
-    """Whether it ends in a sigmoid: then what it gives is no feature but a weight."""
-    late = [s.module for s in site.below() if s.order > own[-1].order]
-    return any("sigmoid" in type(module).__name__.lower() for module in late)
-
-
-# experts --------------------------------------------------------------------------------------
-
-
-def _lifted(sites: list[Site], leaves: Projections, taken: set[Site]) -> list[Site]:
-    """The same, with the experts of one layer made one: the layer, with its router."""
-    lifted: dict[Site, Shape] = {}
-    for site in sites:
-        lifted.setdefault(_layer_of(site, leaves, taken), site.shape)
-    for site, seen in lifted.items():
-        site._shape = seen
-    layers = [s for s in lifted if not s.is_span and s not in sites]
-    return [s for s in lifted if not any(t.order < s.order < t.end for t in layers)]
-
-
-def _layer_of(site: Site, leaves: Projections, taken: set[Site]) -> Site:
-    """The outermost module around an expert that is called and holds nothing else but routers."""
-    listed = site.is_element and site.parent is not None and len(site.parent.children) > 1
-    if site.is_span or not (listed or any(expert_stacks(s.module) for s in (site, *site.below()))):
-        return site
-    top = site
-    for above in site.above():
-        if above.parent is None or above.is_element or not is_routed(above, leaves, taken):
-            break
-        top = top if is_list(above.module) else above
-    return top
-
-
-def is_routed(layer: Site, leaves: Projections, taken: set[Site]) -> bool:
-    """Whether beside feed-forward networks a layer holds routers only: each gives few features."""
-    rest = [linear_shape(s.module) for s in leaves.below(layer) if s not in taken]
-    return all(found is not None and found.out < found.width for found in rest)
+def _ends_in_sigmoid(site: Site, layers: list[Site]) -> bool:
+    """Whether a sigmoid follows the last layer: then what it gives weighs something else."""
+    return any(is_sigmoid(s.module) for s in site.below() if s.order > layers[-1].order)
 
 
 # spans ----------------------------------------------------------------------------------------
 
 
-def _find_split(leaves: Projections, found: FFNs) -> None:
+def _find_split(projections: Projections, ffns: FFNs) -> None:
     groups: dict[Site | None, list[Site]] = {}
-    for leaf in leaves.all:
-        if leaf not in found.taken:
-            groups.setdefault(leaves.elements[leaf], []).append(leaf)
+    for projection in projections.all:
+        if projection not in ffns.projections:
+            groups.setdefault(projections.elements[projection], []).append(projection)
     for group in groups.values():
-        for own in _pairs(group):
-            between = leaves.tree.sites[own[0].order : own[-1].end]
-            inside = {s for leaf in own for s in (leaf, *leaf.below())}
-            others = [s for s in between if s not in inside]
-            made = _spanned(own[0], own[-1])
-            if any(s in leaves.elements for s in others) or not _is_apart(made, own, leaves):
-                continue
-            if _is_bottleneck(own, others):
-                found.bottlenecks.append(made)
-            elif all(_is_harmless(s.module) for s in others) and _acts(
-                made, own, others, leaves, found.sites
-            ):
-                found.sites.append(made)
-            else:
-                continue
-            found.taken.update(own)
-
-
-def _is_apart(made: Site, own: list[Site], leaves: Projections) -> bool:
-    """Whether nothing else projects, or convolves over positions, where the two ends lie."""
-    holder = holders(made)[0]
-    ends = [s for s in holder.children if any(s.order <= leaf.order < s.end for leaf in own)]
-    beside = [leaf for end in ends for leaf in leaves.below(end) if leaf not in own]
-    late = len(ends) > 1 and own[-2].order < ends[-1].order < own[-1].order  # as in X-MOD
-    after = [s for s in beside if s.order > own[-1].order and s.parent is not own[-1].parent]
-    if beside != (after if late else []):
-        return False
-    convs = [s.module for s in holder.below() if isinstance(s.module, CONVS)]
-    return not isinstance(own[0].module, CONVS) or not any(map(is_spatial, convs))
-
-
-def is_spatial(module: nn.Module) -> bool:
-    """Whether it is a convolution that mixes positions and channels at once."""
-    if not isinstance(module, CONVS):
-        return False
-    return max(module.kernel_size) > 1 and module.groups != module.in_channels
+        for layers in _pairs(group):
+            if _take_split(layers, projections, ffns):
+                ffns.projections.update(layers)
 
 
 def _pairs(group: list[Site]) -> list[list[Site]]:
     """Projections d -> h (or two of them), h -> d that follow one another, each used once."""
     pairs: list[list[Site]] = []
     last = -1
-    for i, down in enumerate(group):
-        exit = linear_shape(down.module)
+    for i, site in enumerate(group):
+        down = linear_shape(site.module)
         ups = 0
-        while exit and i - ups - 1 > last and _goes(group[i - ups - 1], exit.out, exit.width):
+        while down and i - ups - 1 > last and _goes(group[i - ups - 1], down.out, down.width):
             ups += 1
-        if exit and ups in (1, 2) and exit.out >= NARROWEST:
+        if down and ups in (1, 2) and down.out >= NARROWEST:
             pairs.append(group[i - ups : i + 1])
             last = i
     return pairs
 
 
 def _goes(site: Site, width: int, out: int) -> bool:
-    found = linear_shape(site.module)
-    return found is not None and found[:2] == (width, out)
+    shape = linear_shape(site.module)
+    return shape is not None and shape[:2] == (width, out)
 
 
-def _acts(
-    made: Site, own: list[Site], others: list[Site], leaves: Projections, known: list[Site]
-) -> bool:
-    """Whether it is an FFN and no two projections: it widens, acts between, or is by attention."""
-    down, holder = linear_shape(own[-1].module), holders(made)[0]
-    rest = [s for s in leaves.below(holder) if s not in own]
-    attention = [s for s in holder.children if isinstance(s.module, nn.MultiheadAttention)]
-    alike = [s for s in rest if s.parent is holder and s not in attention]
-    direct = all(leaf.parent is holder and not isinstance(leaf.module, CONVS) for leaf in own)
-    if down is None or (direct and len(alike) > 1 and not holder.is_element):  # all of an attention
+def _take_split(layers: list[Site], projections: Projections, ffns: FFNs) -> bool:
+    """Take the span of these layers for a network or a bottleneck; False where it is none."""
+    site = _span(layers[0], layers[-1])
+    holder = holders(site)[0]
+    others = _others(site, layers, projections.tree)
+    if any(s in projections.elements for s in others) or not _is_apart(holder, layers, projections):
         return False
+    if _is_bottleneck(layers, others):
+        ffns.bottlenecks.append(site)
+    elif all(may_be_inside_ffn(s.module) for s in others) and _is_no_attention(
+        holder, layers, others, projections, ffns.sites
+    ):
+        ffns.sites.append(site)
+    else:
+        return False
+    return True
+
+
+def _is_apart(holder: Site, layers: list[Site], projections: Projections) -> bool:
+    """Whether nothing else projects, or convolves over positions, where the two ends lie."""
+    last = layers[-1]
+    ends = [s for s in holder.children if any(s.order <= layer.order < s.end for layer in layers)]
+    beside = [s for end in ends for s in projections.below(end) if s not in layers]
+    if len(ends) > 1 and layers[-2].order < ends[-1].order < last.order:
+        # more may follow where the last end lies, inside something of its own: X-MOD's adapters
+        beside = [s for s in beside if s.order < last.order or s.parent is last.parent]
+    if beside:
+        return False
+    convolves = any(is_spatial_conv(s.module) for s in holder.below())
+    return not (convolves and is_conv(layers[0].module))
+
+
+def _is_no_attention(
+    holder: Site,
+    layers: list[Site],
+    others: list[Site],
+    projections: Projections,
+    ffns: list[Site],
+) -> bool:
+    """Whether layers held apart are a network, and no two projections of an attention."""
+    down = layers[-1]
+    beside = [s for s in projections.below(holder) if s not in layers]
+    direct, inline = _held_by(holder, beside), _are_inline(layers, holder)
+    if inline and len(direct) > 1 and not holder.is_element:
+        return False  # query, key, value and output, of which two go d -> h, h -> d
     if down.width > down.out:
         return True
-    if any(holder.order < s.order < holder.end for s in known):
+    if len(layers) > 2 or _holds_one(holder, ffns):
         return False
-    beside = (
-        rest
-        and direct
-        and not alike
-        and (attention or any(is_nonlinear(s.module) for s in holder.children))
-    )
-    acting = (
-        down.width == down.out and holder.is_element and any(is_nonlinear(s.module) for s in others)
-    )
-    return len(own) == 2 and bool(beside or acting)
+    if inline and beside and not direct and _attends_or_acts(holder):
+        return True
+    return down.width == down.out and holder.is_element and _any_nonlinear(others)
+
+
+def _holds_one(holder: Site, ffns: list[Site]) -> bool:
+    return any(holder.order < ffn.order < holder.end for ffn in ffns)
+
+
+def _held_by(holder: Site, projections: list[Site]) -> list[Site]:
+    """Those that a module holds itself, torch's attention aside."""
+    return [s for s in projections if s.parent is holder and not is_torch_attention(s.module)]
+
+
+def _are_inline(layers: list[Site], holder: Site) -> bool:
+    """Whether a module holds these layers itself, and they are no convolutions."""
+    return all(layer.parent is holder and not is_conv(layer.module) for layer in layers)
+
+
+def _attends_or_acts(holder: Site) -> bool:
+    """Whether attention, or an activation, stands directly in a module."""
+    attends = any(is_torch_attention(s.module) for s in holder.children)
+    return attends or _any_nonlinear(holder.children)
 
 
 # places ---------------------------------------------------------------------------------------
 
 
-def _is_placed(site: Site, leaves: Projections) -> bool:
+def _is_placed(site: Site, projections: Projections) -> bool:
     """Whether it is part of a block: an element of a container, or beside attention and a norm."""
     if site.is_element or element(site) is not None:
         return True
     around = holders(site)
     if not around:
         return False
-    own = set(leaves.below(site))
-    beside = [s for s in leaves.below(around[0]) if s not in own]
-    attends = len(beside) > 1 or any(isinstance(s.module, nn.MultiheadAttention) for s in beside)
+    inside = set(projections.below(site))
+    beside = [s for s in projections.below(around[0]) if s not in inside]
+    attends = len(beside) > 1 or any(is_torch_attention(s.module) for s in beside)
     return attends and any(is_norm(s.module) for s in around[0].children)
 
 
-def _doubtful(sites: list[Site], leaves: Projections) -> list[Site]:
+def _doubtful(sites: list[Site], projections: Projections) -> list[Site]:
     """Two d -> h and h -> d, no activation, beside a network with one: an attention (Reformer)."""
-    three = [s for s in sites if len(leaves.below(s)) == 3 and not _acts_inside(s)]
-    sure = {element(s) for s in sites if _acts_inside(s)} - {None} if three else set()
-    return [s for s in three if element(s) in sure]
+    gated = [s for s in sites if len(projections.below(s)) == 3 and not _acts(s)]
+    sure = {element(s) for s in sites if _acts(s)} - {None} if gated else set()
+    return [s for s in gated if element(s) in sure]
 
 
-def _acts_inside(site: Site) -> bool:
-    around = holders(site)[0] if site.is_span else site
-    return any(is_nonlinear(s.module) for s in around.below())
+def _acts(site: Site) -> bool:
+    """Whether a network has an activation, as a module, between its ends or beside them."""
+    holder = holders(site)[0] if site.is_span else site
+    return _any_nonlinear(holder.below())
 
 
-def _grows(site: Site, leaves: Projections) -> bool:
+def _grows(site: Site, projections: Projections) -> bool:
     """Whether most of its like go d -> h -> e: nothing is added to d there, as in dense blocks."""
-    holder = element(site)
-    if holder is None or holder.parent is None or len(leaves.below(holder)) != 2:
+    block = element(site)
+    if block is None or block.parent is None or len(projections.below(block)) != 2:
         return False
-    known = holder.parent, type(holder.module)
-    if known not in leaves.growing:
-        alike = [s for s in holder.parent.children if type(s.module) is known[1]]
-        pairs = [own for s in alike if len(own := leaves.below(s)) == 2]
-        ends = [(linear_shape(first.module), linear_shape(last.module)) for first, last in pairs]
-        open_ended = [a and b and a.width != b.out and a.out == b.width for a, b in ends]
-        leaves.growing[known] = sum(map(bool, open_ended)) > len(alike) / 2
-    return leaves.growing[known]
+    kind, memo = type(block.module), projections.tree.memo
+    key = ("grows", block.parent, kind)
+    if key not in memo:
+        alike = [s for s in block.parent.children if type(s.module) is kind]
+        pairs = [pair for s in alike if len(pair := projections.below(s)) == 2]
+        memo[key] = sum(map(_is_open_ended, pairs)) > len(alike) / 2
+    grows: bool = memo[key]
+    return grows
 
 
-def _projects(site: Site) -> bool:
-    if isinstance(site.module, nn.MultiheadAttention):
-        return True
-    inside_attention = site.parent and isinstance(site.parent.module, nn.MultiheadAttention)
-    return linear_shape(site.module) is not None and not inside_attention
-
-
-def stacked_experts(site: Site, own: list[Site]) -> Site | None:
-    """A module with two or three stacks of matrices [experts, ., .], and routers at most."""
-    stacks = [(s, found) for s in (site, *site.below()) for found in expert_stacks(s.module)]
-    shapes = [found for _, found in stacks]
-    together = len({s for s, _ in stacks}) == 1  # then some experts may be none (LongCat)
-    if not 2 <= len(shapes) <= 3 or (len({n for n, _, _ in shapes}) > 1 and not together):
-        return None
-    routers = [linear_shape(s.module) for s in own]
-    widths = _expert_widths(shapes)
-    if not any(
-        is_nonlinear(s.module) for s in site.below()
-    ):  # only a gate tells them from projections
-        widths = [d for d in widths if len(shapes) == 3 or _is_packed(shapes, d)]
-    if not widths or any(found is None or found.out > shapes[0][0] for found in routers):
-        return None
-    around = ([s for s in holder.children if is_norm(s.module)] for holder in holders(site))
-    norms = next((norms for norms in around if norms), [])
-    known = {found.width for found in (shape_of(s.module) for s in norms) if found}
-    width = next((w for w in widths if w in known), min(widths))
-    site._shape = Shape(width, width, -1)
-    return site
-
-
-def _expert_widths(shapes: list[tuple[int, int, int]]) -> list[int]:
-    """The widths d for which the stacks are of d x h (or d x 2h) and h x d, whichever way round."""
-    *ups, down = [found[1:] for found in shapes]
-    ways = [(d, h) for d, h in (down, down[::-1]) if d >= NARROWEST]
-    return [d for d, h in ways if all(set(up) in ({d, h}, {d, 2 * h}) for up in ups)]
-
-
-def _is_packed(shapes: list[tuple[int, int, int]], width: int) -> bool:
-    (_, *up), (_, *down) = shapes
-    return sum(up) - width == 2 * (sum(down) - width)
+def _is_open_ended(pair: list[Site]) -> bool:
+    """Whether two projections go d -> h -> e, where e is not d."""
+    first, last = (linear_shape(s.module) for s in pair)
+    return bool(first and last and first.width != last.out and first.out == last.width)

@@ -8,24 +8,24 @@ from math import prod
 from typing import NamedTuple
 
 from .dataflow import is_sum, norm_before
-from .ffn import FFNs, Projections, is_routed, whole_or_span
+from .experts import is_routed
+from .ffn import FFNs, whole_or_span, widens
 from .layers import NARROWEST, Shape, is_list
 from .linear_ops import LinearOp, is_depthwise, linear_op
-from .module_tree import Site, span
-from .trace import MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
+from .module_tree import Projections, Site, span
+from .trace import CONV_OPS, MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, names
 
 FARTHEST = 200  # operations between the two ends of one network
 
-NORMS = {"layer_norm": -1, "rms_norm": -1, "batch_norm": 1, "group_norm": 1, "instance_norm": 1}
-ACTS = names(
+NONLINEAR = names(
     "relu relu6 gelu silu mish hardswish sigmoid hardsigmoid tanh hardtanh elu selu celu prelu "
     "leaky_relu rrelu softplus softsign logsigmoid glu erf exp square clamp clamp_min threshold "
     "maximum minimum min max log1p expm1 sin cos _opaque"
 )
-MIXES = names(  # what carries features from one position to another, or weighs them up
+MIXES = CONV_OPS | names(  # what moves features from one position to another, or weighs them up
     "softmax log_softmax scaled_dot_product_attention multi_head_attention_forward matmul mm bmm "
-    "baddbmm addmm einsum linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
-    "conv_transpose3d embedding cumsum cumprod sort topk fft rfft irfft lstm gru max_pool1d "
+    "baddbmm addmm einsum linear bilinear conv_transpose1d conv_transpose2d conv_transpose3d "
+    "embedding cumsum cumprod sort topk fft rfft irfft lstm gru max_pool1d "
     "max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d interpolate grid_sample fold "
     "unfold deform_conv2d dot outer tensordot cdist"
@@ -65,11 +65,19 @@ class TracedFFN:
     calls: int = 1
 
 
+class _Run(NamedTuple):
+    """A network in one run, the features it reads, and the call it ran in (experts share one)."""
+
+    ffn: TracedFFN
+    source: Value
+    call: Call | Op
+
+
 class _Middle(NamedTuple):
     """What lies between the ends of a network."""
 
     ups: list[LinearOp]  # one for each weight, however many pieces it is used on
-    bends: bool  # holds a nonlinearity
+    acts: bool  # holds a nonlinearity
     spreads: bool  # holds a depthwise convolution over more than one position
 
 
@@ -80,39 +88,45 @@ def traced_ffns(trace: Trace) -> list[TracedFFN]:
     only by pointwise, normalising or depthwise operations with a nonlinearity among them, whose
     result is added to another tensor. A mixture of experts is one.
     """
-    found: dict[tuple[str, str, int, int], list[tuple[TracedFFN, Value, Call | Op]]] = {}
+    grouped: dict[tuple[str, str, int, int], list[_Run]] = {}
     for op in trace.ops:
         down = linear_op(op)
-        made = _ffn(trace, down) if down and down.out >= NARROWEST else None
-        if made is not None:
-            feed = made[0]
-            found.setdefault((feed.entry, feed.exit, feed.width, feed.hidden), []).append(made)
-    sites = []
-    for runs in found.values():
-        feeds, sources, calls = zip(*runs, strict=True)
-        sites.append((replace(feeds[0], calls=len(set(calls))), set(sources)))
-    return _experts(sites)
+        run = _run(trace, down) if down and down.out >= NARROWEST else None
+        if run is not None:
+            ffn = run.ffn
+            grouped.setdefault((ffn.entry, ffn.exit, ffn.width, ffn.hidden), []).append(run)
+    ffns = []
+    for runs in grouped.values():
+        calls = {run.call for run in runs}
+        ffns.append((replace(runs[0].ffn, calls=len(calls)), {run.source for run in runs}))
+    return _experts_merged(ffns)
 
 
 # from the last projection back to the first
 
 
-def _ffn(trace: Trace, down: LinearOp) -> tuple[TracedFFN, Value, Call | Op] | None:
-    """A network, the features it reads, and the call it ran in (several experts may in one)."""
+def _run(trace: Trace, down: LinearOp) -> _Run | None:
+    """The network that ends in this operation; None where none does."""
     middle = _between(down)
-    if middle is None or not middle.bends or not _fits(middle.ups, down):
+    if middle is None or not middle.acts:
         return None
-    sources = {_source(up.taken) for up in middle.ups}
-    if len(sources) > 1:
+    if len(middle.ups) > 1 and not widens([up.out for up in middle.ups], down.width):
         return None
-    total = _residual(down)
+    sources = {_source(up.input) for up in middle.ups}
+    total = _residual(down) if len(sources) == 1 else None
     if total is None:
         return None
+    ffn = _described(trace, middle, down, total)
+    calls = (call for call in down.op.stack() if call.module is down.owner)
+    return _Run(ffn, sources.pop(), next(calls, down.op))
+
+
+def _described(trace: Trace, middle: _Middle, down: LinearOp, total: Op) -> TracedFFN:
     up = middle.ups[0]
     entry, exit = trace.path(up.owner), trace.path(down.owner)
-    owner = _common(entry, exit)
-    norm, direct = norm_before(trace, [up.taken])
-    feed = TracedFFN(
+    owner = _common_path(entry, exit)
+    norm, direct = norm_before(trace, [up.input])
+    return TracedFFN(
         owner,
         entry,
         exit,
@@ -125,13 +139,11 @@ def _ffn(trace: Trace, down: LinearOp) -> tuple[TracedFFN, Value, Call | Op] | N
         norm=norm,
         direct=direct,
     )
-    calls = (call for call in down.op.stack() if call.module is down.owner)
-    return feed, sources.pop(), next(calls, down.op)
 
 
 def _kind(middle: _Middle, down: LinearOp) -> str:
-    if sum(up.out for up in middle.ups) not in (down.width, 2 * down.width):
-        return "fused"
+    if not widens([up.out for up in middle.ups], down.width):
+        return "fused"  # the rest of its first projection is that of an attention
     if _acts_on_tokens(middle.ups[0]):
         return "tokens"
     if middle.spreads and down.is_conv:
@@ -139,57 +151,51 @@ def _kind(middle: _Middle, down: LinearOp) -> str:
     return "ffn"
 
 
-def _fits(ups: list[LinearOp], down: LinearOp) -> bool:
-    outs = [up.out for up in ups]
-    if len(outs) == 1:
-        return outs[0] >= down.width
-    return outs == [down.width] * 2
-
-
 def _between(down: LinearOp) -> _Middle | None:
     """All that feeds the last projection, back to the first; None where anything else does."""
     ups: dict[Op, LinearOp] = {}
-    bends = spreads = False
-    queue, seen = [down.taken], {down.taken}
+    acts = spreads = False
+    queue, seen = [down.input], {down.input}
     while queue and len(seen) < FARTHEST:
         value = queue.pop()
         op = value.op
         if op is None:
             return None
-        found = linear_op(op)
-        if found is not None and _is_up(found, down):
-            ups[op] = found
+        linear = linear_op(op)
+        if linear is not None and _is_up(linear, down):
+            ups[op] = linear
             continue
-        sources = [found.taken] if found and _is_spatial(found, down) else _passed(op, value)
+        over_positions = linear is not None and _is_over_positions(linear, down)
+        sources = [linear.input] if linear and over_positions else _passed_through(op, value)
         if not sources:
             return None
-        bends |= op.name in ACTS
+        acts |= op.name in NONLINEAR
         spreads |= is_depthwise(op) and prod(op.arg(1, "weight").shape[2:]) > 1
         queue += [v for v in sources if v not in seen]
         seen.update(sources)
     first = {ups[op].weights: ups[op] for op in sorted(ups, key=_number, reverse=True)}
-    return _Middle(list(first.values())[::-1], bends, spreads) if ups else None
+    return _Middle(list(first.values())[::-1], acts, spreads) if ups else None
 
 
 def _number(op: Op) -> int:
-    return op.made[0].number
+    return op.outputs[0].number
 
 
-def _is_up(found: LinearOp, down: LinearOp) -> bool:
-    return found.width == down.out and found.out >= down.width
+def _is_up(linear: LinearOp, down: LinearOp) -> bool:
+    return linear.width == down.out and linear.out >= down.width
 
 
-def _is_spatial(found: LinearOp, down: LinearOp) -> bool:
+def _is_over_positions(linear: LinearOp, down: LinearOp) -> bool:
     """Whether it may be the inner projection over positions of a spatial gate (gMLP)."""
-    return found.width == found.out and found.width not in (down.width, down.out)
+    return linear.width == linear.out and linear.width not in (down.width, down.out)
 
 
-def _passed(op: Op, value: Value) -> list[Value]:
-    """The values that a pointwise, normalising or depthwise operation hands on; none for others."""
+def _passed_through(op: Op, value: Value) -> list[Value]:
+    """The features that a pointwise, normalising or depthwise operation passes on, or none."""
     features = op.features
     if op.name in MOVES or op.name == "glu":
         return features
-    if op.name in NORMS or is_depthwise(op):
+    if op.name in NORM_AXES or is_depthwise(op):
         return features[:1]
     if op.name in MIXES:
         return []
@@ -210,43 +216,44 @@ def _source(value: Value) -> Value:
 
 def _residual(down: LinearOp) -> Op | None:
     """The sum of the result with a tensor that does not come from it; None where there is none."""
-    queue, seen = list(down.op.made), set(down.op.made)
+    queue, seen = list(down.op.outputs), set(down.op.outputs)
     while queue and len(seen) < FARTHEST:
         value = queue.pop(0)
         for op in value.uses:
-            if is_sum(op) and _has_other(op, value, seen, down):
+            if is_sum(op) and _adds_another(op, value, seen, down):
                 return op
-            if _carries(op, value):
-                queue += [v for v in op.made if v not in seen]
-                seen.update(op.made)
+            if _keeps(op, value):
+                queue += [v for v in op.outputs if v not in seen]
+                seen.update(op.outputs)
     return None
 
 
-def _has_other(op: Op, value: Value, seen: set[Value], down: LinearOp) -> bool:
+def _adds_another(op: Op, value: Value, seen: set[Value], down: LinearOp) -> bool:
     others = [v for v in op.features if v is not value and v not in seen]
-    return any(v.shape == value.shape and not _comes_from(v, down) for v in others)
+    return any(v.shape == value.shape and not _depends(v, down) for v in others)
 
 
-def _comes_from(value: Value, down: LinearOp) -> bool:
-    start = down.op.made[0]
+def _depends(value: Value, down: LinearOp) -> bool:
+    """Whether a value is made of the result of a projection, by whatever operations."""
+    start = down.op.outputs[0]
     queue, seen = [value], {value}
     while queue:
         op = queue.pop().op
         if op is not None and op is down.op:
             return True
-        fresh = [v for v in op.given if v.number >= start.number and v not in seen] if op else []
+        fresh = [v for v in op.inputs if v.number >= start.number and v not in seen] if op else []
         seen.update(fresh)
         queue += fresh
     return False
 
 
-def _carries(op: Op, value: Value) -> bool:
+def _keeps(op: Op, value: Value) -> bool:
     """Whether a result stays itself: moved, normed, scaled or spread, not bent or projected."""
-    if op.name in MOVES or op.name in NORMS or op.name == "sum" or is_depthwise(op):
+    if op.name in MOVES or op.name in NORM_AXES or op.name == "sum" or is_depthwise(op):
         return True  # a sum is over experts, or a stack
     if op.name in SCALES:  # by a number for each of several streams, too
-        return any(prod(made.shape) % prod(value.shape) == 0 for made in op.made)
-    return op.name in SUMS and any(prod(made.shape) == prod(value.shape) for made in op.made)
+        return any(prod(result.shape) % prod(value.shape) == 0 for result in op.outputs)
+    return op.name in SUMS and any(prod(v.shape) == prod(value.shape) for v in op.outputs)
 
 
 # on which axis
@@ -254,11 +261,11 @@ def _carries(op: Op, value: Value) -> bool:
 
 def _acts_on_tokens(up: LinearOp) -> bool:
     """Whether a projection mixes positions: its axis is another than that of the norm before it."""
-    value, axis = up.taken, up.axis % len(up.taken.shape)
+    value, axis = up.input, up.axis % len(up.input.shape)
     while value.op is not None:
         op = value.op
-        if op.name in NORMS:
-            return axis != NORMS[op.name] % len(value.shape)
+        if op.name in NORM_AXES:
+            return axis != NORM_AXES[op.name] % len(value.shape)
         features = op.features
         if op.name not in MOVES or len(features) != 1:
             return False
@@ -276,20 +283,21 @@ def _axis_before(op: Op, old: tuple[int, ...], new: tuple[int, ...], axis: int) 
     if old == new:
         return axis
     after = prod(new[axis + 1 :])
-    fits = (i for i, size in enumerate(old) if size == new[axis] and prod(old[i + 1 :]) == after)
-    return next(fits, None)
+    same = (i for i, size in enumerate(old) if size == new[axis] and prod(old[i + 1 :]) == after)
+    return next(same, None)
 
 
 def _order(op: Op, dims: int) -> list[int]:
     order = list(range(dims))
     if op.name == "permute":
-        given = op.args[1:] or op.kwargs.get("dims", ())
-        flat = given[0] if given and isinstance(given[0], list) else given
+        axes = op.args[1:] or op.kwargs.get("dims", ())
+        flat = axes[0] if axes and isinstance(axes[0], list) else axes
         return [int(i) % dims for i in flat]
-    a = op.arg(1, "dim0", -2) if "s" in op.name else -2
-    b = op.arg(2, "dim1", -1) if "s" in op.name else -1
     if op.name == "T":
         return order[::-1]
+    a, b = -2, -1  # of mT and t
+    if op.name in ("transpose", "swapaxes", "swapdims"):
+        a, b = op.arg(1, "dim0", -2), op.arg(2, "dim1", -1)
     order[a], order[b] = order[b], order[a]
     return order
 
@@ -297,77 +305,77 @@ def _order(op: Op, dims: int) -> list[int]:
 # experts
 
 
-def _experts(found: list[tuple[TracedFFN, set[Value]]]) -> list[TracedFFN]:
+def _experts_merged(ffns: list[tuple[TracedFFN, set[Value]]]) -> list[TracedFFN]:
     """Experts that stand side by side in a list and read the same features are one network."""
     merged: list[tuple[TracedFFN, set[Value]]] = []
-    for feed, sources in found:
+    for ffn, sources in ffns:
         for i, (other, others) in enumerate(merged):
-            if sources & others and (joined := _join(other, feed)) is not None:
-                merged[i] = (joined, sources | others)
+            if sources & others and (both := _merged(other, ffn)) is not None:
+                merged[i] = (both, sources | others)
                 break
         else:
-            merged.append((feed, sources))
-    return [feed for feed, _ in merged]
+            merged.append((ffn, sources))
+    return [ffn for ffn, _ in merged]
 
 
-def _join(a: TracedFFN, b: TracedFFN) -> TracedFFN | None:
+def _merged(a: TracedFFN, b: TracedFFN) -> TracedFFN | None:
     if (a.width, a.hidden, a.kind) != (b.width, b.hidden, b.kind):
         return None
-    entry, exit = _either(a.entry, b.entry), _either(a.exit, b.exit)
+    entry, exit = _common_address(a.entry, b.entry), _common_address(a.exit, b.exit)
     if entry is None or exit is None:
         return None
-    owner = _common(entry.partition("*")[0].rstrip("."), exit)
+    owner = _common_path(entry.partition("*")[0].rstrip("."), exit)
     return replace(a, owner=owner, entry=entry, exit=exit, calls=max(a.calls, b.calls))
 
 
-def _either(a: str, b: str) -> str | None:
+def _common_address(a: str, b: str) -> str | None:
     """The address of both paths, where they differ in the number of one step."""
-    pairs = _steps(a, b)
-    differ = [i for i, (x, y) in enumerate(pairs) if x != y]
+    steps = _step_by_step(a, b)
+    differ = [i for i, (x, y) in enumerate(steps) if x != y]
     if len(differ) != 1 or a.count(".") != b.count("."):
         return None
-    x, y = pairs[differ[0]]
+    x, y = steps[differ[0]]
     if x != "*" and x.rstrip("0123456789") != y.rstrip("0123456789"):
         return None
-    return ".".join("*" if i == differ[0] else x for i, (x, _) in enumerate(pairs))
+    return ".".join("*" if i == differ[0] else x for i, (x, _) in enumerate(steps))
 
 
-def _common(a: str, b: str) -> str:
-    return ".".join(x for x, _ in takewhile(lambda pair: pair[0] == pair[1], _steps(a, b)))
+def _common_path(a: str, b: str) -> str:
+    return ".".join(x for x, _ in takewhile(lambda xy: xy[0] == xy[1], _step_by_step(a, b)))
 
 
-def _steps(a: str, b: str) -> list[tuple[str, str]]:
+def _step_by_step(a: str, b: str) -> list[tuple[str, str]]:
     return list(zip(a.split("."), b.split("."), strict=False))
 
 
 # as sites
 
 
-def find_traced_ffns(trace: Trace, leaves: Projections, found: FFNs) -> FFNs:
+def find_traced_ffns(trace: Trace, projections: Projections, ffns: FFNs) -> FFNs:
     """The networks that modules alone do not show: no activation among them, experts in one matrix.
 
-    found  what structure found, which was no network
+    ffns  what structure found, which was no network
     """
-    at = {site.path: site for site in leaves.tree.sites}
+    by_path = {site.path: site for site in projections.tree.sites}
     sites: dict[str, Site] = {}
-    for feed in traced_ffns(trace):
-        site = _site(feed, at, leaves) if feed.kind == "ffn" else None
+    for ffn in traced_ffns(trace):
+        site = _site_of(ffn, by_path, projections) if ffn.kind == "ffn" else None
         if site is not None and site.path not in sites:
-            site._shape = Shape(feed.width, feed.width, feed.axis)
+            site._shape = Shape(ffn.width, ffn.width, ffn.axis)
             sites[site.path] = site
-    taken = {leaf for site in sites.values() for leaf in leaves.below(site)}
-    return found._replace(sites=sorted(sites.values(), key=lambda s: s.order), taken=taken)
+    inside = {layer for site in sites.values() for layer in projections.below(site)}
+    return ffns._replace(sites=sorted(sites.values(), key=lambda s: s.order), projections=inside)
 
 
-def _site(feed: TracedFFN, at: dict[str, Site], leaves: Projections) -> Site | None:
+def _site_of(ffn: TracedFFN, by_path: dict[str, Site], projections: Projections) -> Site | None:
     """The module that holds both ends and nothing else, or the span; of experts the layer."""
-    owner, entry, exit = (at.get(path) for path in (feed.owner, feed.entry, feed.exit))
+    owner, entry, exit = (by_path.get(path) for path in (ffn.owner, ffn.entry, ffn.exit))
     if owner is None:
         return None
     if entry is None or exit is None or entry is exit:
-        while owner.parent and not owner.is_element and is_routed(owner.parent, leaves, set()):
+        while owner.parent and not owner.is_element and is_routed(owner.parent, projections, set()):
             owner = owner.parent
         return owner
-    made = span(entry, exit)
-    alone = leaves.below(owner) == leaves.below(made) and not is_list(owner.module)
-    return whole_or_span(owner, [entry, exit]) if alone else made
+    between = span(entry, exit)
+    alone = projections.below(owner) == projections.below(between) and not is_list(owner.module)
+    return whole_or_span(owner, entry, exit) if alone else between

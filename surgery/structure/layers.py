@@ -1,10 +1,10 @@
-"""What one module alone tells of its shape: widths, feature axis, whether it is a norm."""
+"""What one module alone tells: its widths and feature axis, and what kind of layer it is."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -22,13 +22,13 @@ class Shape(NamedTuple):
 
 
 def linear_shape(module: nn.Module) -> Shape | None:
-    """The shape of a channel-linear leaf: Linear, transposed Linear, 1x1 convolution; or None."""
+    """The shape of a projection: Linear, transposed Linear, 1x1 convolution; None for others."""
     if isinstance(module, nn.Linear):
         return Shape(module.in_features, module.out_features, -1)
-    if isinstance(module, CONVS):
-        still = set(module.kernel_size) == {1} and set(module.stride) == {1}
+    if is_conv(module):
+        per_position = set(module.kernel_size) == {1} and set(module.stride) == {1}
         mixes = 0 < 2 * module.groups < module.in_channels  # some, though in groups (SqueezeBERT)
-        return Shape(module.in_channels, module.out_channels, 1) if still and mixes else None
+        return Shape(module.in_channels, module.out_channels, 1) if per_position and mixes else None
     weight = getattr(module, "weight", None)
     if children(module) or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         return None
@@ -37,6 +37,11 @@ def linear_shape(module: nn.Module) -> Shape | None:
     if "linear" in type(module).__name__.lower():  # of no common class, as in I-BERT
         return Shape(weight.shape[1], weight.shape[0], -1)
     return None
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a module itself holds, without those below it."""
+    return [p for p in module._parameters.values() if p is not None]
 
 
 def named_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -78,12 +83,52 @@ def is_token(parameter: nn.Parameter) -> bool:
 
 
 def expert_stacks(module: nn.Module) -> list[tuple[int, int, int]]:
-    """The shapes (experts, ., .) of the stacks of matrices that a module has of its own."""
+    """The shapes (experts, ., .) of the stacks of matrices that a module itself holds."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return []
-    own = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    shapes = [(p.shape[0], p.shape[1], p.shape[2]) for p in own]
+    stacks = [p for p in own_parameters(module) if p.dim() == 3]
+    shapes = [(p.shape[0], p.shape[1], p.shape[2]) for p in stacks]
     return [s for s in shapes if min(s[1:]) > 1 and s[0] > 1]
+
+
+def is_conv(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Whether it is a convolution."""
+    return isinstance(module, CONVS)
+
+
+def is_spatial_conv(module: nn.Module) -> bool:
+    """Whether it is a convolution that mixes positions and channels at once."""
+    return is_conv(module) and max(module.kernel_size) > 1 and module.groups != module.in_channels
+
+
+def is_torch_attention(module: nn.Module) -> bool:
+    """Whether it is torch's own attention, which runs without calling the projections in it."""
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def is_sigmoid(module: nn.Module) -> bool:
+    """Whether it is a sigmoid, hard ones too: what it gives is no feature but a weight."""
+    return "sigmoid" in type(module).__name__.lower()
+
+
+def may_be_inside_ffn(module: nn.Module) -> bool:
+    """Whether it may stand between the projections of a feed-forward network.
+
+    Not what holds a matrix of its own, nor what pools or weighs up positions; a depthwise
+    convolution may (PVTv2).
+    """
+    kind = type(module).__name__.lower()
+    if is_torch_attention(module) or "pool" in kind or "softmax" in kind:
+        return False
+    if is_conv(module):
+        keeps_size = set(module.stride) == {1}
+        return keeps_size and module.groups == module.in_channels == module.out_channels
+    return linear_shape(module) is None and all(map(_is_vector, own_parameters(module)))
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    """Whether it varies along one axis at most: (width,), (1, 1, width), (width, 1, 1), ()."""
+    return parameter.dim() == 0 or parameter.numel() == max(parameter.shape)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -91,26 +136,28 @@ def is_norm(module: nn.Module) -> bool:
 
     Below it there may be what has no parameters: an activation, a dropout (timm's BatchNormAct2d).
     """
-    own = [p for p in module._parameters.values() if p is not None]
-    if "norm" not in type(module).__name__.lower() or any(p.dim() > 1 for p in own):
+    vectors = own_parameters(module)
+    if "norm" not in type(module).__name__.lower() or any(p.dim() > 1 for p in vectors):
         return False
     below = [p for child in children(module) for p in child.parameters()]
-    return not children(module) or (len(own) > 0 and not {*map(id, below)} - {*map(id, own)})
+    return not children(module) or (
+        len(vectors) > 0 and not {*map(id, below)} - {*map(id, vectors)}
+    )
 
 
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether it normalises by running statistics, which every forward in training changes."""
-    held = module._buffers.items()
-    return any(name.startswith("running_") and tensor is not None for name, tensor in held)
+    buffers = module._buffers.items()
+    return any(name.startswith("running_") and tensor is not None for name, tensor in buffers)
 
 
 def shape_of(module: nn.Module) -> Shape | None:
-    """The shape of any leaf that fixes a number of features; None where it does not."""
-    if found := linear_shape(module):
-        return found
+    """The shape of any layer that fixes a number of features; None for others."""
+    if shape := linear_shape(module):
+        return shape
     if isinstance(module, nn.MultiheadAttention):
         return Shape(module.embed_dim, module.embed_dim, -1)
-    if isinstance(module, CONVS):
+    if is_conv(module):
         return Shape(module.in_channels, module.out_channels, 1)
     if is_norm(module):
         return _norm_shape(module)
@@ -118,8 +165,9 @@ def shape_of(module: nn.Module) -> Shape | None:
 
 
 def _norm_shape(module: nn.Module) -> Shape | None:
-    first = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # and timm's LayerNorm2d
-    axis = 1 if isinstance(module, first) or type(module).__name__.endswith("2d") else -1
+    channels_first = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+    named_2d = type(module).__name__.endswith("2d")  # timm's LayerNorm2d
+    axis = 1 if channels_first or named_2d else -1
     for name in ("normalized_shape", "num_features", "num_channels"):
         size = getattr(module, name, None)
         if size is not None:
@@ -141,7 +189,7 @@ def is_list(module: nn.Module) -> bool:
 
 
 def is_nonlinear(module: nn.Module) -> bool:
-    """Whether it has neither children nor parameters, and yet does more than hand on or scale.
+    """Whether it has neither children nor parameters, and yet does more than pass on or scale.
 
     A class that is not torch's own is tried on a few numbers, in eval mode and on a copy: an
     activation bends them, a dropout or a change of shape does not.
@@ -149,16 +197,17 @@ def is_nonlinear(module: nn.Module) -> bool:
     if children(module) or module._parameters:
         return False
     kind = type(module)
-    if kind not in _BENDS:
-        known = kind.__module__ == nn.ReLU.__module__ or isinstance(module, nn.GLU)
-        _BENDS[kind] = known or (kind.__module__.split(".")[0] != "torch" and _tried(module))
-    return _BENDS[kind]
+    if kind not in _NONLINEAR:
+        activation = kind.__module__ == nn.ReLU.__module__ or isinstance(module, nn.GLU)
+        others = kind.__module__.split(".")[0] != "torch"
+        _NONLINEAR[kind] = activation or (others and _bends_numbers(module))
+    return _NONLINEAR[kind]
 
 
-_BENDS: dict[type[nn.Module], bool] = {}
+_NONLINEAR: dict[type[nn.Module], bool] = {}
 
 
-def _tried(module: nn.Module) -> bool:
+def _bends_numbers(module: nn.Module) -> bool:
     x = torch.linspace(-2, 2, 8, device="cpu").reshape(1, 1, 8)
     try:
         copied = copy.copy(module)
@@ -166,5 +215,5 @@ def _tried(module: nn.Module) -> bool:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             once, twice, minus = (copied.forward(scale * x) for scale in (1, 2, -1))
             return not (torch.equal(2 * once, twice) and torch.equal(-once, minus))
-    except Exception:  # it is given something else
+    except Exception:  # it takes something else
         return False

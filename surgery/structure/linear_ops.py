@@ -7,20 +7,19 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .trace import Op, Value, Weights, names
+from .trace import CONV_OPS, Op, Value, Weights, names
 
-CONVS = ("conv1d", "conv2d", "conv3d")
 MATMULS = names("addmm baddbmm mm bmm matmul rmatmul _grouped_mm grouped_mm")
 
 
 class LinearOp(NamedTuple):
-    """A channel-linear operation: `width` features of `taken`, on `axis`, become `out`.
+    """A channel-linear operation: `width` features of `input`, on `axis`, become `out`.
 
     Its matrices are made of `weights`, which `owner` holds.
     """
 
     op: Op
-    taken: Value
+    input: Value
     width: int
     out: int
     axis: int
@@ -34,7 +33,7 @@ class LinearOp(NamedTuple):
 
 def linear_op(op: Op) -> LinearOp | None:
     """What a channel-linear operation does; None for any other."""
-    if op.name in CONVS:
+    if op.name in CONV_OPS:
         return _conv(op)
     if op.name == "linear":
         weight = op.arg(1, "weight")
@@ -45,21 +44,22 @@ def linear_op(op: Op) -> LinearOp | None:
 
 
 def _product(
-    op: Op, taken: Value, weight: Value, axis: int, sizes: tuple[int, ...]
+    op: Op, input: Value, weight: Value, axis: int, sizes: tuple[int, ...]
 ) -> LinearOp | None:
     """A product with a weight: `sizes` begins with the features in and out."""
     matrices = [w for w in weight.weights or () if len(w.shape) > 1]
     if not matrices or len(sizes) < 2:
         return None
     owner = max(matrices, key=lambda w: prod(w.shape)).owner(op)
-    return LinearOp(op, taken, sizes[0], sizes[1], axis, owner, frozenset(matrices))
+    return LinearOp(op, input, sizes[0], sizes[1], axis, owner, frozenset(matrices))
 
 
 def _matmul(op: Op) -> LinearOp | None:
-    factors = [v for v in op.given if len(v.shape) in (2, 3, 4)]
+    factors = [v for v in op.inputs if len(v.shape) in (2, 3, 4)]
     if len(factors) < 2:
         return None
-    left, right = factors[:2] if "addmm" not in op.name and op.name != "baddbmm" else factors[-2:]
+    adds = "addmm" in op.name or op.name == "baddbmm"  # then the first is what it adds to
+    left, right = factors[-2:] if adds else factors[:2]
     if right.weights:
         return _product(op, left, right, -1, right.shape[-2:])
     return _product(op, right, left, -2, left.shape[:-3:-1])
@@ -76,28 +76,37 @@ def _conv(op: Op) -> LinearOp | None:
 
 
 def _einsum(op: Op) -> LinearOp | None:
-    equation, values = op.args[0], op.given
-    if not isinstance(equation, str) or len(values) != 2 or "->" not in equation:
+    equation, operands = op.args[0], op.inputs
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return None
-    left, right = equation.replace(" ", "").replace("...", "").split("->")
+    left, result = equation.replace(" ", "").replace("...", "").split("->")
     terms = left.split(",")
-    if values[0].weights:
-        values, terms = values[::-1], terms[::-1]
-    taken, weight = values
-    sizes = dict(zip(terms[1], weight.shape, strict=False))
-    inner = [c for c in terms[1] if c in terms[0] and c not in right]
-    experts = terms[1][:1] if len(terms[1]) == 3 and terms[1][0] not in inner else ""
-    outer = [c for c in terms[1] if c not in terms[0] and c in right and c != experts]
-    if not inner or not outer or not weight.weights:
+    if operands[0].weights:
+        operands, terms = operands[::-1], terms[::-1]
+    (features, weight), (kept, matrix) = operands, terms
+    summed, added = _in_and_out(kept, matrix, result)
+    if not summed or not added or not weight.weights:
         return None
-    axis = -1 if terms[0].endswith(inner[-1]) else 1
-    shape = (prod(sizes[c] for c in inner), prod(sizes[c] for c in outer))
-    return _product(op, taken, weight, axis, shape)
+    axis = -1 if kept.endswith(summed[-1]) else 1
+    sizes = dict(zip(matrix, weight.shape, strict=False))
+    shape = (prod(sizes[c] for c in summed), prod(sizes[c] for c in added))
+    return _product(op, features, weight, axis, shape)
+
+
+def _in_and_out(features: str, weight: str, result: str) -> tuple[list[str], list[str]]:
+    """The letters of a weight over which a product sums, and those that it gives to the result.
+
+    Of three, the first may count experts: each has a matrix of its own.
+    """
+    summed = [c for c in weight if c in features and c not in result]
+    experts = weight[:1] if len(weight) == 3 and weight[0] not in summed else ""
+    added = [c for c in weight if c not in features and c in result and c != experts]
+    return summed, added
 
 
 def is_depthwise(op: Op) -> bool:
     """Whether it is a convolution of each channel by itself."""
-    if op.name not in CONVS:
+    if op.name not in CONV_OPS:
         return False
     return bool(
         op.arg(6, "groups", 1) == op.arg(0, "input").shape[-len(op.arg(1, "weight").shape) + 1]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import nn
 
 from ..errors import RuleError
-from .layers import CONVS, Shape, is_norm, linear_shape, named_children, shape_of
+from .layers import (
+    CONVS,
+    Shape,
+    is_norm,
+    is_torch_attention,
+    linear_shape,
+    named_children,
+    shape_of,
+)
 from .path import Step
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -56,13 +65,13 @@ class Site:
         return self.parent is not None and isinstance(self.parent.module, CONTAINERS)
 
     @property
-    def is_folded(self) -> bool:
-        """Whether it is a batch norm right after a projection: one step with it."""
+    def completes_projection(self) -> bool:
+        """Whether it is a batch norm right after what it is one step with: linear, convolution."""
         if not (self.parent and isinstance(self.module, nn.modules.batchnorm._NormBase)):
             return False
-        place = self.parent.children.index(self)
-        before = self.parent.children[place - 1].module if place else None
-        return isinstance(before, (nn.Linear, *CONVS))
+        siblings = self.parent.children
+        place = siblings.index(self)
+        return place > 0 and isinstance(siblings[place - 1].module, (nn.Linear, *CONVS))
 
     @property
     def width(self) -> int:
@@ -87,15 +96,15 @@ class Site:
 
     @property
     def shape(self) -> Shape:
-        """(width, out, axis), read off the first and the last leaf that fix them."""
+        """(width, out, axis), read off the first and the last layer that fix them."""
         if self._shape is None:
             self.read_shape()
         return self._shape or Shape(0, 0, -1)
 
-    def read_shape(self, but: Collection[Site] = ()) -> None:
-        """Read the shape off the first and the last leaf that fix it, leaving some of them out."""
-        first = _first_shape(self.entry, but)
-        last = _first_shape(self.exit, but, backwards=True)
+    def read_shape(self, leave_out: Collection[Site] = ()) -> None:
+        """Read the shape off the first and the last layer that fix it, leaving some of them out."""
+        first = _first_shape(self.entry, leave_out)
+        last = _first_shape(self.exit, leave_out, backwards=True)
         self._shape = Shape(
             first.width if first else 0, last.out if last else 0, first.axis if first else -1
         )
@@ -150,23 +159,25 @@ def holders(site: Site) -> list[Site]:
     return [s for s in site.entry.above() if s in above]
 
 
-def _first_shape(site: Site, but: Collection[Site], backwards: bool = False) -> Shape | None:
-    """That of the first leaf; a norm of another width than projections beside it is per head."""
-    if site in but:
+def _first_shape(site: Site, leave_out: Collection[Site], backwards: bool = False) -> Shape | None:
+    """The shape of the first layer below a site that fixes one, or from the end of the last."""
+    if site in leave_out:
         return None
-    if found := shape_of(site.module):
-        return found
-    beside = [known for child in site.children if (known := linear_shape(child.module))]
-    widths = {width for known in beside for width in known[:2]}
+    if shape := shape_of(site.module):
+        return shape
+    projections = [shape for child in site.children if (shape := linear_shape(child.module))]
+    widths = {width for shape in projections for width in shape[:2]}
     for child in reversed(site.children) if backwards else site.children:
-        found = _first_shape(child, but, backwards)
-        if found and not (widths and is_norm(child.module) and found.width not in widths):
-            return found
+        shape = _first_shape(child, leave_out, backwards)
+        # a norm of another width than the projections beside it is one per head (Qwen3)
+        per_head = shape and widths and is_norm(child.module) and shape.width not in widths
+        if shape and not per_head:
+            return shape
     return None
 
 
 class Tree:
-    """All sites of a model, in order of registration, grafts left out.
+    """All sites of a model, in order of registration, without what surgery added to it.
 
     `memo` keeps what was once worked out about this tree (roles, selections).
     """
@@ -175,7 +186,7 @@ class Tree:
         self.model = model
         self.sites: list[Site] = []
         self.memo: dict[Any, Any] = {}
-        self._known: dict[int, Site] = {}
+        self._known: dict[int, Site] = {}  # by the id of its module
         self.root = self._grow(model, None, (), ())
 
     def _grow(
@@ -200,11 +211,36 @@ class Tree:
 
 
 def _children(module: nn.Module) -> list[tuple[Step, nn.Module]]:
-    found = named_children(module)
-    return [(Step(name, i, len(found)), child) for i, (name, child) in enumerate(found.items())]
+    named = named_children(module)
+    return [(Step(name, i, len(named)), child) for i, (name, child) in enumerate(named.items())]
 
 
 def _alias(site: Site, steps: tuple[Step, ...]) -> None:
     site.aliases.append(steps)
     for child in site.children:
         _alias(child, (*steps, child.steps[-1]))
+
+
+class Projections:
+    """The channel-linear layers of a tree, in the order of the walk.
+
+    elements  for each the nearest element of a container that holds it
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.all = [s for s in tree.sites if _projects(s)]
+        self.orders = [s.order for s in self.all]
+        self.elements = {s: element(s) for s in self.all}
+
+    def below(self, site: Site) -> list[Site]:
+        """Those of a site, itself included."""
+        low, high = bisect_left(self.orders, site.order), bisect_left(self.orders, site.end)
+        return self.all[low:high]
+
+
+def _projects(site: Site) -> bool:
+    if is_torch_attention(site.module):
+        return True
+    inside_attention = site.parent is not None and is_torch_attention(site.parent.module)
+    return linear_shape(site.module) is not None and not inside_attention

@@ -97,8 +97,8 @@ def _parse_step(step: str, text: str) -> _Matcher:
     )
 
 
-def _index(found: re.Match[str]) -> int | slice:
-    number, *bounds = found.groups()
+def _index(position: re.Match[str]) -> int | slice:
+    number, *bounds = position.groups()
     if number is not None:
         return int(number)
     start, stop, step = (int(b) if b else None for b in bounds)
@@ -116,34 +116,32 @@ def match(text: str, path: tuple[Step, ...]) -> dict[str, str] | None:
 
 
 def _match(
-    matchers: tuple[_Matcher, ...], path: tuple[Step, ...], i: int, j: int, found: dict[str, str]
+    matchers: tuple[_Matcher, ...], path: tuple[Step, ...], i: int, j: int, captures: dict[str, str]
 ) -> dict[str, str] | None:
+    """What the matchers from the i-th on capture on the path from its j-th step on."""
     while i < len(matchers):
         matcher = matchers[i]
         if matcher is None:
-            return _match_any(matchers, path, i, j, found)
+            return _match_any(matchers, path, i, j, captures)
         if j == len(path) or not matcher.fits(path[j]):
             return None
         if isinstance(matcher, _Any) and matcher.capture:
-            if found.get(matcher.capture, path[j].name) != path[j].name:
+            if captures.get(matcher.capture, path[j].name) != path[j].name:
                 return None
-            found = {**found, matcher.capture: path[j].name}
+            captures = {**captures, matcher.capture: path[j].name}
         i, j = i + 1, j + 1
-    return found if j == len(path) else None
+    return captures if j == len(path) else None
 
 
 def _match_any(
-    matchers: tuple[_Matcher, ...], path: tuple[Step, ...], i: int, j: int, found: dict[str, str]
+    matchers: tuple[_Matcher, ...], path: tuple[Step, ...], i: int, j: int, captures: dict[str, str]
 ) -> dict[str, str] | None:
-    needed = sum(m is not None for m in matchers[i + 1 :])
+    """The same where the i-th matcher is `**`: by the fewest steps that let the rest match."""
+    last = len(path) - sum(m is not None for m in matchers[i + 1 :])
     if None not in matchers[i + 1 :]:  # the last `**`: what follows has one place to be
-        return (
-            _match(matchers, path, i + 1, len(path) - needed, found)
-            if (len(path) - needed >= j)
-            else None
-        )
-    for k in range(j, len(path) - needed + 1):
-        if (result := _match(matchers, path, i + 1, k, found)) is not None:
+        return _match(matchers, path, i + 1, last, captures) if last >= j else None
+    for k in range(j, last + 1):
+        if (result := _match(matchers, path, i + 1, k, captures)) is not None:
             return result
     return None
 
@@ -173,11 +171,13 @@ def closest(
     rank = {address: i for i, address in enumerate(preferred)}
 
     def order(address: str) -> tuple[float, int, int, str]:
-        own = address.split(".")
-        ways = [(steps, own), (steps[::-1], own[::-1])] if anywhere else [(steps, own)]
+        existing = address.split(".")
+        ways = [(steps, existing)]
+        if anywhere:
+            ways.append((steps[::-1], existing[::-1]))
         alike = max(sum(map(_alike, asked, there)) for asked, there in ways)
-        likeness = alike / max(len(steps), 1 if anywhere else len(own))
-        return -round(likeness, 3), rank.get(address, len(rank)), len(own), address
+        likeness = alike / max(len(steps), 1 if anywhere else len(existing))
+        return -round(likeness, 3), rank.get(address, len(rank)), len(existing), address
 
     return [(address, counts[address]) for address in sorted(counts, key=order)[:most]]
 

@@ -69,44 +69,47 @@ Weights = frozenset[Weight]
 
 
 class Call:
-    """One call of a module: in which other call, and the values it took and gave."""
+    """One call of a module: the call around it, and the values it took and gave."""
 
-    __slots__ = ("given", "inner", "made", "module")
+    __slots__ = ("inputs", "module", "outer", "outputs")
 
-    def __init__(self, module: nn.Module, inner: Call | None, given: list[Value]) -> None:
-        self.module, self.inner, self.given = module, inner, given
-        self.made: list[Value] = []
+    def __init__(self, module: nn.Module, outer: Call | None, inputs: list[Value]) -> None:
+        self.module, self.outer, self.inputs = module, outer, inputs
+        self.outputs: list[Value] = []
 
 
 class Op:
     """One call of a torch function; `args` and `kwargs` hold values where it was given tensors."""
 
-    __slots__ = ("args", "call", "given", "kwargs", "made", "name")
+    __slots__ = ("args", "call", "inputs", "kwargs", "name", "outputs")
 
     def __init__(self, name: str, call: Call | None, args: Any, kwargs: Any) -> None:
         self.name, self.call, self.args, self.kwargs = name, call, args, kwargs
-        self.given = list(_pick((args, kwargs), Value))
-        self.made: list[Value] = []
+        self.inputs: list[Value] = list(_pick((args, kwargs), Value))
+        self.outputs: list[Value] = []
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(map(repr, self.given))})"
+        return f"{self.name}({', '.join(map(repr, self.inputs))})"
 
     def stack(self) -> Iterator[Call]:
         """The calls it ran in, innermost first."""
         call = self.call
         while call is not None:
             yield call
-            call = call.inner
+            call = call.outer
 
     @property
     def features(self) -> list[Value]:
-        return [value for value in self.given if value.is_feature]
+        """The inputs that are features."""
+        return [value for value in self.inputs if value.is_feature]
 
     def arg(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument, by its place or its name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
 
 def names(text: str) -> frozenset[str]:
+    """Names of operations, written with spaces between."""
     return frozenset(text.split())
 
 
@@ -123,6 +126,14 @@ MOVES = names(  # what leaves features as they are, or puts them elsewhere, or w
 )
 SUMS = names("add sub rsub subtract addcmul")
 SCALES = names("mul multiply div true_divide divide rmul rdiv")
+CONV_OPS = names("conv1d conv2d conv3d")
+NORM_AXES = {  # what normalises, with the axis that features lie on
+    "layer_norm": -1,
+    "rms_norm": -1,
+    "batch_norm": 1,
+    "group_norm": 1,
+    "instance_norm": 1,
+}
 
 
 def is_cheap(op: Op) -> bool:
@@ -151,15 +162,16 @@ class Trace:
         return self.paths.get(id(module), "?")
 
     def calls_of(self, module: nn.Module | str) -> list[Call]:
+        """The calls of one module, itself or its path, in the order in which they began."""
         wanted = self.model.get_submodule(module) if isinstance(module, str) else module
-        return self._calls.get(id(wanted), [])
+        return self._calls_by_module.get(id(wanted), [])
 
     @cached_property
-    def _calls(self) -> dict[int, list[Call]]:
-        found: dict[int, list[Call]] = {}
-        for each in self.calls:
-            found.setdefault(id(each.module), []).append(each)
-        return found
+    def _calls_by_module(self) -> dict[int, list[Call]]:
+        grouped: dict[int, list[Call]] = {}
+        for module_call in self.calls:
+            grouped.setdefault(id(module_call.module), []).append(module_call)
+        return grouped
 
 
 def upstream(values: Iterable[Value], through: Callable[[Op], bool] = is_cheap) -> Iterator[Value]:
@@ -171,10 +183,10 @@ def upstream(values: Iterable[Value], through: Callable[[Op], bool] = is_cheap) 
         value = heappop(queue)[1]
         yield value
         if value.op is not None and through(value.op):
-            for fresh in value.op.features:
-                if fresh not in seen:
-                    seen.add(fresh)
-                    heappush(queue, (-fresh.number, fresh))
+            for source in value.op.features:
+                if source not in seen:
+                    seen.add(source)
+                    heappush(queue, (-source.number, source))
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
@@ -185,8 +197,8 @@ def trace(model: nn.Module, example: Any) -> Trace:
     Works on the meta device too. Training flags, hooks, buffers, gradients and random numbers
     are afterwards as they were. Raises whatever the model raises.
 
-    >>> found = trace(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16)), torch.zeros(2, 8))
-    >>> [op.name for op in found.ops]
+    >>> traced = trace(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16)), torch.zeros(2, 8))
+    >>> [op.name for op in traced.ops]
     ['layer_norm', 'linear']
     """
     if isinstance(model, torch.jit.ScriptModule):
@@ -220,9 +232,9 @@ class _Recorder(TorchFunctionMode):
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    self._hold(module, name, parameter)
+                    self._know_weight(module, name, parameter)
 
-    def _hold(self, module: nn.Module, name: str, parameter: torch.Tensor) -> None:
+    def _know_weight(self, module: nn.Module, name: str, parameter: torch.Tensor) -> None:
         if id(parameter) not in self.weights:
             weight = Weight(name, tuple(parameter.shape))
             value = self.value(parameter, frozenset([weight]))
@@ -260,30 +272,30 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
-        if name in _ASKS:
+        if name in _QUERIES:
             return func(*args, **kwargs)
-        given = list(_pick((args, kwargs), torch.Tensor))
-        seen = _swap(args, self.recall), _swap(kwargs, self.recall)
-        versions = [_version(tensor) for tensor in given]
+        tensors = list(_pick((args, kwargs), torch.Tensor))
+        values = _swap(args, self.recall), _swap(kwargs, self.recall)
+        versions = [_version(tensor) for tensor in tensors]
         result = func(*args, **kwargs)
-        written = [t for t, was in zip(given, versions, strict=True) if _version(t) != was]
+        written = [t for t, was in zip(tensors, versions, strict=True) if _version(t) != was]
         fresh = [t for t in _pick(result, torch.Tensor) if not self.knows(t)]
         if fresh or written:
-            self._record(name, *seen, [*fresh, *written])
+            self._record(name, *values, [*fresh, *written])
             for tensor in written:
                 self.writes[_storage(tensor)] = self.known[id(tensor)][1]
         return result
 
-    def _record(self, name: str, args: Any, kwargs: Any, made: list[torch.Tensor]) -> None:
+    def _record(self, name: str, args: Any, kwargs: Any, results: list[torch.Tensor]) -> None:
         op = Op(name, self.call, args, kwargs)
         weights = _made_of(op)
-        for tensor in made:
+        for tensor in results:
             value = self.value(tensor, weights)
             value.op = op
-            op.made.append(value)
+            op.outputs.append(value)
             self.know(tensor, value)
-        for given in op.given:
-            given.uses.append(op)
+        for source in op.inputs:
+            source.uses.append(op)
         self.trace.ops.append(op)
 
     @contextmanager
@@ -307,26 +319,26 @@ class _Recorder(TorchFunctionMode):
             handle.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = [self.recall(tensor) for tensor in _pick((args, kwargs), torch.Tensor)]
-        self.call = Call(module, self.call, given)
+        inputs = [self.recall(tensor) for tensor in _pick((args, kwargs), torch.Tensor)]
+        self.call = Call(module, self.call, inputs)
         self.trace.calls.append(self.call)
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         while self.call is not None and self.call.module is not module:
-            self.call = self.call.inner  # one that left by an exception
+            self.call = self.call.outer  # one that left by an exception
         if self.call is None:
             return
-        made = list(_pick(result, torch.Tensor))
-        unseen = [tensor for tensor in made if not self.knows(tensor)]
+        tensors = list(_pick(result, torch.Tensor))
+        unseen = [tensor for tensor in tensors if not self.knows(tensor)]
         if unseen:  # a kernel or script that torch functions are not asked about
-            self._record("_opaque", tuple(self.call.given), {}, unseen)
-        self.call.made = [self.recall(tensor) for tensor in made]
-        self.call = self.call.inner
+            self._record("_opaque", tuple(self.call.inputs), {}, unseen)
+        self.call.outputs = [self.recall(tensor) for tensor in tensors]
+        self.call = self.call.outer
 
 
-_ASKS = names("shape size dim stride dtype device numel requires_grad grad_fn is_nested")
-_APPLIES = names("linear conv1d conv2d conv3d embedding scaled_dot_product_attention")
-_SHAPED = names("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full")
+_QUERIES = names("shape size dim stride dtype device numel requires_grad grad_fn is_nested")
+_APPLIES = CONV_OPS | names("linear embedding scaled_dot_product_attention")
+_LIKE = names("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full")
 _DUNDERS = {"imul": "mul", "iadd": "add", "isub": "sub", "itruediv": "div", "radd": "add"}
 _NAMES: dict[Any, str] = {}
 
@@ -347,34 +359,34 @@ def _made_of(op: Op) -> Weights | None:
 
     An index picks from what it is put to, and only the shape goes into a tensor like another.
     """
-    if op.name in _SHAPED:
+    if op.name in _LIKE:
         return frozenset()
-    sources = [value for value in op.given if value.floats] or op.given
+    sources = [value for value in op.inputs if value.floats] or op.inputs
     if op.name in _APPLIES or any(value.weights is None for value in sources):
         return None
     return frozenset().union(*(value.weights or () for value in sources))
 
 
-def _pick(found: Any, kind: type) -> Iterator[Any]:
+def _pick(nested: Any, kind: type) -> Iterator[Any]:
     """Everything of a kind in nested lists, tuples and dicts."""
-    if isinstance(found, kind):
-        yield found
-    elif isinstance(found, dict):
-        for item in found.values():
+    if isinstance(nested, kind):
+        yield nested
+    elif isinstance(nested, dict):
+        for item in nested.values():
             yield from _pick(item, kind)
-    elif isinstance(found, (list, tuple)):
-        for item in found:
+    elif isinstance(nested, (list, tuple)):
+        for item in nested:
             yield from _pick(item, kind)
 
 
-def _swap(found: Any, recall: Callable[[torch.Tensor], Value]) -> Any:
-    if isinstance(found, torch.Tensor):
-        return recall(found)
-    if isinstance(found, dict):
-        return {key: _swap(item, recall) for key, item in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [_swap(item, recall) for item in found]
-    return found
+def _swap(nested: Any, recall: Callable[[torch.Tensor], Value]) -> Any:
+    if isinstance(nested, torch.Tensor):
+        return recall(nested)
+    if isinstance(nested, dict):
+        return {key: _swap(item, recall) for key, item in nested.items()}
+    if isinstance(nested, (list, tuple)):
+        return [_swap(item, recall) for item in nested]
+    return nested
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -282,7 +282,7 @@ def functional(found: Trace) -> dict[str, list[str]]:
     """The parameters that were read while no module that holds them ran, by their owner."""
     read: dict[str, dict[str, None]] = {}
     for op in found.ops:
-        for weight in (w for v in op.given if v.op is None for w in v.weights or ()):
+        for weight in (w for v in op.inputs if v.op is None for w in v.weights or ()):
             owner = weight.owner(op)
             if all(call.module is not owner for call in op.stack()):
                 read.setdefault(found.path(owner), {})[weight.name] = None
@@ -291,8 +291,8 @@ def functional(found: Trace) -> dict[str, list[str]]:
 
 def feeds(found: Trace, a: str, b: str) -> bool:
     """Whether what `a` gives reaches what `b` takes through cheap operations alone."""
-    made = {value for call in found.calls_of(a) for value in call.made}
-    given = [value for call in found.calls_of(b) for value in call.given]
+    made = {value for call in found.calls_of(a) for value in call.outputs}
+    given = [value for call in found.calls_of(b) for value in call.inputs]
     return any(value in made for value in upstream(given))
 
 
@@ -340,7 +340,7 @@ def test_a_tied_weight_belongs_to_the_module_that_runs():
     model[1].weight = model[0].weight
     found = trace(model, torch.randn(TOKENS))
     assert functional(found) == {}
-    assert next(w.holders for v in found.ops[0].given for w in v.weights or ()) == list(model)
+    assert next(w.holders for v in found.ops[0].inputs for w in v.weights or ()) == list(model)
 
 
 def test_feeds_passes_cheap_operations_only():
@@ -564,8 +564,8 @@ def test_a_constant_makes_no_residual_sum():
 def test_a_norm_before_any_value():
     found = trace(Sequence(Pre()), torch.randn(TOKENS))
     call = found.calls_of("0.attn.proj")[0]
-    assert norm_before(found, call.given) == (None, False)
-    assert norm_before(found, found.calls_of("0.attn")[0].given) == ("0.before_attn", True)
+    assert norm_before(found, call.inputs) == (None, False)
+    assert norm_before(found, found.calls_of("0.attn")[0].inputs) == ("0.before_attn", True)
 
 
 @pytest.mark.parametrize("first", [True, False])
