@@ -77,21 +77,21 @@ class Plan:
         self.tree = Tree(model)
         self.dataflow = attach_dataflow(self.tree, example)
         self.matches = [(rule, match_rule(rule, self.tree)) for rule in self.rules]
-        self.placed = [
+        self.placements = [
             Placement(rule, edit, site, site.seen(shape=edit.port(site), captures=captures))
             for rule, sites in self.matches
             for edit in rule.rest
             if isinstance(edit, Joined)
             for site, captures in sites.items()
         ]
-        check_conflicts(self.placed)
-        check_called(self.placed)
-        self.tokens = tokens_of(self.placed, self.tree)
-        self.heard_from = heard_from(self.placed, self.tree)
+        check_conflicts(self.placements)
+        check_called(self.placements)
+        self.tokens = tokens_of(self.placements, self.tree)
+        self.heard_from = heard_from(self.placements, self.tree)
         self.names = PartNames(self.tree)
-        name_all(self.placed, self.names)
+        name_all(self.placements, self.names)
         self.unfrozen = self._unfrozen()
-        if not (self.placed or self.unfrozen):
+        if not (self.placements or self.unfrozen):
             raise RuleError(
                 self.rules[0].short,
                 "nothing would be left to train: what no rule unfreezes is frozen anyway.",
@@ -102,7 +102,7 @@ class Plan:
     @property
     def sites(self) -> list[Site]:
         """The sites that parts are joined to, in the order of the walk."""
-        unique = {p.spot: p.site for p in self.placed}
+        unique = {p.spot: p.site for p in self.placements}
         return sorted(unique.values(), key=lambda site: site.order)
 
     @property
@@ -114,7 +114,7 @@ class Plan:
     def _sketched(self) -> BuiltParts:
         if self._sketches is None:
             with preserved():
-                self._sketches = BuiltParts(self.placed, self.names, None)
+                self._sketches = BuiltParts(self.placements, self.names, None)
         return self._sketches
 
     @property
@@ -186,21 +186,21 @@ class Plan:
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
         operation.train_only(modules, trained)
-        built = BuiltParts(self.placed, self.names, self.seed)
+        built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
         spots: dict[tuple[int, int], list[Placement]] = {}
-        for p in self.placed:
+        for p in self.placements:
             spots.setdefault(p.spot, []).append(p)
-        for placements in spots.values():
+        for there in spots.values():
             actions = [
                 Action(p.edit.place, parts[p.key], p.edit.scale, self.tokens.get(p, Tokens(0)))
-                for p in placements
+                for p in there
             ]
-            operation.join(placements[0].place, actions)
+            operation.join(there[0].place, actions)
         hooked_sites = dict(zip(spots, operation.hooked_sites, strict=True))
         for p, source in self.heard_from.items():
             mine, theirs = spots[p.spot], spots[source.spot]
@@ -257,7 +257,7 @@ class Plan:
         rows: list[RuleRecord] = []
         counted: set[int] = set()
         for rule, sites in self.matches:
-            joined = dict.fromkeys(p.key for p in self.placed if p.rule is rule)
+            joined = dict.fromkeys(p.key for p in self.placements if p.rule is rule)
             keys = dict.fromkeys(k for key in joined for k in (key, *borrowed.get(key, ())))
             trained = [
                 p for edit in unfreezing_edits(rule) for _, p in parameters_meant(edit, sites)

@@ -148,7 +148,7 @@ def faults_leave_nothing(case: Case, draw: Draw) -> None:
 def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
     """For a part that cannot be made at the k-th place: fp(m) is unchanged."""
     model = case.model()
-    placed = case.plan(model).placed
+    placed = case.plan(model).placements
     applies(placed, "these rules join no part")
     mark(model, [True, False])
     path = draw(st.sampled_from([p.site.path for p in placed]), "site")
@@ -311,7 +311,7 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
 def user_hooks_come_first(case: Case, draw: Draw) -> None:
     """Hooks of the user's own at a site fire once a call, in their old order, before any graft."""
     model = case.model()
-    placed = [p for p in case.plan(case.model()).placed if p.edit.place != "instead"]
+    placed = [p for p in case.plan(case.model()).placements if p.edit.place != "instead"]
     applies(placed, "these rules join no part")
     path = draw(st.sampled_from(sorted({p.site.path for p in placed})), "site")
     here = [p for p in placed if p.site.path == path]

@@ -134,12 +134,12 @@ def counts_are_closed_forms(case: Case, draw: Draw) -> None:
     model = case.model()
     plan = case.plan(model)
     want, groups = 0, set[Any]()
-    for placement in plan.placed:
+    for placement in plan.placements:
         group = _group(placement)
         if group is None or group not in groups:
             want += sum(p.numel() for p in placement.sketch().parameters())
         groups.add(group)
-    placed = {placement.key for placement in plan.placed}
+    placed = {placement.key for placement in plan.placements}
     others = [part for key, part in plan.parts.items() if key not in placed]
     want += sum(p.numel() for part in others for p in part.parameters())
     added, trainable = plan.added, plan.trainable
@@ -172,9 +172,9 @@ def sharing_is_kept(case: Case, draw: Draw) -> None:
     """
     model = case.model()
     plan = case.plan(model)
-    applies(plan.placed, "these rules join no part")
+    applies(plan.placements, "these rules join no part")
     groups: dict[Any, list[str]] = {}
-    for i, placement in enumerate(plan.placed):
+    for i, placement in enumerate(plan.placements):
         groups.setdefault(_group(placement) or i, []).append(placement.site.path)
     plan.apply()
     way = draw(st.sampled_from([*COPIES]), "copy")
@@ -260,8 +260,8 @@ def parts_are_like_their_site(case: Case, draw: Draw) -> None:
         plan = case.plan(model)
     except RuntimeError as error:
         applies(False, f"the base does not run in {dtype}: {error}")
-    applies(plan.placed, "these rules join no part")
-    first_sites = {placement.key: placement.site for placement in reversed(plan.placed)}
+    applies(plan.placements, "these rules join no part")
+    first_sites = {placement.key: placement.site for placement in reversed(plan.placements)}
     modes = {key: site.module.training for key, site in first_sites.items()}
     plan.apply()
     for key, site in first_sites.items():
