@@ -172,7 +172,7 @@ class Plan:
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():
-                self._carry_out(operation)
+                self._execute(operation)
                 if example is not None:
                     verify(self.model, operation, example, self._train_targets(operation))
         except BaseException:
@@ -181,7 +181,7 @@ class Plan:
         return self.model
 
     @no_collection()
-    def _carry_out(self, operation: Operation) -> None:
+    def _execute(self, operation: Operation) -> None:
         modules = [site.module for site in self.tree.sites]
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
@@ -343,7 +343,7 @@ def _source(p: Placement, heard: Selector, placements: list[Placement], tree: Tr
     sources = [
         other
         for other in placements
-        if other.edit.tells and other.place in sites and other.place.exit.end <= beginning
+        if other.edit.can_be_heard and other.place in sites and other.place.exit.end <= beginning
     ]
     if p.place.entry.is_element:
         tower = p.place.entry.parent

@@ -98,7 +98,7 @@ class Joined(Edit):
     """Joins a part to a site."""
 
     place: ClassVar[str]
-    tells: ClassVar[bool] = True  # whether what its part gives can be heard
+    can_be_heard: ClassVar[bool] = True  # whether what its part gives can be heard
     part: Maker
 
     @property
@@ -148,14 +148,14 @@ class Prepend(_Serial):
 
 class Replace(Joined):
     place = "instead"
-    tells = False
+    can_be_heard = False
 
 
 @dataclass(frozen=True, repr=False)
 class Insert(Joined):
     """Puts the tokens that a part gives among those of the site."""
 
-    tells = False
+    can_be_heard = False
     after: int = field(default=1, kw_only=True)
     hears: Selector | None = field(default=None, kw_only=True)
     keep: bool = field(default=False, kw_only=True)
