@@ -155,8 +155,8 @@ def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
     rule = next(p.rule for p in placed if p.site.path == path)
     broken = at(where(rule.where) & where(lambda s: s.path == path), append(_failing))
     before = fingerprint(model)
-    operate = lambda: case.operated(model, [*case.rules, broken])  # noqa: E731
-    raised(_Failed, operate, "a part that cannot be made")
+    rules = [*case.rules, broken]
+    raised(_Failed, lambda: case.operated(model, rules), "a part that cannot be made")
     unchanged(before, fingerprint(model), f"a part that could not be made at {path}")
 
 

@@ -181,8 +181,8 @@ def _built(config: Any) -> nn.Module:
     """Build on the meta device to count, then for real. Raises MemoryError above MOST."""
     try:
         with torch.device("meta"):
-            sketch = model_of(config)
-        size = sum(p.numel() for p in sketch.parameters())
+            model = model_of(config)
+        size = sum(p.numel() for p in model.parameters())
     except Exception:
         size = 0
     if size > MOST:

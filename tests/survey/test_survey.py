@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -254,6 +256,17 @@ def test_a_part_that_never_runs_is_seen():
     assert row.run == "forward sees 2 of 4"
     assert row.reason.startswith("not run with these inputs: idle.")
     assert not hasattr(model, "surgery")
+
+
+def test_a_forward_may_draw_random_numbers_of_python():
+    class Draws(nn.Sequential):
+        def forward(self, input):
+            random.random()  # as MusicGen does, to leave layers out
+            return super().forward(input)
+
+    model = Draws(Layer(True, False), Layer(True, False))
+    row = operated(read(Row("own", "draws"), model), model, {"input": torch.randn(1, 5, D)})
+    assert (row.status, row.reason) == ("operated", "")
 
 
 D, H = 16, 40
