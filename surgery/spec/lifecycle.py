@@ -188,7 +188,7 @@ def base_keys_are_kept(case: Case, draw: Draw) -> None:
         [key for key in now if key in keys] == keys, "the keys of the base are not in their order"
     )
     foreign = [key for key in added if "surgery." not in key]
-    holds(not foreign, f"added keys lie outside of the room: {first_few(foreign)}")
+    holds(not foreign, f"added keys lie outside of model.surgery: {first_few(foreign)}")
     after = _modules(model)
     other = [path for path in {*modules, *after} if modules.get(path) != after.get(path)]
     holds(not other, f"other modules than before: {first_few(other)}")
