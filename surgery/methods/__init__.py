@@ -5,7 +5,8 @@
 
 Users may import what `__all__` names; `surgery.rulesets()` lists them with their sources. Arguments
 are those of the parts a set is made of, which `surgery.parts` explains under the same names;
-`scale` is a factor of what is added, `dropout` a probability.
+`scale` is a factor of what is added, `dropout` a probability. A new set: its file, its name in
+`_SETS`, and a test that writes its formula out in plain PyTorch (`tests/methods`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Where, by what stands around: `inside`, `holding`, `nearest` and `span` relate patterns."""
+"""Where, by what stands around: `inside`, `holding`, `nearest` and `span` relate selectors.
+
+Which norm is `nearest` before a place is decided here by the order of modules (`_before`), and by
+`structure/dataflow` where a forward tells.
+"""
 
 from __future__ import annotations
 
