@@ -44,7 +44,7 @@ def a_tree_that_shows_grafts(patch: Patch) -> None:
 def no_match_is_silent(patch: Patch) -> None:
     def lenient(real: Any, rule: Any, tree: Any) -> Any:
         try:
-            return real(rule, module_tree)
+            return real(rule, tree)
         except surgery.MatchError:
             return {}
 
@@ -52,7 +52,7 @@ def no_match_is_silent(patch: Patch) -> None:
 
 
 def times_is_a_minimum(patch: Patch) -> None:
-    patch.setattr(plan, "match_rule", lambda rule, tree: rule.where.find(module_tree))
+    patch.setattr(plan, "match_rule", lambda rule, tree: rule.where.find(tree))
 
 
 def conflicts_are_ignored(patch: Patch) -> None:

@@ -40,7 +40,7 @@ from surgery.engine import journal
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
 from surgery.engine.journal import Journal
-from surgery.engine.operation import Operation
+from surgery.engine.operation import Operation, additions_of, operations
 from surgery.engine.placement import Placement
 from surgery.rules import roles, routing, selector
 from surgery.rules.affine import Affine
@@ -277,7 +277,7 @@ def some_sites_are_left_out(patch: Patch) -> None:
 
 
 def shared_parts_count_each_time(patch: Patch) -> None:
-    added = property(lambda self: sum(plan.count([p.sketch()]) for p in self.placed))
+    added = property(lambda self: sum(plan.count_parameters([p.sketch()]) for p in self.placements))
     patch.setattr(plan.Plan, "added", added)
 
 
@@ -331,7 +331,7 @@ def of_two_routers_one_counts(patch: Patch) -> None:
 
 def twice_is_fine(patch: Patch) -> None:
     def check(model: nn.Module, name: str) -> None:
-        room = plan.additions_of(model)
+        room = additions_of(model)
         if room is not None:
             room._modules.pop(name, None)
 
@@ -340,7 +340,7 @@ def twice_is_fine(patch: Patch) -> None:
 
 def one_revert_takes_all(patch: Patch) -> None:
     def undo(real: Any, self: Operation) -> None:
-        for operation in surgery.room.operations(self.model[0])[::-1]:
+        for operation in operations(self.model[0])[::-1]:
             real(operation)
 
     wrapped(patch, Operation, "undo", undo)
@@ -537,6 +537,7 @@ def test_the_property_sees(name: str, saboteur: Callable[[Patch], object], what:
         with pytest.raises(Broken) as told:
             Run(PROPERTIES[name], copy.copy(case), 25)()
     assert str(told.value).startswith(f"{name} is broken: ")
+    assert "AttributeError" not in str(told.value)  # a saboteur that misses what it is to break
 
 
 def test_every_property_has_a_saboteur() -> None:
