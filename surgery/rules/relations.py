@@ -197,7 +197,7 @@ def until(entry: Where, exit: Where) -> Selector:
 
 
 def _before(anchor: Site, sites: list[Site], named: bool) -> Site | None:
-    """By registration. A norm of another block feeds this one by way of a residual sum only.
+    """By registration. A norm of another block feeds this one by way of a residual sum only (BERT).
 
     named  by an address: whoever names a norm means it
     """
@@ -213,7 +213,7 @@ def _before(anchor: Site, sites: list[Site], named: bool) -> Site | None:
 
 
 def _may_feed(site: Site, anchor: Site, holder: Site, left_block: bool) -> bool:
-    """Whether a norm may: of the anchor's block, and not one per head inside attention."""
+    """Whether a norm may: of the anchor's block, and not one per head in attention (Gemma 3)."""
     if not is_norm(site.module):
         return True
     return not left_block and (site.parent is holder or _same_width(site, anchor))
@@ -223,13 +223,14 @@ def _before_in(holder: Site, anchor: Site, around: list[Site]) -> Site | None:
     """The one of `around`, all of them in `holder`, that comes before the anchor's branch."""
     direct = [site for site in around if site.parent is holder]
     branches = _branches(anchor, holder, around) if direct else []
-    for likely in (branches, [branch for branch in branches if not branch.holds_match]):
+    without = [branch for branch in branches if not branch.holds_match]  # norms inside (ESM)
+    for likely in (branches, without):
         if len(direct) == len(likely) and (near := _of_branch(direct, likely)) is not None:
             return near
     earlier = [site for site in around if site.order < anchor.order]
     if earlier:
         return _of_same_number(earlier, anchor) or earlier[-1]
-    if len(direct) == 1:  # of all branches, which run side by side (Cohere)
+    if len(direct) == 1:  # of all branches, which run side by side (Cohere, Falcon, Phi)
         return direct[0]
     if len(direct) == len(branches) + 1:  # the last norms the block's output (Conformer)
         return _of_branch(direct, branches)
@@ -297,7 +298,7 @@ class _Branch(NamedTuple):
 
 
 def _branches(anchor: Site, holder: Site, around: list[Site]) -> list[_Branch]:
-    """The branches of `holder`: all of the anchor is one, and projections in a row are one."""
+    """The branches of `holder`: all of the anchor is one, projections in a row are one (OPT)."""
     branches: list[_Branch] = []
     in_a_row = False
     for child in holder.children:

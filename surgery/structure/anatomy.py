@@ -95,7 +95,10 @@ class _Anatomy:
         self.roles = self._roles()
 
     def _read_shapes(self) -> None:
-        """Read the widths of blocks and attentions off their features, not off coordinates."""
+        """Read the widths of blocks and attentions off their features, not off coordinates.
+
+        Nor off networks where anything else tells: MViT's last of a stage gives more than d.
+        """
         inside = {s for ffn in self.ffns.sites for s in self.projections.below(ffn)}
         for site in (*self.blocks, *self.attns):
             site.read_shape(leave_out=self.coordinates | inside)
@@ -141,7 +144,11 @@ class _Anatomy:
         return [s for s in reading if s.out in hidden or s.out // 2 in hidden], fc2
 
     def _block(self, ffn: Site) -> Site:
-        """The nearest container element around an FFN that also projects; else the nearest."""
+        """The nearest container element around an FFN that also projects; else the nearest.
+
+        (T5 lists attention and FFN as elements of a block. Convolutions do not count, or
+        FastViT's and MobileNetV4's stages would be blocks.)
+        """
         elements = [s for s in holders(ffn) if s.is_element]
         for site in elements:
             if any(s in self.rest and not is_conv(s.module) for s in self.projections.below(site)):
@@ -196,7 +203,8 @@ class _Anatomy:
     def _heads(self) -> list[Site]:
         """The outermost modules after the last block that project to another width than its own.
 
-        And what stands among them and keeps running statistics, which nothing else would train.
+        The last of all where none does (BERT's pooler). And what stands among them and keeps
+        running statistics, which nothing else would train (MobileViT, MobileNetV4).
         """
         if not self.blocks:
             return []

@@ -61,7 +61,10 @@ def _expert_widths(stacks: list[Stack]) -> list[int]:
 
 
 def _is_gated(stacks: list[Stack], width: int) -> bool:
-    """Whether the experts have a gate: without an activation, only it tells them from attention."""
+    """Whether the experts have a gate: without an activation, only it tells them from attention.
+
+    (gpt-oss packs it into one stack; Funnel's and JetMoE's attentions have stacks, and no gate.)
+    """
     if len(stacks) == 3:
         return True
     (_, *up), (_, *down) = stacks
@@ -87,7 +90,11 @@ def expert_layers(sites: list[Site], projections: Projections, taken: set[Site])
 
 
 def _expert_layer(site: Site, projections: Projections, taken: set[Site]) -> Site:
-    """The outermost module around an expert that is called and holds nothing else but routers."""
+    """The outermost module around an expert that is called and holds nothing else but routers.
+
+    Experts stand in a list (Switch Transformers, NLLB-MoE) or hold stacks (Mixtral). XLM lists one
+    network of each block at the root: such a list is no layer.
+    """
     listed = site.is_element and site.parent is not None and len(site.parent.children) > 1
     if site.is_span or not (listed or any(expert_stacks(s.module) for s in (site, *site.below()))):
         return site

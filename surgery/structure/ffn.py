@@ -64,7 +64,10 @@ def widens(outs: list[int], hidden: int) -> bool:
 
 
 def _fused_blocks(projections: Projections) -> list[Site]:
-    """Elements with one projection d -> 3 d + h, and what is narrowed again to d out of d + h."""
+    """Elements with one projection d -> 3 d + h, and what is narrowed again to d out of d + h.
+
+    (timm's ParallelScalingBlock.)
+    """
     blocks: list[Site] = []
     for up, holder in projections.elements.items():
         first = linear_shape(up.module)
@@ -95,6 +98,7 @@ def _take_whole(site: Site, layers: list[Site], tree: Tree, ffns: FFNs) -> bool:
         ffns.sites.append(experts)
         return True
     few = site.children and 1 <= len(layers) <= 3
+    # a list is never called: a span in it, then (BridgeTower's is an nn.ModuleDict)
     if not few or _are_branches(layers) or is_list(site.module):
         return False
     if _is_gate(site, layers):
@@ -119,7 +123,10 @@ def _are_branches(layers: list[Site]) -> bool:
 
 
 def whole_or_span(site: Site, first: Site, last: Site) -> Site:
-    """The module, or the span in it where something with weights comes before the first layer."""
+    """The module, or the span in it where something with weights comes before the first layer.
+
+    (A norm in XLNet and TinyViT, a depthwise convolution and a norm in ConvNeXt V2.)
+    """
     early = [s for s in site.below() if s.order < first.order]
     if any(own_parameters(s.module) for s in early):
         return _span(first, last)
@@ -141,8 +148,9 @@ def _shape_between(first: Site, last: Site) -> Shape | None:
 def _are_ffn_widths(layers: list[Site], others: list[Site]) -> bool:
     """Whether they go d -> h, h -> d; or d -> 2h, h -> d; or twice d -> h, h -> d.
 
-    Without a gate, h is no less than d, and where it is equal, or less, something must act in
-    between.
+    Without a gate, h is no less than d (SwiftFormer's and Perceiver's is d). With one it may be:
+    experts are narrow (DeepSeek, dots.llm1). Unless h is more than d, something must act in
+    between, or it is an attention (Conditional DETR, ESM).
     """
     shapes = [linear_shape(s.module) for s in layers]
     if None in shapes or len(layers) < 2:
@@ -186,8 +194,11 @@ def _others(site: Site, layers: list[Site], tree: Tree) -> list[Site]:
 
 
 def _is_bottleneck(layers: list[Site], others: list[Site]) -> bool:
-    """Whether convolutions widen, mix positions channel by channel, and narrow again."""
-    if not is_conv(layers[0].module):
+    """Whether convolutions widen, mix positions channel by channel, and narrow again.
+
+    (MobileNetV4, EfficientViT, the convolutions of a Conformer.)
+    """
+    if not is_conv(layers[0].module):  # between linear layers it is a network: PVTv2, SegFormer
         return False
     between = [s.module for s in others if layers[0].order < s.order < layers[-1].order]
     return any(is_conv(module) and max(module.kernel_size) > 1 for module in between)
@@ -259,7 +270,10 @@ def _take_split(layers: list[Site], projections: Projections, ffns: FFNs) -> boo
 
 
 def _is_apart(holder: Site, layers: list[Site], projections: Projections) -> bool:
-    """Whether nothing else projects, or convolves over positions, where the two ends lie."""
+    """Whether nothing else projects, or convolves over positions, where the two ends lie.
+
+    (Positions only where the ends are convolutions: Autoformer's and CSATv2's are linear.)
+    """
     last = layers[-1]
     ends = [s for s in holder.children if any(s.order <= layer.order < s.end for layer in layers)]
     beside = [s for end in ends for s in projections.below(end) if s not in layers]
@@ -287,10 +301,10 @@ def _is_no_attention(
         return False  # query, key, value and output, of which two go d -> h, h -> d
     if down.width > down.out:
         return True
-    if len(layers) > 2 or _holds_one(holder, ffns):
+    if len(layers) > 2 or _holds_one(holder, ffns):  # Gemma 3n gates an embedding beside its FFN
         return False
     if inline and beside and not direct and _attends_or_acts(holder):
-        return True
+        return True  # no wider than d, beside an attention (Autoformer)
     return down.width == down.out and holder.is_element and _any_nonlinear(others)
 
 
@@ -318,7 +332,10 @@ def _attends_or_acts(holder: Site) -> bool:
 
 
 def _is_placed(site: Site, projections: Projections) -> bool:
-    """Whether it is part of a block: an element of a container, or beside attention and a norm."""
+    """Whether it is part of a block: an element of a container, or beside attention and a norm.
+
+    (SigLIP's pooling and Perceiver have such a block in no list; GroupViT's projector is none.)
+    """
     if site.is_element or element(site) is not None:
         return True
     around = holders(site)
@@ -344,7 +361,7 @@ def _acts(site: Site) -> bool:
 
 
 def _grows(site: Site, projections: Projections) -> bool:
-    """Whether most of its like go d -> h -> e: nothing is added to d there, as in dense blocks."""
+    """Whether most of its like go d -> h -> e: nothing is added to d there, as in RDNet."""
     block = element(site)
     if block is None or block.parent is None or len(projections.below(block)) != 2:
         return False

@@ -114,8 +114,8 @@ def is_sigmoid(module: nn.Module) -> bool:
 def may_be_inside_ffn(module: nn.Module) -> bool:
     """Whether it may stand between the projections of a feed-forward network.
 
-    Not what holds a matrix of its own, nor what pools or weighs up positions; a depthwise
-    convolution may (PVTv2).
+    Not what holds a matrix of its own (LeViT's attention has biases), nor what pools or weighs up
+    positions (SqueezeBERT's has a softmax); a depthwise convolution may (PVTv2, SegFormer).
     """
     kind = type(module).__name__.lower()
     if is_torch_attention(module) or "pool" in kind or "softmax" in kind:

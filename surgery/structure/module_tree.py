@@ -66,7 +66,10 @@ class Site:
 
     @property
     def completes_projection(self) -> bool:
-        """Whether it is a batch norm right after what it is one step with: linear, convolution."""
+        """Whether it is a batch norm right after a linear layer or a convolution: one step with it.
+
+        (LeViT, EfficientViM, StarNet.)
+        """
         if not (self.parent and isinstance(self.module, nn.modules.batchnorm._NormBase)):
             return False
         siblings = self.parent.children
@@ -169,7 +172,7 @@ def _first_shape(site: Site, leave_out: Collection[Site], backwards: bool = Fals
     widths = {width for shape in projections for width in shape[:2]}
     for child in reversed(site.children) if backwards else site.children:
         shape = _first_shape(child, leave_out, backwards)
-        # a norm of another width than the projections beside it is one per head (Qwen3)
+        # a norm of another width than the projections beside it is one per head (Qwen3, Gemma 3)
         per_head = shape and widths and is_norm(child.module) and shape.width not in widths
         if shape and not per_head:
             return shape
