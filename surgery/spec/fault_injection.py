@@ -50,6 +50,7 @@ class Tripwire:
             assert self.where, "it raised of itself"
         finally:
             sys.settrace(tracing)
+            self.last.clear()  # frames, each with its locals: whole models
 
 
 def events(call: Callable[[], object]) -> list[Line]:
