@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 HERE = str(Path(__file__).resolve().parents[1])
@@ -23,23 +23,32 @@ class Tripwire:
     def __init__(self, at_event: int, error: type[BaseException] = Fault) -> None:
         self.left, self.error, self.lines = at_event, error, list[Line]()
         self.where: Line | None = None
-        self.last: dict[FrameType, int] = {}
+        self.recording = at_event == 0
+        self.last: dict[FrameType, int] = {}  # only of frames with a `with`
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        return self.step if frame.f_code.co_filename.startswith(HERE) else None
+        if not frame.f_code.co_filename.startswith(HERE):
+            return None
+        return self.step if _has_with(frame.f_code) else self.count
 
     def step(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line" and self.where is None:
-            line, last = (frame.f_code.co_filename, frame.f_lineno), self.last.get(frame, 0)
-            self.last[frame] = line[1]
-            if last > line[1] and source(line).startswith("with "):
+        if event == "line":
+            number, last = frame.f_lineno, self.last.get(frame, 0)
+            self.last[frame] = number
+            if last > number and source((frame.f_code.co_filename, number)).startswith("with "):
                 return self.step  # on its way out: Python would never call __exit__
-            self.lines.append(line)
+            self.count(frame, event, arg)
+        return self.step
+
+    def count(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            if self.recording:
+                self.lines.append((frame.f_code.co_filename, frame.f_lineno))
             self.left -= 1
             if self.left == 0:
-                self.where = line
-                raise self.error
-        return self.step
+                self.where = (frame.f_code.co_filename, frame.f_lineno)
+                raise self.error  # which ends the tracing
+        return self.count
 
     def run(self, call: Callable[[], object]) -> None:
         tracing = sys.gettrace()
@@ -68,6 +77,18 @@ def source(line: Line) -> str:
 def committed(line: Line) -> bool:
     """Whether nothing is left to do there but to hand the model back."""
     return source(line) in ("return model", "return self.model")
+
+
+_WITHS: dict[int, tuple[CodeType, bool]] = {}  # by id: code is slow to hash
+
+
+def _has_with(code: CodeType) -> bool:
+    known = _WITHS.get(id(code))
+    if known is None:
+        numbers = {number for *_, number in code.co_lines() if number}
+        withs = any(source((code.co_filename, n)).startswith("with ") for n in numbers)
+        known = _WITHS[id(code)] = code, withs
+    return known[1]
 
 
 @lru_cache(maxsize=100)
