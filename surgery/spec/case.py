@@ -68,8 +68,9 @@ class Case:
     def under(self, rules: Rules) -> Case:
         """The same m and x under other rules; what is known of m alone is shared."""
         case = copy.copy(self)
-        for name in ("needs_example", "trouble", "places", "lines", "patterns"):
-            case.__dict__.pop(name, None)
+        for name, value in vars(Case).items():
+            if isinstance(value, cached_property):
+                case.__dict__.pop(name, None)
         case.rules = flatten_rules(rules)
         return case
 

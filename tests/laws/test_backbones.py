@@ -22,7 +22,6 @@ from surgery.spec.laws import Broken
 from surgery.spec.suite import Run
 from tests import models
 
-
 # two layers each: a first and a last; windows shifted and not, two widths
 
 
