@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 
 import surgery
 from surgery import (
@@ -259,6 +260,7 @@ def faults(model: nn.Module, call: Callable[[], object], chosen: list[int]) -> N
             surgery.revert(model, name="default")  # no fault, or too late a one: it was done
         assert_same(before, fingerprint(model), when)
         assert gc.isenabled(), f"{when} leaves the garbage collector off"
+        assert eval_frame._stance == eval_frame.DynamoStance(), f"{when} leaves torch.compile off"
 
 
 def first_and_last(lines: list[Line]) -> list[int]:
@@ -269,11 +271,15 @@ def first_and_last(lines: list[Line]) -> list[int]:
 
 
 def apply_is_all_or_nothing(
-    build: Callable[[], nn.Module] = Toy, rules: Any = None, every: bool = False, proof: bool = True
+    build: Callable[[], nn.Module] = Toy,
+    rules: Any = None,
+    every: bool = False,
+    proof: bool = False,
 ) -> None:
     """Law 4: a fault at any line of apply leaves the model, and all random numbers, as they were.
 
     every  at each line each time that it runs, not only the first and the last time
+    proof  with an example, by which apply proves what it did
     """
     model, again = build(), build()
     example = torch.randn(4, 8) if proof else None
@@ -701,3 +707,6 @@ def balance_is_never_missing() -> None:
     raised(surgery.GraftError, lambda: surgery.balance_loss(model))
     model(images())
     assert surgery.balance_loss(model).requires_grad
+
+
+CHECKS = {name: f for name, f in list(globals().items()) if (f.__doc__ or "").startswith("Law ")}
