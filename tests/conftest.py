@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,13 @@ def bert() -> nn.Module:
 @pytest.fixture
 def encoder() -> nn.Module:
     return models.encoder()
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not walk over all that is imported again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -46,40 +46,41 @@ def torchvision_vit() -> nn.Module:
     )
 
 
-_HF = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-}
+def _sizes(layers: int) -> dict[str, Any]:
+    return {
+        "hidden_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+    }
 
 
-def hf_vit() -> nn.Module:
+def hf_vit(layers: int = 3) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(**_HF, image_size=16, patch_size=8, num_labels=5)
+    config = ViTConfig(**_sizes(layers), image_size=16, patch_size=8, num_labels=5)
     return ViTForImageClassification(config).eval()
 
 
-def hf_bert() -> nn.Module:
+def hf_bert(layers: int = 3) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(**_HF, vocab_size=32, max_position_embeddings=16, num_labels=5)
+    config = BertConfig(**_sizes(layers), vocab_size=32, max_position_embeddings=16, num_labels=5)
     return BertForSequenceClassification(config).eval()
 
 
-def hf_clip_vision() -> nn.Module:
+def hf_clip_vision(layers: int = 3) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return CLIPVisionModel(CLIPVisionConfig(**_HF, image_size=16, patch_size=8)).eval()
+    return CLIPVisionModel(CLIPVisionConfig(**_sizes(layers), image_size=16, patch_size=8)).eval()
 
 
-def hf_gpt2() -> nn.Module:
+def hf_gpt2(layers: int = 3) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         n_embd=24,
-        n_layer=3,
+        n_layer=layers,
         n_head=3,
         vocab_size=32,
         n_positions=16,
@@ -89,10 +90,10 @@ def hf_gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
-def hf_llama() -> nn.Module:
+def hf_llama(layers: int = 3) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_HF, vocab_size=32, max_position_embeddings=16)
+    config = LlamaConfig(**_sizes(layers), vocab_size=32, max_position_embeddings=16)
     return LlamaForCausalLM(config).eval()
 
 

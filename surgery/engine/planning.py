@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
@@ -44,13 +44,11 @@ def no_collection() -> Iterator[None]:
 
     It would walk the whole growing model again and again: at 10,000 modules most of the time.
     """
-    was = gc.isenabled()
-    gc.disable()
-    try:
+    with ExitStack() as stack:  # a stack: no fault at any line here leaves the collector off
+        if gc.isenabled():
+            stack.callback(gc.enable)
+            gc.disable()
         yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class Plan:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 HERE = str(Path(__file__).resolve().parents[1])
@@ -26,25 +26,35 @@ class Tripwire:
     def __init__(self, at_event: int, error: type[BaseException] = Fault) -> None:
         self.remaining, self.error, self.lines = at_event, error, list[Line]()
         self.where: Line | None = None
-        self.last: dict[FrameType, int] = {}  # the number of the last line of each function
+        self.recording = at_event == 0
+        self.last: dict[FrameType, int] = {}  # the last line of each function with a `with`
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        return self.step if frame.f_code.co_filename.startswith(HERE) else None
+        if not frame.f_code.co_filename.startswith(HERE):
+            return None
+        return self.step if _has_with(frame.f_code) else self.count
 
     def step(self, frame: FrameType, event: str, arg: object) -> Any:
-        """What Python calls before each line of a function of surgery."""
-        if event == "line" and self.where is None:
-            line, last = (frame.f_code.co_filename, frame.f_lineno), self.last.get(frame, 0)
-            self.last[frame] = line[1]
-            leaves_with = last > line[1] and source(line).startswith("with ")
+        """What Python calls before each line of a function with a `with` in it."""
+        if event == "line":
+            number, last = frame.f_lineno, self.last.get(frame, 0)
+            self.last[frame] = number
+            leaves_with = last > number and source(_line(frame)).startswith("with ")
             if leaves_with:  # on the way out of one: Python would never call __exit__
                 return self.step
-            self.lines.append(line)
+            self.count(frame, event, arg)
+        return self.step
+
+    def count(self, frame: FrameType, event: str, arg: object) -> Any:
+        """What it calls before each line of any other function of surgery."""
+        if event == "line":
+            if self.recording:
+                self.lines.append(_line(frame))
             self.remaining -= 1
             if self.remaining == 0:
-                self.where = line
-                raise self.error
-        return self.step
+                self.where = _line(frame)
+                raise self.error  # which ends the tracing
+        return self.count
 
     def run(self, call: Callable[[], object]) -> None:
         """Make a call with the fault in it, and catch that fault."""
@@ -56,6 +66,11 @@ class Tripwire:
             assert self.where, "it raised of itself"
         finally:
             sys.settrace(tracing)
+            self.last.clear()  # frames, each with its locals: whole models
+
+
+def _line(frame: FrameType) -> Line:
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def events(call: Callable[[], object]) -> list[Line]:
@@ -73,6 +88,18 @@ def source(line: Line) -> str:
 def committed(line: Line) -> bool:
     """Whether nothing remains to be done there but to return the model."""
     return source(line) in ("return model", "return self.model")
+
+
+_WITHS: dict[int, tuple[CodeType, bool]] = {}  # by id: code is slow to hash
+
+
+def _has_with(code: CodeType) -> bool:
+    known = _WITHS.get(id(code))
+    if known is None:
+        numbers = {number for *_, number in code.co_lines() if number}
+        withs = any(source((code.co_filename, n)).startswith("with ") for n in numbers)
+        known = _WITHS[id(code)] = code, withs
+    return known[1]
 
 
 @lru_cache(maxsize=100)

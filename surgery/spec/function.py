@@ -258,7 +258,7 @@ def it_compiles_whole(case: Case, draw: Draw) -> None:
 
     (Top-1 mixtures take a form of static shapes then, which rounds otherwise.)
     """
-    applies(_trouble_compiled(case, case.model()) is None, "the base itself does not compile whole")
+    applies(case.of_base(_trouble_compiled) is None, "the base itself does not compile whole")
     trouble = _trouble_compiled(case, case.operated(stirred=draw(SEEDS, "seed")))
     holds(trouble is None, f"compiled whole: {trouble}")
 

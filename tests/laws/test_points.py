@@ -156,8 +156,14 @@ def test_the_head_reads_the_prompts() -> None:
 
 
 @cache
+def base() -> Case:
+    """A case of the model; its rules are another's."""
+    return Case(tiny(depth=2), "full", clouds)
+
+
+@cache
 def case(name: str) -> Case:
-    return Case(tiny(), SETS[name][0], clouds)
+    return base().under(SETS[name][0])
 
 
 @pytest.mark.parametrize("name", SETS)
