@@ -43,7 +43,7 @@ TESTS = {  # of each file in surgery/, the tests that hold it
         *SPEC,
     ],
     "engine/apply": [*LAWS, "tests/parts/test_mixture.py", *SPEC],
-    "engine/journal": [*LAWS, "tests/engine/test_operation.py", *SPEC],
+    "engine/journal": ["tests/engine/test_journal.py", *LAWS, *SPEC],
     "engine/tokens": [
         "tests/engine/test_tokens.py",
         "tests/methods/test_prompts.py",

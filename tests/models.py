@@ -46,7 +46,7 @@ def torchvision_vit() -> nn.Module:
     )
 
 
-def _sizes(layers: int) -> dict[str, Any]:
+def hf_sizes(layers: int = 3) -> dict[str, Any]:
     return {
         "hidden_size": 24,
         "num_hidden_layers": layers,
@@ -58,21 +58,21 @@ def _sizes(layers: int) -> dict[str, Any]:
 def hf_vit(layers: int = 3) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(**_sizes(layers), image_size=16, patch_size=8, num_labels=5)
+    config = ViTConfig(**hf_sizes(layers), image_size=16, patch_size=8, num_labels=5)
     return ViTForImageClassification(config).eval()
 
 
 def hf_bert(layers: int = 3) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(**_sizes(layers), vocab_size=32, max_position_embeddings=16, num_labels=5)
+    config = BertConfig(**hf_sizes(layers), vocab_size=32, max_position_embeddings=16, num_labels=5)
     return BertForSequenceClassification(config).eval()
 
 
 def hf_clip_vision(layers: int = 3) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return CLIPVisionModel(CLIPVisionConfig(**_sizes(layers), image_size=16, patch_size=8)).eval()
+    return CLIPVisionModel(CLIPVisionConfig(**hf_sizes(layers), image_size=16, patch_size=8)).eval()
 
 
 def hf_gpt2(layers: int = 3) -> nn.Module:
@@ -93,7 +93,7 @@ def hf_gpt2(layers: int = 3) -> nn.Module:
 def hf_llama(layers: int = 3) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_sizes(layers), vocab_size=32, max_position_embeddings=16)
+    config = LlamaConfig(**hf_sizes(layers), vocab_size=32, max_position_embeddings=16)
     return LlamaForCausalLM(config).eval()
 
 

@@ -370,7 +370,7 @@ def test_every_role_has_a_word_of_the_public_screen():
 def test_attention_has_the_width_of_its_projections_not_of_a_norm_per_head():
     from transformers import Qwen3Config, Qwen3Model
 
-    config = Qwen3Config(**models._HF, vocab_size=32, head_dim=12, num_key_value_heads=3)
+    config = Qwen3Config(**models.hf_sizes(), vocab_size=32, head_dim=12, num_key_value_heads=3)
     model = Qwen3Model(config)
     assert {site.shape for site in roles_of(Tree(model))["attn"]} == {(24, 24, -1)}
 
@@ -379,7 +379,7 @@ def opt() -> nn.Module:
     from transformers import OPTConfig, OPTModel
 
     names = {"ffn_dim": 64, "word_embed_proj_dim": 24, "max_position_embeddings": 32}
-    config = {k: v for k, v in models._HF.items() if k != "intermediate_size"}
+    config = {k: v for k, v in models.hf_sizes().items() if k != "intermediate_size"}
     return OPTModel(OPTConfig(**config, **names, vocab_size=32)).eval()
 
 
@@ -428,7 +428,9 @@ def test_anatomy_says_which_norm_feeds_what_and_how_it_knows():
 def test_the_output_projection_is_told_by_its_width_wherever_it_is_registered():
     from transformers import Phi3Config, Phi3Model
 
-    roles = roles_of(Tree(Phi3Model(Phi3Config(**models._HF, vocab_size=32, pad_token_id=0))))
+    roles = roles_of(
+        Tree(Phi3Model(Phi3Config(**models.hf_sizes(), vocab_size=32, pad_token_id=0)))
+    )
     assert {generalise(s.path) for s in roles["proj"]} == {"layers.*.self_attn.o_proj"}
     assert {generalise(s.path) for s in roles["qkv"]} == {"layers.*.self_attn.qkv_proj"}
 

@@ -643,7 +643,9 @@ def test_hf_gpt2():
 def test_hf_mixtral(how):
     from transformers import MixtralConfig, MixtralModel
 
-    config = MixtralConfig(**models._HF, vocab_size=32, num_key_value_heads=3, num_local_experts=4)
+    config = MixtralConfig(
+        **models.hf_sizes(), vocab_size=32, num_key_value_heads=3, num_local_experts=4
+    )
     model = MixtralModel(config).eval()
     model.set_experts_implementation(how)
     norm = "layers.1.post_attention_layernorm"
