@@ -21,7 +21,13 @@ from surgery.engine.journal import Journal
 from surgery.engine.operation import Additions, Operation
 from surgery.engine.placement import Placement
 from surgery.structure import module_tree
-from tests.engine import test_verify as test_bypass
+from tests.engine import (
+    test_bases,
+    test_fused_encoder,
+    test_hooks,
+    test_uncalled_modules,
+    test_verify,
+)
 from tests.laws import checks as laws
 
 Patch = pytest.MonkeyPatch
@@ -503,33 +509,36 @@ def what_is_never_called_is_not_refused(patch: Patch) -> None:
 BYPASSES: list[tuple[Saboteur, Callable[[], object]]] = [
     (
         gradients_are_not_looked_for,
-        test_bypass.test_an_unfrozen_tensor_that_no_gradient_comes_to_is_named,
+        test_verify.test_an_unfrozen_tensor_that_no_gradient_comes_to_is_named,
     ),
-    (the_start_is_not_compared, test_bypass.test_a_part_that_does_not_start_as_it_says_is_told),
+    (the_start_is_not_compared, test_verify.test_a_part_that_does_not_start_as_it_says_is_told),
     (
         only_the_way_with_gradients_is_proved,
-        test_bypass.test_a_graft_that_runs_with_gradients_only_is_an_error,
+        test_verify.test_a_graft_that_runs_with_gradients_only_is_an_error,
     ),
-    (nested_tensors_are_let_through, test_bypass.test_nested_tensors_come_back_with_revert),
+    (nested_tensors_are_let_through, test_fused_encoder.test_nested_tensors_come_back_with_revert),
     (
         only_the_end_of_a_span_counts,
-        test_bypass.test_a_span_whose_beginning_is_read_only_is_no_silence,
+        test_uncalled_modules.test_a_span_whose_beginning_is_read_only_is_no_silence,
     ),
     (
         only_the_query_is_the_input,
         partial(
-            test_bypass.test_what_comes_before_self_attention_reaches_query_key_and_value, False
+            test_hooks.test_what_comes_before_self_attention_reaches_query_key_and_value, False
         ),
     ),
     (
         quantised_weights_tell_the_dtype,
         partial(
-            test_bypass.test_parts_beside_quantised_weights_are_of_the_norms_dtype,
+            test_bases.test_parts_beside_quantised_weights_are_of_the_norms_dtype,
             "float8",
             torch.bfloat16,
         ),
     ),
-    (what_is_never_called_is_not_refused, test_bypass.test_a_span_may_not_end_there_either),
+    (
+        what_is_never_called_is_not_refused,
+        test_uncalled_modules.test_a_span_may_not_end_there_either,
+    ),
 ]
 
 
