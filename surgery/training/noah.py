@@ -37,11 +37,7 @@ from ..structure.anatomy import roles_of
 from ..structure.module_tree import Tree
 
 Model = TypeVar("Model", bound=nn.Module)
-KINDS: dict[type[nn.Module], str] = {
-    ElasticPrompt: "tokens",
-    ElasticLora: "rank",
-    ElasticAdapter: "hidden",
-}
+KINDS = {ElasticPrompt: "tokens", ElasticLora: "rank", ElasticAdapter: "hidden"}
 
 
 class Subnet(NamedTuple):
@@ -91,8 +87,7 @@ class Space:
 
     @property
     def least(self) -> Subnet:
-        depth = min(self.depths)
-        return Subnet(*(self.row(depth, [min(sizes)] * self.blocks) for sizes in self.sizes))
+        return Subnet(*(self.row(min(self.depths), [min(s)] * self.blocks) for s in self.sizes))
 
 
 def sample(space: Space, generator: random.Random) -> Subnet:
@@ -114,8 +109,8 @@ def cost(subnet: Subnet, width: int) -> int:
     >>> cost(Subnet((10,) * 12, (10,) * 12, (10,) * 12), 768)
     654456
     """
-    units = sum(subnet.tokens) + 4 * sum(subnet.rank)
-    return units * width + sum(2 * width * a + a + width for a in subnet.hidden if a)
+    adapters = sum(2 * width * a + a + width for a in subnet.hidden if a)
+    return (sum(subnet.tokens) + 4 * sum(subnet.rank)) * width + adapters
 
 
 def choose(model: Model, subnet: Subnet) -> Model:
@@ -279,8 +274,7 @@ def evolve(
     smallest. The same seed gives the same search.
 
     evaluate    a subnet's score, higher is better: lambda s: accuracy(choose(model, s))
-    space       what subnets are drawn from
-    budget      the largest `cost` that a subnet may have
+    space       what subnets are drawn from; budget: the largest `cost` that one may have
     population  subnets evaluated in a generation, at most; of these so many by mutations and by
                 crossovers, of the `top` best so far; generations of them; seed of all draws
     mutate      probability that a size is drawn anew; `depth`: that the depth of a kind is
