@@ -12,6 +12,7 @@ from torch import nn
 from tests import models
 
 torch.set_num_threads(1)
+gc.set_threshold(10_000)  # small models come and go: many objects, of which few are garbage
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,6 @@ def pytest_collection_finish() -> None:
     """The garbage collector need not walk over all that is imported again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -215,6 +217,61 @@ def test_no_code_is_needed(mine):
 
 def test_without_a_model_nothing_is_run(mine):
     assert "1 skipped" in pytest_run()
+
+
+class Doubling(nn.Linear):
+    """Has a closure, a method that was put in, or nothing of the kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(4, 4)
+        self.tied, self.register = self.weight, [self.weight]
+        if kind == "closure":
+            self.after = lambda y: 2 * y
+        elif kind == "method":
+            self.after = MethodType(doubled, self)
+        elif kind == "tensor":
+            self.after = torch.full((), 2.0, dtype=torch.float64).mul
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(super().forward(x))
+
+
+def doubled(self: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    return 2 * y
+
+
+@pytest.mark.parametrize("kind", ["closure", "method", "tensor", "none"])
+def test_every_property_gets_a_deep_copy(kind):
+    model = Doubling(kind) if kind != "none" else models.tiny_vit()
+    x = torch.randn(2, 4) if kind != "none" else models.images()
+    case = Case(model, at("", surgery.unfreeze), x)
+    one, two = case.model(), case.model()
+    alike = copy.deepcopy(case._model)
+    assert list(vars(one)) == list(vars(alike))
+    assert torch.equal(case.outputs(one)[0], case.outputs(alike)[0])
+    assert getattr(one, "tied", None) is getattr(one, "weight", None)
+    assert getattr(one, "register", [None])[0] is getattr(one, "weight", None)
+    with torch.no_grad():
+        for p in one.parameters():
+            p.zero_()
+    assert torch.equal(case.outputs(two)[0], case.outputs(alike)[0])
+    assert torch.equal(case.outputs(case.model())[0], case.outputs(alike)[0])
+
+
+def test_under_other_rules_only_what_is_known_of_the_model_is_kept():
+    model, asked = Transformer(), []
+    case = Case(model, GOOD, model.example())
+
+    def fact(case: Case, model: nn.Module) -> int:
+        asked.append(model)
+        return len(list(model.modules()))
+
+    other = case.under(at(surgery.head, surgery.unfreeze))
+    assert case.of_base(fact) == other.of_base(fact) == len(list(model.modules()))
+    assert len(asked) == 1
+    assert [rule.where for rule in other.rules] == [surgery.head]
+    assert case.places
+    assert case.under(at(surgery.attn, parallel(adapter(rank=2)))).places != case.places
 
 
 def test_absent_and_broken_are_told_apart():
