@@ -28,8 +28,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ["tests/spec/test_strategies.py"]
 SELECTOR = ["tests/rules/test_selector.py", "tests/engine/test_planning.py"]
-LAWS = ["tests/laws/test_laws.py", "tests/engine/test_merging.py", "tests/state/test_checkpoint.py"]
-ROUTING = ["tests/parts/test_mixture.py", "tests/engine/test_hooks.py"]
+LAWS = [
+    "tests/laws/test_laws.py",
+    "tests/laws/test_operations.py",
+    "tests/state/test_checkpoint.py",
+]
+LAWS += ["tests/engine/test_merging.py"]
+ROUTING = ["tests/parts/test_mixture.py", "tests/engine/test_balance.py"]
 MERGING = ["tests/engine/test_merge_targets.py", "tests/engine/test_merging.py"]
 TESTS = {  # of each file in surgery/, the tests that hold it
     "structure/path": ["tests/structure/test_path.py", *SELECTOR, *SPEC],
@@ -38,7 +43,9 @@ TESTS = {  # of each file in surgery/, the tests that hold it
     "parts/functional": [*ROUTING, *SPEC],
     "engine/hooks": [
         "tests/parts/test_mixture.py",
-        "tests/engine/test_verify.py",
+        "tests/engine/test_hooks.py",
+        "tests/engine/test_uncalled_modules.py",
+        "tests/engine/test_fused_encoder.py",
         "tests/laws/test_laws.py",
         *SPEC,
     ],
@@ -54,6 +61,7 @@ TESTS = {  # of each file in surgery/, the tests that hold it
 }
 MORE = [  # what may see a survivor
     "tests/engine/test_hooks.py",
+    "tests/engine/test_checkpointing.py",
     "tests/test_errors.py",
     "tests/structure/test_dataflow.py",
     "tests/engine/test_planning.py",

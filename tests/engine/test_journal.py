@@ -121,6 +121,20 @@ def test_a_buffer_that_was_moved_or_cast_keeps_where_it_is() -> None:
     assert norm.running_mean.tolist() == [0.0, 0.0]
 
 
+def test_what_had_no_memory_has_no_value_to_come_back() -> None:
+    with torch.device("meta"):
+        norm = nn.BatchNorm1d(2)
+    journal = Journal()
+    journal.keep_value(norm, "weight")
+    journal.keep_value(norm, "running_mean")
+    norm.to_empty(device="cpu")
+    with torch.no_grad():
+        norm.weight.fill_(2)
+    journal.undo()
+    assert norm.weight.tolist() == [2.0, 2.0]
+    assert not norm.running_mean.is_meta
+
+
 def resized(operated: nn.Module) -> None:
     operated.head.weight = nn.Parameter(torch.zeros(7, 24))
 
