@@ -6,7 +6,7 @@ A few examples of each property; pytest tests/laws/test_backbones.py --thorough 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import pytest
@@ -60,7 +60,8 @@ SMALL = {
     "mhr": {"heads": 4},
     "mhr_z": {"heads": 4},
     "language_adapter": {"domains": 1},
-}  # for such widths
+    "llama_adapter": {"first": 1},
+}  # for such widths, and so few blocks
 EVERYWHERE = {
     "adapterx", "adapterx_ffn", "adapter", "adaptformer", "houlsby", "lora", "ssf", "arc",
     "vpt_deep", "bitfit", "linear_probe", "full",
@@ -100,13 +101,13 @@ def base(backbone: str) -> Case:
     return Case(build(), "full", inputs)
 
 
-@cache
+@lru_cache(maxsize=4)  # the tests come case by case
 def case(rules: str, backbone: str) -> Case:
     return base(backbone).under(getattr(sets, rules)(**SMALL.get(rules, {})))
 
 
-@pytest.mark.parametrize(("rules", "backbone"), [t for t in TRIED if t not in REFUSED])
 @pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize(("rules", "backbone"), [t for t in TRIED if t not in REFUSED])
 def test_suite(rules: str, backbone: str, name: str, examples: int) -> None:
     run = Run(PROPERTIES[name], case(rules, backbone), examples, thorough=examples > 2)
     if (rules, name) in EMPTY:
