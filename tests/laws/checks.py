@@ -358,7 +358,7 @@ class Skipping(nn.Module):
         return nn.functional.linear(self.used(x), self.unused.weight)
 
 
-def idle_site_is_an_error() -> None:
+def a_site_that_never_runs_is_an_error() -> None:
     """Law 6: a site that never runs is told by apply(example=), or else by the first forward."""
     model, x = Skipping(), torch.randn(2, 8)
     rule = at(nn.Linear, parallel(plain))

@@ -85,6 +85,7 @@ EMPTY = {  # nothing is learned of what was trained before, until it is filled i
     ("dapt", "gradients_reach_every_part"),  # a class token does not read the last prompt
     ("daptx", "gradients_reach_every_part"),
 }
+SILENT = {"merge_is_equivalent", "meta_has_the_same_plan"}  # of mixtures, of what is traced
 TRIED = [
     (rules, backbone)
     for rules in SETS
@@ -117,6 +118,8 @@ def test_suite(rules: str, backbone: str, name: str, examples: int) -> None:
     try:
         run()
     except Absent as absent:
+        if rules == "adapterx_ffn" and name not in SILENT:
+            pytest.fail(f"of these rules the law must say something: {absent}")
         pytest.skip(str(absent))
 
 
@@ -129,12 +132,3 @@ def test_what_a_model_has_no_place_for_is_refused(rules: str, backbone: str) -> 
     with pytest.raises(SurgeryError):
         apply(model, rules, example=example)
     assert fingerprint(model) == mark
-
-
-def test_a_law_is_silent_on_few_of_them() -> None:
-    """Every property says something of some rule set on each backbone, but for merging."""
-    for backbone in BACKBONES:
-        chosen = case("adapterx_ffn", backbone)
-        for name in set(PROPERTIES) - {"merge_is_equivalent", "meta_has_the_same_plan"}:
-            if name != "it_compiles_whole":
-                Run(PROPERTIES[name], chosen, 1)()
