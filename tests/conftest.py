@@ -17,7 +17,7 @@ gc.set_threshold(10_000, 10, 50)  # small models come and go: of many objects fe
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # manual_seed writes down the stack for each device
 
 
 @pytest.fixture
