@@ -246,7 +246,7 @@ def test_transposed_weights_merge_where_they_are_used_plainly(bias: bool) -> Non
         surgery.merge(model)
 
 
-def test_a_fault_while_it_merges_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
+def test_a_fault_while_it_folds_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
     from surgery.engine.operation import Operation
 
     model = surgery.apply(Root(nn.Linear(4, 4)), at("one", append(scale)))

@@ -1,4 +1,4 @@
-"""Merging puts linear parts into the weights of the base, and takes them out; it refuses the rest."""
+"""Merging puts linear parts into the weights of the base and takes them out, or refuses."""
 
 from __future__ import annotations
 
