@@ -12,12 +12,12 @@ from torch import nn
 from tests import models
 
 torch.set_num_threads(1)
-gc.set_threshold(10_000)  # small models come and go: many objects, of which few are garbage
+gc.set_threshold(10_000, 10, 50)  # small models come and go: of many objects few are garbage
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # manual_seed writes down the stack for each device
 
 
 @pytest.fixture

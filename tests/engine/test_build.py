@@ -1,4 +1,4 @@
-"""Shared parts inside other parts: made once, lent to all that borrow them, stored once."""
+"""Shared parts inside other parts: made once, borrowed by all that ask for them, stored once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Basis(nn.Module):
 
 
 class Scaled(nn.Module):
-    """x V^T diag(c) V: V is lent."""
+    """x V^T diag(c) V: V is borrowed."""
 
     def __init__(self, basis: Any) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ def test_it_is_made_once_and_is_nobodys_child() -> None:
     model = operated()
     room = dict(model.surgery.default.named_children())
     assert list(room)[:2] == ["shared/basis/24", "blocks/0/mlp/parallel"]
-    lent = {id(part.basis) for key, part in room.items() if key.startswith("blocks")}
-    assert lent == {id(room["shared/basis/24"])}
+    borrowed = {id(part.basis) for key, part in room.items() if key.startswith("blocks")}
+    assert borrowed == {id(room["shared/basis/24"])}
     names = [name for name, _ in model.surgery.named_parameters(remove_duplicate=False)]
     assert sum("weight" in name for name in names) == 1
 
@@ -119,7 +119,7 @@ def test_a_file_holds_it_once(tmp_path: Any) -> None:
 
 
 def test_its_seed_is_its_own() -> None:
-    """What is lent does not depend on who asks first, and draws nothing from who does."""
+    """What is borrowed does not depend on who asks first, and draws nothing from who does."""
     a = operated()
     b = operated(at("blocks.[1:].mlp", parallel(scaled(shared(basis())))))
     room, other = (dict(m.surgery.default.named_children()) for m in (a, b))

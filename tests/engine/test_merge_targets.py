@@ -1,4 +1,4 @@
-"""Folding parts into what holds a weight: linears, convolutions, norms, GPT-2's transposed ones."""
+"""Merging parts into what holds a weight: linears, convolutions, norms, GPT-2's transposed ones."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def stirred(norm: nn.Module) -> nn.Module:
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_scale_after_it_folds_in(module: nn.Module, x: Tensor, residual: bool) -> None:
+def test_a_scale_after_it_merges(module: nn.Module, x: Tensor, residual: bool) -> None:
     merged(stirred(module), at("one", append(scale, residual=residual)), x)
 
 
 @pytest.mark.parametrize("edit", [parallel(dense, scale=0.5), append(dense), prepend(dense)])
-def test_a_linear_part_folds_into_a_pointwise_convolution(edit: Any) -> None:
+def test_a_linear_part_merges_into_a_pointwise_convolution(edit: Any) -> None:
     merged(nn.Conv2d(4, 4, 1), at("one", edit), MAPS)
 
 
@@ -154,7 +154,7 @@ OnePlus.__name__ = "OnePlusRMSNorm"
         (nn.LayerNorm(4), replace(dense), "acts on the input of a LayerNorm"),
     ],
 )
-def test_what_cannot_be_folded_is_refused_and_untouched(
+def test_what_cannot_be_merged_is_refused_and_untouched(
     module: nn.Module, edit: Any, fact: str
 ) -> None:
     model = surgery.apply(Root(module), at("one", edit))
@@ -164,7 +164,7 @@ def test_what_cannot_be_folded_is_refused_and_untouched(
     assert surgery.fingerprint(model) == mark
 
 
-def test_llamas_norms_fold() -> None:
+def test_llamas_norms_merge() -> None:
     model = hf_llama().double()
     surgery.apply(model, at("**.post_attention_layernorm", append(bare)))
     ids = {"input_ids": words_in()}
@@ -193,7 +193,7 @@ def test_on_the_meta_device_there_is_nothing_to_merge() -> None:
         surgery.merge(model)
 
 
-def test_under_autocast_it_folds_exactly() -> None:
+def test_under_autocast_it_merges_exactly() -> None:
     model = surgery.apply(Root(nn.Linear(64, 64)), at("one", parallel(dense)))
     x = torch.randn(3, 64)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_a_second_operation_sees_the_module_that_the_first_lives_in() -> None:
         (nn.BatchNorm3d(4), torch.randn(2, 4, 3, 3, 3)),
     ],
 )
-def test_norms_of_other_dimensions_fold(module: nn.Module, x: Tensor) -> None:
+def test_norms_of_other_dimensions_merge(module: nn.Module, x: Tensor) -> None:
     merged(stirred(module), at("one", append(scale)), x)
 
 
@@ -238,7 +238,7 @@ class TurnedLinear(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_transposed_weights_fold_where_they_are_used_plainly(bias: bool) -> None:
+def test_transposed_weights_merge_where_they_are_used_plainly(bias: bool) -> None:
     merged(TurnedLinear(bias), at("one", append(bare)), ROWS)
     merged(TurnedLinear(bias), at("one", prepend(lambda s: Scale(4, bias=False))), ROWS)
     model = surgery.apply(Root(TurnedLinear(bias, honest=False)), at("one", append(bare)))

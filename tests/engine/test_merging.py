@@ -1,4 +1,4 @@
-"""Merging folds linear parts into the base and takes them out again; it refuses the rest."""
+"""Merging puts linear parts into the weights of the base and takes them out, or refuses."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ ANY = settings(
     derandomize=True,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
+    phases=[phase for phase in Phase if phase is not Phase.explain],  # slow, and of `find` unseen
 )
 
 
