@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from .journal import Journal, owner_of, owners_of
 from .tokens import ENTERING, Action, Insertions
 
 Balance: TypeAlias = "routing.Coefficient | None"
-Kind = TypeVar("Kind")
 
 
 class Switch(nn.Module):

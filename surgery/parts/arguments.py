@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TypeVar
 
 from torch import nn
 
 from ..errors import RuleError, is_integer
 from ..rules.expression import shown
-from ..rules.part import Core, Maker, maker
+from ..rules.part import Maker, maker
 from ..structure.module_tree import Site
+
+Core = TypeVar("Core", bound=nn.Module)
 
 
 def positive(rule: str, **values: object) -> None:

@@ -16,7 +16,6 @@ from .expression import Expression, shown
 
 P = ParamSpec("P")
 Kind = TypeVar("Kind", bound=Callable[..., nn.Module])
-Core = TypeVar("Core", bound=nn.Module)
 Maker = Callable[[Site], nn.Module]
 
 
