@@ -162,11 +162,10 @@ def balance_loss(model: nn.Module) -> Tensor:
     done = operated(model, "balance_loss(model)")
     losses: list[Tensor] = []
     for operation in done:
-        for hooked in operation.routers:
-            for gates in _gates(hooked, "balance_loss(model)"):
-                if operation.balance is None:
-                    _check_gradient(hooked, gates)
-                losses.append(_routing.balance(gates))
+        for hooked, gates in _gates(operation, "balance_loss(model)"):
+            if operation.balance is None:
+                _check_gradient(hooked, gates)
+            losses.append(_routing.balance(gates))
     place = losses[0] if losses else next(model.parameters(), torch.zeros(()))
     return sum((loss.to(place.device) for loss in losses), place.new_zeros(()))
 
@@ -185,10 +184,9 @@ def routing(model: nn.Module) -> dict[str, Routing]:
     >>> [(path, round(r.load.sum().item(), 6)) for path, r in routing(model).items()]
     [('0.(linear1 to linear2)', 1.0)]
     """
-    routers = [g for op in operated(model, "routing(model)") for g in op.routers]
     kept, seen = dict[str, Routing](), Counter[str]()
-    for hooked in routers:
-        for gates in _gates(hooked, "routing(model)"):
+    for operation in operated(model, "routing(model)"):
+        for hooked, gates in _gates(operation, "routing(model)"):
             seen[hooked.path] += 1
             n = seen[hooked.path]
             kept[hooked.path if n == 1 else f"{hooked.path}/{n}"] = Routing(
@@ -219,16 +217,25 @@ def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[O
     return done
 
 
-def _gates(hooked: HookedSite, call: str) -> list[Tensor]:
-    """Those of the last forward, of each router at a site, in rule order."""
-    if not hooked.gates:
+def _gates(operation: Operation, call: str) -> list[tuple[HookedSite, Tensor]]:
+    """Those of the last forward in this thread, of each router at each site, in rule order.
+
+    Routers that it did not come to (layers that are dropped at random) have none.
+    """
+    gates, routers = sorted(operation.passes.gates().items()), operation.routers
+    found = [(g, value) for g in routers for (path, _), value in gates if path == g.path]
+    if routers and not found:
+        elsewhere = operation.passes.elsewhere()
+        where = " in this thread (or asyncio task), but in another" if elsewhere else ""
         raise GraftError(
             call,
-            f"the router at {hooked.path} has not run since the model was operated, copied or "
-            "loaded.",
-            "Run a forward first; under torch.compile with balance=..., run one outside of it.",
+            f"the router at {routers[0].path} has not run{where} since the model was operated, "
+            "copied or loaded.",
+            "Run a forward first; under torch.compile with balance=..., run one outside of it."
+            if not elsewhere
+            else "Call it in the thread that ran the forward, right after it.",
         )
-    return [gates for _, gates in sorted(hooked.gates.items())]
+    return found
 
 
 def _check_gradient(hooked: HookedSite, gates: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +19,51 @@ from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
 from .journal import Journal, owner_of, owners_of
+from .passes import Passes
 from .tokens import ENTERING, Action, Insertions
 
 Balance: TypeAlias = "routing.Coefficient | None"
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def while_traced(method: Method) -> Method:
+    """A method that torch.compile calls once, while it traces; of a module, with constants.
+
+    (As torch.compiler.assume_constant_result, which would import torch's whole compiler. torch
+    keeps what the method returns as a global of its name in the module of the model.)
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 class Switch(nn.Module):
     """What all sites of one operation obey: whether parts run, and who adds the balance loss.
 
-    merged  the parts are merged into the base, which answers for them
+    merged    the parts are merged into the base, which answers for them
+    passes    what forwards keep
+    seen      the marks of all that ever ran
+    compiled  those of them that ran in compiled code, which runs unseen from then on
     """
 
     def __init__(self, balance: Balance) -> None:
         super().__init__()
         self.enabled, self.merged, self.balance = True, False, balance
+        self.passes = Passes()
+        self.seen: set[str] = set()
+        self.compiled: set[str] = set()
 
+    def mark(self, mark: str) -> None:
+        """Something of that mark runs now."""
+        if torch.compiler.is_dynamo_compiling():
+            self._surgery_traced(mark)
+        else:
+            self.passes.mine().ran.add(mark)
+            self.seen.add(mark)
 
-class RanFlag(nn.Module):
-    """Whether a hooked site ran. A module, so that torch.compile calls its method while it traces.
-
-    (torch keeps what the method returns as a global of its name in the module of the model.)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran = self.compiled = False
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _surgery_ran(self, compiled: bool) -> bool:
-        self.ran, self.compiled = True, compiled
+    @while_traced
+    def _surgery_traced(self, mark: str) -> bool:
+        self.seen.add(mark)
+        self.compiled.add(mark)
         return True
 
 
@@ -80,29 +96,13 @@ class HookedSite:
         self.inserts = any(action.place in ("into", "among") for action in actions)
         self.tokens = Insertions(self.path)
         self.extent = site.entry.order, site.exit.end
-        self.exit_flag = RanFlag()
-        self.entry_flag = RanFlag() if site.is_span and self.enters else None
-        self.forget()
+        self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
+        self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
 
     @property
     def ran(self) -> bool:
-        """Whether all of it ran, the beginning and the end."""
-        return self.exit_flag.ran and (self.entry_flag is None or self.entry_flag.ran)
-
-    def reset_flags(self) -> None:
-        """As if it had never run."""
-        for exit_flag in (self.exit_flag, self.entry_flag):
-            if exit_flag is not None:
-                exit_flag.ran = exit_flag.compiled = False
-
-    def forget(self) -> None:
-        """Drop what is kept of the last forward."""
-        self.inputs: dict[int, Tensor] = {}
-        self.gates: dict[int, Tensor] = {}  # by the number of the action
-        self.tokens.begin()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": {}, "gates": {}}
+        """Whether all of it ever ran, the beginning and the end."""
+        return self.marks <= self.switch.seen
 
     def join(self, journal: Journal) -> None:
         """Hook into the site; inputs meet the last rule first, and what holds others before all."""
@@ -129,12 +129,20 @@ class HookedSite:
         (a, b), (c, d) = self.extent, other.extent
         return self.inserts and a <= c and d <= b and (a, b) != (c, d)
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Forward pre-hook: what happens to the input, the last rule outermost."""
-        if self.entry_flag is not None:
-            self.entry_flag._surgery_ran(torch.compiler.is_dynamo_compiling())
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        """Forward pre-hook: what happens to the input, the last rule outermost.
+
+        Tools that copy modules register it anew in torch's plain form, without keyword arguments.
+        """
+        if self.begin_mark:
+            self.switch.mark(self.begin_mark)
         if not ((self.enters or self.remembers) and self.active()):
             return None
+        given = self._entered(args, {} if kwargs is None else kwargs)
+        return given[0] if kwargs is None else given
+
+    def _entered(self, args: Any, kwargs: Any) -> Any:
+        """The arguments with what the actions make of the input."""
         first, put = _input(args, kwargs, self)
         x = first
         for i, action in reversed(list(enumerate(self.actions))):
@@ -143,14 +151,18 @@ class HookedSite:
             elif action.place in ENTERING:
                 leaves = pytree.tree_leaves((args, kwargs))
                 others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
-                x = self.tokens.insert(i, action, x, first, others)
+                x = self.tokens.insert(self.switch.passes.mine(), i, action, x, first, others)
             elif action.place == "beside" and self.remembers:
-                self.inputs[i] = x
+                self.switch.passes.mine().inputs[self.path, i] = x
         return put(x)
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook: what happens to the output, the first rule innermost."""
-        self.exit_flag._surgery_ran(torch.compiler.is_dynamo_compiling())
+    def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
+        """Forward hook: what happens to the output, the first rule innermost.
+
+        given  keyword arguments and output; the output alone in torch's plain form
+        """
+        kwargs, output = given if len(given) == 2 else ({}, *given)
+        self.switch.mark(self.path)
         if not (self.leaves and self.active()):
             return None
         y, put = _first_tensor(output, self.path)
@@ -158,7 +170,7 @@ class HookedSite:
             if action.place == "after":
                 y = self._act(i, action, y, y)
             elif action.place == "among":
-                y = self.tokens.take_out(i, action.tokens, y)
+                y = self.tokens.take_out(self.switch.passes.mine(), i, action.tokens, y)
             elif action.place == "beside":
                 x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
                 y = self._act(i, action, x, y)
@@ -170,18 +182,19 @@ class HookedSite:
         source.listeners.append((j, self.tokens, i))
 
     def _remembered(self, i: int) -> Tensor:
-        if i not in self.inputs:
+        inputs = self.switch.passes.mine().inputs
+        if (self.path, i) not in inputs:
             raise GraftError(
                 f"the graft at {self.path}",
                 "its end ran without its beginning, so there is no input to run beside.",
                 "Revert, and give apply(..., example=inputs): a forward tells what feeds what. "
                 "Or put the rule on one module that is called whole.",
             )
-        return self.inputs.pop(i)
+        return inputs.pop((self.path, i))
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
-        self.exit_flag._surgery_ran(torch.compiler.is_dynamo_compiling())
+        self.switch.mark(self.path)
         if self.active() and self.replacement is not None:
             return self.replacement(*args, **kwargs)
         return self._base(*args, **kwargs)
@@ -222,7 +235,7 @@ class HookedSite:
             out = self._routed(i, out, x)
         for j, listener, k in self.listeners:
             if i == j and isinstance(out, Tensor):
-                listener.heard[k] = out
+                self.switch.passes.mine().heard[listener.path, k] = out
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = self._fitting(action, out, base)
@@ -244,10 +257,10 @@ class HookedSite:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
         balance = self.switch.balance
         if balance is None:
-            self.gates[i] = routed.gates
+            self.switch.passes.keep_gates((self.path, i), routed.gates)
             return routed.output
         if not torch.compiler.is_compiling():
-            self.gates[i] = routed.gates.detach()
+            self.switch.passes.keep_gates((self.path, i), routed.gates.detach())
         if not callable(balance) and _in_half_autocast(x):
             raise GraftError(
                 f"apply(..., balance={balance})",

@@ -16,7 +16,7 @@ from torch import nn
 from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..structure.module_tree import ADDITIONS, Site
-from .hooks import Balance, HookedSite, Switch, routes
+from .hooks import Balance, HookedSite, Switch, routes, while_traced
 from .journal import Journal, owner_of
 from .summary import Record
 from .tokens import Action
@@ -38,14 +38,14 @@ class ForwardCheck:
         self.operation = operation
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """What is left of an earlier forward, which checkpoints may need, is forgotten."""
+        """What is left of an earlier forward is forgotten."""
         if self.operation.enabled:
-            for hooked in self.operation.hooked_sites:
-                hooked.tokens.begin()
+            self.operation.passes.begin()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        kept = self.operation.passes.mine()
         for hooked in self.operation.hooked_sites if self.operation.enabled else ():
-            if error := hooked.tokens.left_in:
+            if error := hooked.tokens.left_in(kept):
                 raise error
         if self.operation.enabled and not self.operation.proved:
             self.operation._surgery_check(torch.compiler.is_dynamo_compiling())
@@ -171,9 +171,8 @@ class Operation(Switch):
             if nests and any(id(module) in ends for module in encoder.modules()):
                 self.journal.set(encoder, "use_nested_tensor", False)
         check = ForwardCheck(self)
+        self.journal.hook(model, check.enter, before=True, prepend=True)
         self.journal.hook(model, check.leave)
-        if any(hooked.inserts for hooked in self.hooked_sites):
-            self.journal.hook(model, check.enter, before=True)
 
     @property
     def idle(self) -> list[HookedSite]:
@@ -190,7 +189,7 @@ class Operation(Switch):
             raise GraftError(", ".join(rules), fact, remedy)
         self.proved = True
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @while_traced
     def _surgery_check(self, compiling: bool) -> None:
         """Prove it after a forward, or say that compiled code, which runs unseen, may hide it."""
         if not compiling and not self._may_be_compiled():
@@ -209,7 +208,7 @@ class Operation(Switch):
         return f"{len(idle)} of {len(self.hooked_sites)} sites ({first_few(idle)})" if idle else ""
 
     def _may_be_compiled(self) -> bool:
-        seen = [hooked.exit_flag.compiled for hooked in self.hooked_sites]
+        seen = [bool(self.compiled)]
         for module in [module for model in self.model for module in model.modules()]:
             seen.append(module._compiled_call_impl is not None)
             seen.append(hasattr(module.forward, "_torchdynamo_orig_callable"))
@@ -218,7 +217,8 @@ class Operation(Switch):
     @property
     def routers(self) -> list[HookedSite]:
         """The hooked sites with a part that routes."""
-        return [g for g in self.hooked_sites if g.gates or any(map(routes, g.actions))]
+        ran = {path for path, _ in self.passes.gates()}
+        return [g for g in self.hooked_sites if g.path in ran or any(map(routes, g.actions))]
 
     def undo(self) -> None:
         """Take everything off and bring everything back, however far the work had come."""

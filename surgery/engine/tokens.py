@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
+from .passes import Inserted, Pass
 
 
 class Tokens(NamedTuple):
@@ -62,15 +63,6 @@ class Tokens(NamedTuple):
                     "(a mask, rotary positions), and more would not fit.",
                     "Use a method that adds no tokens.",
                 )
-
-
-class Inserted(NamedTuple):
-    """What was put in last: how many tokens, of how many then; samples; whether it is still in."""
-
-    new: int
-    total: int
-    batch: int
-    open: bool
 
 
 def _is_made_for(numbers: set[int], other: Tensor, batch: int, width: int) -> bool:
@@ -127,21 +119,13 @@ ENTERING = ("before", "into", "among")  # what acts on the input
 class Insertions:
     """The tokens that are put in at one site.
 
-    hears     the number of an action, and where the part is that it hears, and that part
-    heard     what the parts that they hear gave in this forward
-    inserted  what each action put in last
+    hears  the number of an action, and where the part is that it hears, and that part
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.hears: dict[int, tuple[str, nn.Module]] = {}
-        self.begin()
         self.answered: Any = WeakTensorKeyDictionary()  # what was heard for an input
-
-    def begin(self) -> None:
-        """A forward of the whole model begins."""
-        self.heard: dict[int, Tensor] = {}
-        self.inserted: dict[int, Inserted] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "hears": self.hears}
@@ -151,7 +135,7 @@ class Insertions:
         self.hears = state["hears"]
 
     def insert(
-        self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
+        self, kept: Pass, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
         """The tokens x, with those of the part among them.
 
@@ -159,7 +143,7 @@ class Insertions:
         """
         action.tokens.check(x, others, self.path)
         rows = action.tokens.rows(x)
-        heard = [self._hear(i, action, given)] if i in self.hears else []
+        heard = [self._hear(kept, i, action, given)] if i in self.hears else []
         new = action.part(rows, *heard)
         shape = new.shape if isinstance(new, Tensor) else ()
         if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
@@ -168,24 +152,24 @@ class Insertions:
                 f"it returned {tuple(shape) or type(new).__name__} where new tokens are needed.",
                 f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
             )
-        if i in self.inserted and self.inserted[i].open and not _is_recomputing():
+        key = self.path, i
+        if key in kept.inserted and kept.inserted[key].open and not _is_recomputing():
             raise self._unmatched("its beginning ran again before its end")
         total = rows.shape[1] + shape[1]
-        self.inserted[i] = Inserted(shape[1], total, shape[0], action.place == "among")
+        kept.inserted[key] = Inserted(shape[1], total, shape[0], action.place == "among")
         return action.tokens.put_in(x, new)
 
-    def take_out(self, i: int, tokens: Tokens, y: Tensor) -> Tensor:
+    def take_out(self, kept: Pass, i: int, tokens: Tokens, y: Tensor) -> Tensor:
         """What comes out, without the tokens that action i put in."""
-        inserted = self.inserted.get(i)
+        inserted = kept.inserted.get((self.path, i))
         if inserted is None or not (inserted.open or _is_recomputing()):
             raise self._unmatched("its end ran without its beginning")
-        self.inserted[i] = Inserted(inserted.new, inserted.total, inserted.batch, False)
+        kept.inserted[self.path, i] = Inserted(inserted.new, inserted.total, inserted.batch, False)
         return tokens.take_out(y, inserted, self.path)
 
-    @property
-    def left_in(self) -> GraftError | None:
+    def left_in(self, kept: Pass) -> GraftError | None:
         """An error where tokens were put in and never taken out."""
-        if any(inserted.open for inserted in self.inserted.values()):
+        if any(of.open for (path, _), of in kept.inserted.items() if path == self.path):
             return self._unmatched("its end never ran after its beginning")
         return None
 
@@ -196,14 +180,14 @@ class Insertions:
             "Put it on blocks one by one: at(block, insert(...)).",
         )
 
-    def _hear(self, i: int, action: Action, given: Tensor) -> Tensor:
+    def _hear(self, kept: Pass, i: int, action: Action, given: Tensor) -> Tensor:
         """What the part that action i hears gave in this forward.
 
         A checkpoint that runs again gives the same input, and is answered as it was then.
         """
         compiling = torch.compiler.is_compiling()
         earlier = {} if compiling or not _is_recomputing() else self.answered.get(given, {})
-        heard: Tensor | None = earlier.get(i, self.heard.get(i))
+        heard: Tensor | None = earlier.get(i, kept.heard.get((self.path, i)))
         path, part = self.hears[i]
         if heard is None:
             raise GraftError(

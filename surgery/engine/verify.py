@@ -68,8 +68,7 @@ def verify(
             with torch.no_grad():
                 _check_start(operation, run, answer)
     finally:
-        for hooked in operation.hooked_sites:
-            hooked.forget()
+        operation.passes.forget()
 
 
 def _runner(model: nn.Module, example: Any) -> Run:
@@ -86,8 +85,7 @@ def _runner(model: nn.Module, example: Any) -> Run:
 
 def _proved(operation: Operation, run: Run) -> Any:
     """The answer of a forward in which every hooked site ran."""
-    for hooked in operation.hooked_sites:
-        hooked.reset_flags()
+    operation.seen.clear()
     answer = run()
     operation.prove(lambda idle: _reason(idle, run))
     return answer
@@ -137,15 +135,14 @@ def _weights(hooked: HookedSite) -> list[nn.Parameter]:
 def _check_rows(operation: Operation, example: Any) -> None:
     """Tokens are put among those of a sample: where the first axis is of tokens, they are not."""
     batch = next((len(t) for t in tensors_in(example) if t.dim()), 0)
-    for hooked in operation.hooked_sites:
-        for tokens in hooked.tokens.inserted.values():
-            if tokens.batch != batch == tokens.total - tokens.new:
-                raise GraftError(
-                    f"insert(...) at {hooked.path}",
-                    f"it is given {tokens.batch} x {batch} where the example has {batch} samples: "
-                    "tokens come first here, and would be inserted as samples.",
-                    "Insert into a model that takes samples first (batch_first=True).",
-                )
+    for (path, _), tokens in operation.passes.mine().inserted.items():
+        if tokens.batch != batch == tokens.total - tokens.new:
+            raise GraftError(
+                f"insert(...) at {path}",
+                f"it is given {tokens.batch} x {batch} where the example has {batch} samples: "
+                "tokens come first here, and would be inserted as samples.",
+                "Insert into a model that takes samples first (batch_first=True).",
+            )
 
 
 # gradients -------------------------------------------------------------------------------------

@@ -306,7 +306,7 @@ def test_a_graft_that_is_unmarked_has_not_run() -> None:
     model(torch.randn(2, 8))
     (hooked,) = model.surgery.default.hooked_sites
     assert hooked.ran
-    hooked.reset_flags()
+    model.surgery.default.seen.clear()
     assert not hooked.ran
 
 

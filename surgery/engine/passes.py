@@ -1,0 +1,119 @@
+"""What one forward keeps, for each thread of execution: a thread, an asyncio task, a replica's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Key: TypeAlias = tuple[str, int]  # the path of a site, the number of an action there
+
+
+class Inserted(NamedTuple):
+    """What was put in last: how many tokens, of how many then; samples; whether it is still in."""
+
+    new: int
+    total: int
+    batch: int
+    open: bool
+
+
+class Pass:
+    """What a forward keeps until the next one begins.
+
+    inputs    of sites whose parts run beside them, until their end
+    gates     of the parts that route
+    heard     what the parts gave that an action hears
+    inserted  what each action put in last
+    ran       the marks of what was called
+    compiled  gates that compiled code had left when this forward ran: they are of an earlier one
+    whole     whether this is a forward of the whole model, and is not over
+    """
+
+    def __init__(self) -> None:
+        self.whole = False
+        self.gates: dict[Key, Tensor] = {}
+        self.compiled: dict[Key, weakref.ref[Tensor]] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is left of an earlier forward, but the gates."""
+        self.inputs: dict[Key, Tensor] = {}
+        self.heard: dict[Key, Tensor] = {}
+        self.inserted: dict[Key, Inserted] = {}
+        self.ran: set[str] = set()
+
+    def knew(self, key: Key, gates: Tensor) -> bool:
+        """Whether compiled code had left these gates before."""
+        known = self.compiled.get(key)
+        return known is not None and known() is gates
+
+
+class Passes:
+    """The passes of one operation: one for each thread of execution.
+
+    traced  that of compiled code, which knows of no threads
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def __reduce__(self) -> Any:
+        return Passes, ()  # copies begin anew
+
+    def forget(self) -> None:
+        """No forward has run."""
+        self.traced = Pass()
+        self._by_thread: weakref.WeakKeyDictionary[Any, Pass] = weakref.WeakKeyDictionary()
+
+    def mine(self) -> Pass:
+        """That of the thread of execution that asks."""
+        if torch.compiler.is_compiling():
+            return self.traced
+        thread = _thread()
+        found = self._by_thread.get(thread)
+        if found is None:
+            found = self._by_thread[thread] = Pass()
+        return found
+
+    def begin(self) -> None:
+        """A forward of the whole model begins in this thread."""
+        mine = self.mine()
+        mine.begin()
+        if mine is not self.traced:
+            mine.whole, mine.gates = True, {}
+            self.know(self.traced.gates)
+
+    def keep_gates(self, key: Key, gates: Tensor) -> None:
+        """Those of this forward, at one part."""
+        mine = self.mine()
+        mine.gates[key] = gates
+        if mine is not self.traced:
+            self.know([key])
+
+    def know(self, keys: Iterable[Key]) -> None:
+        """Gates that compiled code has left for these are earlier than what runs now."""
+        mine, left = self.mine(), self.traced.gates
+        mine.compiled |= {key: weakref.ref(left[key]) for key in keys if key in left}
+
+    def gates(self) -> dict[Key, Tensor]:
+        """Those of the last forward in this thread of execution, or in compiled code if later."""
+        mine, left = self.mine(), self.traced.gates
+        later = {key: gates for key, gates in left.items() if not mine.knew(key, gates)}
+        return {**mine.gates, **later}
+
+    def elsewhere(self) -> bool:
+        """Whether a forward in another thread of execution has left gates."""
+        return any(each.gates for each in list(self._by_thread.values()))
+
+
+def _thread() -> Any:
+    """The task that runs, where there are tasks; else the thread."""
+    if asyncio._get_running_loop() is not None and (task := asyncio.current_task()) is not None:
+        return task
+    return threading.current_thread()
