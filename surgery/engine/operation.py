@@ -6,20 +6,19 @@ through its journal; undoing it, after a fault or on request, is one and the sam
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes, while_traced
 from .journal import Journal, owner_of
 from .summary import Record
 from .tokens import Action
+from .watch import Watch, counted, rules_of, warn_unseen
 
 
 class Additions(nn.Module):
@@ -29,26 +28,6 @@ class Additions(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return x
-
-
-class ForwardCheck:
-    """Hooks on the root: after a whole forward, every hooked site must have run."""
-
-    def __init__(self, operation: Operation) -> None:
-        self.operation = operation
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """What is left of an earlier forward is forgotten."""
-        if self.operation.enabled:
-            self.operation.passes.begin()
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        kept = self.operation.passes.mine()
-        for hooked in self.operation.hooked_sites if self.operation.enabled else ():
-            if error := hooked.tokens.left_in(kept):
-                raise error
-        if self.operation.enabled and not self.operation.proved:
-            self.operation._surgery_check(torch.compiler.is_dynamo_compiling())
 
 
 class FrozenStatistics:
@@ -78,27 +57,22 @@ def is_frozen(norm: nn.Module) -> bool:
     return isinstance(owner_of(vars(norm).get("train")), FrozenStatistics)
 
 
-def _unreached(idle: list[HookedSite]) -> tuple[str, str]:
-    """Why hooked sites may not have run in a forward that no one looked into, and what to do."""
-    return "", (
-        "The model reads their weights without calling them, or skips them. Put the rule "
-        "on a module that is called (its parent, say), and revert this one."
-    )
-
-
 class Operation(Switch):
     """One application of rules to a model: its parts, its hooked sites, and the way back.
 
     journal        what the model was before each change, and what its use may change until undone
     merge_journal  the same of a merge of all operations up to this one
+    read_besides   the sites whose weight the model reads besides calling what they stand at
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
         super().__init__(balance)
-        self.name, self.record, self.proved = name, record, False
+        self.name, self.record = name, record
         self.hooked_sites: list[HookedSite] = []
         self.journal, self.merge_journal = Journal(), Journal()
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
+        self.read_besides: set[str] = set()
+        self.watcher = Watch(self)
 
     def open(self, model: nn.Module) -> None:
         """Take a place at the root, and remember the modes and buffers of all modules."""
@@ -170,49 +144,22 @@ class Operation(Switch):
             nests = isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor
             if nests and any(id(module) in ends for module in encoder.modules()):
                 self.journal.set(encoder, "use_nested_tensor", False)
-        check = ForwardCheck(self)
-        self.journal.hook(model, check.enter, before=True, prepend=True)
-        self.journal.hook(model, check.leave)
+        self.journal.hook(model, self.watcher.enter, before=True, prepend=True, with_kwargs=True)
+        self.journal.hook(model, self.watcher.leave)
+        self.journal.hook(model, self.watcher.end, always_call=True)
 
-    @property
-    def idle(self) -> list[HookedSite]:
-        """The hooked sites that have not run."""
-        return [hooked for hooked in self.hooked_sites if not hooked.ran]
-
-    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]] = _unreached) -> None:
+    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None:
         """Raise GraftError unless all hooked sites ran; `why` adds to the fact and has a remedy."""
-        if idle := self.idle:
-            paths, (fact, remedy) = {hooked.path for hooked in idle}, why(idle)
-            rows = [row for row in self.record["rows"] if row["keys"]]
-            rules = [row["rule"] for row in rows if paths.intersection(row["paths"])]
-            fact = f"{self._idle()} never ran in a whole forward{fact}."
-            raise GraftError(", ".join(rules), fact, remedy)
-        self.proved = True
+        if idle := [hooked for hooked in self.hooked_sites if not hooked.ran]:
+            fact, remedy = why(idle)
+            text = f"{counted(idle, len(self.hooked_sites))} never ran in a whole forward{fact}."
+            raise GraftError(rules_of(self.record, idle), text, remedy)
 
     @while_traced
-    def _surgery_check(self, compiling: bool) -> None:
-        """Prove it after a forward, or say that compiled code, which runs unseen, may hide it."""
-        if not compiling and not self._may_be_compiled():
-            self.prove()
-        elif idle := self._idle():
-            self.proved = not compiling
-            warnings.warn(
-                f"{idle} were not seen to run, though compiled code may hide it: "
-                "surgery.apply(model, rules, example=x) proves that they do.",
-                stacklevel=2,
-            )
-
-    def _idle(self) -> str:
-        """The sites that have not run, in words."""
-        idle = [hooked.path for hooked in self.idle]
-        return f"{len(idle)} of {len(self.hooked_sites)} sites ({first_few(idle)})" if idle else ""
-
-    def _may_be_compiled(self) -> bool:
-        seen = [bool(self.compiled)]
-        for module in [module for model in self.model for module in model.modules()]:
-            seen.append(module._compiled_call_impl is not None)
-            seen.append(hasattr(module.forward, "_torchdynamo_orig_callable"))
-        return True in seen
+    def _surgery_check(self) -> None:
+        """Say what torch.compile did not trace: other compiled code may hide it."""
+        if idle := [hooked for hooked in self.hooked_sites if not hooked.ran]:
+            warn_unseen(counted(idle, len(self.hooked_sites)))
 
     @property
     def routers(self) -> list[HookedSite]:

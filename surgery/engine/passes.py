@@ -33,10 +33,14 @@ class Pass:
     ran       the marks of what was called
     compiled  gates that compiled code had left when this forward ran: they are of an earlier one
     whole     whether this is a forward of the whole model, and is not over
+    reading   looks into this forward
+    kind      of forward, as the watch knows them
     """
 
     def __init__(self) -> None:
         self.whole = False
+        self.reading: Any = None
+        self.kind: Any = None
         self.gates: dict[Key, Tensor] = {}
         self.compiled: dict[Key, weakref.ref[Tensor]] = {}
         self.begin()

@@ -153,7 +153,7 @@ class Insertions:
                 f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
             )
         key = self.path, i
-        if key in kept.inserted and kept.inserted[key].open and not _is_recomputing():
+        if key in kept.inserted and kept.inserted[key].open and not is_recomputing():
             raise self._unmatched("its beginning ran again before its end")
         total = rows.shape[1] + shape[1]
         kept.inserted[key] = Inserted(shape[1], total, shape[0], action.place == "among")
@@ -162,7 +162,7 @@ class Insertions:
     def take_out(self, kept: Pass, i: int, tokens: Tokens, y: Tensor) -> Tensor:
         """What comes out, without the tokens that action i put in."""
         inserted = kept.inserted.get((self.path, i))
-        if inserted is None or not (inserted.open or _is_recomputing()):
+        if inserted is None or not (inserted.open or is_recomputing()):
             raise self._unmatched("its end ran without its beginning")
         kept.inserted[self.path, i] = Inserted(inserted.new, inserted.total, inserted.batch, False)
         return tokens.take_out(y, inserted, self.path)
@@ -186,7 +186,7 @@ class Insertions:
         A checkpoint that runs again gives the same input, and is answered as it was then.
         """
         compiling = torch.compiler.is_compiling()
-        earlier = {} if compiling or not _is_recomputing() else self.answered.get(given, {})
+        earlier = {} if compiling or not is_recomputing() else self.answered.get(given, {})
         heard: Tensor | None = earlier.get(i, kept.heard.get((self.path, i)))
         path, part = self.hears[i]
         if heard is None:
@@ -208,7 +208,7 @@ class Insertions:
         return action.tokens.rows(heard) if heard.dim() == 3 else heard
 
 
-def _is_recomputing() -> bool:
+def is_recomputing() -> bool:
     """Whether this forward is part of a backward: a checkpoint runs its segment again."""
     if torch.compiler.is_compiling():
         return False

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from .. import _rng
 from .._inputs import call, copied, tensors_in
@@ -20,6 +18,7 @@ from .._text import first_few
 from ..errors import GraftError
 from .hooks import HookedSite
 from .operation import Operation
+from .reading import Reading, why_idle
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -55,7 +54,7 @@ def verify(
     Errors of the model itself pass through.
     """
     run = _runner(model, example)
-    operation.proved = True
+    operation.watcher.resting = True
     try:
         with preserved(model, modes=True), torch.compiler.set_stance("force_eager"):
             model.eval()
@@ -67,7 +66,9 @@ def verify(
             operation.record["notes"] += notes
             with torch.no_grad():
                 _check_start(operation, run, answer)
+            _check_training(model, operation, run)
     finally:
+        operation.watcher.resting = False
         operation.passes.forget()
 
 
@@ -86,50 +87,42 @@ def _runner(model: nn.Module, example: Any) -> Run:
 def _proved(operation: Operation, run: Run) -> Any:
     """The answer of a forward in which every hooked site ran."""
     operation.seen.clear()
-    answer = run()
-    operation.prove(lambda idle: _reason(idle, run))
+    with Reading(operation.hooked_sites) as reading:
+        answer = run()
+    operation.watcher.note(reading)
+    operation.prove(lambda idle: _reason(operation, idle, reading))
     return answer
 
 
-# why a hooked site did not run -----------------------------------------------------------------
+def _reason(operation: Operation, idle: list[HookedSite], reading: Reading) -> tuple[str, str]:
+    model = operation.model[0]
+    read = [hooked for hooked in idle if reading.instead_of(hooked, model)]
+    return why_idle(read, "With this example")
 
 
-class _Reading(TorchFunctionMode):
-    """Writes down which of some tensors are read by functions that give tensors."""
+def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
+    """In training, too, no weight is read instead of calling what it stands at.
 
-    def __init__(self, watched: set[int]) -> None:
-        super().__init__()
-        self.watched, self.read = watched, set[int]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = self.watched.intersection(map(id, pytree.tree_leaves((args, kwargs))))
-        if given and any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):
-            self.read |= given
-        return result
-
-
-def _reason(idle: list[HookedSite], run: Run) -> tuple[str, str]:
-    """The rest of the fact, and the remedy: one more forward tells reading from skipping."""
-    weights = {hooked.path: {id(p) for p in _weights(hooked)} for hooked in idle}
-    with _Reading(set().union(*weights.values())) as reading:
-        run()
-    read = [path for path, ids in weights.items() if ids & reading.read]
-    if not read:
-        return "", (
-            "With this example the model does not come to them. Give an example that does, or a "
-            "narrower place: & ~where(...)."
-        )
-    holders = dict.fromkeys(path.rpartition("(" if "(" in path else ".")[0] for path in read)
-    called = " or ".join(f'at("{holder.rstrip(".")}", ...)' for holder in list(holders)[:2])
-    reads = "without calling it" if len(read) == 1 else "without calling them"
-    return f": the model reads the weight of {first_few(read)} {reads}", (
-        f"Put the rule on a module that is called, such as {called}. unfreeze works there."
-    )
-
-
-def _weights(hooked: HookedSite) -> list[nn.Parameter]:
-    return [*hooked.entry.parameters(), *hooked.exit.parameters()]
+    Layers may be skipped, which are dropped at random; a model may need more than an example (more
+    samples, for the norm of a batch), which is a note.
+    """
+    with preserved(model, modes=True, buffers=True), torch.enable_grad():
+        model.train()
+        try:
+            with Reading(operation.hooked_sites) as reading:
+                run()
+        except GraftError:
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            operation.record["notes"].append(f"not proved in training: {kind} with this example")
+            return
+        ran = operation.passes.mine().ran
+    operation.watcher.note(reading)
+    idle = [hooked for hooked in operation.hooked_sites if not hooked.marks <= ran]
+    if read := [hooked for hooked in idle if reading.instead_of(hooked, model)]:
+        fact, remedy = why_idle(read, "")
+        raise operation.watcher.error(read, f"do not run in training{fact}.", remedy)
 
 
 def _check_rows(operation: Operation, example: Any) -> None:

@@ -1,0 +1,118 @@
+"""Which weights a forward reads, and whether by a call of the module that holds them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
+
+from .._text import first_few
+from .hooks import HookedSite
+from .tokens import Insertions
+
+CALL = nn.Module._call_impl.__code__
+OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights
+
+
+class Reading(TorchFunctionMode):
+    """Writes down whose weights are read outside of any call of the modules that they stand at.
+
+    Only functions that give tensors read; one that asks for a shape, or a dtype, does not.
+
+    besides  by the path of a site: ids of its parameters that were read so
+    """
+
+    def __init__(self, sites: Iterable[HookedSite]) -> None:
+        super().__init__()
+        self.besides: dict[str, set[int]] = {}
+        self.sites: dict[int, list[HookedSite]] = {}
+        for hooked in sites:
+            for id_ in {id(p) for p in _weights(hooked)}:
+                self.sites.setdefault(id_, []).append(hooked)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            return result
+        given = self.sites.keys() & set(map(id, pytree.tree_leaves((args, kwargs))))
+        if given and any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):
+            self._note(given, sys._getframe(1))
+        return result
+
+    def _note(self, given: Iterable[int], frame: FrameType | None) -> None:
+        called: set[int] = set()
+        while frame is not None:
+            if frame.f_code in OURS:
+                return
+            if frame.f_code is CALL:
+                called.add(id(frame.f_locals["self"]))
+            frame = frame.f_back
+        for id_ in given:
+            for hooked in self.sites[id_]:
+                if not called & {id(hooked.entry), id(hooked.exit)}:
+                    self.besides.setdefault(hooked.path, set()).add(id_)
+
+    def besides_its_own(self, hooked: HookedSite) -> bool:
+        """Whether a tensor of the module itself, not of its children, was read besides its call."""
+        own = {id(p) for p in hooked.entry._parameters.values() if p is not None}
+        return bool(own & self.besides.get(hooked.path, set()))
+
+    def instead_of(self, hooked: HookedSite, model: nn.Module) -> bool:
+        """Whether the model reads what nobody but an idle site holds: it goes round the site."""
+        read = self.besides.get(hooked.path, set())
+        return bool(read) and bool(read - _held_without(model, hooked))
+
+    def end(self) -> None:
+        """Leave the mode, wherever in torch's stack of them it is."""
+        above: list[Any] = []
+        while self in _get_current_function_mode_stack():
+            mode = torch._C._pop_torch_function_stack()
+            if mode is self:
+                break
+            above.append(mode)
+        for mode in reversed(above):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
+    """The rest of the fact, and the remedy, for sites that did not run; some whose weight was read.
+
+    here  "With this example", "In this forward"
+    """
+    if not read:
+        return "", (
+            f"{here} the model does not come to them. Give an example that does, or a "
+            "narrower place: & ~where(...); or a module that is called."
+        )
+    paths = [hooked.path for hooked in read]
+    holders = dict.fromkeys(path.rpartition("(" if "(" in path else ".")[0] for path in paths)
+    called = " or ".join(f'at("{holder.rstrip(".")}", ...)' for holder in list(holders)[:2])
+    how = "without calling it" if len(paths) == 1 else "without calling them"
+    return f": the model reads the weight of {first_few(paths)} {how}", (
+        f"Put the rule on a module that is called, such as {called}. unfreeze works there. "
+        "(checkpoint(layer.forward, x) goes round a layer's hooks: give it the layer itself.)"
+    )
+
+
+def _weights(hooked: HookedSite) -> list[nn.Parameter]:
+    return [*hooked.entry.parameters(), *hooked.exit.parameters()]
+
+
+def _held_without(model: nn.Module, hooked: HookedSite) -> set[int]:
+    """Ids of the parameters that the model holds elsewhere than in a site too: tied ones."""
+    ends, todo, seen = {id(hooked.entry), id(hooked.exit)}, [model], set[int]()
+    held: set[int] = set()
+    while todo:
+        module = todo.pop()
+        if id(module) in ends or id(module) in seen:
+            continue
+        seen.add(id(module))
+        held |= {id(p) for p in module._parameters.values() if p is not None}
+        todo += [child for child in module._modules.values() if child is not None]
+    return held
