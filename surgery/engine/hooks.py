@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
@@ -245,13 +246,25 @@ class HookedSite:
         try:
             return action.part(x)
         except RuntimeError as error:
-            if not width or x.shape[-1] == width:
+            fact, remedy = self._misfit(action.part, x, width)
+            if not fact:
                 raise
-            raise GraftError(
-                f"{type(action.part).__name__} at {self.path or 'the model'}",
-                f"it was given {_described(x)}, and the place was taken to have {width} features.",
-                "Put the rule on a module with weights of that width, or give the width yourself.",
-            ) from error
+            name = f"{type(action.part).__name__} at {self.path or 'the model'}"
+            raise GraftError(name, f"it was given {_described(x)}, {fact}.", remedy) from error
+
+    def _misfit(self, part: nn.Module, x: Tensor, width: int) -> tuple[str, str]:
+        """Why a part may not take what it was given, and what to do; "" where it should."""
+        if width and x.shape[-1] != width:
+            return f"and the place was taken to have {width} features", (
+                "Put the rule on a module with weights of that width, or give the width yourself."
+            )
+        kinds = {p.dtype for p in part.parameters() if p.is_floating_point()}
+        if x.is_floating_point() and kinds and x.dtype not in kinds:
+            names = first_few(str(kind).removeprefix("torch.") for kind in kinds)
+            return f"and its own tensors are {names}", (
+                f"Cast the parts, model.surgery.to({x.dtype}), or run under torch.autocast."
+            )
+        return "", ""
 
     def _routed(self, i: int, routed: routing.Routed, x: Tensor) -> Tensor:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
@@ -278,6 +291,8 @@ class HookedSite:
             if torch.is_autocast_enabled(base.device.type):
                 return out.to(base.dtype)
         want, got = _described(base), _described(out)
+        if isinstance(out, Tensor) and (stride := _stride(self.entry)) and out.shape != base.shape:
+            want += f" (the module has stride {stride}, and a part beside it sees every position)"
         remedy = "A part is given features on the last axis, site.width of them, returns site.out."
         if self.entry is not self.exit:
             remedy += " With apply(..., example=inputs) a forward tells where to begin."
@@ -367,6 +382,13 @@ def _first_tensor(values: Any, path: str) -> tuple[Tensor, Callable[[Tensor], An
 def _in_half_autocast(x: Tensor) -> bool:
     kind = x.device.type
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+
+
+def _stride(module: nn.Module) -> str:
+    """That of a module which makes a map smaller; "" where it does not."""
+    stride = getattr(module, "stride", 1)
+    sides = stride if isinstance(stride, tuple) else (stride,)
+    return str(stride) if any(isinstance(n, int) and n > 1 for n in sides) else ""
 
 
 def _described(value: Any) -> str:

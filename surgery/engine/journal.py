@@ -258,6 +258,7 @@ def unhook(module: nn.Module, owner: object) -> None:
             if other is owner:
                 del hooks[key]
                 with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:

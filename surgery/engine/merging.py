@@ -16,6 +16,7 @@ from .apply import check_undoable, operated
 from .hooks import HookedSite, is_replaced
 from .operation import Operation
 from .tokens import Action
+from .watch import check_watched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -158,6 +159,8 @@ def merge(model: Model) -> Model:
     (True, True)
     """
     done = operated(model, "merge(model)")
+    for operation in done:
+        check_watched(operation, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with torch.no_grad(), exact[0], exact[1]:
         _merge(model, done)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
 from .hooks import HookedSite
 from .tokens import Insertions
 
 CALL = nn.Module._call_impl.__code__
+CHECKPOINT = CheckpointFunction.forward.__code__  # of reentrant checkpoints
 OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights
 
 
@@ -26,11 +28,13 @@ class Reading(TorchFunctionMode):
     Only functions that give tensors read; one that asks for a shape, or a dtype, does not.
 
     besides  by the path of a site: ids of its parameters that were read so
+    cut_off  sites inside reentrant checkpoints none of whose inputs asks for a gradient
     """
 
     def __init__(self, sites: Iterable[HookedSite]) -> None:
         super().__init__()
         self.besides: dict[str, set[int]] = {}
+        self.cut_off: set[str] = set()
         self.sites: dict[int, list[HookedSite]] = {}
         for hooked in sites:
             for id_ in {id(p) for p in _weights(hooked)}:
@@ -47,14 +51,19 @@ class Reading(TorchFunctionMode):
 
     def _note(self, given: Iterable[int], frame: FrameType | None) -> None:
         called: set[int] = set()
+        cut_off = False
         while frame is not None:
             if frame.f_code in OURS:
                 return
             if frame.f_code is CALL:
                 called.add(id(frame.f_locals["self"]))
+            elif frame.f_code is CHECKPOINT:
+                cut_off |= not any(_asks(value) for value in frame.f_locals["args"])
             frame = frame.f_back
         for id_ in given:
             for hooked in self.sites[id_]:
+                if cut_off:
+                    self.cut_off.add(hooked.path)
                 if not called & {id(hooked.entry), id(hooked.exit)}:
                     self.besides.setdefault(hooked.path, set()).add(id_)
 
@@ -68,6 +77,13 @@ class Reading(TorchFunctionMode):
         read = self.besides.get(hooked.path, set())
         return bool(read) and bool(read - _held_without(model, hooked))
 
+    def why_cut_off(self) -> str:
+        """Of sites to whose parts no gradient can come."""
+        return (
+            f"{first_few(self.cut_off)} ran inside of reentrant checkpoints (torch.utils.checkpoint) "
+            "none of whose inputs asks for a gradient: the layers before are frozen."
+        )
+
     def end(self) -> None:
         """Leave the mode, wherever in torch's stack of them it is."""
         above: list[Any] = []
@@ -78,6 +94,12 @@ class Reading(TorchFunctionMode):
             above.append(mode)
         for mode in reversed(above):
             torch._C._push_on_torch_function_stack(mode)
+
+
+USE_OTHER_CHECKPOINTS = (
+    "Use checkpointing with use_reentrant=False, or let the inputs ask for a gradient "
+    "(Hugging Face: model.enable_input_require_grads())."
+)
 
 
 def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
@@ -98,6 +120,10 @@ def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
         f"Put the rule on a module that is called, such as {called}. unfreeze works there. "
         "(checkpoint(layer.forward, x) goes round a layer's hooks: give it the layer itself.)"
     )
+
+
+def _asks(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _weights(hooked: HookedSite) -> list[nn.Parameter]:

@@ -19,6 +19,7 @@ from ..structure.path import generalise
 from .apply import Routing, operated
 from .operation import additions_of, check_operable
 from .summary import count_parameters, summary
+from .watch import check_watched
 
 ASK = "by order; anatomy(model, example) runs a forward to see"
 
@@ -77,6 +78,8 @@ def report(model: nn.Module) -> Table:
     rows: list[tuple[object, ...]] = []
     notes: list[str] = []
     for operation in done:
+        if not operation.merged:
+            check_watched(operation, "report(model)")
         parts = {key: part for key, part in operation._modules.items() if part is not None}
         table = summary(operation.record, parts, base, "")
         prefix = f"{operation.name}: " if len(done) > 1 else ""

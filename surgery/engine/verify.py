@@ -18,7 +18,7 @@ from .._text import first_few
 from ..errors import GraftError
 from .hooks import HookedSite
 from .operation import Operation
-from .reading import Reading, why_idle
+from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -59,10 +59,10 @@ def verify(
         with preserved(model, modes=True), torch.compiler.set_stance("force_eager"):
             model.eval()
             with torch.no_grad():
-                answer = _proved(operation, run)
+                answer, _ = _proved(operation, run)
             _check_rows(operation, example)
             with torch.enable_grad():
-                notes = _check_gradients(_proved(operation, run), targets)
+                notes = _check_gradients(*_proved(operation, run), targets)
             operation.record["notes"] += notes
             with torch.no_grad():
                 _check_start(operation, run, answer)
@@ -84,14 +84,14 @@ def _runner(model: nn.Module, example: Any) -> Run:
     return run
 
 
-def _proved(operation: Operation, run: Run) -> Any:
-    """The answer of a forward in which every hooked site ran."""
+def _proved(operation: Operation, run: Run) -> tuple[Any, Reading]:
+    """The answer of a forward in which every hooked site ran, and what it read."""
     operation.seen.clear()
     with Reading(operation.hooked_sites) as reading:
         answer = run()
     operation.watcher.note(reading)
     operation.prove(lambda idle: _reason(operation, idle, reading))
-    return answer
+    return answer, reading
 
 
 def _reason(operation: Operation, idle: list[HookedSite], reading: Reading) -> tuple[str, str]:
@@ -111,9 +111,9 @@ def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
         try:
             with Reading(operation.hooked_sites) as reading:
                 run()
-        except GraftError:
-            raise
         except Exception as error:
+            if _is_ours(error):
+                raise
             kind = type(error).__name__
             operation.record["notes"].append(f"not proved in training: {kind} with this example")
             return
@@ -123,6 +123,16 @@ def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
     if read := [hooked for hooked in idle if reading.instead_of(hooked, model)]:
         fact, remedy = why_idle(read, "")
         raise operation.watcher.error(read, f"do not run in training{fact}.", remedy)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error is raised by a line of this package, and not by the model or by torch."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_code is Reading.__torch_function__.__code__:
+        return False
+    return str(last.tb_frame.f_globals["__name__"]).startswith(__name__.partition(".")[0] + ".")
 
 
 def _check_rows(operation: Operation, example: Any) -> None:
@@ -141,7 +151,9 @@ def _check_rows(operation: Operation, example: Any) -> None:
 # gradients -------------------------------------------------------------------------------------
 
 
-def _check_gradients(answer: Any, targets: Iterable[TrainTarget]) -> list[str]:
+def _check_gradients(
+    answer: Any, reading: Reading, targets: Iterable[TrainTarget]
+) -> list[str]:
     """A gradient must come to some tensor of every target, be it zero; notes where it need not.
 
     Only some, for the experts of a mixture that got no token, and tokens that models mask with.
@@ -151,15 +163,21 @@ def _check_gradients(answer: Any, targets: Iterable[TrainTarget]) -> list[str]:
     missed = [target for target in targets if target.is_missed(reached)]
     needed = [target for target in missed if not target.optional]
     if needed and whole:
-        raise _lost(needed, outputs)
+        raise _lost(needed, outputs, reading)
     if not (missed and outputs and whole):  # all came, or what the graph hides may have come
         return []
     return [f"no gradient comes to {first_few(_names(missed))} with this example"]
 
 
-def _lost(targets: list[TrainTarget], outputs: list[Tensor]) -> GraftError:
+def _lost(targets: list[TrainTarget], outputs: list[Tensor], reading: Reading) -> GraftError:
     """The error of a gradient that never comes."""
     rules, names = ", ".join(dict.fromkeys(t.rule for t in targets)), first_few(_names(targets))
+    if reading.cut_off:
+        return GraftError(
+            rules,
+            f"no gradient comes from the output to {names}: {reading.why_cut_off()}",
+            USE_OTHER_CHECKPOINTS,
+        )
     if not outputs:
         return GraftError(
             rules,

@@ -21,7 +21,7 @@ from ..structure.path import generalise
 from .hooks import HookedSite
 from .journal import Hook, Journal, owner_of
 from .passes import Pass, Passes
-from .reading import Reading, why_idle
+from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
 from .summary import Record
 from .tokens import is_recomputing
 
@@ -82,13 +82,17 @@ class Watch:
         if not self.operation.enabled:
             return
         self.operation.passes.begin()
-        if torch.compiler.is_compiling() or self.resting or self.operation.merged:
+        if torch.compiler.is_compiling() or self.operation.merged:
             return
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted
             kept.reading.end()
         kept.kind, kept.reading = _kind(module, args, kwargs), None
         known = kept.kind in self.looked or len(self.looked) >= KINDS
+        if not known:
+            self._check_memory((args, kwargs))
+        if self.resting:
+            return
         if (self.suspects or not known) and self._can_look():
             kept.reading = Reading(self.operation.hooked_sites)
             kept.reading.__enter__()
@@ -140,6 +144,10 @@ class Watch:
         """Tell apart, among idle sites, what is skipped from what is gone round."""
         self.note(reading)
         self._check_there(idle)
+        if reading.cut_off and self.model.training and torch.is_grad_enabled():
+            cut = [each for each in self.operation.hooked_sites if each.path in reading.cut_off]
+            fact = f"can get no gradient: {reading.why_cut_off()}"
+            raise self.error(cut, fact, USE_OTHER_CHECKPOINTS)
         read = [hooked for hooked in idle if reading.instead_of(hooked, self.model)]
         fact, remedy = why_idle(read, "In this forward")
         self.bypassed |= {hooked.path: fact for hooked in read}
@@ -179,6 +187,20 @@ class Watch:
                 f"{self._counted(new)} did not run in this forward, though they ran before: what "
                 "was added there counts for nothing in it. The next forward is looked into.",
                 stacklevel=2,
+            )
+
+    def _check_memory(self, given: Any) -> None:
+        """Parts on the meta device would add whatever lies in memory to what has values."""
+        tensors = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
+        if not tensors or any(tensor.is_meta for tensor in tensors):
+            return
+        sites = self.operation.hooked_sites
+        lost = [s for s in sites if any(p.is_meta for a in s.actions for p in a.part.parameters())]
+        if lost:
+            raise self.error(
+                lost,
+                "have parts on the meta device, without values, and the input has values.",
+                "Give the base memory first, and apply the rules then; or load a file's values.",
             )
 
     def _check_there(self, idle: list[HookedSite]) -> None:

@@ -19,6 +19,7 @@ from ..engine.apply import apply, operated, revert
 from ..engine.journal import Journal
 from ..engine.operation import Operation, check_operable, operations
 from ..engine.vocabulary import vocabulary
+from ..engine.watch import check_watched
 from ..errors import FileError, OperationError
 from ..rules.expression import decode
 from ..rules.rule import Rule, Rules
@@ -185,6 +186,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
             "operated (SyncBatchNorm?): what was trained or grafted there is not known any more.",
             "Convert the model first, and apply the rules then.",
         )
+    check_watched(done[name], "state_dict(model)")
     return done[name]
 
 
