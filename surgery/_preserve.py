@@ -87,7 +87,11 @@ def _flags(model: nn.Module) -> Callable[[], None]:
 
 
 def _buffers(model: nn.Module) -> Callable[[], None]:
-    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    tables = [
+        (module._buffers, dict(module._buffers))
+        for module in model.modules()
+        if isinstance(module._buffers, dict)  # TorchScript's are not
+    ]
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
 
     def give_back() -> None:

@@ -172,18 +172,18 @@ def _check_gradients(
 def _lost(targets: list[TrainTarget], outputs: list[Tensor], reading: Reading) -> GraftError:
     """The error of a gradient that never comes."""
     rules, names = ", ".join(dict.fromkeys(t.rule for t in targets)), first_few(_names(targets))
-    if reading.cut_off:
-        return GraftError(
-            rules,
-            f"no gradient comes from the output to {names}: {reading.why_cut_off()}",
-            USE_OTHER_CHECKPOINTS,
-        )
     if not outputs:
         return GraftError(
             rules,
             f"the output carries no gradient at all, so none would come to {names}.",
             "The model runs under torch.no_grad(), or under reentrant checkpointing with an input "
             "that needs no gradient (use_reentrant=False), or gives no floating numbers.",
+        )
+    if reading.cut_off:
+        return GraftError(
+            rules,
+            f"no gradient comes from the output to {names}: {reading.why_cut_off()}",
+            USE_OTHER_CHECKPOINTS,
         )
     return GraftError(
         rules,
