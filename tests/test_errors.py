@@ -82,11 +82,18 @@ WRONG = {
         "blocks.*.mlp (3)",
     ),
     "role without match": Wrong(
+        lambda: at(ffn & nn.Conv1d, unfreeze),
+        MatchError,
+        "ffn & where(nn.Conv1d)",
+        "matched no module of VisionTransformer",
+        "ffn (3)",
+    ),
+    "address without match beside a role": Wrong(
         lambda: at(ffn & inside("stages.[0]"), unfreeze),
         MatchError,
         'ffn & inside("stages.[0]")',
-        "matched no module of VisionTransformer",
-        "ffn (3)",
+        'says "stages.[0]", which matches no module of VisionTransformer',
+        "Nearest addresses: ",
     ),
     "class without match": Wrong(
         lambda: at(nn.Conv1d, unfreeze), MatchError, "nn.Conv1d", "matched no module", "anatomy"

@@ -39,6 +39,8 @@ class Operand(Role):
     """A projection that makes the query, the key or the value of attention, and nothing else."""
 
     def select(self, tree: Tree) -> Selected:
+        if not roles_of(tree)["qkv"]:  # as of any role that the model lacks
+            return {}
         dataflow = dataflow_of(tree)
         if dataflow is None:
             raise RuleError(
