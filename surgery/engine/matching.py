@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-
-from torch import nn
+from collections.abc import Iterator
 
 from .._text import first_few
 from ..errors import MatchError, RuleError
 from ..methods import rules_named
-from ..rules.edits import Token, Trained
 from ..rules.expression import shown
 from ..rules.rule import Rule, Rules
 from ..rules.selector import Address, Chosen, where
 from ..rules.walk import selectors_in
 from ..structure.module_tree import Site, Tree
-from ..structure.path import alternatives, closest, without_slices
+from ..structure.path import alternatives, without_slices
 from .nothing_found import nothing_named, why_nothing
 
 
@@ -78,39 +75,3 @@ def _unmatched(pattern: Address, tree: Tree, whole: bool) -> Iterator[str]:
         yield from (arm for _, arm in alternatives(pattern.what) if not where(arm).find(tree))
     elif not whole and not where(without_slices(pattern.what)).find(tree):
         yield pattern.what
-
-
-def unfreezing_edits(rule: Rule) -> list[Trained]:
-    """The edits of a rule that unfreeze."""
-    return [edit for edit in rule.rest if isinstance(edit, Trained) and edit.trained]
-
-
-def parameters_meant(edit: Trained, sites: Iterable[Site]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters at some sites, by path, that an edit speaks of."""
-    ends = {id(end.module): end for site in sites for end in (site.entry, site.exit)}
-    return [
-        (f"{end.path}.{name}".strip("."), p)
-        for end in ends.values()
-        for name, p in edit.parameters(end.module)
-    ]
-
-
-def check_named(rule: Rule, edit: Trained, sites: Collection[Site]) -> None:
-    """Raise MatchError where an edit speaks of parameters that no site of the rule has."""
-    for asked in edit.only if sites else ():
-        arms = [] if isinstance(asked, Token) else [arm for _, arm in alternatives(asked)]
-        for name in arms or [asked]:
-            alone = Trained(edit.trained, (name,))
-            if not parameters_meant(alone, sites):
-                raise _no_parameter(rule, alone, sites)
-
-
-def _no_parameter(rule: Rule, edit: Trained, sites: Collection[Site]) -> MatchError:
-    names = [name for name, _ in parameters_meant(Trained(edit.trained), sites)]
-    near = closest(str(edit.only[0]), names, most=3)
-    listed = ", ".join(f"{path} ({n})" for path, n in near) or "none"
-    return MatchError(
-        rule.short,
-        f"has no parameter for {edit!r}.",
-        f"Nearest parameters there: {listed}. A name begins at the site.",
-    )

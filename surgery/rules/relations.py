@@ -77,6 +77,10 @@ class Nearest(Selection):
                 return dataflow(anchor, sites, whole)
         return _before(anchor, sites, isinstance(self.pattern, Address))
 
+    def told_by_forward(self, tree: Tree) -> bool:
+        norms = self.before and any(is_norm(site.module) for site in self.pattern.find(tree))
+        return bool(norms and self.before and self.before.find(tree))
+
     def select(self, tree: Tree) -> Selected:
         near = {site for site, _ in self.pairs(tree)}
         return {site: {} for site in sorted(near, key=lambda site: site.order)}
@@ -89,6 +93,9 @@ class Span(Selection):
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (plain(self.entry), plain(self.exit)), {}
+
+    def told_by_forward(self, tree: Tree) -> bool:
+        return Nearest(self.entry, before=self.exit).told_by_forward(tree)
 
     def select(self, tree: Tree) -> Selected:
         pairs = Nearest(self.entry, before=self.exit).pairs(tree, whole=True)

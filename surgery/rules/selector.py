@@ -50,6 +50,10 @@ class Selector(Expression):
         """The sites among which the pattern selects: those of the tree, and spans it speaks of."""
         return tree.sites
 
+    def told_by_forward(self, tree: Tree) -> bool:
+        """Whether a forward could tell more of it than the modules do: it is what feeds what."""
+        return False
+
     def __and__(self, other: Where) -> Selector:
         return Both(self, where(other))
 

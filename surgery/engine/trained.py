@@ -1,0 +1,128 @@
+"""Which tensors of the base rules leave trained, and which of them take no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import MatchError, RuleError
+from ..rules.edits import Token, Trained
+from ..rules.rule import Rule
+from ..structure.layers import named_modules
+from ..structure.module_tree import Site
+from ..structure.path import alternatives, closest
+from ..structure.quantised import is_packed, is_quantised
+
+
+class Meant(NamedTuple):
+    """What a rule unfreezes: a parameter, or a module whose weights are none."""
+
+    rule: Rule
+    path: str
+    what: Tensor | nn.Module
+
+    @property
+    def takes_no_gradient(self) -> bool:
+        return isinstance(self.what, nn.Module) or is_quantised(self.what)
+
+
+def unfrozen_by(
+    matches: Iterable[tuple[Rule, Collection[Site]]],
+) -> tuple[set[int], list[str]]:
+    """Ids of the base parameters that rules leave trained, where the last word counts; notes.
+
+    Raises MatchError where a rule names a parameter that is not there, and RuleError where it
+    unfreezes what takes no gradient; of an optional rule that is a note.
+    """
+    chosen: dict[int, Meant] = {}
+    for rule, sites in matches:
+        for edit in rule.rest:
+            if isinstance(edit, Trained):
+                meant = [Meant(rule, path, what) for path, what in _meant(edit, sites)]
+                if not rule.optional:
+                    check_named(rule, edit, sites)
+                if edit.trained:
+                    chosen |= {id(m.what): m for m in meant}
+                else:
+                    chosen = {
+                        i: m for i, m in chosen.items() if i not in {id(m.what) for m in meant}
+                    }
+    quantised = [m for m in chosen.values() if m.takes_no_gradient]
+    for m in quantised:
+        if not m.rule.optional:
+            raise _no_gradient(m)
+    left = [m.path for m in quantised]
+    notes = [f"quantised, so it stays frozen: {', '.join(left)}"] if left else []
+    floating = {
+        i for i, m in chosen.items() if isinstance(m.what, Tensor) and m.what.is_floating_point()
+    }
+    return floating - {id(m.what) for m in quantised}, notes
+
+
+def _no_gradient(m: Meant) -> RuleError:
+    holder, _, name = m.path.rpartition(".")
+    if isinstance(m.what, nn.Module):
+        return RuleError(
+            m.rule.short,
+            f"{m.path} is quantised ({type(m.what).__name__}): its weights are no parameters, and "
+            "no gradient comes to them.",
+            f'Leave it out, with a rule after this one, at("{m.path}", freeze), or by '
+            "optional=True; or dequantise it first.",
+        )
+    kind = type(m.what).__name__ if type(m.what) is not nn.Parameter else str(m.what.dtype)
+    return RuleError(
+        m.rule.short,
+        f"{m.path} is quantised ({kind}), and no gradient comes to it.",
+        f'Leave it out, with a rule after this one, at("{holder}", freeze("{name}")), or by '
+        "optional=True; or dequantise it first.",
+    )
+
+
+def unfreezing_edits(rule: Rule) -> list[Trained]:
+    """The edits of a rule that unfreeze."""
+    return [edit for edit in rule.rest if isinstance(edit, Trained) and edit.trained]
+
+
+def parameters_meant(edit: Trained, sites: Iterable[Site]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters at some sites, by path, that an edit speaks of."""
+    return [
+        (f"{end.path}.{name}".strip("."), p)
+        for end in _ends(sites)
+        for name, p in edit.parameters(end.module)
+    ]
+
+
+def _meant(edit: Trained, sites: Collection[Site]) -> Iterator[tuple[str, Tensor | nn.Module]]:
+    """The parameters that an edit speaks of, and the modules whose weights are no parameters."""
+    yield from parameters_meant(edit, sites)
+    for end in [] if edit.only else _ends(sites):
+        for path, module in named_modules(end.module):
+            if is_packed(module):
+                yield f"{end.path}.{path}".strip("."), module
+
+
+def _ends(sites: Iterable[Site]) -> Sequence[Site]:
+    return list({id(end.module): end for site in sites for end in (site.entry, site.exit)}.values())
+
+
+def check_named(rule: Rule, edit: Trained, sites: Collection[Site]) -> None:
+    """Raise MatchError where an edit speaks of parameters that no site of the rule has."""
+    for asked in edit.only if sites else ():
+        arms = [] if isinstance(asked, Token) else [arm for _, arm in alternatives(asked)]
+        for name in arms or [asked]:
+            alone = Trained(edit.trained, (name,))
+            if not parameters_meant(alone, sites):
+                raise _no_parameter(rule, alone, sites)
+
+
+def _no_parameter(rule: Rule, edit: Trained, sites: Collection[Site]) -> MatchError:
+    names = [name for name, _ in parameters_meant(Trained(edit.trained), sites)]
+    near = closest(str(edit.only[0]), names, most=3)
+    listed = ", ".join(f"{path} ({n})" for path, n in near) or "none"
+    return MatchError(
+        rule.short,
+        f"has no parameter for {edit!r}.",
+        f"Nearest parameters there: {listed}. A name begins at the site.",
+    )
