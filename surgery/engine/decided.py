@@ -14,7 +14,10 @@ from ..structure.places import site_at
 
 
 class Decided(NamedTuple):
-    """The rules of a file, the paths that each matched, and of which modules (`modules_of`)."""
+    """The rules of a file, and the paths that each matched.
+
+    modules  those on which a forward decided (`modules_of`); "" where none did
+    """
 
     modules: str
     rules: Sequence[str]
@@ -26,7 +29,7 @@ class Decided(NamedTuple):
         They are taken where the rule depends on what feeds what, is written as it was, and meets
         the same modules: then they are what a forward on an example would tell.
         """
-        same_modules = self.modules == modules_of(tree)
+        same_modules = self.modules and self.modules == modules_of(tree)
         if not (same_modules and number < len(self.rules) and told_by_forward(rule, tree)):
             return None
         if not self.rules[number].startswith(rule.short.removesuffix("...)")):

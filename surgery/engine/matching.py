@@ -33,8 +33,6 @@ def flatten_rules(rules: Rules) -> list[Rule]:
 
 def match_rule(rule: Rule, tree: Tree) -> dict[Site, dict[str, str]]:
     """The sites that a rule selects, with what each captured. Raises MatchError."""
-    if not rule.optional:
-        check_written(rule, tree)
     sites = rule.where.find(tree)
     kind = type(tree.model).__name__
     if not sites and not rule.optional:
@@ -55,7 +53,7 @@ def check_written(rule: Rule, tree: Tree) -> None:
     A whole address without a match is the business of the rule; a role, a class, a predicate may
     come to nothing beside others, and so may a slice, as Python's do.
     """
-    for pattern in selectors_in(rule):
+    for pattern in () if rule.optional else selectors_in(rule):
         if isinstance(pattern, Address):
             for text in _unmatched(pattern, tree, whole=pattern is rule.where):
                 raise nothing_named(rule, text, tree)

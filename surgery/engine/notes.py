@@ -12,6 +12,7 @@ from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
 from ..structure.anatomy import roles_of
+from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
 from .summary import places
@@ -25,15 +26,17 @@ def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None
     if asked:
         yield "what feeds what was read off a forward on the example"
         return
-    guessed: list[str] = []
+    guessed, told = list[str](), list[Rule]()
     for i, (rule, _) in enumerate(matches):
-        if decided is None or decided.find(i, rule, tree) is None:
-            related = (pattern for pattern in selectors_in(rule) if not isinstance(pattern, Role))
-            guessed += [repr(pattern) for pattern in related if pattern.told_by_forward(tree)]
+        if decided and decided.find(i, rule, tree) is not None:
+            told.append(rule)
+            continue
+        related = (pattern for pattern in selectors_in(rule) if not isinstance(pattern, Role))
+        guessed += [repr(pattern) for pattern in related if pattern.told_by_forward(tree)]
     if guessed:
         which = first_few(dict.fromkeys(guessed))
         yield f"{which}: by the order of modules; example=inputs runs a forward to see"
-    elif decided is not None:
+    elif told:
         yield "what feeds what is as a forward told when the file was made"
 
 
@@ -56,7 +59,8 @@ def frozen_head(matches: Matches, tree: Tree, trained: Collection[int]) -> list[
 
 def _own_heads(tree: Tree) -> list[Site]:
     """The heads that give something else than features: not those of words, which come as made."""
-    roles = roles_of(tree)
+    of_modules = Tree(tree.model) if dataflow_of(tree) else tree  # a note runs no forward
+    roles = roles_of(tree if "anatomy" in tree.memo else of_modules)
     widths = {site.out for site in roles["block"][-1:]}
     words = {s.module.num_embeddings for s in tree.sites if isinstance(s.module, nn.Embedding)}
     return [site for site in roles["head"] if site.out not in widths | words | {0}]

@@ -24,7 +24,7 @@ from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .decided import Decided, modules_of
 from .hooks import Balance
-from .matching import flatten_rules, match_rule
+from .matching import check_written, flatten_rules, match_rule
 from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
@@ -79,6 +79,8 @@ class Plan:
         self.tree = Tree(model)
         self.dataflow = attach_dataflow(self.tree, example)
         self.decided = decided if example is None else None
+        for rule in self.rules if decided is None else ():  # a file's were checked when it was made
+            check_written(rule, self.tree)
         self.matches = [(rule, self._match(i, rule)) for i, rule in enumerate(self.rules)]
         self.placements = [
             Placement(rule, edit, site, site.seen(shape=edit.port(site), captures=captures))
@@ -93,7 +95,7 @@ class Plan:
         self.heard_from = heard_from(self.placements, self.tree)
         self.names = PartNames(self.tree)
         name_all(self.placements, self.names)
-        self.unfrozen, self._left = unfrozen_by(self.matches)
+        self.unfrozen, self._left = unfrozen_by(self.matches, decided is None)
         if not (self.placements or self.unfrozen):
             raise RuleError(
                 self.rules[0].short,
@@ -140,6 +142,13 @@ class Plan:
         """What the operation writes down of itself: plain data, with no hold on the model."""
         return self._record(self._sketched)
 
+    @property
+    def _decided_on(self) -> str:
+        """The modules on which a forward decided what feeds what, here or for a file."""
+        if self.dataflow.asked:
+            return modules_of(self.tree)
+        return self.decided.modules if self.decided else ""
+
     def _record(self, built: BuiltParts | None) -> Record:
         trained = {*self.unfrozen, *self._trained_before()}
         notes = [*how_found(self.matches, self.tree, self.dataflow.asked, self.decided)]
@@ -154,7 +163,7 @@ class Plan:
             seed=self.seed,
             data=_data(self.rules),
             notes=notes,
-            modules=modules_of(self.tree) if self.dataflow.asked or self.decided else "",
+            modules=self._decided_on,
         )
 
     def __str__(self) -> str:

@@ -29,9 +29,11 @@ class Meant(NamedTuple):
 
 
 def unfrozen_by(
-    matches: Iterable[tuple[Rule, Collection[Site]]],
+    matches: Iterable[tuple[Rule, Collection[Site]]], check_braces: bool = True
 ) -> tuple[set[int], list[str]]:
     """Ids of the base parameters that rules leave trained, where the last word counts; notes.
+
+    check_braces  each name of several in braces must be there, too
 
     Raises MatchError where a rule names a parameter that is not there, and RuleError where it
     unfreezes what takes no gradient; of an optional rule that is a note.
@@ -42,7 +44,7 @@ def unfrozen_by(
             if isinstance(edit, Trained):
                 meant = [Meant(rule, path, what) for path, what in _meant(edit, sites)]
                 if not rule.optional:
-                    check_named(rule, edit, sites)
+                    check_named(rule, edit, sites, check_braces)
                 if edit.trained:
                     chosen |= {id(m.what): m for m in meant}
                 else:
@@ -107,11 +109,11 @@ def _ends(sites: Iterable[Site]) -> Sequence[Site]:
     return list({id(end.module): end for site in sites for end in (site.entry, site.exit)}.values())
 
 
-def check_named(rule: Rule, edit: Trained, sites: Collection[Site]) -> None:
+def check_named(rule: Rule, edit: Trained, sites: Collection[Site], check_braces: bool) -> None:
     """Raise MatchError where an edit speaks of parameters that no site of the rule has."""
     for asked in edit.only if sites else ():
-        arms = [] if isinstance(asked, Token) else [arm for _, arm in alternatives(asked)]
-        for name in arms or [asked]:
+        names = [] if isinstance(asked, Token) else [name for _, name in alternatives(asked)]
+        for name in (asked, *(names if check_braces else ())):
             alone = Trained(edit.trained, (name,))
             if not parameters_meant(alone, sites):
                 raise _no_parameter(rule, alone, sites)

@@ -283,12 +283,10 @@ def _rules(about: dict[str, Any], path: str | os.PathLike[str]) -> Rules:
     return rules
 
 
-def _decided(about: dict[str, Any]) -> Decided | None:
-    """What a forward decided when the file was made, if one did."""
-    modules, paths = about.get("modules"), [path for row in about["sites"] for path in row]
-    if not (isinstance(modules, str) and modules and all(isinstance(p, str) for p in paths)):
-        return None
-    return Decided(modules, list(map(str, about["text"])), about["sites"])
+def _decided(about: dict[str, Any]) -> Decided:
+    """What a forward decided when the file was made; nothing where none did."""
+    sites = [[str(path) for path in paths] for paths in about["sites"]]
+    return Decided(str(about.get("modules", "")), list(map(str, about["text"])), sites)
 
 
 def _check_sites(model: nn.Module, about: dict[str, Any], name: str) -> None:
