@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from ..errors import MatchError, RuleError
 from ..rules.edits import Token, Trained
+from ..rules.expression import shown
 from ..rules.rule import Rule
 from ..structure.layers import named_modules
 from ..structure.module_tree import Site
-from ..structure.path import alternatives, closest
+from ..structure.path import alternatives, closest, generalise
 from ..structure.quantised import is_packed, is_quantised
+from .summary import places
 
 
 class Meant(NamedTuple):
@@ -54,31 +56,27 @@ def unfrozen_by(
     quantised = [m for m in chosen.values() if m.takes_no_gradient]
     for m in quantised:
         if not m.rule.optional:
-            raise _no_gradient(m)
+            raise _no_gradient(m.rule, [other for other in quantised if other.rule is m.rule])
     left = [m.path for m in quantised]
-    notes = [f"quantised, so it stays frozen: {', '.join(left)}"] if left else []
-    floating = {
-        i for i, m in chosen.items() if isinstance(m.what, Tensor) and m.what.is_floating_point()
-    }
-    return floating - {id(m.what) for m in quantised}, notes
+    notes = [f"quantised, so it stays frozen: {places(left)}"] if left else []
+    trained = (m.what for m in chosen.values() if not m.takes_no_gradient)
+    return {id(p) for p in trained if isinstance(p, Tensor) and p.is_floating_point()}, notes
 
 
-def _no_gradient(m: Meant) -> RuleError:
-    holder, _, name = m.path.rpartition(".")
-    if isinstance(m.what, nn.Module):
-        return RuleError(
-            m.rule.short,
-            f"{m.path} is quantised ({type(m.what).__name__}): its weights are no parameters, and "
-            "no gradient comes to them.",
-            f'Leave it out, with a rule after this one, at("{m.path}", freeze), or by '
-            "optional=True; or dequantise it first.",
-        )
-    kind = type(m.what).__name__ if type(m.what) is not nn.Parameter else str(m.what.dtype)
+def _no_gradient(rule: Rule, quantised: list[Meant]) -> RuleError:
+    path, what = quantised[0].path, quantised[0].what
+    more = f" (and {len(quantised) - 1} more)" if quantised[1:] else ""
+    modules = sorted({generalise(m.path) for m in quantised if isinstance(m.what, nn.Module)})
+    tensors = sorted({generalise(m.path) for m in quantised if isinstance(m.what, Tensor)})
+    freezing = [f'at("{address}", freeze)' for address in modules]
+    if tensors:
+        freezing.append(f'at("", freeze({", ".join(map(shown, tensors))}))')
+    kind = what.dtype if type(what) is nn.Parameter else type(what).__name__
     return RuleError(
-        m.rule.short,
-        f"{m.path} is quantised ({kind}), and no gradient comes to it.",
-        f'Leave it out, with a rule after this one, at("{holder}", freeze("{name}")), or by '
-        "optional=True; or dequantise it first.",
+        rule.short,
+        f"{path}{more} is quantised ({kind}), and no gradient comes to it.",
+        f"Leave it out, by optional=True or after this rule by {', '.join(freezing)}; or "
+        "dequantise it first.",
     )
 
 
