@@ -287,7 +287,12 @@ def test_nearest_names_are_few_and_best_first():
         (lambda: at(ffn), "at(ffn, ...)", "not what", "unfreeze"),
         (lambda: at(ffn, small), "at(ffn, ...)", "adapter(rank=2) is no edit", "parallel(adapter"),
         (lambda: at(ffn, shared(small)), "at(ffn", "no edit", "parallel(shared("),
-        (lambda: at(ffn, nn.Linear), "at(ffn", "nn.Linear is no edit", "parallel(nn.Linear)"),
+        (
+            lambda: at(ffn, nn.Linear),
+            "at(ffn",
+            "nn.Linear is no edit",
+            "parallel(lambda site: nn.Linear(site.width, site.out))",
+        ),
         (lambda: at(ffn, "freeze"), "at(ffn", '"freeze" is no edit', "freeze"),
         (lambda: at(ffn, unfreeze, times=0), "at(ffn", "times=0", "integer"),
         (lambda: at(ffn, unfreeze, times=-1), "at(ffn", "times=-1", "integer"),
