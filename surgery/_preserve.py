@@ -156,7 +156,15 @@ def _tensor_marks(tensor: Tensor | None) -> Marks:
     }
 
 
+def _inner(tensor: Tensor) -> list[Tensor]:
+    """What a tensor wraps, where its class does (torchao's quantised weights)."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [getattr(tensor, name) for name in flatten()[0]] if flatten else []
+
+
 def _bytes(tensor: Tensor) -> bytes:
+    if inner := _inner(tensor):
+        return b"".join(map(_bytes, inner))
     return b"" if tensor.is_meta else bytes(_as_bytes(tensor).cpu().numpy().tobytes())
 
 
@@ -168,4 +176,6 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Equal to the bit, in dtype and in place."""
     if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
         return False
+    if inner := _inner(a):
+        return type(a) is type(b) and all(map(same, inner, _inner(b)))
     return torch.equal(_as_bytes(a), _as_bytes(b))

@@ -82,11 +82,18 @@ WRONG = {
         "blocks.*.mlp (3)",
     ),
     "role without match": Wrong(
+        lambda: at(ffn & nn.Conv1d, unfreeze),
+        MatchError,
+        "ffn & where(nn.Conv1d)",
+        "matched no module of VisionTransformer",
+        "ffn (3)",
+    ),
+    "address without match beside a role": Wrong(
         lambda: at(ffn & inside("stages.[0]"), unfreeze),
         MatchError,
         'ffn & inside("stages.[0]")',
-        "matched no module of VisionTransformer",
-        "ffn (3)",
+        'says "stages.[0]", which matches no module of VisionTransformer',
+        "Nearest addresses: ",
     ),
     "class without match": Wrong(
         lambda: at(nn.Conv1d, unfreeze), MatchError, "nn.Conv1d", "matched no module", "anatomy"
@@ -280,7 +287,12 @@ def test_nearest_names_are_few_and_best_first():
         (lambda: at(ffn), "at(ffn, ...)", "not what", "unfreeze"),
         (lambda: at(ffn, small), "at(ffn, ...)", "adapter(rank=2) is no edit", "parallel(adapter"),
         (lambda: at(ffn, shared(small)), "at(ffn", "no edit", "parallel(shared("),
-        (lambda: at(ffn, nn.Linear), "at(ffn", "nn.Linear is no edit", "parallel(nn.Linear)"),
+        (
+            lambda: at(ffn, nn.Linear),
+            "at(ffn",
+            "nn.Linear is no edit",
+            "parallel(lambda site: nn.Linear(site.width, site.out))",
+        ),
         (lambda: at(ffn, "freeze"), "at(ffn", '"freeze" is no edit', "freeze"),
         (lambda: at(ffn, unfreeze, times=0), "at(ffn", "times=0", "integer"),
         (lambda: at(ffn, unfreeze, times=-1), "at(ffn", "times=-1", "integer"),

@@ -15,11 +15,14 @@ from torch import nn
 from ..errors import ConflictError, RuleError
 from ..rules.edits import Joined
 from ..rules.expression import shown
-from ..rules.part import Maker, Shared
+from ..rules.part import Maker, Shared, call_of
+from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.selector import Selector
+from ..rules.walk import selectors_in
 from ..structure.layers import forward_of, is_norm
 from ..structure.module_tree import CONTAINERS, Site, Tree
+from ..structure.path import generalise
 from .hooks import is_replaced
 
 FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -80,7 +83,7 @@ class Placement:
 
     def checked_part(self, maker: Maker, site: Site) -> nn.Module:
         """The part of a maker, which must be a module."""
-        part = maker(site)
+        part = self._made(maker, site)
         if not isinstance(part, nn.Module):
             raise RuleError(
                 self.rule.short,
@@ -89,6 +92,20 @@ class Placement:
             )
         _disown(part, self.foreign, self)
         return part
+
+    def _made(self, maker: Maker, site: Site) -> nn.Module:
+        """What a maker gives; a class that cannot be made of a site says so."""
+        try:
+            return maker(site)
+        except (TypeError, ValueError, AttributeError) as error:
+            if not isinstance(maker, type):
+                raise
+            raise RuleError(
+                self.rule.short,
+                f"{shown(maker)} was given a site, as every part is, and raised "
+                f"{type(error).__name__}: {error}.",
+                f"Write {self.edit.word}(lambda site: {call_of(maker)}).",
+            ) from error
 
 
 def _disown(part: nn.Module, foreign: Collection[int], p: Placement) -> None:
@@ -154,12 +171,27 @@ class PartNames:
                 "Go by what holds every site of the rule: shared(..., by=block).",
             )
         if shared.by is not None and shared.by not in p.site.captures:
-            raise RuleError(
-                p.rule.short,
-                f'shared(..., by="{shared.by}") has no {{{shared.by}}} to go by.',
-                f'Capture it in the address: "layers.{{{shared.by}}}.blocks.*.mlp".',
-            )
+            raise _no_capture(p, str(shared.by))
         return None if shared.by is None else p.site.captures[str(shared.by)]
+
+
+def _no_capture(p: Placement, by: str) -> RuleError:
+    """The error of parts that go by a name which no step of the rule's place captures."""
+    steps = p.site.path.split(".")
+    elements = [site for site in (p.site.entry, *p.site.entry.above()) if site.is_element]
+    where = len(elements[-1].steps) - 1 if elements else len(steps)  # the outermost
+    captured, way = "layers.{" + by + "}.blocks.*.mlp", "leave by= out"
+    if where < len(p.site.steps):
+        holder = ".".join((*steps[:where], "*"))
+        captured = generalise(".".join((*steps[:where], "{" + by + "}", *steps[where + 1 :])))
+        way = f'go by what holds the sites, shared(..., by=where("{holder}"))'
+    role = any(isinstance(pattern, Role) for pattern in selectors_in(p.rule.where))
+    return RuleError(
+        p.rule.short,
+        f'shared(..., by="{by}") has no {{{by}}} to go by'
+        + (": a role captures none." * role or "."),
+        f'Capture it in the address, at("{captured}", ...), or {way}.',
+    )
 
 
 def name_all(placements: list[Placement], names: PartNames) -> None:

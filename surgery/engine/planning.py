@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._preserve import preserved
 from ..errors import FileError, RuleError
-from ..rules.edits import Insert, Joined, Trained
+from ..rules.edits import Insert, Joined
 from ..rules.expression import encode
 from ..rules.rule import Rule, Rules
 from ..rules.selector import Selector
@@ -22,12 +22,15 @@ from ..structure.dataflow import attach_dataflow
 from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
+from .decided import Decided, modules_of
 from .hooks import Balance
-from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
+from .matching import check_written, flatten_rules, match_rule
+from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
-from .summary import Record, RuleRecord, count_parameters, places, summary
+from .summary import Record, RuleRecord, count_parameters, summary
 from .tokens import Action, Tokens, tokens_at
+from .trained import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
 
@@ -64,6 +67,7 @@ class Plan:
         name: str,
         balance: Balance,
         example: Any = None,
+        decided: Decided | None = None,
     ) -> None:
         check_model(model, name)
         if balance is not None and not isinstance(balance, (int, float)) and not callable(balance):
@@ -74,7 +78,10 @@ class Plan:
         self.rules = flatten_rules(rules)
         self.tree = Tree(model)
         self.dataflow = attach_dataflow(self.tree, example)
-        self.matches = [(rule, match_rule(rule, self.tree)) for rule in self.rules]
+        self.decided = decided if example is None else None
+        for rule in self.rules if decided is None else ():  # a file's were checked when it was made
+            check_written(rule, self.tree)
+        self.matches = [(rule, self._match(i, rule)) for i, rule in enumerate(self.rules)]
         self.placements = [
             Placement(rule, edit, site, site.seen(shape=edit.port(site), captures=captures))
             for rule, sites in self.matches
@@ -88,7 +95,7 @@ class Plan:
         self.heard_from = heard_from(self.placements, self.tree)
         self.names = PartNames(self.tree)
         name_all(self.placements, self.names)
-        self.unfrozen = self._unfrozen()
+        self.unfrozen, self._left = unfrozen_by(self.matches, decided is None)
         if not (self.placements or self.unfrozen):
             raise RuleError(
                 self.rules[0].short,
@@ -96,6 +103,11 @@ class Plan:
                 'Put at("", unfreeze) before rules that freeze.',
             )
         self._sketches: BuiltParts | None = None
+
+    def _match(self, number: int, rule: Rule) -> dict[Site, dict[str, str]]:
+        """The sites of a rule: as a forward decided for its file, or as they are found here."""
+        known = self.decided.find(number, rule, self.tree) if self.decided else None
+        return match_rule(rule, self.tree) if known is None else known
 
     @property
     def sites(self) -> list[Site]:
@@ -130,21 +142,28 @@ class Plan:
         """What the operation writes down of itself: plain data, with no hold on the model."""
         return self._record(self._sketched)
 
+    @property
+    def _decided_on(self) -> str:
+        """The modules on which a forward decided what feeds what, here or for a file."""
+        if self.dataflow.asked:
+            return modules_of(self.tree)
+        return self.decided.modules if self.decided else ""
+
     def _record(self, built: BuiltParts | None) -> Record:
-        notes = (
-            ["what feeds what was read off a forward on the example"] if self.dataflow.asked else []
-        )
+        trained = {*self.unfrozen, *self._trained_before()}
+        notes = [*how_found(self.matches, self.tree, self.dataflow.asked, self.decided)]
         if any(isinstance(p.edit, Insert) and not p.edit.keep for p in self.heard_from):
             notes.append("no token is made of what is heard last: tokens are taken out before it")
-        trained = {*self.unfrozen, *self._trained_before()}
-        if frozen := [s.path for s, frozen in statistics(self.tree, trained) if frozen]:
-            notes.append(
-                "frozen norms keep their running statistics, in eval mode in training too: "
-                + places(frozen)
-            )
+        notes += frozen_norms(s.path for s, frozen in statistics(self.tree, trained) if frozen)
+        notes += self._left
+        notes += frozen_head(self.matches, self.tree, trained) if self.placements else ()
         borrowed = built.borrowed if built else {}
         return Record(
-            rows=self._rows(borrowed), seed=self.seed, data=_data(self.rules), notes=notes
+            rows=self._rows(borrowed),
+            seed=self.seed,
+            data=_data(self.rules),
+            notes=notes,
+            modules=self._decided_on,
         )
 
     def __str__(self) -> str:
@@ -232,19 +251,6 @@ class Plan:
         """Ids of the base parameters that earlier operations left trained."""
         done = operations(self.model)
         return {id(p) for p in self._base() if p.requires_grad} if done else set()
-
-    def _unfrozen(self) -> set[int]:
-        """Ids of the base parameters that the rules leave trained; the last word counts."""
-        chosen: set[int] = set()
-        for rule, sites in self.matches:
-            for edit in rule.rest:
-                if isinstance(edit, Trained):
-                    named = parameters_meant(edit, sites)
-                    if not rule.optional:
-                        check_named(rule, edit, sites)
-                    ids = {id(p) for _, p in named if p.is_floating_point()}
-                    chosen = chosen | ids if edit.trained else chosen - ids
-        return chosen
 
     def _numel(self, parameters: Iterable[nn.Parameter], but: Iterable[int] = ()) -> int:
         skip = set(but)

@@ -25,13 +25,15 @@ class RuleRecord(TypedDict):
 class Record(TypedDict):
     """A whole operation; `data` are the rules in the form a file carries, "" where it cannot.
 
-    notes  what to know of how the sites were found
+    notes    what to know of how the sites were found
+    modules  a text for the modules on which a forward decided what feeds what; "" where none did
     """
 
     rows: list[RuleRecord]
     seed: int
     data: str
     notes: list[str]
+    modules: str
 
 
 def count_parameters(parts: Iterable[nn.Module], trainable: bool = False) -> int:

@@ -29,6 +29,7 @@ def bitfit() -> list[Rule]:
     Source: Ben Zaken et al. 2022 (BitFit)
     """
     return [
-        at("", unfreeze("**.{bias,in_proj_bias,q_bias,k_bias,v_bias}")),
+        at("", unfreeze("**.bias")),
+        at("", unfreeze("**.{in_proj_bias,q_bias,k_bias,v_bias}"), optional=True),
         at(head, unfreeze, optional=True),
     ]

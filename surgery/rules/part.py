@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeGuard, TypeVar
 
 from torch import nn
 
@@ -113,6 +114,32 @@ def shared(part: Maker, *, by: str | Expression | None = None, name: str | None 
     return Shared(maker(part, "shared"), by=by, name=name)
 
 
+def is_torch_layer(value: object) -> TypeGuard[type]:
+    """Whether it is a class of torch's own, made of numbers; nn.Identity takes anything."""
+    of_torch = isinstance(value, type) and value.__module__.startswith("torch.nn.")
+    return of_torch and value is not nn.Identity
+
+
+def call_of(kind: type) -> str:
+    """How a class is called with the widths of a site, as far as the names of its arguments tell.
+
+    >>> call_of(nn.LayerNorm), call_of(nn.Linear), call_of(nn.GroupNorm), call_of(nn.GELU)
+    ('nn.LayerNorm(site.width)', 'nn.Linear(site.width, site.out)', \
+'nn.GroupNorm(..., site.width)', 'nn.GELU()')
+    """
+    known = inspect.signature(kind).parameters.values()
+    packs = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in known if p.kind not in packs and p.default is p.empty]
+    given = ["site.width"] if len(needed) == 1 else map(_width_called, needed)
+    return f"{shown(kind)}({', '.join(given)})"
+
+
+def _width_called(name: str) -> str:
+    if name.startswith("out"):
+        return "site.out"
+    return "site.width" if re.match("in_|num_(features|channels)|.*dim$|width", name) else "..."
+
+
 def maker(value: Maker, word: str) -> Maker:
     """`value`, if it can make a part. Raises RuleError otherwise."""
     if isinstance(value, _Word):
@@ -120,6 +147,12 @@ def maker(value: Maker, word: str) -> Maker:
             f"{word}({value.__name__})",
             f"{value.__name__} is the word, not yet the part.",
             f"Call it: {word}({value.__name__}()).",
+        )
+    if is_torch_layer(value):
+        raise RuleError(
+            f"{word}({shown(value)})",
+            f"a part is made by a function of the site, and {shown(value)}(site) is no layer.",
+            f"Write {word}(lambda site: {call_of(value)}).",
         )
     makes_no_part = isinstance(value, Expression) and not isinstance(value, (Part, Shared))
     is_module = isinstance(value, nn.Module)  # which may be called, but not with a site

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from ..errors import RuleError
 from ..structure.dataflow import dataflow_of
-from ..structure.layers import Shape, is_norm, linear_shape
-from ..structure.module_tree import Site, Tree, holders
-from ..structure.module_tree import span as make_span
+from ..structure.layers import is_norm, linear_shape
+from ..structure.module_tree import Site, Tree, holders, stretch
 from .expression import shown
 from .selector import Address, Selected, Selection, Selector, Where, plain, where
 
@@ -78,6 +77,10 @@ class Nearest(Selection):
                 return dataflow(anchor, sites, whole)
         return _before(anchor, sites, isinstance(self.pattern, Address))
 
+    def told_by_forward(self, tree: Tree) -> bool:
+        norms = self.before and any(is_norm(site.module) for site in self.pattern.find(tree))
+        return bool(norms and self.before and self.before.find(tree))
+
     def select(self, tree: Tree) -> Selected:
         near = {site for site, _ in self.pairs(tree)}
         return {site: {} for site in sorted(near, key=lambda site: site.order)}
@@ -91,12 +94,15 @@ class Span(Selection):
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (plain(self.entry), plain(self.exit)), {}
 
+    def told_by_forward(self, tree: Tree) -> bool:
+        return Nearest(self.entry, before=self.exit).told_by_forward(tree)
+
     def select(self, tree: Tree) -> Selected:
         pairs = Nearest(self.entry, before=self.exit).pairs(tree, whole=True)
         named = isinstance(self.entry, Address)
         near = {b: a for a, b in pairs if named or _same_width(a, b) or not is_norm(a.module)}
         anchors = self.exit.find(tree)
-        return {_stretch(near[site], site) if site in near else site: {} for site in anchors}
+        return {stretch(near[site], site) if site in near else site: {} for site in anchors}
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +117,7 @@ class Until(Selection):
         ends = list(self.exit.find(tree))
         entries = self.entry.find(tree).items()
         pairs = [(site, _last_end(site, ends), captures) for site, captures in entries]
-        return {a if a is b else _stretch(a, b): captures for a, b, captures in pairs if b}
+        return {a if a is b else stretch(a, b): captures for a, b, captures in pairs if b}
 
 
 def _last_end(site: Site, ends: list[Site]) -> Site | None:
@@ -257,14 +263,6 @@ def _of_same_number(earlier: list[Site], anchor: Site) -> Site | None:
     if ours is theirs or len(ours) != len(theirs):
         return None
     return next((site for site in earlier if site is theirs[ours.index(anchor)]), None)
-
-
-def _stretch(near: Site, anchor: Site) -> Site:
-    """The span from `near` to the end of the anchor; features lie in it where the anchor's do."""
-    site = make_span(near.entry, anchor.exit)
-    if near.width and anchor.out:
-        site._shape = Shape(near.width, anchor.out, anchor.axis)
-    return site
 
 
 def _after(anchor: Site, sites: list[Site]) -> Site | None:

@@ -31,6 +31,9 @@ class Role(Selection):
     def __repr__(self) -> str:
         return self.name
 
+    def told_by_forward(self, tree: Tree) -> bool:
+        return self.name != norm.name and not roles_of(tree)["ffn"]
+
     def select(self, tree: Tree) -> Selected:
         return {site: {} for site in roles_of(tree)[self.name]}
 
@@ -38,7 +41,12 @@ class Role(Selection):
 class Operand(Role):
     """A projection that makes the query, the key or the value of attention, and nothing else."""
 
+    def told_by_forward(self, tree: Tree) -> bool:
+        return True
+
     def select(self, tree: Tree) -> Selected:
+        if not roles_of(tree)["qkv"]:  # as of any role that the model lacks
+            return {}
         dataflow = dataflow_of(tree)
         if dataflow is None:
             raise RuleError(

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from ..errors import RuleError, is_integer
 from .edits import Edit, usual
 from .expression import Expression, shown
-from .part import Part, Shared
+from .part import Part, Shared, call_of, is_torch_layer
 from .selector import Selector, Where, plain, where
 
 Rules: TypeAlias = "str | Rule | Sequence[str | Rule]"
@@ -72,5 +72,6 @@ def at(
 
 def _remedy(edit: object) -> str:
     if isinstance(edit, (Part, Shared, type)):
-        return f"A part needs an edit that says how it meets the site: parallel({shown(edit)})."
+        part = f"lambda site: {call_of(edit)}" if is_torch_layer(edit) else shown(edit)
+        return f"A part needs an edit that says how it meets the site: parallel({part})."
     return "Give parallel(part), append, prepend, replace or insert, or freeze or unfreeze."

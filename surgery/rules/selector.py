@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import RuleError
 from ..structure import path
 from ..structure.module_tree import Site, Tree
+from ..structure.places import spans_at
 from .expression import Expression, shown
 
 Where: TypeAlias = "Selector | str | type | UnionType | Callable[[Site], bool]"
@@ -48,6 +49,10 @@ class Selector(Expression):
     def candidates(self, tree: Tree) -> list[Site]:
         """The sites among which the pattern selects: those of the tree, and spans it speaks of."""
         return tree.sites
+
+    def told_by_forward(self, tree: Tree) -> bool:
+        """Whether a forward could tell more of it than the modules do: it is what feeds what."""
+        return False
 
     def __and__(self, other: Where) -> Selector:
         return Both(self, where(other))
@@ -105,6 +110,10 @@ class Chosen(Selection):
         index = self.rest[0] or 0
         return dict([items[index]] if -len(items) <= index < len(items) else [])
 
+    def is_beyond(self, tree: Tree) -> bool:
+        """Whether it asks for one site by a number that the pattern, which has some, has not."""
+        return len(self.rest) == 1 and bool(self.pattern.find(tree)) and not self.find(tree)
+
     def __repr__(self) -> str:
         bounds = ["" if b is None else str(b) for b in self.rest]
         inner = ":".join(bounds[:2] if bounds[2:] == [""] else bounds)
@@ -124,7 +133,7 @@ def where(what: Where) -> Selector:
         return what
     if isinstance(what, str):
         path.parse(what)
-        return Address(what)
+        return SpanAddress(what) if path.split_span(what) else Address(what)
     if isinstance(what, (type, UnionType)):
         return Kind(what)
     if callable(what) and not isinstance(what, (nn.Module, Expression)):
@@ -158,6 +167,22 @@ class Address(_Single):
             if (captures := path.match(self.what, steps)) is not None:
                 return captures
         return None
+
+
+class SpanAddress(Address, Selection):
+    """An address of spans: "layers.*.(linear1 to linear2)"."""
+
+    def select(self, tree: Tree) -> Selected:
+        holder, entry, exit = path.split_span(self.what) or ("", "", "")
+        found = {
+            span: {**captures, **inner}
+            for site, captures in Address(holder).find(tree).items()
+            for span, inner in spans_at(tree, site, entry, exit)
+        }
+        return dict(sorted(found.items(), key=lambda item: item[0].order))
+
+    def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
+        return self.find(tree).get(site)
 
 
 class Kind(_Single):

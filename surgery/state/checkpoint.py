@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from .._files import check_folder, write_whole
 from .._preserve import same
 from .._text import first_few
-from ..engine.apply import apply, operated, revert
+from ..engine.apply import operated, revert
+from ..engine.decided import Decided
 from ..engine.journal import Journal
 from ..engine.operation import Operation, check_operable, operations
+from ..engine.planning import Plan
 from ..engine.vocabulary import vocabulary
 from ..engine.watch import check_watched
 from ..errors import FileError, OperationError
@@ -37,7 +39,7 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     were unfrozen, and buffers that have changed since (running statistics). Tensors are views.
     Raises OperationError where nothing was done under that name.
 
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
     >>> sorted(state_dict(model))
     ['base.0.bias', 'base.0.weight']
@@ -56,7 +58,7 @@ def load_state_dict(
     Raises FileError where a key is missing or one too many, or a shape or dtype differs.
 
     >>> import torch
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> a, b = (apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze)) for _ in range(2))
     >>> load_state_dict(b, state_dict(a))
     >>> torch.equal(a[0].weight, b[0].weight)
@@ -100,7 +102,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     The file appears whole or not at all. Rules that hold code of the user's own (a lambda, say)
     are kept as text only, and `load` must be given them. Raises OperationError, FileError, OSError.
 
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
     >>> import tempfile
     >>> save(model, tempfile.mkdtemp() + "/tuned.safetensors").name
@@ -121,6 +123,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "text": [row["rule"] for row in record["rows"]],
         "sites": [row["paths"] for row in record["rows"]],
         "seed": record["seed"],
+        "modules": record.get("modules", ""),
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
     check_folder(target, f'save("{path}")')
@@ -140,12 +143,12 @@ def load(
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
     rules    instead of those in the file, which cannot carry code of the user's own
-    example  as `apply` takes it; needed where it decided what feeds what when the file was made
+    example  as `apply` takes it; what a forward decided when the file was made, the file knows
 
     All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
     executed. Raises FileError, and what `apply` raises.
 
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> import tempfile, torch
     >>> def build():
     ...     return nn.Sequential(nn.Linear(8, 2))
@@ -158,7 +161,10 @@ def load(
     chosen: Rules = rules if rules is not None else _rules(about, path)
     earlier = len(operations(model))
     try:
-        apply(model, chosen, seed=about["seed"], name=name, balance=balance, example=example)
+        Plan(
+            model, chosen, seed=about["seed"], name=name, balance=balance, example=example,
+            decided=_decided(about),
+        ).apply(example)  # fmt: skip
         _check_sites(model, about, name)
         load_state_dict(model, tensors, name=name)
     except BaseException:
@@ -279,6 +285,12 @@ def _rules(about: dict[str, Any], path: str | os.PathLike[str]) -> Rules:
     return rules
 
 
+def _decided(about: dict[str, Any]) -> Decided:
+    """What a forward decided when the file was made; nothing where none did."""
+    sites = [[str(path) for path in paths] for paths in about["sites"]]
+    return Decided(str(about.get("modules", "")), list(map(str, about["text"])), sites)
+
+
 def _check_sites(model: nn.Module, about: dict[str, Any], name: str) -> None:
     here = [row["paths"] for row in _operation(model, name).record["rows"]]
     for rule, then, now in zip(about["text"], about["sites"], here, strict=False):
@@ -287,7 +299,8 @@ def _check_sites(model: nn.Module, about: dict[str, Any], name: str) -> None:
                 rule,
                 f"it matched {len(then)} sites when the file was made ({first_few(then)}), and "
                 f"{len(now)} of this {type(model).__name__} ({first_few(now)}).",
-                "Load it into the model it was made for: the same architecture, depth and head.",
+                "Load it into the model it was made for: the same architecture, depth and head; "
+                "and give load(..., example=inputs) if it was made with an example.",
             )
     if len(about["sites"]) != len(here):
         raise FileError("load", "the rules given are not those of the file.", "Give those rules.")

@@ -149,6 +149,14 @@ def span(entry: Site, exit: Site) -> Site:
     return site
 
 
+def stretch(first: Site, last: Site) -> Site:
+    """The span from the input of one site to the output of another; features lie as in the last."""
+    site = span(first.entry, last.exit)
+    if first.width and last.out:
+        site._shape = Shape(first.width, last.out, last.axis)
+    return site
+
+
 def element(site: Site) -> Site | None:
     """The nearest element of a container that holds a site."""
     return next((s for s in holders(site) if s.is_element), None)

@@ -8,6 +8,7 @@ An address matches a whole path, step by step:
     layers.{stage}.**   `{stage}`: any one step, captured under that name
     *.{mlp,attn}        `{a,b}`: either name
     blocks.[-4:].mlp    `[3]`, `[-1]`, `[:-4]`: position among siblings, with Python's meaning
+    blocks.*.(a to b)   a span: from the input of `a` to the output of `b`, as anatomy prints it
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class _Position:
 
 
 _Matcher = _Name | _Any | _Position | None  # None stands for `**`
+_SPAN = re.compile(r"(?:(.+)\.)?\(([^()]+) to ([^()]+)\)")
 _POSITION = re.compile(r"\[(?:(-?\d+)|(-?\d+)?:(-?\d+)?(?::(-?0*[1-9]\d*)?)?)\]")
 
 
@@ -69,7 +71,43 @@ def parse(text: str) -> tuple[_Matcher, ...]:
     """Turn an address into its matchers. Raises RuleError on a step that means nothing."""
     if text == "":
         return ()
+    if ends := split_span(text):
+        for part in ends:
+            parse(part)
+        return (_Name(()),)  # no one path: a span is found by its ends
     return tuple(_parse_step(step, text) for step in _steps(text))
+
+
+def split_span(text: str) -> tuple[str, str, str] | None:
+    """The addresses of what holds a span, and from there of its two ends; None for one module.
+
+    >>> split_span("layers.*.(linear1 to linear2)")
+    ('layers.*', 'linear1', 'linear2')
+    """
+    found = _SPAN.fullmatch(text)
+    return (found[1] or "", found[2], found[3]) if found else None
+
+
+def alternatives(text: str) -> list[tuple[str, str]]:
+    """Each name that an address lists in braces, and the address with that name alone.
+
+    >>> alternatives("blocks.*.{attn,mlp}")
+    [('attn', 'blocks.*.attn'), ('mlp', 'blocks.*.mlp')]
+    """
+    found = []
+    for braces in re.finditer(r"\{([^{}]+,[^{}]+)\}", text):
+        for name in map(str.strip, braces[1].split(",")):
+            found.append((name, text[: braces.start()] + name + text[braces.end() :]))
+    return found
+
+
+def without_slices(text: str) -> str:
+    """An address with any step in place of each slice, which may come to nothing as Python's do.
+
+    >>> without_slices("blocks.[12:].{fc1,fc2}.[0]")
+    'blocks.*.{fc1,fc2}.[0]'
+    """
+    return re.sub(r"\[[^\]]*:[^\]]*\]", "*", text)
 
 
 def _steps(text: str) -> list[str]:

@@ -350,7 +350,7 @@ def test_plan_and_report_say_when_heads_were_fitted():
 
 
 def test_heads_that_divide_need_no_note():
-    assert "note" not in str(surgery.plan(tiny_vit(), "adapterx_ffn"))
+    assert "divisor" not in str(surgery.plan(tiny_vit(), "adapterx_ffn"))
 
 
 def test_a_site_without_features_is_an_error():

@@ -1,0 +1,58 @@
+"""What a forward decided when a file was made: the places of its rules, kept for `load`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..rules.rule import Rule
+from ..rules.selector import Address
+from ..rules.walk import selectors_in
+from ..structure.module_tree import Site, Tree
+from ..structure.places import site_at
+
+
+class Decided(NamedTuple):
+    """The rules of a file, and the paths that each matched.
+
+    modules  those on which a forward decided (`modules_of`); "" where none did
+    """
+
+    modules: str
+    rules: Sequence[str]
+    sites: Sequence[Sequence[str]]
+
+    def find(self, number: int, rule: Rule, tree: Tree) -> dict[Site, dict[str, str]] | None:
+        """The places of one rule, where a forward decided on them; None: it is to be matched.
+
+        They are taken where the rule depends on what feeds what, is written as it was, and meets
+        the same modules: then they are what a forward on an example would tell.
+        """
+        same_modules = self.modules and self.modules == modules_of(tree)
+        if not (same_modules and number < len(self.rules) and told_by_forward(rule, tree)):
+            return None
+        if not self.rules[number].startswith(rule.short.removesuffix("...)")):
+            return None
+        places = [site_at(tree, path) for path in self.sites[number]]
+        found = {place: _captures(rule, place, tree) for place in places if place}
+        return found if len(found) == len(places) else None
+
+
+def modules_of(tree: Tree) -> str:
+    """A short text that is the same for trees with modules at the same paths."""
+    paths = "\n".join(site.path for site in tree.sites)
+    return hashlib.sha256(paths.encode()).hexdigest()[:16]
+
+
+def told_by_forward(rule: Rule, tree: Tree) -> bool:
+    """Whether a forward could choose other places for a rule than the order of modules does."""
+    return any(selector.told_by_forward(tree) for selector in selectors_in(rule.where))
+
+
+def _captures(rule: Rule, place: Site, tree: Tree) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pattern in selectors_in(rule.where):
+        if isinstance(pattern, Address):
+            found |= pattern.test(tree, place) or {}
+    return found

@@ -1,0 +1,77 @@
+"""What a plan and a report say beside their table: how sites were found, and what stays frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from torch import nn
+
+from .._text import first_few
+from ..rules.edits import Trained
+from ..rules.roles import Role
+from ..rules.rule import Rule
+from ..rules.walk import selectors_in
+from ..structure.anatomy import roles_of
+from ..structure.dataflow import dataflow_of
+from ..structure.module_tree import Site, Tree
+from .decided import Decided
+from .summary import places
+from .trained import parameters_meant
+
+Matches = Sequence[tuple[Rule, Collection[Site]]]
+
+
+def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None) -> Iterator[str]:
+    """Whether a forward told what feeds what, here or when a file was made, or modules alone."""
+    if asked:
+        yield "what feeds what was read off a forward on the example"
+        return
+    guessed, told = list[str](), list[Rule]()
+    for i, (rule, _) in enumerate(matches):
+        if decided and decided.find(i, rule, tree) is not None:
+            told.append(rule)
+            continue
+        related = (pattern for pattern in selectors_in(rule) if not isinstance(pattern, Role))
+        guessed += [repr(pattern) for pattern in related if pattern.told_by_forward(tree)]
+    if guessed:
+        which = first_few(dict.fromkeys(guessed))
+        yield f"{which}: by the order of modules; example=inputs runs a forward to see"
+    elif told:
+        yield "what feeds what is as a forward told when the file was made"
+
+
+def frozen_norms(paths: Iterable[str]) -> list[str]:
+    """That norms which are not trained are kept in eval mode."""
+    frozen = list(paths)
+    what = "frozen norms keep their running statistics, in eval mode in training too: "
+    return [what + places(frozen)] if frozen else []
+
+
+def frozen_head(matches: Matches, tree: Tree, trained: Collection[int]) -> list[str]:
+    """That a head which no rule speaks of stays as it was made."""
+    heads = _own_heads(tree)
+    of_heads = {id(p) for site in heads for p in site.module.parameters()}
+    if not of_heads or of_heads & set(trained) or _speaks_of(heads, of_heads, matches):
+        return []
+    word = "heads stay" if len(heads) > 1 else "head stays"
+    return [f"the {word} frozen ({first_few(s.path for s in heads)}): at(head, unfreeze) trains it"]
+
+
+def _own_heads(tree: Tree) -> list[Site]:
+    """The heads that give something else than features: not those of words, which come as made."""
+    of_modules = Tree(tree.model) if dataflow_of(tree) else tree  # a note runs no forward
+    roles = roles_of(tree if "anatomy" in tree.memo else of_modules)
+    widths = {site.out for site in roles["block"][-1:]}
+    words = {s.module.num_embeddings for s in tree.sites if isinstance(s.module, nn.Embedding)}
+    return [site for site in roles["head"] if site.out not in widths | words | {0}]
+
+
+def _speaks_of(heads: list[Site], parameters: Collection[int], matches: Matches) -> bool:
+    """Whether a rule acts on something in a head, or says of its parameters whether they train."""
+    for rule, sites in matches:
+        edits = [edit for edit in rule.rest if isinstance(edit, Trained)]
+        if any(h.order <= s.entry.order and s.exit.end <= h.end for s in sites for h in heads):
+            return True
+        if any(id(p) in parameters for edit in edits for _, p in parameters_meant(edit, sites)):
+            return True
+    return False
