@@ -28,6 +28,7 @@ from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
 from .summary import Record, RuleRecord, count_parameters, places, summary
 from .tokens import Action, Tokens, tokens_at
+from .trained import adopt
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
 
@@ -181,6 +182,7 @@ class Plan:
     @no_collection()
     def _execute(self, operation: Operation) -> None:
         modules = [site.module for site in self.tree.sites]
+        adopt(self.model)  # what was trained by hand until now is of the operation before
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
         operation.train_only(modules, trained)
