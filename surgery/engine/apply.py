@@ -19,7 +19,7 @@ from ..rules.rule import Rules
 from .hooks import HookedSite
 from .journal import Journal, Value, completed
 from .obstacles import Obstacle, refuse
-from .operation import Operation, check_operable, operations
+from .operation import Operation, check_enabled, check_operable, operations
 from .planning import Plan
 from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, stays
 
@@ -254,16 +254,6 @@ def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[O
             "Call surgery.merge(model) first." if merged else "Call surgery.unmerge(model) first.",
         )
     return done
-
-
-def check_enabled(done: list[Operation], call: str) -> None:
-    """Raise OperationError inside `disabled`, where the model stands for its base."""
-    if not all(operation.enabled for operation in done):
-        raise OperationError(
-            call,
-            "inside disabled(model) the model is its base, and this would act on that.",
-            "Call it outside of disabled(model).",
-        )
 
 
 def _gates(hooked: HookedSite, call: str) -> list[Tensor]:

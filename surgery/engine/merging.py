@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..errors import OperationError
 from ..rules.affine import Affine, affine
 from ..structure.layers import CONVS, forward_of, is_norm, linear_shape, named_children, shape_of
-from .apply import check_enabled, operated
+from .apply import operated
 from .hooks import HookedSite, is_replaced
 from .journal import completed
-from .operation import Operation
+from .operation import Operation, check_enabled
 from .tokens import Action
 from .trained import check_undoable
 

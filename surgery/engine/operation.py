@@ -146,8 +146,8 @@ class Operation(Switch):
                 if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
                     self.journal.keep_value(module, name)
         for path, module in named_modules(model):
-            names = frozenset((*module._parameters, *module._buffers))
-            self.known.append(KnownModule(path, module, names))
+            tensors = (*module._parameters.items(), *module._buffers.items())
+            self.known.append(KnownModule(path, module, frozenset(name for name, _ in tensors)))
 
     def add_parts(self, parts: dict[str, nn.Module]) -> None:
         """Give each part its place in the operation, under the first of its keys."""
@@ -312,6 +312,16 @@ def check_operable(model: nn.Module) -> None:
             kind,
             "this is a wrapper, and what is done to it would not reach the model inside.",
             f"Operate on .{inner.pop()} first; wrap or compile what comes back.",
+        )
+
+
+def check_enabled(done: list[Operation], call: str) -> None:
+    """Raise OperationError inside `disabled`, where the model stands for its base."""
+    if not all(operation.enabled for operation in done):
+        raise OperationError(
+            call,
+            "inside disabled(model) the model is its base, and this would act on that.",
+            "Call it outside of disabled(model).",
         )
 
 

@@ -24,7 +24,7 @@ from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .hooks import Balance
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
-from .operation import Operation, check_model, operations
+from .operation import Operation, check_enabled, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
 from .summary import Record, RuleRecord, count_parameters, places, summary
 from .tokens import Action, Tokens, tokens_at
@@ -168,6 +168,7 @@ class Plan:
         where something is not so.
         """
         check_model(self.model, self.name)
+        check_enabled(operations(self.model), "apply(model, ...)")
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():

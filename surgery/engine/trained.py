@@ -45,7 +45,7 @@ def buffers_of(model: nn.Module) -> Iterator[Place]:
 def _places(model: nn.Module, table: str) -> Iterator[Place]:
     seen: set[int] = set()
     for path, module in named_modules(model):
-        for name, tensor in vars(module)[table].items():
+        for name, tensor in getattr(module, table).items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield Place(dotted(path, name), module, name, tensor)
@@ -176,7 +176,7 @@ def stays(model: nn.Module, chosen: list[Operation]) -> str:
     """What cannot be brought back though nothing stands in the way, in words; "" where all can."""
     ways = {
         "trained without a rule, and never handed out by surgery.parameters(model), so what "
-        "they were is not known": [place.path for place in by_hand(model)],
+        "they were is not known": [p.path for p in by_hand(model) if not p.tensor.is_meta],
         "of modules that were put in since": _put_in(model, chosen),
         "in modules that were replaced by others, which stay": _replaced(model, chosen),
         "without memory when the rules were applied": _without_memory(model, chosen),

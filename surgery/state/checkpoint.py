@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
 from .._text import first_few
-from ..engine.apply import apply, check_enabled, operated, revert
+from ..engine.apply import apply, operated, revert
 from ..engine.journal import Journal
-from ..engine.operation import Operation, check_operable, operations
+from ..engine.operation import Operation, check_enabled, check_operable, operations
 from ..engine.trained import (
     adopt,
     beyond_rules,
