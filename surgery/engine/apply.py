@@ -24,6 +24,7 @@ from .planning import Plan
 from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, stays
 
 Model = TypeVar("Model", bound=nn.Module)
+AFTER = "Its trained values are lost: change shapes outside of disabled(model)."
 
 
 class Routing(NamedTuple):
@@ -158,7 +159,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             yield model
     finally:
         obstacles += journal.undo()
-    refuse("after disabled(model)", obstacles, paths_of(model))
+    refuse("disabled(model), at its end", obstacles, paths_of(model), AFTER)
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:

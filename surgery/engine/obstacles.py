@@ -68,19 +68,22 @@ def _gone(module: nn.Module, name: str, value: Tensor) -> tuple[str, str]:
     return "was deleted", again
 
 
-def refuse(call: str, obstacles: Iterable[Obstacle], paths: Mapping[int, str]) -> None:
-    """Raise OperationError if there are any in modules that are there: `paths` has theirs by id."""
+def refuse(
+    call: str, obstacles: Iterable[Obstacle], paths: Mapping[int, str], remedy: str = ""
+) -> None:
+    """Raise OperationError if there are any in modules that are there: `paths` has theirs by id.
+
+    remedy  where it is too late for the one of the first of them
+    """
     found = {(id(it.module), it.name): it for it in obstacles if id(it.module) in paths}.values()
     if not found:
         return
     facts = [f"{dotted(paths[id(it.module)], it.name)} {it.fact}" for it in found]
     first = next(iter(found))
-    remedy = first.remedy.replace("{module}", f'model.get_submodule("{paths[id(first.module)]}")')
-    raise OperationError(
-        call,
-        f"what was there cannot be brought back: {first_few(facts)}.",
-        f"{remedy}, and call it again.",
-    )
+    module = f'model.get_submodule("{paths[id(first.module)]}")'
+    mend = f"{first.remedy.replace('{module}', module)}, and call it again."
+    fact = f"what was there cannot be brought back: {first_few(facts)}."
+    raise OperationError(call, fact, remedy or mend)
 
 
 def dotted(path: str, name: str) -> str:

@@ -162,9 +162,19 @@ def expect_frozen(model: nn.Module) -> None:
 def check_undoable(model: nn.Module, journals: Collection[Journal], call: str) -> None:
     """Raise OperationError, the model untouched, where something cannot be brought back.
 
-    What was in a module that is not in the model any more is left out: nobody could mend it.
+    What was in a module that is not in the model any more is left out: nobody could mend it. So is
+    what was not there when the rules were applied: it may go as it came.
     """
-    refuse(call, [it for journal in journals for it in journal.obstacles], paths_of(model))
+    theirs = {where for operation in operations(model) for where in _came_later(operation)}
+    obstacles = (it for journal in journals for it in journal.obstacles)
+    refuse(
+        call, [it for it in obstacles if (id(it.module), it.name) not in theirs], paths_of(model)
+    )
+
+
+def _came_later(operation: Operation) -> set[tuple[int, str]]:
+    """What it adopted that was not there when its rules were applied."""
+    return {(id(module), name) for module, name in operation.adopted} - _there(operation)
 
 
 def paths_of(model: nn.Module) -> dict[int, str]:
@@ -186,22 +196,22 @@ def stays(model: nn.Module, chosen: list[Operation]) -> str:
 
 
 def _put_in(model: nn.Module, chosen: list[Operation]) -> list[str]:
-    there = _there(chosen[0])
-    adopted = {(id(module), name) for operation in chosen for module, name in operation.adopted}
+    there, later = _there(chosen[0]), set().union(*map(_came_later, chosen))
     places = [(p.path, (id(p.module), p.name)) for p in parameters_of(model)]
-    return [path for path, where in places if where in adopted and where not in there]
+    return [path for path, where in places if where in later - there]
 
 
 def _replaced(model: nn.Module, chosen: list[Operation]) -> list[str]:
     here = {id(module) for _, module in named_modules(model)}
     ids = {id(place.tensor) for place in parameters_of(model)}
+    named = {*_put_in(model, chosen), *(place.path for place in by_hand(model))}
     paths = {id(known.module): known.path for operation in chosen for known in operation.known}
     lost = [
         dotted(paths[id(value.module)], value.name)
         for value in _values(chosen)
         if id(value.module) in paths.keys() - here and id(value.tensor) not in ids
     ]
-    return list(dict.fromkeys(lost))
+    return [path for path in dict.fromkeys(lost) if path not in named]
 
 
 def _values(chosen: list[Operation]) -> Iterator[Value]:
