@@ -350,6 +350,11 @@ def files_hold_parts_only(patch: Patch) -> None:
     patch.setattr(checkpoint, "trained_of", lambda model, operation: [])
 
 
+def an_interrupted_undo_stays_half_done(patch: Patch) -> None:
+    for module in (journal, engine_apply):
+        patch.setattr(module, "completed", lambda work: work())
+
+
 def what_is_unfrozen_by_hand_is_unknown(patch: Patch) -> None:
     patch.setattr(trained, "by_hand", lambda model: [])
 
@@ -524,6 +529,11 @@ TEETH: list[Tooth] = [
     ("disjoint_rules_commute", engine.seeds_follow_the_order_of_calls, "serial"),
     ("faults_leave_nothing", engine.undo_does_nothing, "adapterx"),
     ("faults_leave_nothing", engine.undo_forgets(journal.Flag), "adapterx"),
+    (
+        "faults_on_the_way_back_leave_one_of_two",
+        an_interrupted_undo_stays_half_done,
+        "adapterx",
+    ),
     ("failing_parts_leave_nothing", engine.undo_does_nothing, "adapterx"),
     ("failing_parts_leave_nothing", engine.random_numbers_are_not_restored, "adapterx"),
     ("base_keys_are_kept", engine.parts_live_at_their_sites, "adapterx"),
