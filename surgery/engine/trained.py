@@ -184,9 +184,11 @@ def paths_of(model: nn.Module) -> dict[int, str]:
 
 def stays(model: nn.Module, chosen: list[Operation]) -> str:
     """What cannot be brought back though nothing stands in the way, in words; "" where all can."""
+    kept = {id(value.tensor) for value in _values(chosen)}  # in a merge, too
+    unknown = [p for p in by_hand(model) if not (p.tensor.is_meta or id(p.tensor) in kept)]
     ways = {
         "trained without a rule, and never handed out by surgery.parameters(model), so what "
-        "they were is not known": [p.path for p in by_hand(model) if not p.tensor.is_meta],
+        "they were is not known": [place.path for place in unknown],
         "of modules that were put in since": _put_in(model, chosen),
         "in modules that were replaced by others, which stay": _replaced(model, chosen),
         "without memory when the rules were applied": _without_memory(model, chosen),
