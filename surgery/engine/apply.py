@@ -18,7 +18,7 @@ from ..rules import routing as _routing
 from ..rules.rule import Rules
 from .hooks import HookedSite
 from .journal import Journal, Value, completed
-from .obstacles import Obstacle, refuse
+from .obstacles import refuse
 from .operation import Operation, check_enabled, check_operable, operations
 from .planning import Plan
 from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, stays
@@ -147,7 +147,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             "lets it be known.",
             stacklevel=3,
         )
-    journal, obstacles = Journal(), list[Obstacle]()
+    journal = Journal()
     try:
         for operation in done:
             journal.set(operation, "enabled", False)
@@ -157,8 +157,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             journal.write(value.module, value.name, value.value)
         with torch.no_grad():
             yield model
-    finally:
-        obstacles += journal.undo()
+        obstacles = journal.undo()
+    except BaseException:  # one that came while undoing, too
+        journal.undo()
+        raise
     refuse("disabled(model), at its end", obstacles, paths_of(model), AFTER)
 
 

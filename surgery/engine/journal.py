@@ -284,8 +284,8 @@ def unhook(module: nn.Module, owner: object) -> None:
     for hooks, with_kwargs in tables:
         for key, other in owners_of(hooks, type(owner)).items():
             if other is owner:
+                with_kwargs.pop(key, None)  # first: an interrupt must leave the hook to be found
                 del hooks[key]
-                with_kwargs.pop(key, None)
 
 
 def _table(module: nn.Module, name: str) -> dict[str, Any]:
