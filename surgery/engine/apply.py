@@ -58,8 +58,10 @@ def apply(
     balance  a coefficient: the gradient of coefficient * balance loss is added on the way back,
              with no side effect, so that it is right under reentrant checkpointing and under
              torch.compile with checkpointing too. It is not scaled with the loss: with a
-             GradScaler give a function, lambda: 0.01 * scaler.get_scale(). None: keep the gates
-             for `balance_loss`
+             GradScaler give a function, lambda: 0.01 * scaler.get_scale(). Nor is it divided as a
+             loss is over k accumulated micro-batches: lambda: 0.01 * scaler.get_scale() / k, or
+             0.01 / k, which is the mean over these (one large batch has another balance than the
+             mean of its parts). None: keep the gates for `balance_loss`
 
     Raises RuleError, MatchError, ConflictError, OperationError or GraftError, model untouched.
 

@@ -209,31 +209,28 @@ def test_inside_disabled_what_acts_on_the_model_is_refused(call: str, tmp_path: 
 # balance under accumulation --------------------------------------------------------------------
 
 
-def _gradients(batches: list[Tensor], balance: Any) -> list[Tensor]:
+def _gradients(batches: list[Tensor], balance: Any, explicit: float = 0.0) -> list[Tensor]:
+    """Of a mean loss over micro-batches; `explicit` is the coefficient of a balance loss in it."""
     rules = at(surgery.ffn, parallel(surgery.shared(surgery.moa(rank=2, heads=3))))
     torch.manual_seed(0)
     model = surgery.apply(tiny_vit().double().eval(), rules, balance=balance)
     stir(model)
     for x in batches:
-        (model(x).square().mean() / len(batches)).backward()
+        loss = model(x).square().mean() + explicit * surgery.balance_loss(model)
+        (loss / len(batches)).backward()
     return [p.grad for p in surgery.parameters(model) if p.grad is not None]
 
 
-def test_balance_over_micro_batches_counts_once_when_it_is_divided_by_their_number() -> None:
-    x, k, scale = torch.cat([images(), -images()]).double(), 2, 8.0
-    given = [balance_of(x, 0.01 * scale / k, k), balance_of(x, 0.01 * scale, k)]
-    each = [balance_of(part, 0.01 * scale, 1) for part in x.chunk(k)]
-    mean = [sum(pair) / k for pair in zip(*each, strict=True)]
-    for a, b, want in zip(*given, mean, strict=True):
-        assert torch.allclose(a, want, rtol=1e-9, atol=1e-12)
-        assert torch.allclose(b, k * want, rtol=1e-9, atol=1e-12)
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(a, b, strict=True))
 
 
-def balance_of(x: Tensor, coefficient: float, k: int) -> list[Tensor]:
-    """What balance= adds to the gradients, over k micro-batches."""
-    batches = [*x.chunk(k)]
-    without = _gradients(batches, 0.0)
-    return [a - b for a, b in zip(_gradients(batches, lambda: coefficient), without, strict=True)]
+@pytest.mark.parametrize("k", [1, 2])
+def test_balance_over_micro_batches_is_the_explicit_form_when_divided(k: int) -> None:
+    batches = [*torch.cat([images(), -images()]).double().chunk(k)]
+    want = _gradients(batches, None, explicit=0.5)
+    assert _close(_gradients(batches, lambda: 0.5 / k), want)
+    assert _close(_gradients(batches, lambda: 0.5), want) is (k == 1)
 
 
 def test_no_warning_is_given_where_all_comes_back() -> None:
