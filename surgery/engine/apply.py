@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,14 @@ from ..errors import GraftError, OperationError
 from ..rules import routing as _routing
 from ..rules.rule import Rules
 from .hooks import HookedSite
-from .journal import Journal, Value
-from .operation import Operation, check_operable, operations
+from .journal import Journal, Value, completed
+from .obstacles import refuse
+from .operation import Operation, check_enabled, check_operable, operations
 from .planning import Plan
+from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, stays
 
 Model = TypeVar("Model", bound=nn.Module)
+AFTER = "Its trained values are lost: change shapes outside of disabled(model)."
 
 
 class Routing(NamedTuple):
@@ -54,8 +58,10 @@ def apply(
     balance  a coefficient: the gradient of coefficient * balance loss is added on the way back,
              with no side effect, so that it is right under reentrant checkpointing and under
              torch.compile with checkpointing too. It is not scaled with the loss: with a
-             GradScaler give a function, lambda: 0.01 * scaler.get_scale(). None: keep the gates
-             for `balance_loss`
+             GradScaler give a function, lambda: 0.01 * scaler.get_scale(). Nor is it divided as a
+             loss is over k accumulated micro-batches: lambda: 0.01 * scaler.get_scale() / k, or
+             0.01 / k, which is the mean over these (one large batch has another balance than the
+             mean of its parts). None: keep the gates for `balance_loss`
 
     Raises RuleError, MatchError, ConflictError, OperationError or GraftError, model untouched.
 
@@ -74,8 +80,13 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     """Take all operations off, or the last one by its name: the model is what it was, bit for bit.
 
     Values of unfrozen parameters, floating buffers, `requires_grad`, training flags and hooks come
-    back; gradients of unfrozen parameters are dropped. Raises OperationError where there is
-    nothing to take off, or `name` is not the last.
+    back; gradients of unfrozen parameters are dropped. What was trained without a rule (unfrozen by
+    hand, a new head) is what it was when `parameters` handed it out; what it never did stays as it
+    is, new modules stay in the model, and a warning names both.
+
+    All or nothing. Raises OperationError where there is nothing to take off, where `name` is not
+    the last, inside `disabled`, and where a trained tensor cannot be written back (it was pruned,
+    re-parametrised, deleted, or has another shape now): the model is untouched then.
 
     >>> from surgery import at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 8)), at("0", unfreeze))
@@ -83,6 +94,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     False
     """
     done = operated(model, "revert(model)", merged=None)
+    check_enabled(done, "revert(model)")
     if name is not None and name != done[-1].name:
         names = ", ".join(op.name for op in done)
         raise OperationError(
@@ -92,20 +104,34 @@ def revert(model: Model, *, name: str | None = None) -> Model:
         )
     chosen = done if name is None else done[-1:]
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
-    check_undoable(journals, call="revert(model)")
+    check_undoable(model, journals, call="revert(model)")
+    left = stays(model, chosen)
+    expect_frozen(model)
+    completed(lambda: _take_off(done, chosen))
+    if left:
+        warnings.warn(f"surgery.revert(model) left some as they are. {left}.", stacklevel=2)
+    return model
+
+
+def _take_off(done: list[Operation], chosen: list[Operation]) -> None:
     for operation in done:
         operation.merge_journal.undo()
     for operation in reversed(chosen):
         operation.undo()
-    return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """While it lasts, the base model answers: no part runs, and unfrozen tensors are as they were.
 
-    It answers without gradients, as under torch.no_grad(). Raises OperationError on a model that
-    was never operated.
+    It answers without gradients, as under torch.no_grad(). It is the model that is disabled, for
+    all threads that run it; two that overlap must be nested. What is trained without a rule, and
+    was never handed out by `parameters`, answers as it is, with a warning.
+
+    Raises OperationError on a model that was never operated, and, before anything is changed, where
+    an unfrozen tensor cannot be written (it was pruned, re-parametrised, deleted, or has another
+    shape now); also after the body where that happened in it. Inside it the model cannot be saved,
+    loaded, copied, merged, reverted or operated.
 
     >>> from surgery import append, at
     >>> model = apply(nn.Sequential(nn.Identity()), at("0", append(lambda site: nn.Linear(2, 2))))
@@ -114,6 +140,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     tensor([[1., 1.]])
     """
     done = operated(model, "disabled(model)")
+    check_undoable(model, [operation.journal for operation in done], call="disabled(model)")
+    if theirs := by_hand(model):
+        paths = first_few([place.path for place in theirs])
+        warnings.warn(
+            f"surgery.disabled(model): {paths} were trained without a rule, and answer as they "
+            "are: what they were is not known. surgery.parameters(model), called before training, "
+            "lets it be known.",
+            stacklevel=3,
+        )
     journal = Journal()
     try:
         for operation in done:
@@ -124,12 +159,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             journal.write(value.module, value.name, value.value)
         with torch.no_grad():
             yield model
-    finally:
+        obstacles = journal.undo()
+    except BaseException:  # one that came while undoing, too
         journal.undo()
+        raise
+    refuse("disabled(model), at its end", obstacles, paths_of(model), AFTER)
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """What to optimise: the trainable parameters of the parts and of what was unfrozen.
+
+    What was unfrozen by hand, and the parameters of new modules, are among them; they are known
+    from now on, as they are now, to `save`, `report`, `disabled` and `revert`.
 
     Raises OperationError on a model that was never operated.
 
@@ -139,6 +180,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     torch.Size([2, 4])
     """
     operated(model, "parameters(model)")
+    adopt(model)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -257,14 +299,3 @@ def _changed(done: list[Operation]) -> list[Value]:
         if value.tensor is not None and not value.tensor.is_meta:
             first.setdefault(id(value.tensor), value)
     return [v for v in first.values() if v.tensor is not None and not same(v.tensor, v.value)]
-
-
-def check_undoable(journals: list[Journal], call: str) -> None:
-    """Raise OperationError, the model untouched, where something cannot be brought back."""
-    obstacles = [text for journal in journals for text in journal.obstacles]
-    if obstacles:
-        raise OperationError(
-            call,
-            f"what was there cannot be brought back: {first_few(obstacles)}.",
-            "Give these tensors the shape that they had, and call it again.",
-        )

@@ -44,11 +44,12 @@ class Switch(nn.Module):
     passes    what forwards keep
     seen      the marks of all that ever ran
     compiled  those of them that ran in compiled code, which runs unseen from then on
+    undone    all is taken off: what others still hold of it does nothing
     """
 
     def __init__(self, balance: Balance) -> None:
         super().__init__()
-        self.enabled, self.merged, self.balance = True, False, balance
+        self.enabled, self.merged, self.undone, self.balance = True, False, False, balance
         self.passes = Passes()
         self.seen: set[str] = set()
         self.compiled: set[str] = set()
@@ -207,7 +208,7 @@ class HookedSite:
 
     def active(self) -> bool:
         """Whether the parts run. While disabled no gradient may be asked for: it would be wrong."""
-        if self.switch.merged:
+        if self.switch.merged or self.switch.undone:
             return False
         if not self.switch.enabled and torch.is_grad_enabled():
             raise GraftError(
@@ -326,7 +327,8 @@ def _nest(hooks: dict[int, Any], first: bool) -> None:
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether a part of some operation runs instead of the module."""
-    return isinstance(owner_of(module.__dict__.get("forward")), HookedSite)
+    hooked = owner_of(module.__dict__.get("forward"))
+    return isinstance(hooked, HookedSite) and not hooked.switch.undone
 
 
 def routes(action: Action) -> bool:

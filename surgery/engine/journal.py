@@ -5,15 +5,17 @@ Entries are plain data: a copy or a pickle of an operated model takes its own wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .._preserve import same
+from .obstacles import Obstacle, in_the_way, tensor_of
 
 Kind = TypeVar("Kind")
+Result = TypeVar("Result")
 
 
 class Absent:
@@ -30,8 +32,8 @@ class Entry(Protocol):
     def undo(self) -> None:
         """Bring back what was there, also where the change was not made after all."""
 
-    def obstacle(self) -> str:
-        """Why it cannot be undone as things are now; "" where it can."""
+    def obstacle(self) -> Obstacle | None:
+        """Why it cannot be undone as things are now; None where it can."""
 
 
 class Key(NamedTuple):
@@ -52,8 +54,8 @@ class Key(NamedTuple):
         else:
             entries[self.key] = self.was
 
-    def obstacle(self) -> str:
-        return ""
+    def obstacle(self) -> None:
+        return None
 
 
 class Hook(NamedTuple):
@@ -65,8 +67,8 @@ class Hook(NamedTuple):
     def undo(self) -> None:
         unhook(self.module, self.owner)
 
-    def obstacle(self) -> str:
-        return ""
+    def obstacle(self) -> None:
+        return None
 
 
 class Flag(NamedTuple):
@@ -78,11 +80,11 @@ class Flag(NamedTuple):
 
     def undo(self) -> None:
         parameter = self.module._parameters.get(self.name)
-        if parameter is not None:
-            parameter.requires_grad_(self.trained)
+        if parameter is not None and (parameter.is_floating_point() or not self.trained):
+            parameter.requires_grad_(self.trained)  # one of integers, quantised since, cannot be
 
-    def obstacle(self) -> str:
-        return ""
+    def obstacle(self) -> None:
+        return None
 
 
 class Gradient(NamedTuple):
@@ -94,11 +96,11 @@ class Gradient(NamedTuple):
 
     def undo(self) -> None:
         parameter = self.module._parameters.get(self.name)
-        if parameter is not None:
-            parameter.grad = self.grad
+        if parameter is not None:  # it may have been moved or cast since
+            parameter.grad = None if self.grad is None else self.grad.to(parameter)
 
-    def obstacle(self) -> str:
-        return ""
+    def obstacle(self) -> None:
+        return None
 
 
 class Value(NamedTuple):
@@ -115,18 +117,20 @@ class Value(NamedTuple):
         return tensor_of(self.module, self.name)
 
     def undo(self) -> None:
-        now = self.module._buffers.get(self.name)
-        if self.buffer is not None and (now is None or _alike(now, self.buffer)):
-            self.module._buffers[self.name] = self.buffer  # unless it was moved or cast
+        if self.buffer is not None:
+            self.module._buffers[self.name] = self._home(self.buffer)
         if self.tensor is not None:
             _write(self.tensor, self.value)
 
-    def obstacle(self) -> str:
-        tensor = self.tensor if self.buffer is None else None
-        if tensor is None or tensor.shape == self.value.shape:
-            return ""
-        kind = type(self.module).__name__
-        return f"{self.name} of {kind} is {(*tensor.shape,)}, and was {(*self.value.shape,)}"
+    def _home(self, was: Tensor) -> Tensor:
+        """The buffer that its value goes to: what was there, unless it was moved or cast."""
+        now = self.module._buffers.get(self.name)
+        if now is None or _alike(now, was):
+            return was
+        return now if now.shape == self.value.shape else was.to(now)
+
+    def obstacle(self) -> Obstacle | None:
+        return None if self.buffer is not None else in_the_way(self.module, self.name, self.value)
 
 
 class Numbers(NamedTuple):
@@ -138,8 +142,8 @@ class Numbers(NamedTuple):
     def undo(self) -> None:
         _write(self.tensor, self.value)
 
-    def obstacle(self) -> str:
-        return ""
+    def obstacle(self) -> None:
+        return None
 
 
 class Journal:
@@ -170,6 +174,10 @@ class Journal:
     def keep_gradient(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """The gradient of a parameter, which is that of the module of that name."""
         self.entries.append(Gradient(module, name, parameter.grad))
+
+    def keep_flag(self, module: nn.Module, name: str, trained: bool) -> None:
+        """Whether a parameter is to be trained, once this is undone."""
+        self.entries.append(Flag(module, name, trained))
 
     def keep_numbers(self, tensor: Tensor) -> None:
         """The value of a tensor."""
@@ -225,15 +233,35 @@ class Journal:
         return (value for value in self.values if value.buffer is not None)
 
     @property
-    def obstacles(self) -> list[str]:
+    def obstacles(self) -> list[Obstacle]:
         """Why it cannot be undone as things are now, place by place; nothing is changed."""
-        return [text for text in (entry.obstacle() for entry in self.entries) if text]
+        return [it for it in (entry.obstacle() for entry in self.entries) if it is not None]
 
-    def undo(self) -> None:
-        """Bring everything back, last change first, however far the work had come."""
+    def undo(self) -> list[Obstacle]:
+        """Bring everything back, last change first, however far the work had come.
+
+        Returns what stood in the way of the rest. An interrupt in it leaves nothing half done.
+        """
+        return completed(self._undo)
+
+    def _undo(self) -> list[Obstacle]:
+        obstacles = []
         for entry in reversed(self.entries):
-            entry.undo()
+            if (obstacle := entry.obstacle()) is not None:
+                obstacles.append(obstacle)
+            else:
+                entry.undo()
         self.entries.clear()
+        return obstacles
+
+
+def completed(work: Callable[[], Result]) -> Result:
+    """What work gives that may be done twice; an interrupt in it comes when it is done whole."""
+    try:
+        return work()
+    except BaseException:
+        work()
+        raise
 
 
 def owners_of(hooks: Mapping[int, Any], kind: type[Kind]) -> dict[int, Kind]:
@@ -256,15 +284,9 @@ def unhook(module: nn.Module, owner: object) -> None:
     for hooks, with_kwargs in tables:
         for key, other in owners_of(hooks, type(owner)).items():
             if other is owner:
-                del hooks[key]
-                with_kwargs.pop(key, None)
+                with_kwargs.pop(key, None)  # first: an interrupt must leave the hook to be found
                 module._forward_hooks_always_called.pop(key, None)
-
-
-def tensor_of(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer of that name."""
-    parameter = module._parameters.get(name)
-    return parameter if parameter is not None else module._buffers.get(name)
+                del hooks[key]
 
 
 def _table(module: nn.Module, name: str) -> dict[str, Any]:

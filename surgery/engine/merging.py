@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ..errors import OperationError
 from ..rules.affine import Affine, affine
 from ..structure.layers import CONVS, forward_of, is_norm, linear_shape, named_children, shape_of
-from .apply import check_undoable, operated
+from .apply import operated
 from .hooks import HookedSite, is_replaced
-from .operation import Operation
+from .journal import completed
+from .operation import Operation, check_enabled
 from .tokens import Action
 from .watch import check_watched
+from .trained import check_undoable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -161,6 +163,7 @@ def merge(model: Model) -> Model:
     done = operated(model, "merge(model)")
     for operation in done:
         check_watched(operation, "merge(model)")
+    check_enabled(done, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with torch.no_grad(), exact[0], exact[1]:
         _merge(model, done)
@@ -203,9 +206,8 @@ def unmerge(model: Model) -> Model:
     """
     done = operated(model, "unmerge(model)", merged=True)
     journals = [operation.merge_journal for operation in reversed(done)]
-    check_undoable(journals, call="unmerge(model)")
-    for journal in journals:
-        journal.undo()
+    check_undoable(model, journals, call="unmerge(model)")
+    completed(lambda: [journal.undo() for journal in journals])
     return model
 
 

@@ -16,7 +16,7 @@ from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
 from .summary import places
-from .trained import parameters_meant
+from .unfreezing import parameters_meant
 
 Matches = Sequence[tuple[Rule, Collection[Site]]]
 

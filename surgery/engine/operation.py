@@ -7,12 +7,14 @@ through its journal; undoing it, after a fault or on request, is one and the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import GraftError, OperationError
+from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes, while_traced
 from .journal import Journal, owner_of
@@ -36,10 +38,14 @@ class FrozenStatistics:
     Of a plain object, so that a copy of the model gets its own.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
-        self.norm = norm
+    def __init__(self, norm: nn.Module, switch: Switch) -> None:
+        self.norm, self.switch = norm, switch
+        self.own = {name: vars(norm)[name] for name in FROZEN_METHODS if name in vars(norm)}
 
     def train(self, mode: bool = True) -> nn.Module:
+        if self.switch.undone:
+            trained: nn.Module = self._base("train")(mode)
+            return trained
         for child in self.norm.children():  # an activation, a dropout (timm's BatchNormAct2d)
             child.train(mode)
         self.norm.training = False  # whoever has set it
@@ -47,6 +53,12 @@ class FrozenStatistics:
 
     def reset_running_stats(self) -> None:
         """Nothing: torch's update_bn would reset what it then cannot count."""
+        if self.switch.undone:
+            self._base("reset_running_stats")()
+
+    def _base(self, name: str) -> Any:
+        """The method that it took the place of."""
+        return self.own.get(name) or MethodType(getattr(type(self.norm), name), self.norm)
 
 
 FROZEN_METHODS = ("train", "reset_running_stats")  # the methods that it takes the place of
@@ -54,7 +66,16 @@ FROZEN_METHODS = ("train", "reset_running_stats")  # the methods that it takes t
 
 def is_frozen(norm: nn.Module) -> bool:
     """Whether an operation keeps it in eval mode."""
-    return isinstance(owner_of(vars(norm).get("train")), FrozenStatistics)
+    methods = owner_of(vars(norm).get("train"))
+    return isinstance(methods, FrozenStatistics) and not methods.switch.undone
+
+
+class KnownModule(NamedTuple):
+    """A module of the base when rules were applied: its path, and the names of its tensors."""
+
+    path: str
+    module: nn.Module
+    names: frozenset[str]
 
 
 class Operation(Switch):
@@ -63,6 +84,8 @@ class Operation(Switch):
     journal        what the model was before each change, and what its use may change until undone
     merge_journal  the same of a merge of all operations up to this one
     read_besides   the sites whose weight the model reads besides calling what they stand at
+    known          the modules of the base, as they were then
+    adopted        what is trained without a rule, and in the journal all the same
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
@@ -73,15 +96,17 @@ class Operation(Switch):
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
         self.read_besides: set[str] = set()
         self.watcher = Watch(self)
+        self.known: list[KnownModule] = []
+        self.adopted: list[tuple[nn.Module, str]] = []
 
     def open(self, model: nn.Module) -> None:
-        """Take a place at the root, and remember the modes and buffers of all modules."""
+        """Take a place at the root, and remember the modes and buffers of all modules.
+
+        The place is written down first, so that it is given up last: an operation that is not
+        wholly undone can still be found.
+        """
         self.model.append(model)
-        for module in model.modules():
-            self.journal.keep(module, "training")
-            for name, tensor in module._buffers.items():
-                if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
-                    self.journal.keep_value(module, name)
+        modules = list(model.modules())
         additions = additions_of(model)
         if additions is None:
             additions, host = Additions(), _host(model)
@@ -89,6 +114,14 @@ class Operation(Switch):
                 self.journal.set(model, ADDITIONS, additions)
             self.journal.set(host, ADDITIONS, additions, table="_modules")
         self.journal.set(additions, self.name, self, table="_modules")
+        for module in modules:
+            self.journal.keep(module, "training")
+            for name, tensor in module._buffers.items():
+                if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
+                    self.journal.keep_value(module, name)
+        for path, module in named_modules(model):
+            tensors = (*module._parameters.items(), *module._buffers.items())
+            self.known.append(KnownModule(path, module, frozenset(name for name, _ in tensors)))
 
     def add_parts(self, parts: dict[str, nn.Module]) -> None:
         """Give each part its place in the operation, under the first of its keys."""
@@ -119,7 +152,7 @@ class Operation(Switch):
         for norm, frozen in norms:
             if frozen is is_frozen(norm):
                 continue
-            methods = FrozenStatistics(norm)
+            methods = FrozenStatistics(norm, self)
             for name in FROZEN_METHODS:
                 if frozen:
                     self.journal.set(norm, name, getattr(methods, name))
@@ -168,9 +201,23 @@ class Operation(Switch):
         return [g for g in self.hooked_sites if g.path in ran or any(map(routes, g.actions))]
 
     def undo(self) -> None:
-        """Take everything off and bring everything back, however far the work had come."""
+        """Take everything off and bring everything back, however far the work had come.
+
+        What others still hold of it (a wrapper around a forward, a copy of a hook) does nothing
+        from then on.
+        """
+        self.undone = self.proved = True
         self.merge_journal.undo()
         self.journal.undo()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.enabled:
+            raise OperationError(
+                "a copy or a pickle of the model",
+                "inside disabled(model) it would be one of the base, with parts that do not run.",
+                "Make it outside of disabled(model).",
+            )
+        return dict(self.__dict__)
 
 
 def additions_of(model: nn.Module) -> Additions | None:
@@ -212,6 +259,16 @@ def check_operable(model: nn.Module) -> None:
             kind,
             "this is a wrapper, and what is done to it would not reach the model inside.",
             f"Operate on .{inner.pop()} first; wrap or compile what comes back.",
+        )
+
+
+def check_enabled(done: list[Operation], call: str) -> None:
+    """Raise OperationError inside `disabled`, where the model stands for its base."""
+    if not all(operation.enabled for operation in done):
+        raise OperationError(
+            call,
+            "inside disabled(model) the model is its base, and this would act on that.",
+            "Call it outside of disabled(model).",
         )
 
 

@@ -26,11 +26,12 @@ from .decided import Decided, modules_of
 from .hooks import Balance
 from .matching import check_written, flatten_rules, match_rule
 from .notes import frozen_head, frozen_norms, how_found
-from .operation import Operation, check_model, operations
+from .operation import Operation, check_enabled, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
 from .summary import Record, RuleRecord, count_parameters, summary
 from .tokens import Action, Tokens, tokens_at
-from .trained import parameters_meant, unfreezing_edits, unfrozen_by
+from .trained import adopt
+from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
 
@@ -186,6 +187,7 @@ class Plan:
         where something is not so.
         """
         check_model(self.model, self.name)
+        check_enabled(operations(self.model), "apply(model, ...)")
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():
@@ -200,6 +202,7 @@ class Plan:
     @no_collection()
     def _execute(self, operation: Operation) -> None:
         modules = [site.module for site in self.tree.sites]
+        adopt(self.model)  # what was trained by hand until now is of the operation before
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
         operation.train_only(modules, trained)

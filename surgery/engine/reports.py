@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .._table import Table
+from .._text import first_few
 from ..rules.relations import Nearest
 from ..rules.roles import ROLES, attn, ffn, norm
 from ..structure.anatomy import instead_of_ffns, operands, roles_of, stages
@@ -20,6 +21,7 @@ from .apply import Routing, operated
 from .operation import additions_of, check_operable
 from .summary import count_parameters, summary
 from .watch import check_watched
+from .trained import beyond_rules, trained_of
 
 ASK = "by order; anatomy(model, example) runs a forward to see"
 
@@ -64,7 +66,8 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
 def report(model: nn.Module) -> Table:
     """What was done to a model: every rule with its sites, parts, sharing and parameter counts.
 
-    Raises OperationError on a model that was never operated.
+    The last line counts what is trained now, and a note names what no rule unfroze. Raises
+    OperationError on a model that was never operated.
 
     >>> from surgery import adapter, apply, at, parallel
     >>> print(report(apply(nn.Sequential(nn.Linear(8, 8)), at("0", parallel(adapter(rank=2))))))
@@ -77,11 +80,17 @@ def report(model: nn.Module) -> Table:
     base = count_parameters([model]) - count_parameters([additions_of(model) or nn.Module()])
     rows: list[tuple[object, ...]] = []
     notes: list[str] = []
+    counted: set[int] = set()
     for operation in done:
         if not operation.merged:
             check_watched(operation, "report(model)")
         parts = {key: part for key, part in operation._modules.items() if part is not None}
-        table = summary(operation.record, parts, base, "")
+        places = [p for p in trained_of(model, operation) if id(p.tensor) not in counted]
+        counted.update(id(place.tensor) for place in places)
+        unfrozen = sum(p.tensor.numel() for p in places if p.tensor.requires_grad)
+        table = summary(operation.record, parts, base, "", unfrozen)
+        if beyond := [p.path for p in beyond_rules(model, operation) if p.tensor.requires_grad]:
+            table.notes.insert(0, f"note: trained without a rule: {first_few(beyond)}")
         prefix = f"{operation.name}: " if len(done) > 1 else ""
         rows += table.rows
         notes += [prefix + note for note in table.notes]

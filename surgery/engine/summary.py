@@ -42,8 +42,17 @@ def count_parameters(parts: Iterable[nn.Module], trainable: bool = False) -> int
     return sum(p.numel() for p in tensors.values() if p.requires_grad or not trainable)
 
 
-def summary(record: Record, parts: Mapping[str, nn.Module], base: int, title: str) -> Table:
-    """A row for each rule, shared parts counted once, against `base` parameters of the model."""
+def summary(
+    record: Record,
+    parts: Mapping[str, nn.Module],
+    base: int,
+    title: str,
+    unfrozen: int | None = None,
+) -> Table:
+    """A row for each rule, shared parts counted once, against `base` parameters of the model.
+
+    unfrozen  how many of these are trained; None: what the rules unfreeze
+    """
     rows: list[tuple[object, ...]] = []
     seen: set[str] = set()
     for row in record["rows"]:
@@ -52,7 +61,9 @@ def summary(record: Record, parts: Mapping[str, nn.Module], base: int, title: st
         edits, names = "; ".join(row["edits"]), _names(row["keys"])
         rows.append((places(row["paths"]), edits, names, count_parameters(new), row["unfrozen"]))
     columns = ("sites", "edits", "parts", "added", "unfrozen")
-    return Table(title, columns, rows, _notes(record, parts, base))
+    if unfrozen is None:
+        unfrozen = sum(row["unfrozen"] for row in record["rows"])
+    return Table(title, columns, rows, _notes(record, parts, base, unfrozen))
 
 
 def places(paths: list[str]) -> str:
@@ -68,11 +79,10 @@ def _names(keys: list[str]) -> str:
     return ", ".join(keys if len(keys) < 3 else [keys[0], f"... {len(keys)} in all"])
 
 
-def _notes(record: Record, parts: Mapping[str, nn.Module], base: int) -> list[str]:
+def _notes(record: Record, parts: Mapping[str, nn.Module], base: int, unfrozen: int) -> list[str]:
     of_parts = (getattr(part, "note", None) for part in parts.values())
     texts = [*record["notes"], *(note for note in of_parts if isinstance(note, str))]
     notes = [f"note: {note}" for note in dict.fromkeys(texts)]
-    unfrozen = sum(row["unfrozen"] for row in record["rows"])
     added = count_parameters(parts.values())
     trained = count_parameters(parts.values(), trainable=True) + unfrozen
     notes.append(

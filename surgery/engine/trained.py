@@ -1,128 +1,241 @@
-"""Which tensors of the base rules leave trained, and which of them take no gradient."""
+"""The one set of what is trained of the base: handed out, saved, counted, and brought back.
+
+Rules unfreeze tensors as they are applied. Others come later: unfrozen by hand, of a module that
+was put in, made by a parametrization. `adopt` writes these into the journal of the last operation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import MatchError, RuleError
-from ..rules.edits import Token, Trained
-from ..rules.expression import shown
-from ..rules.rule import Rule
+from .._preserve import same
+from .._text import first_few
 from ..structure.layers import named_modules
-from ..structure.module_tree import Site
-from ..structure.path import alternatives, closest, generalise
-from ..structure.quantised import is_packed, is_quantised
-from .summary import places
+from .journal import Flag, Journal, Key, Value
+from .obstacles import dotted, refuse, tensor_of
+from .operation import FROZEN_METHODS, Operation, operations
 
 
-class Meant(NamedTuple):
-    """What a rule unfreezes: a parameter, or a module whose weights are none."""
+class Place(NamedTuple):
+    """A tensor of the base: its path, the module that holds it, and its name there."""
 
-    rule: Rule
     path: str
-    what: Tensor | nn.Module
-
-    @property
-    def takes_no_gradient(self) -> bool:
-        return isinstance(self.what, nn.Module) or is_quantised(self.what)
+    module: nn.Module
+    name: str
+    tensor: Tensor
 
 
-def unfrozen_by(
-    matches: Iterable[tuple[Rule, Collection[Site]]], check_braces: bool = True
-) -> tuple[set[int], list[str]]:
-    """Ids of the base parameters that rules leave trained, where the last word counts; notes.
-
-    check_braces  each name of several in braces must be there, too
-
-    Raises MatchError where a rule names a parameter that is not there, and RuleError where it
-    unfreezes what takes no gradient; of an optional rule that is a note.
-    """
-    chosen: dict[int, Meant] = {}
-    for rule, sites in matches:
-        for edit in rule.rest:
-            if isinstance(edit, Trained):
-                meant = [Meant(rule, path, what) for path, what in _meant(edit, sites)]
-                if not rule.optional:
-                    check_named(rule, edit, sites, check_braces)
-                if edit.trained:
-                    chosen |= {id(m.what): m for m in meant}
-                else:
-                    chosen = {
-                        i: m for i, m in chosen.items() if i not in {id(m.what) for m in meant}
-                    }
-    quantised = [m for m in chosen.values() if m.takes_no_gradient]
-    for m in quantised:
-        if not m.rule.optional:
-            raise _no_gradient(m.rule, [other for other in quantised if other.rule is m.rule])
-    left = [m.path for m in quantised]
-    notes = [f"quantised, so it stays frozen: {places(left)}"] if left else []
-    trained = (m.what for m in chosen.values() if not m.takes_no_gradient)
-    return {id(p) for p in trained if isinstance(p, Tensor) and p.is_floating_point()}, notes
+def parameters_of(model: nn.Module) -> Iterator[Place]:
+    """The parameters of the base, a tied one once."""
+    return _places(model, "_parameters")
 
 
-def _no_gradient(rule: Rule, quantised: list[Meant]) -> RuleError:
-    path, what = quantised[0].path, quantised[0].what
-    more = f" (and {len(quantised) - 1} more)" if quantised[1:] else ""
-    modules = sorted({generalise(m.path) for m in quantised if isinstance(m.what, nn.Module)})
-    tensors = sorted({generalise(m.path) for m in quantised if isinstance(m.what, Tensor)})
-    freezing = [f'at("{address}", freeze)' for address in modules]
-    if tensors:
-        freezing.append(f'at("", freeze({", ".join(map(shown, tensors))}))')
-    kind = what.dtype if type(what) is nn.Parameter else type(what).__name__
-    return RuleError(
-        rule.short,
-        f"{path}{more} is quantised ({kind}), and no gradient comes to it.",
-        f"Leave it out, by optional=True or after this rule by {', '.join(freezing)}; or "
-        "dequantise it first.",
+def buffers_of(model: nn.Module) -> Iterator[Place]:
+    """The buffers of the base that a state holds, each once."""
+    return (
+        place
+        for place in _places(model, "_buffers")
+        if place.name not in place.module._non_persistent_buffers_set
     )
 
 
-def unfreezing_edits(rule: Rule) -> list[Trained]:
-    """The edits of a rule that unfreeze."""
-    return [edit for edit in rule.rest if isinstance(edit, Trained) and edit.trained]
+def _places(model: nn.Module, table: str) -> Iterator[Place]:
+    seen: set[int] = set()
+    for path, module in named_modules(model):
+        for name, tensor in getattr(module, table).items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield Place(dotted(path, name), module, name, tensor)
 
 
-def parameters_meant(edit: Trained, sites: Iterable[Site]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters at some sites, by path, that an edit speaks of."""
+def by_hand(model: nn.Module) -> list[Place]:
+    """What asks for a gradient, and no operation knows: neither a rule nor `adopt` took it up."""
+    known = _known(operations(model))
+    return [p for p in parameters_of(model) if p.tensor.requires_grad and id(p.tensor) not in known]
+
+
+def _known(done: Iterable[Operation]) -> set[int]:
+    return {id(value.tensor) for operation in done for value in operation.journal.values}
+
+
+def adopt(model: nn.Module, places: Iterable[Place] | None = None) -> None:
+    """Let the last operation know of what is trained by hand, with its value as it is now.
+
+    places  these, which are trained from now on; None: what asks for a gradient already
+    """
+    for last in operations(model)[-1:]:
+        known, there = _known([last]), _there(last)
+        for place in by_hand(model) if places is None else places:
+            where, tensor = (place.module, place.name), place.tensor
+            if not isinstance(tensor, nn.Parameter) or id(tensor) in known:
+                continue
+            last.adopted.append(where)
+            if (id(place.module), place.name) in there:
+                last.journal.keep_flag(*where, trained=False)
+            last.journal.keep_gradient(*where, tensor)
+            last.journal.keep_value(*where)
+            tensor.requires_grad_(True)
+
+
+def trained_of(model: nn.Module, operation: Operation) -> list[Place]:
+    """The parameters of the base that an operation trains; the last one what is new, too."""
+    known = _known([operation])
+    mine = [place for place in parameters_of(model) if id(place.tensor) in known]
+    return mine + (by_hand(model) if operation is operations(model)[-1] else [])
+
+
+def beyond_rules(model: nn.Module, operation: Operation) -> list[Place]:
+    """Those of them that no rule unfroze, and the buffers of modules that are new."""
+    adopted = {(id(module), name) for module, name in operation.adopted}
+    ours = [p for p in trained_of(model, operation) if (id(p.module), p.name) in adopted]
+    if operation is operations(model)[-1]:
+        ours += [*by_hand(model), *_new_buffers(model, operation)]
+    return ours
+
+
+def changed_buffers(model: nn.Module, operation: Operation) -> list[Place]:
+    """The buffers that are not what they were, and those of modules that are new."""
+    was = {(id(v.module), v.name): v.value for v in operation.journal.buffers}
+    by_id = {id(v.buffer): v.value for v in operation.journal.buffers}
+    changed = []
+    for place in buffers_of(model):
+        before = was.get((id(place.module), place.name), by_id.get(id(place.tensor)))
+        if before is not None and not (place.tensor.is_meta or same(place.tensor, before)):
+            changed.append(place)
+    new = _new_buffers(model, operation) if operation is operations(model)[-1] else []
+    return changed + new
+
+
+def _new_buffers(model: nn.Module, operation: Operation) -> list[Place]:
+    known, there = {id(v.tensor) for v in operation.journal.buffers}, _there(operation)
     return [
-        (f"{end.path}.{name}".strip("."), p)
-        for end in _ends(sites)
-        for name, p in edit.parameters(end.module)
+        place
+        for place in buffers_of(model)
+        if (id(place.module), place.name) not in there and id(place.tensor) not in known
     ]
 
 
-def _meant(edit: Trained, sites: Collection[Site]) -> Iterator[tuple[str, Tensor | nn.Module]]:
-    """The parameters that an edit speaks of, and the modules whose weights are no parameters."""
-    yield from parameters_meant(edit, sites)
-    for end in [] if edit.only else _ends(sites):
-        for path, module in named_modules(end.module):
-            if is_packed(module):
-                yield f"{end.path}.{path}".strip("."), module
+def _there(operation: Operation) -> set[tuple[int, str]]:
+    """Where the base had tensors when the rules were applied: id of the module, and name."""
+    return {(id(known.module), name) for known in operation.known for name in known.names}
 
 
-def _ends(sites: Iterable[Site]) -> Sequence[Site]:
-    return list({id(end.module): end for site in sites for end in (site.entry, site.exit)}.values())
+def lost_module(model: nn.Module, operation: Operation) -> nn.Module | None:
+    """A module that is not in the model any more, and held what nothing there holds now.
+
+    That is a part, statistics that are frozen, or a trained tensor where nothing is trained now.
+    """
+    here = {id(module) for module in model.modules()}
+    entries = operation.journal.entries
+    frozen = [it.module for it in entries if isinstance(it, Key) and it.key in FROZEN_METHODS]
+    ends = [end for hooked in operation.hooked_sites for end in (hooked.entry, hooked.exit)]
+    lost = [module for module in (*ends, *frozen) if id(module) not in here]
+    trained = {path for path, m in named_modules(model) if any(map(_asks, m.parameters()))}
+    tensors = {id(place.tensor) for place in parameters_of(model)}
+    values = [value for value in operation.journal.values if value.buffer is None]
+    gone = {id(value.module) for value in values if id(value.tensor) not in tensors} - here
+    lost += [
+        it.module for it in operation.known if id(it.module) in gone and it.path not in trained
+    ]
+    return lost[0] if lost else None
 
 
-def check_named(rule: Rule, edit: Trained, sites: Collection[Site], check_braces: bool) -> None:
-    """Raise MatchError where an edit speaks of parameters that no site of the rule has."""
-    for asked in edit.only if sites else ():
-        names = [] if isinstance(asked, Token) else [name for _, name in alternatives(asked)]
-        for name in (asked, *(names if check_braces else ())):
-            alone = Trained(edit.trained, (name,))
-            if not parameters_meant(alone, sites):
-                raise _no_parameter(rule, alone, sites)
+def _asks(tensor: Tensor) -> bool:
+    return tensor.requires_grad
 
 
-def _no_parameter(rule: Rule, edit: Trained, sites: Collection[Site]) -> MatchError:
-    names = [name for name, _ in parameters_meant(Trained(edit.trained), sites)]
-    near = closest(str(edit.only[0]), names, most=3)
-    listed = ", ".join(f"{path} ({n})" for path, n in near) or "none"
-    return MatchError(
-        rule.short,
-        f"has no parameter for {edit!r}.",
-        f"Nearest parameters there: {listed}. A name begins at the site.",
+def expect_frozen(model: nn.Module) -> None:
+    """Let what was unfrozen by hand, and was there, be frozen as the last operation is undone."""
+    for last in operations(model)[-1:]:
+        there = _there(last)
+        for place in by_hand(model):
+            if (id(place.module), place.name) in there:
+                last.journal.keep_flag(place.module, place.name, trained=False)
+
+
+# on the way back -------------------------------------------------------------------------------
+
+
+def check_undoable(model: nn.Module, journals: Collection[Journal], call: str) -> None:
+    """Raise OperationError, the model untouched, where something cannot be brought back.
+
+    What was in a module that is not in the model any more is left out: nobody could mend it. So is
+    what was not there when the rules were applied: it may go as it came.
+    """
+    theirs = {where for operation in operations(model) for where in _came_later(operation)}
+    obstacles = (it for journal in journals for it in journal.obstacles)
+    refuse(
+        call, [it for it in obstacles if (id(it.module), it.name) not in theirs], paths_of(model)
     )
+
+
+def _came_later(operation: Operation) -> set[tuple[int, str]]:
+    """What it adopted that was not there when its rules were applied."""
+    return {(id(module), name) for module, name in operation.adopted} - _there(operation)
+
+
+def paths_of(model: nn.Module) -> dict[int, str]:
+    """The path of each module of the base, by its id."""
+    return {id(module): path for path, module in named_modules(model)}
+
+
+def stays(model: nn.Module, chosen: list[Operation]) -> str:
+    """What cannot be brought back though nothing stands in the way, in words; "" where all can."""
+    kept = {id(value.tensor) for value in _values(chosen)}  # in a merge, too
+    unknown = [p for p in by_hand(model) if not (p.tensor.is_meta or id(p.tensor) in kept)]
+    ways = {
+        "trained without a rule, and never handed out by surgery.parameters(model), so what "
+        "they were is not known": [place.path for place in unknown],
+        "of modules that were put in since": _put_in(model, chosen),
+        "in modules that were replaced by others, which stay": _replaced(model, chosen),
+        "without memory when the rules were applied": _without_memory(model, chosen),
+        "no longer there to be given back their requires_grad": _flags_lost(model, chosen),
+    }
+    return "; ".join(f"{first_few(paths)}: {why}" for why, paths in ways.items() if paths)
+
+
+def _put_in(model: nn.Module, chosen: list[Operation]) -> list[str]:
+    there, later = _there(chosen[0]), set().union(*map(_came_later, chosen))
+    places = [(p.path, (id(p.module), p.name)) for p in parameters_of(model)]
+    return [path for path, where in places if where in later - there]
+
+
+def _replaced(model: nn.Module, chosen: list[Operation]) -> list[str]:
+    here = {id(module) for _, module in named_modules(model)}
+    ids = {id(place.tensor) for place in parameters_of(model)}
+    named = {*_put_in(model, chosen), *(place.path for place in by_hand(model))}
+    paths = {id(known.module): known.path for operation in chosen for known in operation.known}
+    lost = [
+        dotted(paths[id(value.module)], value.name)
+        for value in _values(chosen)
+        if id(value.module) in paths.keys() - here and id(value.tensor) not in ids
+    ]
+    return [path for path in dict.fromkeys(lost) if path not in named]
+
+
+def _values(chosen: list[Operation]) -> Iterator[Value]:
+    """The values of parameters that are to come back."""
+    for operation in chosen:
+        for journal in (operation.journal, operation.merge_journal):
+            yield from (value for value in journal.values if value.buffer is None)
+
+
+def _without_memory(model: nn.Module, chosen: list[Operation]) -> list[str]:
+    kept = {id(value.tensor) for value in _values(chosen) if value.value.is_meta}
+    places = parameters_of(model)
+    return [p.path for p in places if id(p.tensor) in kept and not p.tensor.is_meta]
+
+
+def _flags_lost(model: nn.Module, chosen: list[Operation]) -> list[str]:
+    paths = paths_of(model)
+    entries = (entry for operation in chosen for entry in operation.journal.entries)
+    lost = [
+        dotted(paths[id(flag.module)], flag.name)
+        for flag in entries
+        if isinstance(flag, Flag) and flag.trained and id(flag.module) in paths
+        if tensor_of(flag.module, flag.name) is None
+    ]
+    return list(dict.fromkeys(lost))

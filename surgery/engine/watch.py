@@ -178,7 +178,9 @@ class Watch:
             return
         self._check_there(idle)
         self.suspects |= {hooked.path for hooked in idle}
-        running = {generalise(each.path) for each in self.operation.hooked_sites if each not in idle}
+        running = {
+            generalise(each.path) for each in self.operation.hooked_sites if each not in idle
+        }
         # where some of many like layers did not run, the next forward tells whether one is dropped
         gone = [each for each in idle if generalise(each.path) not in running]
         if new := [each for each in gone if each.path not in self.warned]:

@@ -26,7 +26,7 @@ from ..state import checkpoint
 from ..structure.layers import named_modules
 from ..structure.module_tree import Site
 from .case import FLAGS, SEEDS, Case, actions, mark, operation, stir, train
-from .fault_injection import Tripwire, committed, source
+from .fault_injection import Fault, Tripwire, committed, events, source
 from .function import gap_all
 from .laws import Draw, applies, holds
 from .parameters import COPIES
@@ -143,6 +143,27 @@ def faults_leave_nothing(case: Case, draw: Draw) -> None:
     file, number = lines[k - 1]
     when = f"a fault at {Path(file).name}:{number} ({source((file, number))})"
     unchanged(before, fingerprint(model), when)
+
+
+def faults_on_the_way_back_leave_one_of_two(case: Case, draw: Draw) -> None:
+    """For a fault at any line of revert: fp is that of S, or that of m; then revert gives m.
+
+    The fault is an exception, or an interrupt, as a line of Surgery's own code runs.
+    """
+    model, other = case.model(), case.operated()
+    base, lines = fingerprint(model), events(lambda: revert(other))
+    case.operated(model, stirred=draw(SEEDS, "seed"))
+    before = fingerprint(model)
+    line = draw(st.sampled_from(sorted(set(lines), reverse=True)), "line")
+    k = draw(st.sampled_from([i for i, it in enumerate(lines, 1) if it == line]), "k")
+    wire = Tripwire(k, KeyboardInterrupt if draw(st.booleans(), "interrupt") else Fault)
+    wire.run(lambda: revert(model))
+    file, number = wire.where or line
+    when = f"a fault at {Path(file).name}:{number} ({source((file, number))}) of revert"
+    if operations(model):
+        unchanged(before, fingerprint(model), when)
+        revert(model)
+    unchanged(base, fingerprint(model), when, but=("random",))
 
 
 def failing_parts_leave_nothing(case: Case, draw: Draw) -> None:
@@ -355,6 +376,7 @@ LAWS = (
     stacked_operations_come_off_in_order,
     disjoint_rules_commute,
     faults_leave_nothing,
+    faults_on_the_way_back_leave_one_of_two,
     failing_parts_leave_nothing,
     base_keys_are_kept,
     files_round_trip,

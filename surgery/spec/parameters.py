@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +13,20 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from .._preserve import Marks, fingerprint
 from .._text import first_few
+from ..engine.apply import parameters, revert
 from ..engine.placement import Placement
+from ..engine.reports import report
 from ..rules.edits import Trained
 from ..rules.part import Shared
+from ..state import checkpoint
 from ..structure.layers import keeps_statistics, named_modules
-from ..structure.module_tree import ADDITIONS
+from ..structure.module_tree import ADDITIONS, CONTAINERS
 from .case import FLAGS, SEEDS, Case, actions, mark, operation, train
 from .function import runs
 from .laws import Draw, applies, holds
-from .snapshot import ties, used
+from .snapshot import equal, ties, unchanged, used
 
 
 def freezing_is_exact(case: Case, draw: Draw) -> None:
@@ -279,6 +285,77 @@ def parts_are_like_their_site(case: Case, draw: Draw) -> None:
                 )
 
 
+class _PutIn(nn.Module):
+    """A module with something to train, which no rule knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Parameter(torch.zeros(3))
+
+
+def what_is_trained_is_one_set(case: Case, draw: Draw) -> None:
+    """{p : p.requires_grad} = handed out = in the file, each once = counted = brought back.
+
+    Also of a layer that is unfrozen by hand after the rules were applied, and of a module that is
+    put in then; before all of this is trained, and after it.
+    """
+    model = case.model()
+    before = fingerprint(model)
+    case.operated(model, seed=draw(SEEDS, "seed"))
+    layers = [path for path, module in named_modules(model) if _is_frozen(module)]
+    by_hand = draw(st.sampled_from([None, *layers]), "layer unfrozen by hand")
+    if by_hand is not None:
+        for p in model.get_submodule(by_hand)._parameters.values():
+            _ = p is None or p.requires_grad_(True)
+    put_in = draw(st.booleans(), "a module is put in") and not isinstance(model, CONTAINERS)
+    if put_in:
+        model.add_module("put_in", _PutIn())
+    handed = parameters(model)
+    with torch.no_grad():
+        for p in handed:
+            p.add_(0.01 * torch.randn_like(p))
+    _check_counted(model, handed)
+    fresh = case.model()
+    if put_in:
+        fresh.add_module("put_in", _PutIn())
+    with tempfile.TemporaryDirectory() as folder:
+        file = checkpoint.save(model, f"{folder}/s.safetensors")
+        rules = case.rules if operation(model).record["data"] == "" else None
+        checkpoint.load(fresh, file, rules=rules, example=case.inputs())
+    equal(case.outputs(fresh), case.outputs(model), "loaded into a fresh model, S")
+    _check_back(model, put_in, before)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it holds parameters, which could be trained, and are not."""
+    tensors = [p for p in module._parameters.values() if p is not None]
+    return bool(tensors) and all(p.is_floating_point() and not p.requires_grad for p in tensors)
+
+
+def _check_counted(model: nn.Module, handed: list[nn.Parameter]) -> None:
+    """Raise Broken unless what is handed out is what the state holds, and the report counts."""
+    names = {p.data_ptr(): name for name, p in model.named_parameters() if p.numel()}
+    held = [t.data_ptr() for t in checkpoint.state_dict(model).values()]
+    wrong = [names[p.data_ptr()] for p in handed if p.numel() and held.count(p.data_ptr()) != 1]
+    holds(not wrong, f"handed out, and not in the state just once: {first_few(wrong)}")
+    count = f"{sum(p.numel() for p in handed):,} trainable"
+    told = report(model).notes[-1]
+    holds(f" {count}" in told, f"{count} by what is handed out, and the report says: {told}")
+
+
+def _check_back(model: nn.Module, put_in: bool, before: Marks) -> None:
+    """Raise Broken unless revert restores what was handed out."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        revert(model)
+    if put_in:
+        new = model.get_submodule("put_in")._parameters["extra"]
+        holds(new is not None and not new.any(), "revert left the trained values of a new module")
+        holds("put_in.extra" in str(told[-1].message), "revert does not name the new module")
+        del model._modules["put_in"]
+    unchanged(before, fingerprint(model), "revert", but=("random",))
+
+
 LAWS = (
     freezing_is_exact,
     gradients_reach_every_part,
@@ -286,4 +363,5 @@ LAWS = (
     sharing_is_kept,
     aliases_are_kept,
     parts_are_like_their_site,
+    what_is_trained_is_one_set,
 )

@@ -96,8 +96,10 @@ def swapped(model: nn.Module, state: State, *, name: str = "default") -> Iterato
     try:
         load_state_dict(model, state, name=name)
         yield model
-    finally:
         journal.undo()
+    except BaseException:  # one that came while undoing, too
+        journal.undo()
+        raise
 
 
 @torch.no_grad()

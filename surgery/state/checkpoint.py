@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,13 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
-from .._preserve import same
 from .._text import first_few
 from ..engine.apply import operated, revert
 from ..engine.decided import Decided
 from ..engine.journal import Journal
-from ..engine.operation import Operation, check_operable, operations
+from ..engine.operation import Operation, check_enabled, check_operable, operations
 from ..engine.planning import Plan
+from ..engine.trained import (
+    adopt,
+    beyond_rules,
+    buffers_of,
+    changed_buffers,
+    lost_module,
+    parameters_of,
+    trained_of,
+)
 from ..engine.vocabulary import vocabulary
 from ..engine.watch import check_watched
 from ..errors import FileError, OperationError
@@ -36,8 +44,9 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     """The tensors that make an operated model what it is beyond its base.
 
     `parts.<key>` are those of the parts, each stored once; `base.<key>` those of the base that
-    were unfrozen, and buffers that have changed since (running statistics). Tensors are views.
-    Raises OperationError where nothing was done under that name.
+    were unfrozen, and buffers that have changed since (running statistics). What is trained without
+    a rule (unfrozen by hand, of a new module) is of the last operation. Tensors are views.
+    Raises OperationError where nothing was done under that name, and inside `disabled`.
 
     >>> from surgery import apply, at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
@@ -46,7 +55,10 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     """
     operation = _operation(model, name)
     parts = {PARTS + key: tensor for key, tensor in operation.state_dict().items()}
-    base = {BASE + key: tensor.detach() for key, tensor in _kept(model, operation)}
+    trained = [*trained_of(model, operation), *changed_buffers(model, operation)]
+    order = {path: i for i, (path, _) in enumerate(named_modules(model))}
+    trained.sort(key=lambda place: order[place.path.rpartition(".")[0]])
+    base = {BASE + place.path: place.tensor.detach() for place in trained}
     return {**parts, **base}
 
 
@@ -124,6 +136,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "sites": [row["paths"] for row in record["rows"]],
         "seed": record["seed"],
         "modules": record.get("modules", ""),
+        "beyond_rules": [BASE + place.path for place in beyond_rules(model, operation)],
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
     check_folder(target, f'save("{path}")')
@@ -166,6 +179,7 @@ def load(
             decided=_decided(about),
         ).apply(example)  # fmt: skip
         _check_sites(model, about, name)
+        _adopt(model, about.get("beyond_rules", []))
         load_state_dict(model, tensors, name=name)
     except BaseException:
         if len(operations(model)) > earlier:
@@ -182,13 +196,11 @@ def _operation(model: nn.Module, name: str) -> Operation:
         raise OperationError(
             f'name="{name}"', f"this {type(model).__name__} was not operated under it.", known
         )
-    operated(model, "state_dict(model)")  # what is merged is not what was trained
-    here = {id(module) for module in model.modules()}
-    lost = [v.module for v in done[name].journal.values if id(v.module) not in here]
-    if lost:
+    check_enabled(operated(model, "state_dict(model)"), "state_dict(model)")
+    if lost := lost_module(model, done[name]):
         raise OperationError(
             "state_dict(model)",
-            f"a {type(lost[0]).__name__} was replaced by another module since the model was "
+            f"a {type(lost).__name__} was replaced by another module since the model was "
             "operated (SyncBatchNorm?): what was trained or grafted there is not known any more.",
             "Convert the model first, and apply the rules then.",
         )
@@ -196,28 +208,23 @@ def _operation(model: nn.Module, name: str) -> Operation:
     return done[name]
 
 
-def _kept(model: nn.Module, operation: Operation) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) of the unfrozen parameters, and of the buffers that have changed."""
-    was = {(id(v.module), v.name): v.value for v in operation.journal.values}
-    seen: set[int] = set()
-    for path, module in named_modules(model):
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            before = was.get((id(module), name))
-            fleeting = name in module._non_persistent_buffers_set
-            if tensor is None or before is None or fleeting or id(tensor) in seen:
-                continue
-            if isinstance(tensor, nn.Parameter) or not (tensor.is_meta or same(tensor, before)):
-                seen.add(id(tensor))
-                yield (f"{path}.{name}" if path else name), tensor
+def _adopt(model: nn.Module, keys: list[str]) -> None:
+    """Train what a file holds beyond what its rules unfreeze. Raises FileError."""
+    places = [*parameters_of(model), *buffers_of(model)]
+    by_key = {BASE + place.path: place for place in places}
+    if missing := [key for key in keys if key not in by_key]:
+        raise FileError(
+            "load",
+            f"the file has {first_few(missing)}, trained without a rule, which this "
+            f"{type(model).__name__} has no place for.",
+            "Change the model first as it was changed then: the same new modules, head and "
+            "parametrizations.",
+        )
+    adopt(model, [by_key[key] for key in keys])
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        BASE + (f"{path}.{name}" if path else name): tensor
-        for path, module in named_modules(model)
-        for name, tensor in module._buffers.items()
-        if tensor is not None
-    }
+    return {BASE + place.path: place.tensor for place in buffers_of(model)}
 
 
 def _places(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -258,6 +265,8 @@ def _whole(about: dict[str, Any]) -> bool:
     """Whether what a file says of itself is of the kinds that `save` writes."""
     text, sites = about.get("text"), about.get("sites")
     lists = isinstance(text, list) and isinstance(sites, list) and len(text) == len(sites)
+    beyond = about.get("beyond_rules", [])
+    lists = lists and isinstance(beyond, list) and all(isinstance(key, str) for key in beyond)
     kinds = isinstance(about.get("seed"), int) and isinstance(about.get("rules"), str)
     return lists and kinds and all(isinstance(paths, list) for paths in sites or ())
 

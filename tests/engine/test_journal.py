@@ -149,7 +149,7 @@ def test_revert_looks_at_all_places_before_it_changes_any(merged: bool) -> None:
     marks = surgery.fingerprint(operated)
     calls = [surgery.revert, surgery.unmerge] if merged else [surgery.revert]
     for call in calls:
-        fact = r"weight of Linear is \(7, 24\), and was \(5, 24\)"
+        fact = r"head\.weight is \(7, 24\), and was \(5, 24\)"
         with pytest.raises(surgery.OperationError, match=fact):
             call(operated)
         assert surgery.fingerprint(operated) == marks

@@ -36,7 +36,7 @@ from surgery import (
     unfreeze,
 )
 from surgery.engine import apply as engine_apply
-from surgery.engine import journal
+from surgery.engine import journal, reports, trained
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
 from surgery.engine.journal import Journal
@@ -347,7 +347,36 @@ def one_revert_takes_all(patch: Patch) -> None:
 
 
 def files_hold_parts_only(patch: Patch) -> None:
-    patch.setattr(checkpoint, "_kept", lambda model, operation: iter(()))
+    patch.setattr(checkpoint, "trained_of", lambda model, operation: [])
+
+
+def an_interrupted_undo_stays_half_done(patch: Patch) -> None:
+    for module in (journal, engine_apply):
+        patch.setattr(module, "completed", lambda work: work())
+
+
+def what_is_unfrozen_by_hand_is_unknown(patch: Patch) -> None:
+    patch.setattr(trained, "by_hand", lambda model: [])
+
+
+def what_is_adopted_keeps_no_copy(patch: Patch) -> None:
+    def adopt(real: Any, model: nn.Module, *places: Any) -> None:
+        real(model, *places)
+        for done in operations(model):
+            adopted = {(id(module), name) for module, name in done.adopted}
+            done.journal.entries[:] = [
+                e._replace(value=e.tensor.detach())
+                if isinstance(e, journal.Value) and (id(e.module), e.name) in adopted
+                else e
+                for e in done.journal.entries
+            ]
+
+    wrapped(patch, engine_apply, "adopt", adopt)
+
+
+def the_report_counts_what_rules_say(patch: Patch) -> None:
+    real = reports.summary
+    patch.setattr(reports, "summary", lambda *args: real(*args[:4]))
 
 
 def files_may_lack_keys(patch: Patch) -> None:
@@ -477,6 +506,9 @@ TEETH: list[Tooth] = [
     ("aliases_are_kept", engine.the_base_is_wrapped, "aliased"),
     ("parts_are_like_their_site", engine.parts_are_always_float32, "adapter"),
     ("parts_are_like_their_site", engine.parts_are_always_in_training_mode, "adapter"),
+    ("what_is_trained_is_one_set", what_is_unfrozen_by_hand_is_unknown, "adapterx"),
+    ("what_is_trained_is_one_set", what_is_adopted_keeps_no_copy, "adapterx"),
+    ("what_is_trained_is_one_set", the_report_counts_what_rules_say, "adapterx"),
     ("gates_lie_on_the_simplex", gates_sum_to_99, "adapterx"),
     ("gates_lie_on_the_simplex", none, beside(SumsTo99)),
     ("experts_have_no_order", the_first_expert_is_preferred, "adapterx"),
@@ -497,6 +529,11 @@ TEETH: list[Tooth] = [
     ("disjoint_rules_commute", engine.seeds_follow_the_order_of_calls, "serial"),
     ("faults_leave_nothing", engine.undo_does_nothing, "adapterx"),
     ("faults_leave_nothing", engine.undo_forgets(journal.Flag), "adapterx"),
+    (
+        "faults_on_the_way_back_leave_one_of_two",
+        an_interrupted_undo_stays_half_done,
+        "adapterx",
+    ),
     ("failing_parts_leave_nothing", engine.undo_does_nothing, "adapterx"),
     ("failing_parts_leave_nothing", engine.random_numbers_are_not_restored, "adapterx"),
     ("base_keys_are_kept", engine.parts_live_at_their_sites, "adapterx"),

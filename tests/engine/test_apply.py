@@ -1,0 +1,246 @@
+"""Revert and `disabled` in every state: others around a forward, interrupts, calls inside."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery import adapter, append, at, lora, parallel, prepend, replace, unfreeze
+from surgery.spec.fault_injection import Tripwire, events
+from tests.laws import checks as laws
+from tests.laws.checks import Linears, Toy, outcome, plain, stir
+from tests.models import images, tiny_vit
+
+# others around a method of ours ----------------------------------------------------------------
+
+
+def wrapped(module: nn.Module, name: str = "forward") -> Any:
+    """Put a function around a method, as offloading does; returns what was there."""
+    inner = getattr(module, name)
+
+    @functools.wraps(inner)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    setattr(module, name, method)
+    return inner
+
+
+REPLACED = at("one", replace(plain))
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return Linears()
+
+
+def test_a_replacement_that_others_still_call_is_the_base_after_revert() -> None:
+    model, x = surgery.apply(build(), REPLACED), torch.randn(2, 8)
+    found = wrapped(model.one)
+    surgery.revert(model)
+    assert torch.equal(model(x), build()(x))
+    model.one.forward = found
+    assert torch.equal(model(x), build()(x))
+
+
+def test_it_may_be_replaced_again() -> None:
+    model, x = surgery.apply(build(), REPLACED), torch.randn(2, 8)
+    found = wrapped(model.one)
+    surgery.revert(model)
+    model.one.forward = found
+    surgery.apply(model, REPLACED, example=x)
+    assert not torch.equal(model(x), build()(x))
+    assert torch.equal(surgery.revert(model)(x), build()(x))
+
+
+def test_hooks_that_others_kept_do_nothing_after_revert() -> None:
+    rules = [
+        at("one", lora(rank=2), append(plain)),
+        at("two", prepend(plain)),
+        at("", append(plain)),
+    ]
+    model, x = surgery.apply(build(), rules), torch.randn(2, 8)
+    assert not torch.equal(model(x), build()(x))
+    kept = [
+        (m, [*m._forward_hooks.values()], [*m._forward_pre_hooks.values()]) for m in model.modules()
+    ]
+    surgery.revert(model)
+    for module, after, before in kept:
+        for hook in after:
+            kwargs = "kwargs" in hook.__code__.co_varnames
+            module.register_forward_hook(hook, with_kwargs=kwargs)
+        for hook in before:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    assert torch.equal(model(x), build()(x))
+
+
+def test_a_frozen_norm_that_others_still_switch_is_free_after_revert() -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), at("0", unfreeze))
+    found = {name: wrapped(model[1], name) for name in ("train", "reset_running_stats")}
+    assert not model.train()[1].training
+    surgery.revert(model)
+    for _ in range(2):
+        assert model.train()[1].training
+        model(torch.randn(4, 8))
+        assert model[1].running_mean.any()
+        model[1].reset_running_stats()
+        assert not model[1].running_mean.any()
+        assert not model.eval()[1].training
+        for name, method in found.items():
+            setattr(model[1], name, method)
+    surgery.apply(model, at("0", unfreeze))
+    assert not model.train()[1].training
+
+
+# interrupts ------------------------------------------------------------------------------------
+
+RULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "toy": (Toy, [at("mlp", parallel(plain)), at("bn", unfreeze), at("first", append(plain))]),
+    "a replacement": (Linears, [REPLACED, at("two", unfreeze)]),
+    "lora": (tiny_vit, "lora"),
+}
+
+
+def entered(model: nn.Module) -> None:
+    with surgery.disabled(model):
+        pass
+
+
+@pytest.mark.parametrize("which", RULES)
+def test_a_fault_at_any_line_of_disabled_leaves_the_operated_model(which: str) -> None:
+    make, rules = RULES[which]
+    model = surgery.apply(make(), rules)
+    stir(model)
+    before = surgery.fingerprint(model)
+    lines = events(lambda: entered(model))
+    for i, event in enumerate(laws.first_and_last(lines)):
+        wire = Tripwire(event, KeyboardInterrupt if i % 2 else laws.Fault)
+        wire.run(lambda: entered(model))
+        laws.assert_same(before, surgery.fingerprint(model), f"a fault at {wire.where}")
+
+
+@pytest.mark.parametrize("which", RULES)
+def test_a_fault_at_any_line_of_revert_leaves_the_operated_model_or_the_base(which: str) -> None:
+    make, rules = RULES[which]
+    model = make()
+    base = surgery.fingerprint(model)
+    surgery.apply(model, rules)
+    chosen = laws.first_and_last(events(lambda: surgery.revert(model)))
+    for i, event in enumerate(chosen):
+        surgery.apply(model, rules)
+        stir(model)
+        before = surgery.fingerprint(model)
+        wire = Tripwire(event, KeyboardInterrupt if i % 2 else laws.Fault)
+        wire.run(lambda: surgery.revert(model))
+        if hasattr(model, "surgery"):
+            laws.assert_same(before, surgery.fingerprint(model), f"a fault at {wire.where}")
+            surgery.revert(model)
+        laws.assert_same(base, surgery.fingerprint(model), f"a fault at {wire.where}")
+
+
+def test_a_fault_at_any_line_of_unmerge_leaves_one_of_two_models() -> None:
+    model = surgery.apply(build(), at("two", lora(rank=2)))
+    stir(model)
+    operated = surgery.fingerprint(model)
+    lines = events(lambda: surgery.unmerge(surgery.merge(model)))
+    surgery.merge(model)
+    merged = surgery.fingerprint(model)
+    lines = events(lambda: surgery.unmerge(model))
+    for event in laws.first_and_last(lines):
+        if not model.surgery.default.merged:
+            surgery.merge(model)
+        wire = Tripwire(event)
+        wire.run(lambda: surgery.unmerge(model))
+        want = merged if model.surgery.default.merged else operated
+        laws.assert_same(want, surgery.fingerprint(model), f"a fault at {wire.where}")
+
+
+# inside disabled -------------------------------------------------------------------------------
+
+
+def _calls(folder: Path) -> dict[str, Callable[[nn.Module], object]]:
+    model = surgery.apply(build(), at("one", lora(rank=2)))
+    path, state = surgery.save(model, folder / "a"), surgery.state_dict(model)
+    again = at("one", append(adapter(rank=2)))
+    return {
+        "save": lambda m: surgery.save(m, folder / "b"),
+        "state_dict": surgery.state_dict,
+        "load": lambda m: surgery.load(m, path, name="again"),
+        "load_state_dict": lambda m: surgery.load_state_dict(m, state),
+        "merge": surgery.merge,
+        "revert": surgery.revert,
+        "apply": lambda m: surgery.apply(m, again, name="again"),
+        "deepcopy": copy.deepcopy,
+        "pickle": pickle.dumps,
+        "torch.save": lambda m: torch.save(m, io.BytesIO()),
+    }
+
+
+@pytest.mark.parametrize("call", [
+    "save", "state_dict", "load", "load_state_dict", "merge", "revert", "apply", "deepcopy",
+    "pickle", "torch.save",
+])  # fmt: skip
+def test_inside_disabled_what_acts_on_the_model_is_refused(call: str, tmp_path: Path) -> None:
+    model, act = surgery.apply(build(), at("one", lora(rank=2))), _calls(tmp_path)[call]
+    stir(model)
+    before = surgery.fingerprint(model)
+    with surgery.disabled(model):
+        inside = surgery.fingerprint(model)
+        with pytest.raises(surgery.OperationError, match=r"inside disabled\(model\)"):
+            act(model)
+        assert surgery.fingerprint(model) == inside
+        _ = str(surgery.report(model)), surgery.parameters(model)
+        _ = surgery.plan(model, at("one", append(adapter(rank=2))), name="again").added
+    assert surgery.fingerprint(model) == before
+    act(model)
+
+
+# balance under accumulation --------------------------------------------------------------------
+
+
+def _gradients(batches: list[Tensor], balance: Any, explicit: float = 0.0) -> list[Tensor]:
+    """Of a mean loss over micro-batches; `explicit` is the coefficient of a balance loss in it."""
+    rules = at(surgery.ffn, parallel(surgery.shared(surgery.moa(rank=2, heads=3))))
+    torch.manual_seed(0)
+    model = surgery.apply(tiny_vit().double().eval(), rules, balance=balance)
+    stir(model)
+    for x in batches:
+        loss = model(x).square().mean() + explicit * surgery.balance_loss(model)
+        (loss / len(batches)).backward()
+    return [p.grad for p in surgery.parameters(model) if p.grad is not None]
+
+
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_balance_over_micro_batches_is_the_explicit_form_when_divided(k: int) -> None:
+    batches = [*torch.cat([images(), -images()]).double().chunk(k)]
+    want = _gradients(batches, None, explicit=0.5)
+    assert _close(_gradients(batches, lambda: 0.5 / k), want)
+    assert _close(_gradients(batches, lambda: 0.5), want) is (k == 1)
+
+
+def test_no_warning_is_given_where_all_comes_back() -> None:
+    model, x = (
+        surgery.apply(build(), [at("one", lora(rank=2)), at("two", unfreeze)]),
+        torch.ones(1, 8),
+    )
+    stir(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with surgery.disabled(model):
+            assert torch.equal(outcome(model, x), outcome(build(), x))
+        surgery.revert(model)
