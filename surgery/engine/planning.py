@@ -23,6 +23,7 @@ from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .hooks import Balance
+from .maps import attach, check_mixing
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
@@ -112,7 +113,9 @@ class Plan:
     def _sketched(self) -> BuiltParts:
         if self._sketches is None:
             with preserved():
-                self._sketches = BuiltParts(self.placements, self.names, None)
+                sketches = BuiltParts(self.placements, self.names, None)
+            check_mixing(self.placements, sketches.parts, self.tree)
+            self._sketches = sketches
         return self._sketches
 
     @property
@@ -186,6 +189,7 @@ class Plan:
         operation.train_only(modules, trained)
         built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
+        check_mixing(self.placements, parts, self.tree)
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if built.borrowed:
             operation.record = self._record(built)
@@ -205,6 +209,7 @@ class Plan:
             hooked_sites[p.spot].listen(
                 mine.index(p), hooked_sites[source.spot], theirs.index(source)
             )
+        attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         operation.watch(self.model, modules)
 
     def _train_targets(self, operation: Operation) -> Iterator[TrainTarget]:
