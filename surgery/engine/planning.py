@@ -23,10 +23,11 @@ from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .hooks import Balance
-from .maps import attach, check_mixing
+from .maps import PatchMap, attach, check_mixing
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
+from .probe import prove_tokens
 from .summary import Record, RuleRecord, count_parameters, places, summary
 from .tokens import Action, Tokens, tokens_at
 from .verify import TrainTarget, verify
@@ -173,16 +174,17 @@ class Plan:
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():
-                self._execute(operation)
+                maps = self._execute(operation)
                 if example is not None:
                     verify(self.model, operation, example, self._train_targets(operation))
+                    prove_tokens(self.model, operation, example, maps)
         except BaseException:
             operation.undo()
             raise
         return self.model
 
     @no_collection()
-    def _execute(self, operation: Operation) -> None:
+    def _execute(self, operation: Operation) -> list[PatchMap]:
         modules = [site.module for site in self.tree.sites]
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
@@ -209,8 +211,9 @@ class Plan:
             hooked_sites[p.spot].listen(
                 mine.index(p), hooked_sites[source.spot], theirs.index(source)
             )
-        attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
+        maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         operation.watch(self.model, modules)
+        return maps
 
     def _train_targets(self, operation: Operation) -> Iterator[TrainTarget]:
         """What is to be trained: each part, and each module that a rule unfreezes."""
