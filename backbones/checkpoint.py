@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from .opened import opened
 
 PREFIXES = ("module.", "base_model.", "MAE_encoder.", "ACT_encoder.", "transformer_k.")
 HEAD = "cls_head_finetune."
@@ -36,11 +37,12 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Loaded:
     from a pre-training file misses exactly cls_token, cls_pos and cls_head_finetune.*. A head of
     other shapes is left as it is, whole, and warned of.
 
-    Raises ValueError if the file holds more than tensors and plain values or is damaged, if nothing
-    in it fits, if two tensors of it that differ have one name in the model, or if shapes other than
+    Numbers and arrays of NumPy beside the tensors are read, too. Raises ValueError if the file
+    holds more than tensors and plain values (the message says what) or is damaged, if nothing in it
+    fits, if two tensors of it that differ have one name in the model, or if shapes other than
     the head's differ; the model is then untouched.
 
-    >>> import pathlib, tempfile
+    >>> import pathlib, tempfile, torch
     >>> from backbones.point_mae import PointMAE
     >>> model = PointMAE(15, num_groups=8, group_size=4, embed_dim=24, depth=1, num_heads=2)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +52,8 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Loaded:
     >>> len(loaded.missing), loaded.unexpected, model.norm.bias[0].item()
     (52, (), 1.0)
     """
-    rule, targets, state = f"load_checkpoint({str(path)!r})", model.state_dict(), _tensors(path)
+    rule, targets = f"load_checkpoint({str(path)!r})", model.state_dict()
+    state = _tensors(rule, path)
     names = {key: _name_in(targets, key) for key in state}
     tensors = _renamed(rule, state, names, targets)
     if not tensors:
@@ -98,23 +101,9 @@ def _without_other_head(
     return {key: value for key, value in tensors.items() if not key.startswith(HEAD)}, note
 
 
-def _tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
+def _tensors(rule: str, path: str | PathLike[str]) -> dict[str, Tensor]:
     """The named tensors of a file, wherever in it the published layouts keep them."""
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            contents: Any = load_file(path)
-        else:
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise  # it names the path
-    except Exception as error:  # what is no file of PyTorch, or half of one, raises nearly any
-        raise ValueError(
-            f"load_checkpoint({str(path)!r}): refused at {type(error).__name__}, for it holds more "
-            "than tensors and plain values, or is damaged or no file of PyTorch. Get it again; or "
-            "if you trust its source, load it with weights_only=False and save its tensors anew."
-        ) from error
+    contents = opened(rule, path)
     for key in ("base_model", "model", "state_dict"):
         contents = contents.get(key, contents) if isinstance(contents, dict) else {}
     return {key: x for key, x in contents.items() if isinstance(key, str) and isinstance(x, Tensor)}

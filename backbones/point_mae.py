@@ -128,7 +128,8 @@ class PointMAE(Encoder):
     Inserted tokens are carried to the head and get no position. Clouds may also be a
     torch_geometric Data or Batch. 22,093,327 parameters with 15 classes.
 
-    Raises ValueError if `reads` names nothing, or something else.
+    Raises ValueError if `reads` names nothing, or something else; and in training for a batch of
+    one cloud, of which the head's batch norm can measure nothing.
     Source: Pang et al. 2022 (Point-MAE), section 3; reads and every_block: Zhou et al. 2024 (DAPT).
 
     >>> model = PointMAE(15, num_groups=8, group_size=4, embed_dim=24, depth=2, num_heads=2)
@@ -175,6 +176,7 @@ class PointMAE(Encoder):
         x = torch.cat([repeat(self.cls_token, "1 1 d -> b 1 d", b=b), self.tokens(patches)], 1)
         pos = torch.cat([repeat(self.cls_pos, "1 1 d -> b 1 d", b=b), self.pos_embed(centers)], 1)
         x = self.norm(self.blocks(x, pos, first=1))
+        check_batch(self.cls_head_finetune, b)
         return cast(Tensor, self.cls_head_finetune(self.read(x)))
 
     def read(self, x: Tensor) -> Tensor:
@@ -193,6 +195,17 @@ def head(features: int, hidden: int, drop: float, classes: int) -> nn.Module:
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(drop),
         nn.Linear(hidden, classes),
     )  # fmt: skip
+
+
+def check_batch(head: nn.Module, clouds: int) -> None:
+    """Raise ValueError where a head's batch norm, in training, would have one cloud to measure."""
+    measures = any(m.training for m in head.modules() if isinstance(m, nn.BatchNorm1d))
+    if measures and clouds == 1:
+        raise ValueError(
+            "PointMAE: a batch of one cloud in training, whose statistics batch norm in the head "
+            "cannot measure. Give two or more: where a last batch is smaller, leave it out "
+            "(drop_last=True of pointcloud.batches or a DataLoader); or call eval() to test."
+        )
 
 
 class MaskedEncoder(Encoder):

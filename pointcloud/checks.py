@@ -8,16 +8,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+CHANNELS = 16  # at most: coordinates, normals, colours and more; clouds have more points
+
 
 def check_points(name: str, points: Tensor, lengths: Tensor | None = None) -> None:
     """Clouds are floating-point numbers (b, n, 3); lengths are integers (b,)."""
     if not isinstance(points, Tensor):
         raise TypeError(f"{name}(): {type(points).__name__} is no tensor. Give points (b, n, 3).")
     if points.ndim != 3 or points.shape[2] != 3:
-        raise ValueError(
-            f"{name}(): points are (b, n, 3), these are {tuple(points.shape)}. "
-            "Give a batch of clouds: points[None] for a single one (n, 3)."
-        )
+        shape = tuple(points.shape)
+        raise ValueError(f"{name}(): points are (b, n, 3), these are {shape}. {_as_points(shape)}")
     if not points.is_floating_point():
         raise ValueError(f"{name}(): points are {points.dtype}. Give points.float().")
     if lengths is None:
@@ -29,6 +29,30 @@ def check_points(name: str, points: Tensor, lengths: Tensor | None = None) -> No
             f"{name}(): lengths are integers (b,), one for each of {points.shape[0]} clouds; these "
             f"are {lengths.dtype} {tuple(lengths.shape)}. Give the points of each cloud."
         )
+
+
+def _as_points(shape: tuple[int, ...]) -> str:
+    """What to give instead of a tensor of another shape."""
+    if len(shape) < 2:
+        return "Give a batch of clouds, three numbers a point."
+    xyz = _coordinates(shape)
+    if len(shape) == 2:
+        return f"Give a batch of clouds: {xyz}[None] for a single one (n, 3)."
+    if len(shape) > 3:
+        return "Give all clouds on one axis: points.flatten(0, -3)."
+    if xyz.endswith("mT"):
+        return f"Channels come first here. Transpose them: {xyz}."
+    if xyz != "points":
+        return f"Beyond x, y, z they have other columns (normals, colors). Give {xyz}."
+    return "Give three coordinates for every point."
+
+
+def _coordinates(shape: tuple[int, ...]) -> str:
+    """How to write x, y, z of points (..., n, c) or, channels first, (..., c, n)."""
+    n, c = shape[-2:]
+    if c != 3 and (n == 3 or 3 < n <= CHANNELS < c):
+        return f"points{'' if n == 3 else '[..., :3, :]'}.mT"
+    return "points[..., :3]" if c > 3 else "points"
 
 
 def check_count(name: str, what: str, count: int, n: int) -> None:
@@ -96,3 +120,17 @@ def not_empty(name: str, points: Tensor) -> None:
     if not points.shape[1]:
         shape = tuple(points.shape)
         raise ValueError(f"{name}(): clouds {shape} have no points. Leave out what is empty.")
+
+
+def check_index(points: Tensor, index: Tensor) -> None:
+    """Indices (b, ...) are integers, into clouds (b, n, c)."""
+    if points.ndim != 3 or not index.ndim:
+        fact = f"points {tuple(points.shape)} and indices {tuple(index.shape)}"
+        raise ValueError(f"gather(): {fact}. Give points (b, n, c), and indices (b, ...).")
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"gather(): indices are {index.dtype}. Give integers, as index.long().")
+    if index.shape[0] != points.shape[0]:
+        raise ValueError(
+            f"gather(): indices into {index.shape[0]} clouds, {points.shape[0]} clouds of points. "
+            "Give as many of both; one cloud for all is points.expand(b, -1, -1)."
+        )

@@ -40,12 +40,15 @@ def batches(
     size: int,
     *,
     shuffle: bool = True,
+    drop_last: bool = False,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of (points (b, p, 3), labels (b,)), each cloud once; the last may be smaller.
 
     size       clouds a batch, at least 1
     shuffle    in random order, of `generator`; False: as they are
+    drop_last  leave out the last batch where it is smaller: a batch of one cannot be trained on
+               where a model has batch norm
 
     Raises ValueError on a size below 1. Plain indexing: for clouds that fit in memory it is many
     times faster than a DataLoader.
@@ -56,15 +59,16 @@ def batches(
     """
     if size < 1:
         raise ValueError(f"batches(size={size}): a batch has at least one cloud. Give size >= 1.")
-    return _batches(clouds, size, shuffle, generator)
+    n = len(clouds.labels)
+    return _batches(clouds, size, n - n % size if drop_last else n, shuffle, generator)
 
 
 def _batches(
-    clouds: Clouds, size: int, shuffle: bool, generator: torch.Generator | None
+    clouds: Clouds, size: int, most: int, shuffle: bool, generator: torch.Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     n, device = len(clouds.labels), clouds.labels.device
     drawn = torch.device("cpu") if generator is None else generator.device
     order = torch.randperm(n, generator=generator, device=drawn) if shuffle else torch.arange(n)
-    for start in range(0, n, size):
+    for start in range(0, most, size):
         rows = order[start : start + size].to(device)
         yield clouds.points[rows], clouds.labels[rows]

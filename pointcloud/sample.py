@@ -15,6 +15,7 @@ from torch import Tensor
 from .checks import (
     check_backend,
     check_count,
+    check_index,
     check_lengths,
     check_points,
     check_start,
@@ -127,19 +128,15 @@ def random_points(
 def gather(points: Tensor, index: Tensor) -> Tensor:
     """Rows (b, ..., c) of points (b, n, c) at indices (b, ...), cloud by cloud.
 
-    Raises ValueError where there are not as many of both.
+    Raises ValueError where there are not as many of both, or indices are no integers.
 
     >>> gather(torch.arange(6.0).view(1, 3, 2), torch.tensor([[2, 0]]))
     tensor([[[4., 5.],
              [0., 1.]]])
     """
-    if index.shape[0] != points.shape[0]:
-        raise ValueError(
-            f"gather(): indices into {index.shape[0]} clouds, {points.shape[0]} clouds of points. "
-            "Give as many of both; one cloud for all is points.expand(b, -1, -1)."
-        )
+    check_index(points, index)
     rows = repeat(index.flatten(1), "b i -> b i c", c=points.shape[-1])
-    return points.gather(1, rows).view(*index.shape, points.shape[-1])
+    return points.gather(1, rows.long()).view(*index.shape, points.shape[-1])
 
 
 @cache

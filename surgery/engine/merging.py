@@ -17,8 +17,8 @@ from .hooks import HookedSite, is_replaced
 from .journal import completed
 from .operation import Operation, check_enabled
 from .tokens import Action
-from .watch import check_watched
 from .trained import check_undoable
+from .watch import check_watched
 
 Model = TypeVar("Model", bound=nn.Module)
 

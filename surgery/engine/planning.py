@@ -24,10 +24,12 @@ from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .decided import Decided, modules_of
 from .hooks import Balance
+from .maps import PatchMap, attach, check_mixing
 from .matching import check_written, flatten_rules, match_rule
 from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_enabled, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
+from .probe import prove_tokens
 from .summary import Record, RuleRecord, count_parameters, summary
 from .tokens import Action, Tokens, tokens_at
 from .trained import adopt
@@ -125,7 +127,9 @@ class Plan:
     def _sketched(self) -> BuiltParts:
         if self._sketches is None:
             with preserved():
-                self._sketches = BuiltParts(self.placements, self.names, None)
+                sketches = BuiltParts(self.placements, self.names, None)
+            check_mixing(self.placements, sketches.parts, self.tree)
+            self._sketches = sketches
         return self._sketches
 
     @property
@@ -191,16 +195,17 @@ class Plan:
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():
-                self._execute(operation)
+                maps = self._execute(operation)
                 if example is not None:
                     verify(self.model, operation, example, self._train_targets(operation))
+                    prove_tokens(self.model, operation, example, maps)
         except BaseException:
             operation.undo()
             raise
         return self.model
 
     @no_collection()
-    def _execute(self, operation: Operation) -> None:
+    def _execute(self, operation: Operation) -> list[PatchMap]:
         modules = [site.module for site in self.tree.sites]
         adopt(self.model)  # what was trained by hand until now is of the operation before
         trained = self.unfrozen | self._trained_before()
@@ -208,6 +213,7 @@ class Plan:
         operation.train_only(modules, trained)
         built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
+        check_mixing(self.placements, parts, self.tree)
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if built.borrowed:
             operation.record = self._record(built)
@@ -227,7 +233,9 @@ class Plan:
             hooked_sites[p.spot].listen(
                 mine.index(p), hooked_sites[source.spot], theirs.index(source)
             )
+        maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         operation.watch(self.model, modules)
+        return maps
 
     def _train_targets(self, operation: Operation) -> Iterator[TrainTarget]:
         """What is to be trained: each part, and each module that a rule unfreezes."""

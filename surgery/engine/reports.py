@@ -20,8 +20,8 @@ from ..structure.path import generalise
 from .apply import Routing, operated
 from .operation import additions_of, check_operable
 from .summary import count_parameters, summary
-from .watch import check_watched
 from .trained import beyond_rules, trained_of
+from .watch import check_watched
 
 ASK = "by order; anatomy(model, example) runs a forward to see"
 

@@ -49,6 +49,8 @@ class InstancePrompt(nn.Module):
     torch.Size([2, 1, 24])
     """
 
+    mixes_tokens = True
+
     def __init__(self, width: int, k: int = 20, layers: int = 3, skip: int = 1) -> None:
         super().__init__()
         self.skip = skip

@@ -46,6 +46,8 @@ class PromptGenerator(nn.Module):
     torch.Size([2, 1, 768])
     """
 
+    mixes_tokens = True
+
     def __init__(
         self, width: int, features: int, *, activation: type[nn.Module] = nn.Identity
     ) -> None:

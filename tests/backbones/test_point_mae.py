@@ -544,6 +544,16 @@ def test_a_picture_gets_the_points_of_the_cloud() -> None:
     close(found.rebuilt, made + found.centers[:, :, None])
 
 
+def test_a_batch_of_one_in_training_is_told() -> None:
+    model = PointMAE(5, **SMALL)
+    with pytest.raises(ValueError, match=r"batch of one cloud in training.*drop_last=True"):
+        model(clouds(1).float())
+    model.cls_head_finetune.eval()  # its statistics are kept: one cloud will do
+    assert model(clouds(1).float()).shape == (1, 5)
+    assert PointMAE(5, **SMALL).eval()(clouds(1).float()).shape == (1, 5)
+    assert PointMAE(0, **SMALL)(clouds(1).float()).shape == (1, 2 * WIDTH)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0, -0.5])
 def test_masks_of_nothing_or_everything_are_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match=rf"mask_ratio={ratio}, num_groups=8\): .* Give"):

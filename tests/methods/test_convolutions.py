@@ -336,9 +336,10 @@ def test_patches_that_are_no_square_are_told(prefix: Any, shape: Any, told: str)
         Convpass(16, prefix=prefix)(torch.randn(shape))
 
 
-def test_a_model_whose_patches_are_no_square_is_told_when_it_is_operated() -> None:
+def test_patches_that_are_no_square_are_taken_as_the_model_makes_them() -> None:
     wide: Any = timm.create_model("vit_tiny_patch16_224", img_size=(64, 256), depth=1)
-    with pytest.raises(surgery.GraftError, match="whose patches should be a square"):
-        surgery.apply(
-            wide, at(attn, parallel(convpass(prefix=0))), example=torch.randn(1, 3, 64, 256)
-        )
+    x = torch.randn(1, 3, 64, 256)
+    told = r"65 tokens, of which the model made 4 x 16 patches.\nGive prefix=1"
+    with pytest.raises(surgery.GraftError, match=told):
+        surgery.apply(wide, at(attn, parallel(convpass(prefix=0))), example=x)
+    surgery.apply(wide, at(attn, parallel(convpass(prefix=1))), example=x)

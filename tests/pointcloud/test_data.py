@@ -533,6 +533,16 @@ def test_batches_give_each_cloud_once_with_its_label(shuffle: bool) -> None:
     assert torch.equal(torch.cat([x for x, _ in epoch])[:, 2, 1], labels.float())
 
 
+def test_a_last_batch_that_is_smaller_is_left_out_where_that_is_asked_for() -> None:
+    for n, sizes in ((9, [4, 4]), (8, [4, 4]), (3, []), (4, [4])):
+        epoch = list(batches(numbered(n), 4, drop_last=True))
+        assert [len(labels) for _, labels in epoch] == sizes
+        assert [len(points) for points, _ in epoch] == sizes
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.cat([y for _, y in batches(numbered(9), 4, drop_last=True, generator=generator)])
+    assert len(seen.unique()) == 8
+
+
 def test_batches_follow_the_generator_epoch_after_epoch() -> None:
     def epochs(seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,370 @@
+"""Parts that mix tokens: what a model knows of its tokens is not guessed otherwise.
+
+Where tokens are words, or no map, such parts are refused. Where a 2-D convolution makes patches,
+each forward shows how many, in rows and columns, and the parts are told. Where a mask hides tokens
+from others, the forward is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .._text import first_few
+from ..errors import GraftError, RuleError
+from ..rules.layout import Layout, map_readers, mixes_tokens
+from ..structure.anatomy import roles_of
+from ..structure.embedding import embedded
+from ..structure.module_tree import Site, Tree, holders
+from .hooks import Switch, _declared
+from .journal import Journal
+from .placement import Placement
+from .tokens import _is_recomputing
+
+GUESSED = "no 2-D convolution tells how tokens lie: they are taken as a square map, row by row"
+LAST = "patches are taken to be the last tokens, row by row: example= shows whether they are"
+NOT_A_MAP = {
+    "words": "words (of {}): the next would reach those before it, and padding the others",
+    "line": "pieces of a sequence or a cloud ({} is a 1-D convolution), no map of patches",
+    "volume": "pieces of a volume ({} is a 3-D convolution), no map of patches",
+}
+HIDDEN = -100.0  # what an additive mask has at most where it hides (Swin's)
+
+
+def check_mixing(
+    placements: Iterable[Placement], parts: Mapping[str, nn.Module], tree: Tree
+) -> None:
+    """Raise RuleError where a part mixes tokens that are no map, or that hear only some others.
+
+    A part in place of a module mixes as that does, and where it does. Where nothing tells how
+    tokens lie, the part has a note that it is guessed.
+    """
+    for p in placements:
+        part = parts[p.key]
+        if p.edit.place == "instead" or not mixes_tokens(part):
+            continue
+        told, reads = embedded(p.place, tree), any(map_readers(part))
+        if told.kind == "words" or (told.kind in NOT_A_MAP and reads):
+            raise RuleError(
+                p.rule.short,
+                f"{type(part).__name__} at {p.site.path or 'the model'} lets tokens hear others, "
+                f"and those are {NOT_A_MAP[told.kind].format(told.makers[0].path)}.",
+                "Use parts that take each token alone (adapter, lora); or leave the place out "
+                "with & ~inside(...).",
+            )
+        if reads and getattr(part, "note", None) is None:
+            part.note = LAST if told.kind else GUESSED  # type: ignore[assignment]
+
+
+class Seen(NamedTuple):
+    """A map of patches that a convolution gave: samples, rows, columns, channels."""
+
+    samples: int
+    rows: int
+    columns: int
+    channels: int
+
+
+class Probe(Protocol):
+    """Looks into a forward of the proof by example."""
+
+    def embedded(self, patches: Tensor) -> Tensor | None:
+        """A convolution gave patches (b, c, h, w)."""
+
+    def entered(self, rows: Tensor) -> Tensor | None:
+        """Tokens (b, n, width) came to a block."""
+
+
+class PatchMap:
+    """What the convolutions before some blocks gave last, in each thread; for parts at `path`.
+
+    parts    those that read tokens as a map (not carried along by copies)
+    windows  (rows, columns) of windows, by how many tokens they have
+    trained  those with gradients since the last recomputation, which a checkpoint may have to be
+             told of again
+    """
+
+    def __init__(
+        self, path: str, width: int, axis: int, windows: dict[int, tuple[int, int]]
+    ) -> None:
+        self.path, self.width, self.axis, self.windows = path, width, axis, windows
+        self.parts: list[nn.Module] = []
+        self.probe: Probe | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        self.last: dict[int, Seen] = {}  # by thread; 0: in any, for compiled code
+        self.trained: set[Seen] = set()
+        self.told: dict[tuple[int, ...], set[Seen]] = {}  # by the shape of what came
+        self.recomputed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("path", "width", "axis", "windows")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def note(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of a convolution."""
+        if not isinstance(output, Tensor) or output.dim() != 4:
+            return None
+        samples, channels, rows, columns = output.shape
+        seen = self.last[0] = Seen(samples, rows, columns, channels)
+        if torch.compiler.is_compiling():
+            return None
+        self.last[threading.get_ident()] = seen
+        if _is_recomputing() or self.recomputed:
+            self.trained, self.told, self.recomputed = set(), {}, False
+        if torch.is_grad_enabled():
+            self.trained.add(seen)
+        return self.probe.embedded(output) if self.probe else None
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model: what comes to its blocks alone is another matter."""
+        if not torch.compiler.is_compiling():
+            self.last.pop(threading.get_ident(), None)
+
+    def tell(self, module: nn.Module, args: Any) -> Any:
+        """Forward pre-hook of a part that reads a map: it is told how its tokens lie."""
+        x = args[0]
+        return (x, self.layout(x, self.seen(x))) if x.dim() == 3 and len(args) == 1 else None
+
+    @property
+    def here(self) -> Seen | None:
+        """What a convolution gave last in this thread."""
+        return self.last.get(threading.get_ident())
+
+    def seen(self, x: Tensor) -> Seen | None:
+        """What a convolution gave in the forward that x is of."""
+        if torch.compiler.is_compiling():
+            return self.last.get(0)
+        shape = tuple(x.shape[:2])
+        if not _is_recomputing():
+            seen = self.here
+            if seen is not None:
+                self.told.setdefault(shape, set()).add(seen)
+            return seen
+        self.recomputed = True
+        fitting = self.trained & self.told.get(shape, self.trained)
+        maps = {f"{seen.rows} x {seen.columns}" for seen in fitting}
+        if len(maps) > 1:
+            raise self._error(
+                f"forwards with patches of {' and '.join(sorted(maps))} were made before this "
+                "backward: a checkpoint, which runs again, cannot tell of which it is.",
+                "Call backward after each forward, or use no checkpoints.",
+            )
+        return next(iter(fitting), None)
+
+    def layout(self, x: Tensor, seen: Seen | None) -> Layout:
+        """How tokens x lie, where a convolution gave `seen`. Raises GraftError where some went."""
+        if seen is None:
+            return Layout(None, self.axis)
+        axis, (a, b) = self.axis, x.shape[:2]
+        if seen.samples not in (a, b):
+            return Layout(self._window(a, b, seen), self.axis)
+        if a != b and seen.samples == (a, b)[axis]:
+            axis = 1 - axis
+        n = (a, b)[axis]
+        return Layout(self._grid(n, seen), axis)
+
+    def _grid(self, n: int, seen: Seen) -> tuple[int, int] | None:
+        rows, columns = seen.rows, seen.columns
+        if rows * columns <= n:
+            return rows, columns
+        if seen.channels == self.width:
+            raise self._error(
+                f"it was given {n} tokens, where the model made {rows} x {columns} patches: some "
+                "were dropped, and which are neighbours is not known.",
+                "Train without dropping or masking patches (timm: patch_drop_rate=0), or use "
+                "parts that take each token alone.",
+            )
+        for k in (2, 4, 8, 16, 32):  # pyramids merge patches k by k, the last ones padded
+            if n == -(-rows // k) * -(-columns // k):
+                return -(-rows // k), -(-columns // k)
+        return None
+
+    def _window(self, samples: int, n: int, seen: Seen) -> tuple[int, int]:
+        """Several rows a sample are windows: as a table of positions tells, or else square."""
+        side = math.isqrt(n)
+        rows, columns = self.windows.get(n, (side, side))
+        if samples % seen.samples or rows * columns != n:
+            raise self._error(
+                f"it was given ({samples}, {n}, ...), where the model made {seen.rows} x "
+                f"{seen.columns} patches of each of {seen.samples} samples: how they lie in it "
+                "is not known.",
+                "Use parts that take each token alone.",
+            )
+        return rows, columns
+
+    def _error(self, fact: str, remedy: str) -> GraftError:
+        return GraftError(f"the graft at {self.path}", fact, remedy)
+
+
+class MaskCheck:
+    """Hooks on blocks and attentions around parts that mix tokens: a mask is refused."""
+
+    def __init__(
+        self, switch: Switch, patches: PatchMap, names: tuple[str, ...], block: bool
+    ) -> None:
+        self.switch, self.patches, self.names, self.block = switch, patches, names, block
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        """Forward pre-hook. Raises GraftError where some tokens are hidden from others."""
+        given = [*zip(self.names, args, strict=False), *(kwargs or {}).items()]
+        x = next((value for _, value in given if isinstance(value, Tensor)), None)
+        if self.block and self.patches.probe and x is not None and x.dim() == 3:
+            return self._probed(module, x, args, kwargs)
+        if not self.switch.enabled or self.switch.merged:
+            return None
+        for name, value in given:
+            if value is not x and _hides(name, value) and not self._is_window(x):
+                raise GraftError(
+                    f"the graft at {self.patches.path}",
+                    f"it lets tokens hear others, and {name} hides some from others.",
+                    "Use parts that take each token alone (adapter, lora), or give the model "
+                    "inputs without padding and without a causal mask.",
+                )
+        return None
+
+    def _probed(self, block: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
+        """Show what came to a block, and put what comes of that in its place."""
+        probe, layout = self.patches.probe, self.patches.layout(x, self.patches.seen(x))
+        rows = x if layout.axis else x.transpose(0, 1)
+        new = probe.entered(rows) if probe else None
+        if new is None:
+            return None
+        put = new if layout.axis else new.transpose(0, 1)
+        named = {name: put if value is x else value for name, value in (kwargs or {}).items()}
+        return tuple(put if value is x else value for value in args), named
+
+    def _is_window(self, x: Tensor | None) -> bool:
+        """Whether a mask is of windows that were cut from a shifted map (Swin)."""
+        seen = self.patches.last.get(_thread())
+        return seen is not None and x is not None and seen.samples not in x.shape[:2]
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _hides(name: str, value: Any) -> bool:
+    """Whether an argument of a block or an attention hides some tokens from others."""
+    if "causal" in name:
+        return value is True
+    if not isinstance(value, Tensor) or not (value.dtype == torch.bool or "mask" in name):
+        return False
+    if value.is_meta or not value.numel():
+        return False
+    if torch.compiler.is_compiling():
+        return True  # what it hides cannot be looked at
+    low, high = value.min().item(), value.max().item()
+    if not value.is_floating_point():
+        return bool(low != high)
+    return bool(low <= HIDDEN < high or (low, high) == (0, 1))
+
+
+def attach(
+    model: nn.Module,
+    switch: Switch,
+    journal: Journal,
+    placements: Iterable[Placement],
+    parts: Mapping[str, nn.Module],
+    tree: Tree,
+) -> list[PatchMap]:
+    """Let parts that mix tokens be told how these lie, and be refused where a mask hides some."""
+    by_part: dict[str, list[Placement]] = {}
+    for p in placements:
+        if p.edit.place != "instead" and mixes_tokens(parts[p.key]):
+            by_part.setdefault(p.key, []).append(p)
+    towers: dict[Tower, list[str]] = {}
+    for key, places in by_part.items():
+        towers.setdefault(_tower(places, tree), []).append(key)
+    maps = []
+    for tower, keys in towers.items():
+        places = [p for key in keys for p in by_part[key]]
+        maps.append(_patch_map(tower, places, [parts[key] for key in keys]))
+        _join(model, switch, journal, maps[-1], places, tower.convs, tree)
+    return maps
+
+
+class Tower(NamedTuple):
+    """What parts have in common that mix the same tokens: convolutions, width, axis of tokens."""
+
+    convs: tuple[Site, ...]
+    width: int
+    axis: int
+
+
+def _tower(places: list[Placement], tree: Tree) -> Tower:
+    told = [embedded(p.place, tree) for p in places]
+    convs = dict.fromkeys(s for each in told if each.kind == "map" for s in each.makers)
+    return Tower(tuple(convs), places[0].site.shape.width, _axis(places[0].place))
+
+
+def _patch_map(tower: Tower, places: list[Placement], parts: list[nn.Module]) -> PatchMap:
+    paths = list(dict.fromkeys(p.site.path or "the model" for p in places))
+    windows = {n: grid for p in places for n, grid in _windows(p.place)}
+    patches = PatchMap(first_few(paths), tower.width, tower.axis, windows)
+    patches.parts = [part for part in parts if any(map_readers(part))]
+    return patches
+
+
+def _join(
+    model: nn.Module,
+    switch: Switch,
+    journal: Journal,
+    patches: PatchMap,
+    places: list[Placement],
+    convs: tuple[Site, ...],
+    tree: Tree,
+) -> None:
+    """Hook it to the convolutions, the parts, and the blocks and attentions around them."""
+    for site in convs:
+        journal.hook(site.module, patches.note)
+    if convs:
+        journal.hook(model, patches.end)
+    for module in dict.fromkeys(m for part in patches.parts for m in map_readers(part)):
+        journal.hook(module, patches.tell, before=True)
+    for site in dict.fromkeys(site for p in places for site in _around(p.place, tree)):
+        names = _declared(getattr(type(site.module), "forward", None))[1:]
+        check = MaskCheck(switch, patches, names, site.is_element)
+        journal.hook(site.module, check.enter, before=True, with_kwargs=True)
+
+
+def _around(site: Site, tree: Tree) -> list[Site]:
+    """The block around a site, and the attentions in it: what masks are given to."""
+    block = _block(site)
+    attns = [s for s in roles_of(tree)["attn"] if block.order <= s.order and s.end <= block.end]
+    return list(dict.fromkeys((block, site.entry, *(s.entry for s in attns))))
+
+
+def _windows(site: Site) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(tokens, (rows, columns)) of the windows of an attention that keeps a table of the relative
+    positions in one: integers (n, n), which grow by one from token to token along a row (Swin)."""
+    for each in (site.entry, *site.entry.below()):
+        for table in each.module._buffers.values():
+            if table is None or table.is_floating_point() or table.is_meta or table.dim() != 2:
+                continue
+            n = len(table)
+            if table.shape == (n, n) and n > 1:
+                steps = (table[:, 0] - table[0, 0]).tolist()
+                columns = next((k for k, step in enumerate(steps) if step != k), n)
+                yield n, (n // columns, columns)
+
+
+def _block(site: Site) -> Site:
+    own = [site.entry] if site.entry.is_element else []
+    return next((s for s in (*own, *holders(site)) if s.is_element), site.entry)
+
+
+def _axis(site: Site) -> int:
+    """The axis of tokens: torch's attention takes the sequence first where it is not told else."""
+    block = _block(site)
+    attentions = [s.module for s in (block, *block.below())]
+    first = [m for m in attentions if isinstance(m, nn.MultiheadAttention) and not m.batch_first]
+    return 0 if first else 1
