@@ -15,6 +15,7 @@ from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..rules import routing as _routing
 from ..rules.rule import Rules
+from .conditions import APPLYING, TRAINING, WRITING, check_example, check_state
 from .hooks import HookedSite
 from .journal import Journal, Value
 from .operation import Operation, check_operable, operations
@@ -65,6 +66,9 @@ def apply(
     >>> sum(p.numel() for p in parameters(model))
     124
     """
+    check_operable(model)
+    check_state(model, "apply(model, ...)", APPLYING)
+    check_example(model, example, "apply(model, example=...)")
     plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
     plan.apply(example)
     return model
@@ -83,6 +87,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     False
     """
     done = operated(model, "revert(model)", merged=None)
+    check_state(model, "revert(model)", WRITING)
     if name is not None and name != done[-1].name:
         names = ", ".join(op.name for op in done)
         raise OperationError(
@@ -114,6 +119,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     tensor([[1., 1.]])
     """
     done = operated(model, "disabled(model)")
+    check_state(model, "disabled(model)", WRITING)
     journal = Journal()
     try:
         for operation in done:
@@ -139,6 +145,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     torch.Size([2, 4])
     """
     operated(model, "parameters(model)")
+    check_state(model, "parameters(model)", TRAINING)
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -18,6 +18,7 @@ from ..errors import GraftError, OperationError
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes
 from .journal import Journal, owner_of
+from .start import MissingStart
 from .summary import Record
 from .tokens import Action
 
@@ -99,6 +100,7 @@ class Operation(Switch):
         self.hooked_sites: list[HookedSite] = []
         self.journal, self.merge_journal = Journal(), Journal()
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
+        self.start = MissingStart(self)
 
     def open(self, model: nn.Module) -> None:
         """Take a place at the root, and remember the modes and buffers of all modules."""
@@ -123,6 +125,7 @@ class Operation(Switch):
             if id(part) not in added:
                 self.add_module(key, part)
                 added.add(id(part))
+        self.start = MissingStart(self)
 
     def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
         """Let just these parameters (by id) of the base be trained, each with a copy kept."""
@@ -170,6 +173,8 @@ class Operation(Switch):
             nests = isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor
             if nests and any(id(module) in ends for module in encoder.modules()):
                 self.journal.set(encoder, "use_nested_tensor", False)
+        if self.start.names:
+            self.journal.hook(model, self.start.enter, before=True)
         check = ForwardCheck(self)
         self.journal.hook(model, check.leave)
         if any(hooked.inserts for hooked in self.hooked_sites):
@@ -215,6 +220,11 @@ class Operation(Switch):
             seen.append(hasattr(module.forward, "_torchdynamo_orig_callable"))
         return True in seen
 
+    def _load_from_state_dict(self, state: Any, prefix: str, told: Any, *rest: Any) -> None:
+        assigned = bool(told.get("assign_to_params_buffers"))
+        self.start.loaded(state, prefix, assigned)
+        super()._load_from_state_dict(state, prefix, told, *rest)
+
     @property
     def routers(self) -> list[HookedSite]:
         """The hooked sites with a part that routes."""
@@ -249,7 +259,8 @@ def _host(model: nn.Module) -> nn.Module:
     )
 
 
-WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
+# where DDP and DataParallel, torch.compile and FullyShardedDataParallel keep a model
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 
 
 def check_operable(model: nn.Module) -> None:
@@ -260,12 +271,18 @@ def check_operable(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise OperationError(kind, "this is TorchScript.", "Operate on the model it was made from.")
     inner = WRAPPERS & set(model._modules)
-    if inner and len(model._modules) == 1 and type(model).__module__.startswith("torch."):
+    if inner and len(model._modules) == 1 and _stands_for_another(model):
         raise OperationError(
             kind,
             "this is a wrapper, and what is done to it would not reach the model inside.",
             f"Operate on .{inner.pop()} first; wrap or compile what comes back.",
         )
+
+
+def _stands_for_another(wrapper: nn.Module) -> bool:
+    """Whether it is a wrapper of torch, or one that asks its child for what it has not itself."""
+    asks = type(wrapper).__getattr__ is not nn.Module.__getattr__  # as DeepSpeed's engine does
+    return asks or type(wrapper).__module__.startswith("torch.")
 
 
 def check_model(model: nn.Module, name: str) -> None:

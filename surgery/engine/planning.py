@@ -22,6 +22,7 @@ from ..structure.dataflow import attach_dataflow
 from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
+from .conditions import APPLYING, check_example, check_state
 from .hooks import Balance
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
 from .operation import Operation, check_model, operations
@@ -72,6 +73,7 @@ class Plan:
             )
         self.model, self.seed, self.name, self.balance = model, seed, name, balance
         self.rules = flatten_rules(rules)
+        check_example(model, example, f"a plan for {type(model).__name__}")
         self.tree = Tree(model)
         self.dataflow = attach_dataflow(self.tree, example)
         self.matches = [(rule, match_rule(rule, self.tree)) for rule in self.rules]
@@ -167,6 +169,8 @@ class Plan:
         where something is not so.
         """
         check_model(self.model, self.name)
+        check_state(self.model, "apply(model, ...)", APPLYING)
+        check_example(self.model, example, "apply(model, example=...)")
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():
