@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -51,13 +52,13 @@ class Contents(NamedTuple):
 
 
 def read(path: Path) -> Contents:
-    """What a file holds. Raises FileError where it is none of `save`; OSError."""
+    """What a file holds. Raises FileError where it is none of `save`."""
     call = f'load("{path}")'
     if not path.is_file():
         fact = "it is a folder." if path.is_dir() else "there is no such file."
         raise FileError(call, fact, "Check the path.")
-    with path.open("rb"):  # no permission: the system's own error, which names it
-        pass
+    if not os.access(path, os.R_OK):
+        raise FileError(call, "you have no permission to read it.", "Ask its owner for it.")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("surgery", "null"))
