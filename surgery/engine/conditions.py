@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -114,14 +114,23 @@ def offloaded(model: nn.Module) -> str:
 
     (accelerate's hooks stand on the module itself or on one around it, under `_hf_hook`.)
     """
-    for name, module in model.named_modules():
-        inner = module.parameters(recurse=hasattr(module, "_hf_hook"))
-        if _has_other_forward(module) and any(p.is_meta for p in inner):
-            return (
-                f"the weights of {name or 'the model'} are offloaded: they are on the meta device "
-                "until a forward fetches them."
-            )
-    return ""
+    return next((f"{name} {OFFLOADED}" for name, _ in _offloaded(model)), "")
+
+
+def trained_offloaded(model: nn.Module) -> str:
+    """What is trained is among them: what is frozen of the base is kept by nobody."""
+    trained = (name for name, p in _offloaded(model) if p.requires_grad)
+    return next((f"{name} {OFFLOADED}" for name in trained), "")
+
+
+OFFLOADED = "is offloaded: it is on the meta device until a forward fetches it."
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules():
+        if _has_other_forward(module):
+            inner = module.named_parameters(path, recurse=hasattr(module, "_hf_hook"))
+            yield from ((name, p) for name, p in inner if p.is_meta)
 
 
 def _has_other_forward(module: nn.Module) -> bool:
@@ -186,11 +195,12 @@ APPLYING: Table = {
     in_columns: "Apply the rules to the whole model, and shard what comes back by fully_shard.",
     holds_ddp: _APPLY_FIRST.format("wrap"),
     held_by_ddp: _APPLY_FIRST.format("wrap"),
-    offloaded: _BRING_BACK,
     in_inference: _CLONE,
 }
-# values that are read
-READING: Table = {in_shards: _GATHER, in_columns: _GATHER, offloaded: _BRING_BACK}
+# new parts, or others that are trained, where a weight is on meta
+MAKING: Table = {offloaded: _BRING_BACK}
+# values that are read of what is trained
+READING: Table = {in_shards: _GATHER, in_columns: _GATHER, trained_offloaded: _BRING_BACK}
 # values that are written, too
 WRITING: Table = {**READING, in_inference: _CLONE}
 # values that must be there

@@ -13,7 +13,7 @@ from ..errors import OperationError
 from ..rules.affine import Affine, affine
 from ..structure.layers import CONVS, forward_of, is_norm, linear_shape, named_children, shape_of
 from .apply import check_undoable, operated
-from .conditions import WRITING, check_state
+from .conditions import MAKING, WRITING, check_state
 from .hooks import HookedSite, is_replaced
 from .operation import Operation
 from .tokens import Action
@@ -159,7 +159,7 @@ def merge(model: Model) -> Model:
     (True, True)
     """
     done = operated(model, "merge(model)")
-    check_state(model, "merge(model)", WRITING)
+    check_state(model, "merge(model)", WRITING, MAKING)
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with torch.no_grad(), exact[0], exact[1]:
         _merge(model, done)
@@ -201,7 +201,7 @@ def unmerge(model: Model) -> Model:
     surgery.errors.OperationError: unmerge(model): this Linear was never operated...
     """
     done = operated(model, "unmerge(model)", merged=True)
-    check_state(model, "unmerge(model)", WRITING)
+    check_state(model, "unmerge(model)", WRITING, MAKING)
     journals = [operation.merge_journal for operation in reversed(done)]
     check_undoable(journals, call="unmerge(model)")
     for journal in journals:

@@ -22,7 +22,7 @@ from ..structure.dataflow import attach_dataflow
 from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
-from .conditions import APPLYING, check_example, check_state
+from .conditions import APPLYING, MAKING, check_example, check_state
 from .hooks import Balance
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
 from .operation import Operation, check_model, operations
@@ -106,6 +106,13 @@ class Plan:
         return sorted(unique.values(), key=lambda site: site.order)
 
     @property
+    def is_without_memory(self) -> bool:
+        """Whether a part, or a parameter that is unfrozen, would be on the meta device."""
+        unfrozen = (p for p in self._base() if id(p) in self.unfrozen)
+        parts = (p.device.type == "meta" for p in self.placements)
+        return any(parts) or any(p.is_meta for p in unfrozen)
+
+    @property
     def parts(self) -> dict[str, nn.Module]:
         """Every part that would be added, sketched on the meta device."""
         return self._sketched.parts
@@ -169,7 +176,8 @@ class Plan:
         where something is not so.
         """
         check_model(self.model, self.name)
-        check_state(self.model, "apply(model, ...)", APPLYING)
+        tables = (APPLYING, MAKING) if self.is_without_memory else (APPLYING,)
+        check_state(self.model, "apply(model, ...)", *tables)
         check_example(self.model, example, "apply(model, example=...)")
         operation = Operation(self.name, self.balance, self._record(None))
         try:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .._files import check_folder, write_whole
 from .._preserve import same
 from .._text import first_few
-from ..engine.apply import apply, operated, revert
-from ..engine.conditions import APPLYING, FILLING, READING, WRITING, check_state
+from ..engine.apply import operated, revert
+from ..engine.conditions import APPLYING, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
 from ..engine.operation import Operation, check_operable, operations
 from ..errors import FileError, OperationError
@@ -167,15 +167,14 @@ def load(
     True
     """
     check_operable(model)
-    check_state(model, f'load("{path}")', APPLYING, FILLING)
+    check_state(model, f'load("{path}")', APPLYING)
     contents = read(Path(path))
     about, earlier = contents.about, len(operations(model))
+    plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
+    if plan.is_without_memory:
+        check_state(model, f'load("{path}")', MAKING, FILLING)
     try:
-        if rules is None:
-            plan = plan_of(contents, model, name=name, balance=balance, example=example)
-            plan.apply(example)
-        else:
-            apply(model, rules, seed=about["seed"], name=name, balance=balance, example=example)
+        plan.apply(example)
         _check_sites(model, about, name)
         load_state_dict(model, contents.tensors, name=name)
     except BaseException:

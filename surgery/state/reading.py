@@ -24,7 +24,7 @@ from ..engine.planning import Plan
 from ..engine.vocabulary import vocabulary
 from ..errors import FileError, RuleError
 from ..rules.expression import decode
-from ..rules.rule import Rule
+from ..rules.rule import Rule, Rules
 
 FORMAT = "1"  # of the file; raised when a reader of the former could not read it
 PARTS, BASE = "parts.", "base."  # where a tensor of the file belongs
@@ -127,12 +127,23 @@ def _strange(data: Any, most: int) -> Iterator[str]:
 # what they would make --------------------------------------------------------------------------
 
 
-def plan_of(contents: Contents, model: nn.Module, *, name: str, balance: Any, example: Any) -> Plan:
-    """The plan of a file's own rules for a model, whose parts are of the shapes in the file.
+def plan_of(
+    contents: Contents,
+    model: nn.Module,
+    given: Rules | None,
+    *,
+    name: str,
+    balance: float | None,
+    example: Any,
+) -> Plan:
+    """The plan of the rules given, or of a file's own, whose parts must have the shapes in it.
 
     Raises FileError, and what planning raises.
     """
-    rules, seed = rules_of(contents), contents.about["seed"]
+    seed = contents.about["seed"]
+    if given is not None:
+        return Plan(model, given, seed=seed, name=name, balance=balance, example=example)
+    rules = rules_of(contents)
     with nullcontext() if example is not None else _guarded(contents):  # a model's own errors pass
         plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
     count = 1000 + 100 * (len(contents.tensors) + len(plan.placements))
