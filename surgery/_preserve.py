@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,7 +132,9 @@ def fingerprint(model: nn.Module) -> Marks:
         marks[f"{place}: attributes"] = tuple(vars(module))
         marks[f"{place}: children"] = tuple(module._modules)
         marks[f"{place}: hooks"] = [
-            (k, list(map(id, v.values()))) for k, v in vars(module).items() if "_hooks" in k
+            (k, list(map(id, v.values() if isinstance(v, Mapping) else v)))
+            for k, v in vars(module).items()
+            if "_hooks" in k and isinstance(v, (Mapping, list))
         ]
         for name, tensor in {**module._parameters, **module._buffers}.items():
             place = f"{path}.{name}".strip(".")
@@ -153,6 +155,9 @@ def _tensor_marks(tensor: Tensor | None) -> Marks:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    if hasattr(tensor, "__tensor_flatten__"):  # made of others: a shard, quantised numbers
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return b"".join(_bytes(each) for each in inner if isinstance(each, Tensor))
     return b"" if tensor.is_meta else bytes(_as_bytes(tensor).cpu().numpy().tobytes())
 
 

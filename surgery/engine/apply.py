@@ -212,10 +212,13 @@ def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[O
     check_operable(model)
     done = operations(model)
     if not done:
+        inner = next((path for path, m in model.named_modules() if path and operations(m)), None)
         raise OperationError(
             call,
             f"this {type(model).__name__} was never operated.",
-            "Call surgery.apply(model, rules) first, and give that same model, not a wrapper.",
+            "Call surgery.apply(model, rules) first, and give that same model, not a wrapper."
+            if inner is None
+            else f"Its .{inner} was: give that model, not what holds it.",
         )
     if merged is not None and done[-1].merged is not merged:
         raise OperationError(

@@ -167,7 +167,7 @@ def in_inference(model: nn.Module) -> str:
     """Parameters made under torch.inference_mode(): torch lets no one train or change them."""
     for name, p in model.named_parameters():
         if p.is_inference():
-            return f"{name} was made under torch.inference_mode(): torch lets no one train it."
+            return f"{name} was made under torch.inference_mode(): torch lets no one train or change it."
     return ""
 
 

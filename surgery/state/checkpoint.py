@@ -185,10 +185,9 @@ def load(
 
 
 def _operation(model: nn.Module, name: str) -> Operation:
-    check_operable(model)
-    done = {operation.name: operation for operation in operations(model)}
+    done = {op.name: op for op in operated(model, "state_dict(model)", merged=None)}
     if name not in done:
-        known = f"It was operated under: {', '.join(done)}." if done else "Call apply first."
+        known = f"It was operated under: {', '.join(done)}."
         raise OperationError(
             f'name="{name}"', f"this {type(model).__name__} was not operated under it.", known
         )
