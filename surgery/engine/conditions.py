@@ -82,28 +82,30 @@ def _was_emptied(linear: nn.Linear) -> bool:
 def holds_ddp(model: nn.Module) -> str:
     """A part of it is wrapped, and reduces the gradients of what it had when it was wrapped."""
     for name, module in model.named_modules():
-        if _is_ddp(type(module)):
-            return f"{name or 'it'} is wrapped in DistributedDataParallel."
+        if name and isinstance(module, _kinds_of_ddp()):
+            return f"{name} is wrapped in DistributedDataParallel."
     return ""
 
 
 def held_by_ddp(model: nn.Module) -> str:
-    """Some wrapper, found among all objects, holds parameters of the model."""
+    """It is marked by torch's `replicate`, or a wrapper among all objects has its parameters."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
-    own = {id(p) for p in model.parameters()}
-    for wrapper in [thing for thing in gc.get_objects() if _is_ddp(type(thing))]:
-        if any(id(p) in own for p in wrapper.parameters()):
-            return (
-                "a DistributedDataParallel holds this model: it reduces the gradients of the "
-                "parameters that there were when it was made."
-            )
+    kinds, own = _kinds_of_ddp(), {id(p) for p in model.parameters()}
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+    if any(w is model or any(id(p) in own for p in w.parameters()) for w in wrappers):
+        return (
+            "a DistributedDataParallel holds this model: it reduces the gradients of the "
+            "parameters that there were when it was made."
+        )
     return ""
 
 
-def _is_ddp(kind: type) -> bool:
-    parallel = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", None)
-    return parallel is not None and issubclass(kind, parallel)
+def _kinds_of_ddp() -> tuple[type, ...]:
+    """Wrappers, and what torch's `replicate` makes of the class of a module: if ever imported."""
+    composed = sys.modules.get("torch.distributed._composable.replicate")
+    marked = getattr(composed, "DDP", None)
+    return (nn.parallel.DistributedDataParallel, *([marked] if marked else []))
 
 
 # without memory --------------------------------------------------------------------------------
@@ -167,7 +169,9 @@ def in_inference(model: nn.Module) -> str:
     """Parameters made under torch.inference_mode(): torch lets no one train or change them."""
     for name, p in model.named_parameters():
         if p.is_inference():
-            return f"{name} was made under torch.inference_mode(): torch lets no one train or change it."
+            return (
+                f"{name} was made in torch.inference_mode(): torch lets no one change or train it."
+            )
     return ""
 
 
