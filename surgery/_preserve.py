@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,7 +136,9 @@ def fingerprint(model: nn.Module) -> Marks:
         marks[f"{place}: attributes"] = tuple(vars(module))
         marks[f"{place}: children"] = tuple(module._modules)
         marks[f"{place}: hooks"] = [
-            (k, list(map(id, v.values()))) for k, v in vars(module).items() if "_hooks" in k
+            (k, list(map(id, v.values() if isinstance(v, Mapping) else v)))
+            for k, v in vars(module).items()
+            if "_hooks" in k and isinstance(v, (Mapping, list))
         ]
         for name, tensor in {**module._parameters, **module._buffers}.items():
             place = f"{path}.{name}".strip(".")
@@ -157,9 +159,10 @@ def _tensor_marks(tensor: Tensor | None) -> Marks:
 
 
 def _inner(tensor: Tensor) -> list[Tensor]:
-    """What a tensor wraps, where its class does (torchao's quantised weights)."""
+    """What a tensor wraps, where its class does: a shard, quantised numbers."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    return [getattr(tensor, name) for name in flatten()[0]] if flatten else []
+    inner = [getattr(tensor, name) for name in flatten()[0]] if flatten else []
+    return [each for each in inner if isinstance(each, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -16,10 +16,11 @@ from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..rules import routing as _routing
 from ..rules.rule import Rules
+from .conditions import APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
 from .hooks import HookedSite
 from .journal import Journal, Value, completed
 from .obstacles import refuse
-from .operation import Operation, check_enabled, check_operable, operations
+from .operation import Operation, check_operable, operations
 from .planning import Plan
 from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, stays
 
@@ -71,6 +72,9 @@ def apply(
     >>> sum(p.numel() for p in parameters(model))
     124
     """
+    check_operable(model)
+    check_state(model, "apply(model, ...)", APPLYING)
+    check_example(model, example, "apply(model, example=...)")
     plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
     plan.apply(example)
     return model
@@ -94,7 +98,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     False
     """
     done = operated(model, "revert(model)", merged=None)
-    check_enabled(done, "revert(model)")
+    check_state(model, "revert(model)", WRITING, DISABLED)
     if name is not None and name != done[-1].name:
         names = ", ".join(op.name for op in done)
         raise OperationError(
@@ -140,6 +144,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     tensor([[1., 1.]])
     """
     done = operated(model, "disabled(model)")
+    check_state(model, "disabled(model)", WRITING)
     check_undoable(model, [operation.journal for operation in done], call="disabled(model)")
     if theirs := by_hand(model):
         paths = first_few([place.path for place in theirs])
@@ -180,6 +185,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     torch.Size([2, 4])
     """
     operated(model, "parameters(model)")
+    check_state(model, "parameters(model)", TRAINING)
     adopt(model)
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -245,10 +251,13 @@ def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[O
     check_operable(model)
     done = operations(model)
     if not done:
+        inner = next((path for path, m in model.named_modules() if path and operations(m)), None)
         raise OperationError(
             call,
             f"this {type(model).__name__} was never operated.",
-            "Call surgery.apply(model, rules) first, and give that same model, not a wrapper.",
+            "Call surgery.apply(model, rules) first, and give that same model, not a wrapper."
+            if inner is None
+            else f"Its .{inner} was: give that model, not what holds it.",
         )
     if merged is not None and done[-1].merged is not merged:
         raise OperationError(

@@ -13,9 +13,10 @@ from ..errors import OperationError
 from ..rules.affine import Affine, affine
 from ..structure.layers import CONVS, forward_of, is_norm, linear_shape, named_children, shape_of
 from .apply import operated
+from .conditions import DISABLED, MAKING, WRITING, check_state
 from .hooks import HookedSite, is_replaced
 from .journal import completed
-from .operation import Operation, check_enabled
+from .operation import Operation
 from .tokens import Action
 from .trained import check_undoable
 from .watch import check_watched
@@ -161,9 +162,9 @@ def merge(model: Model) -> Model:
     (True, True)
     """
     done = operated(model, "merge(model)")
+    check_state(model, "merge(model)", WRITING, MAKING, DISABLED)
     for operation in done:
         check_watched(operation, "merge(model)")
-    check_enabled(done, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with torch.no_grad(), exact[0], exact[1]:
         _merge(model, done)
@@ -205,6 +206,7 @@ def unmerge(model: Model) -> Model:
     surgery.errors.OperationError: unmerge(model): this Linear was never operated...
     """
     done = operated(model, "unmerge(model)", merged=True)
+    check_state(model, "unmerge(model)", WRITING, MAKING, DISABLED)
     journals = [operation.merge_journal for operation in reversed(done)]
     check_undoable(model, journals, call="unmerge(model)")
     completed(lambda: [journal.undo() for journal in journals])

@@ -18,6 +18,7 @@ from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes, while_traced
 from .journal import Journal, owner_of
+from .start import MissingStart
 from .summary import Record
 from .tokens import Action
 from .watch import Watch, counted, rules_of, warn_unseen
@@ -98,6 +99,7 @@ class Operation(Switch):
         self.watcher = Watch(self)
         self.known: list[KnownModule] = []
         self.adopted: list[tuple[nn.Module, str]] = []
+        self.start = MissingStart(self)
 
     def open(self, model: nn.Module) -> None:
         """Take a place at the root, and remember the modes and buffers of all modules.
@@ -130,6 +132,7 @@ class Operation(Switch):
             if id(part) not in added:
                 self.add_module(key, part)
                 added.add(id(part))
+        self.start = MissingStart(self)
 
     def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
         """Let just these parameters (by id) of the base be trained, each with a copy kept."""
@@ -177,6 +180,8 @@ class Operation(Switch):
             nests = isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor
             if nests and any(id(module) in ends for module in encoder.modules()):
                 self.journal.set(encoder, "use_nested_tensor", False)
+        if self.start.names:
+            self.journal.hook(model, self.start.enter, before=True)
         self.journal.hook(model, self.watcher.enter, before=True, prepend=True, with_kwargs=True)
         self.journal.hook(model, self.watcher.leave)
         self.journal.hook(model, self.watcher.end, always_call=True)
@@ -193,6 +198,11 @@ class Operation(Switch):
         """Say what torch.compile did not trace: other compiled code may hide it."""
         if idle := [hooked for hooked in self.hooked_sites if not hooked.ran]:
             warn_unseen(counted(idle, len(self.hooked_sites)))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, told: Any, *rest: Any) -> None:
+        assigned = bool(told.get("assign_to_params_buffers"))
+        self.start.loaded(state, prefix, assigned)
+        super()._load_from_state_dict(state, prefix, told, *rest)
 
     @property
     def routers(self) -> list[HookedSite]:
@@ -243,7 +253,8 @@ def _host(model: nn.Module) -> nn.Module:
     )
 
 
-WRAPPERS = {"module", "_orig_mod"}  # where DDP, DataParallel, FSDP and torch.compile keep a model
+# where DDP and DataParallel, torch.compile and FullyShardedDataParallel keep a model
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 
 
 def check_operable(model: nn.Module) -> None:
@@ -254,7 +265,7 @@ def check_operable(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise OperationError(kind, "this is TorchScript.", "Operate on the model it was made from.")
     inner = WRAPPERS & set(model._modules)
-    if inner and len(model._modules) == 1 and type(model).__module__.startswith("torch."):
+    if inner and len(model._modules) == 1 and _stands_for_another(model):
         raise OperationError(
             kind,
             "this is a wrapper, and what is done to it would not reach the model inside.",
@@ -262,14 +273,10 @@ def check_operable(model: nn.Module) -> None:
         )
 
 
-def check_enabled(done: list[Operation], call: str) -> None:
-    """Raise OperationError inside `disabled`, where the model stands for its base."""
-    if not all(operation.enabled for operation in done):
-        raise OperationError(
-            call,
-            "inside disabled(model) the model is its base, and this would act on that.",
-            "Call it outside of disabled(model).",
-        )
+def _stands_for_another(wrapper: nn.Module) -> bool:
+    """Whether it is a wrapper of torch, or one that asks its child for what it has not itself."""
+    asks = type(wrapper).__getattr__ is not nn.Module.__getattr__  # as DeepSpeed's engine does
+    return asks or type(wrapper).__module__.startswith("torch.")
 
 
 def check_model(model: nn.Module, name: str) -> None:

@@ -22,12 +22,13 @@ from ..structure.dataflow import attach_dataflow
 from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
+from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
 from .decided import Decided, modules_of
 from .hooks import Balance
 from .maps import PatchMap, attach, check_mixing
 from .matching import check_written, flatten_rules, match_rule
 from .notes import frozen_head, frozen_norms, how_found
-from .operation import Operation, check_enabled, check_model, operations
+from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
 from .probe import prove_tokens
 from .summary import Record, RuleRecord, count_parameters, summary
@@ -79,6 +80,7 @@ class Plan:
             )
         self.model, self.seed, self.name, self.balance = model, seed, name, balance
         self.rules = flatten_rules(rules)
+        check_example(model, example, f"a plan for {type(model).__name__}")
         self.tree = Tree(model)
         self.dataflow = attach_dataflow(self.tree, example)
         self.decided = decided if example is None else None
@@ -117,6 +119,13 @@ class Plan:
         """The sites that parts are joined to, in the order of the walk."""
         unique = {p.spot: p.site for p in self.placements}
         return sorted(unique.values(), key=lambda site: site.order)
+
+    @property
+    def is_without_memory(self) -> bool:
+        """Whether a part, or a parameter that is unfrozen, would be on the meta device."""
+        unfrozen = (p for p in self._base() if id(p) in self.unfrozen)
+        parts = (p.device.type == "meta" for p in self.placements)
+        return any(parts) or any(p.is_meta for p in unfrozen)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -191,7 +200,9 @@ class Plan:
         where something is not so.
         """
         check_model(self.model, self.name)
-        check_enabled(operations(self.model), "apply(model, ...)")
+        tables = (APPLYING, DISABLED, *((MAKING,) if self.is_without_memory else ()))
+        check_state(self.model, "apply(model, ...)", *tables)
+        check_example(self.model, example, "apply(model, example=...)")
         operation = Operation(self.name, self.balance, self._record(None))
         try:
             with preserved(), _tracking():

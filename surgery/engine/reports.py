@@ -18,6 +18,7 @@ from ..structure.dataflow import OPERANDS, attach_dataflow
 from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated
+from .conditions import check_example
 from .operation import additions_of, check_operable
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
@@ -46,6 +47,7 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
     what feeds what: by order; anatomy(model, example) runs a forward to see
     """
     check_operable(model)
+    check_example(model, example, "anatomy(model, example)")
     tree = Tree(model)
     dataflow = attach_dataflow(tree, example)
     rows: list[tuple[object, ...]] = []

@@ -19,7 +19,8 @@ from ..engine.apply import operated
 from ..engine.journal import Journal
 from ..errors import FileError, OperationError, RuleError, is_number
 from ..parts.adapter_sum import Combined
-from .checkpoint import BASE, PARTS, load_state_dict, state_dict
+from .checkpoint import load_state_dict, state_dict
+from .reading import BASE, PARTS
 
 State = Mapping[str, Tensor]
 

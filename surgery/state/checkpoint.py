@@ -8,17 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
 from .._text import first_few
 from ..engine.apply import operated, revert
-from ..engine.decided import Decided
+from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
-from ..engine.operation import Operation, check_enabled, check_operable, operations
-from ..engine.planning import Plan
+from ..engine.operation import Operation, check_operable, operations
 from ..engine.trained import (
     adopt,
     beyond_rules,
@@ -28,16 +27,13 @@ from ..engine.trained import (
     parameters_of,
     trained_of,
 )
-from ..engine.vocabulary import vocabulary
 from ..engine.watch import check_watched
 from ..errors import FileError, OperationError
-from ..rules.expression import decode
-from ..rules.rule import Rule, Rules
+from ..rules.rule import Rules
 from ..structure.layers import named_modules
+from .reading import BASE, FORMAT, PARTS, plan_of, read
 
 Model = TypeVar("Model", bound=nn.Module)
-FORMAT = "1"  # of the file; raised when a reader of the former could not read it
-PARTS, BASE = "parts.", "base."  # where a tensor of the file belongs
 
 
 def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
@@ -76,7 +72,15 @@ def load_state_dict(
     >>> torch.equal(a[0].weight, b[0].weight)
     True
     """
-    places = _places(model, name)
+    operation, places = _operation(model, name), _places(model, name)
+    check_state(model, "load_state_dict(model, ...)", WRITING)
+    if lost := [key for key in tensors if key in places and places[key].is_meta]:
+        raise FileError(
+            "load",
+            f"this {type(model).__name__} has {first_few(lost)} on the meta device: the values "
+            "would be lost.",
+            'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
+        )
     required = set(state_dict(model, name=name)) - set(_buffers(model))
     missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
     if missing or extra:
@@ -106,6 +110,7 @@ def load_state_dict(
     except BaseException:
         journal.undo()
         raise
+    operation.start.given([key.removeprefix(PARTS) for key in tensors])
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Path:
@@ -122,10 +127,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     """
     operation = _operation(model, name)
     tensors = {k: t.contiguous() for k, t in state_dict(model, name=name).items()}
-    if any(tensor.is_meta for tensor in tensors.values()):
+    if operation.start.lost() or any(tensor.is_meta for tensor in tensors.values()):
         raise FileError(
             f'save("{path}")',
-            f"this {type(model).__name__} is on the meta device: there are no values to save.",
+            f"this {type(model).__name__} is, or was made, on the meta device: there are no values "
+            "to save.",
             'Give it memory first, model.to_empty(device="cpu"), and load or train it.',
         )
     record = operation.record
@@ -140,7 +146,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
     check_folder(target, f'save("{path}")')
-    write_whole(target, lambda half: save_file(_unshared(tensors), half, metadata=metadata))
+    try:
+        write_whole(target, lambda half: save_file(_unshared(tensors), half, metadata=metadata))
+    except SafetensorError as error:
+        raise FileError(
+            f'save("{path}")', f"it could not be written ({error}).", "Look at the disk's room."
+        ) from error
     return target
 
 
@@ -170,17 +181,18 @@ def load(
     >>> torch.equal(again[0].weight, tuned[0].weight)
     True
     """
-    about, tensors = _read(Path(path))
-    chosen: Rules = rules if rules is not None else _rules(about, path)
-    earlier = len(operations(model))
+    check_operable(model)
+    check_state(model, f'load("{path}")', APPLYING)
+    contents = read(Path(path))
+    about, earlier = contents.about, len(operations(model))
+    plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
+    if plan.is_without_memory:
+        check_state(model, f'load("{path}")', MAKING, FILLING)
     try:
-        Plan(
-            model, chosen, seed=about["seed"], name=name, balance=balance, example=example,
-            decided=_decided(about),
-        ).apply(example)  # fmt: skip
+        plan.apply(example)
         _check_sites(model, about, name)
         _adopt(model, about.get("beyond_rules", []))
-        load_state_dict(model, tensors, name=name)
+        load_state_dict(model, contents.tensors, name=name)
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)
@@ -189,14 +201,14 @@ def load(
 
 
 def _operation(model: nn.Module, name: str) -> Operation:
-    check_operable(model)
-    done = {operation.name: operation for operation in operations(model)}
+    done = {op.name: op for op in operated(model, "state_dict(model)", merged=None)}
     if name not in done:
-        known = f"It was operated under: {', '.join(done)}." if done else "Call apply first."
+        known = f"It was operated under: {', '.join(done)}."
         raise OperationError(
             f'name="{name}"', f"this {type(model).__name__} was not operated under it.", known
         )
-    check_enabled(operated(model, "state_dict(model)"), "state_dict(model)")
+    check_state(model, "state_dict(model)", READING, DISABLED)
+    operated(model, "state_dict(model)")  # what is merged is not what was trained
     if lost := lost_module(model, done[name]):
         raise OperationError(
             "state_dict(model)",
@@ -239,65 +251,6 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         key: tensor.clone() if storages.count(tensor.untyped_storage().data_ptr()) > 1 else tensor
         for key, tensor in tensors.items()
     }
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileError(f'load("{path}")', "there is no such file.", "Check the path.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("surgery", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, ValueError) as error:
-        raise FileError(
-            f'load("{path}")', f"it is no whole safetensors file ({error}).", "Save it again."
-        ) from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT or not _whole(about):
-        raise FileError(
-            f'load("{path}")',
-            "it was not written by surgery.save, or by a newer version, or it is damaged.",
-            "A plain checkpoint of the base model is loaded by model.load_state_dict.",
-        )
-    return about, tensors
-
-
-def _whole(about: dict[str, Any]) -> bool:
-    """Whether what a file says of itself is of the kinds that `save` writes."""
-    text, sites = about.get("text"), about.get("sites")
-    lists = isinstance(text, list) and isinstance(sites, list) and len(text) == len(sites)
-    beyond = about.get("beyond_rules", [])
-    lists = lists and isinstance(beyond, list) and all(isinstance(key, str) for key in beyond)
-    kinds = isinstance(about.get("seed"), int) and isinstance(about.get("rules"), str)
-    return lists and kinds and all(isinstance(paths, list) for paths in sites or ())
-
-
-def _rules(about: dict[str, Any], path: str | os.PathLike[str]) -> Rules:
-    if not about["rules"]:
-        raise FileError(
-            f'load("{path}")',
-            "its rules hold code that a file cannot carry: " + "; ".join(map(str, about["text"])),
-            "Give the same rules: load(model, path, rules=[...]).",
-        )
-    try:
-        data = json.loads(about["rules"])
-    except (ValueError, RecursionError) as error:
-        raise FileError(
-            f'load("{path}")',
-            f"its rules are damaged ({error}).",
-            "Give them: load(..., rules=...).",
-        ) from error
-    rules = decode(data, vocabulary())
-    if not isinstance(rules, list) or not all(isinstance(rule, Rule) for rule in rules):
-        raise FileError(
-            f'load("{path}")', "what it holds are no rules.", "Give them: load(..., rules=...)."
-        )
-    return rules
-
-
-def _decided(about: dict[str, Any]) -> Decided:
-    """What a forward decided when the file was made; nothing where none did."""
-    sites = [[str(path) for path in paths] for paths in about["sites"]]
-    return Decided(str(about.get("modules", "")), list(map(str, about["text"])), sites)
 
 
 def _check_sites(model: nn.Module, about: dict[str, Any], name: str) -> None:

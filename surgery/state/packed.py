@@ -21,7 +21,8 @@ from .._files import check_folder, write_whole
 from ..engine.operation import Operation, operations
 from ..errors import FileError, OperationError
 from ..parts.binary import QuantisedLinear
-from .checkpoint import BASE, PARTS, state_dict
+from .checkpoint import state_dict
+from .reading import BASE, PARTS
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -162,7 +162,7 @@ def test_a_packed_file_holds_nothing_else(tmp_path: Path) -> None:
         packed.save(other, tmp_path / "x")
     with pytest.raises(OperationError, match="it holds no quantised weight"):
         packed.load(surgery.apply(vit(), "linear_probe"), tmp_path / "x")
-    with pytest.raises(OperationError, match="was not operated"):
+    with pytest.raises(OperationError, match="was never operated"):
         packed.save(vit(), tmp_path / "x")
     with pytest.raises(OperationError, match="merged"):
         packed.save(surgery.merge(surgery.apply(vit(), bi_lora(rank=4))), tmp_path / "x")

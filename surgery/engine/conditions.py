@@ -1,0 +1,231 @@
+"""States of a model in which a call cannot be right: what each is seen by, and what to do instead.
+
+A fact is a function of a model: a sentence, "" where it is not so. A table has the facts that a
+kind of call cannot bear, each with its remedy; it is looked through before the call changes
+anything, and finds the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .._inputs import tensors_in
+from .._text import first_few
+from ..errors import OperationError
+from ..structure.module_tree import ADDITIONS
+from .hooks import is_replaced
+from .operation import operations
+
+Fact: TypeAlias = Callable[[nn.Module], str]
+Table: TypeAlias = dict[Fact, str]
+
+
+def check_state(model: nn.Module, call: str, *tables: Table) -> None:
+    """Raise OperationError where the model is in a state that such a call cannot bear."""
+    for table in tables:
+        for find, remedy in table.items():
+            if fact := find(model):
+                raise OperationError(call, fact, remedy)
+
+
+# in pieces -------------------------------------------------------------------------------------
+
+
+def in_shards(model: nn.Module) -> str:
+    """By torch's fully_shard, or FullyShardedDataParallel, whose marks are on the parameters.
+
+    A linear whose weight was emptied is looked after by a library that torch does not know of.
+    """
+    managed = {id(p) for m in model.modules() if _is_managed(m) for p in m._parameters.values()}
+    for name, p in model.named_parameters():
+        if hasattr(p, "_fsdp_flattened") or (_is_distributed(p) and id(p) in managed):
+            return f"{name} is in shards: each process holds a piece of it."
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _was_emptied(module):
+            return f"{name}.weight was emptied: a library keeps it elsewhere, perhaps in shards."
+    return ""
+
+
+def in_columns(model: nn.Module) -> str:
+    """By tensor parallelism: distributed tensors that nothing gathers around a forward."""
+    for name, p in model.named_parameters():
+        if _is_distributed(p):
+            return (
+                f"{name} is a distributed tensor (tensor parallel): the features there are split."
+            )
+    return ""
+
+
+def _is_managed(module: nn.Module) -> bool:
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked without importing what makes them."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def _was_emptied(linear: nn.Linear) -> bool:
+    weight = linear._parameters.get("weight")
+    return weight is not None and not weight.numel() and bool(linear.in_features)
+
+
+# reduced by another ----------------------------------------------------------------------------
+
+
+def holds_ddp(model: nn.Module) -> str:
+    """A part of it is wrapped, and reduces the gradients of what it had when it was wrapped."""
+    for name, module in model.named_modules():
+        if name and isinstance(module, _kinds_of_ddp()):
+            return f"{name} is wrapped in DistributedDataParallel."
+    return ""
+
+
+def held_by_ddp(model: nn.Module) -> str:
+    """It is marked by torch's `replicate`, or a wrapper among all objects has its parameters."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    kinds, own = _kinds_of_ddp(), {id(p) for p in model.parameters()}
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+    if any(w is model or any(id(p) in own for p in w.parameters()) for w in wrappers):
+        return (
+            "a DistributedDataParallel holds this model: it reduces the gradients of the "
+            "parameters that there were when it was made."
+        )
+    return ""
+
+
+def _kinds_of_ddp() -> tuple[type, ...]:
+    """Wrappers, and what torch's `replicate` makes of the class of a module: if ever imported."""
+    composed = sys.modules.get("torch.distributed._composable.replicate")
+    marked = getattr(composed, "DDP", None)
+    return (nn.parallel.DistributedDataParallel, *([marked] if marked else []))
+
+
+# without memory --------------------------------------------------------------------------------
+
+
+def offloaded(model: nn.Module) -> str:
+    """Weights are on meta, and a forward that was put in the place of a module's own fetches them.
+
+    (accelerate's hooks stand on the module itself or on one around it, under `_hf_hook`.)
+    """
+    return next((f"{name} {OFFLOADED}" for name, _ in _offloaded(model)), "")
+
+
+def trained_offloaded(model: nn.Module) -> str:
+    """What is trained is among them: what is frozen of the base is kept by nobody."""
+    trained = (name for name, p in _offloaded(model) if p.requires_grad)
+    return next((f"{name} {OFFLOADED}" for name in trained), "")
+
+
+OFFLOADED = "is offloaded: it is on the meta device until a forward fetches it."
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules():
+        if _has_other_forward(module):
+            inner = module.named_parameters(path, recurse=hasattr(module, "_hf_hook"))
+            yield from ((name, p) for name, p in inner if p.is_meta)
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    return hasattr(module, "_hf_hook") or ("forward" in vars(module) and not is_replaced(module))
+
+
+def on_meta(model: nn.Module) -> str:
+    """Some tensor has a shape and no memory."""
+    names = [name for name, p in model.named_parameters() if p.is_meta]
+    kind = f"this {type(model).__name__} has {first_few(names)}"
+    return f"{kind} on the meta device, without memory." if names else ""
+
+
+def check_example(model: nn.Module, example: Any, call: str) -> None:
+    """Raise OperationError where one of model and example has memory, and the other has none."""
+    weights = [p for name, p in model.named_parameters() if not name.startswith(f"{ADDITIONS}.")]
+    given = list(tensors_in(example))
+    without = [all(tensor.is_meta for tensor in both) for both in (weights, given)]
+    if not (weights and given) or without[0] is without[1] or offloaded(model):
+        return
+    kinds = (f"this {type(model).__name__}", "the example")
+    bare, other = kinds if without[0] else kinds[::-1]
+    raise OperationError(
+        call,
+        f"{bare} is on the meta device, and {other} is not.",
+        "Give both memory, or both none; without an example a model on meta is planned as it is.",
+    )
+
+
+# for a while ------------------------------------------------------------------------------------
+
+
+def inside_disabled(model: nn.Module) -> str:
+    """Inside of `disabled` the model stands for its base."""
+    if all(operation.enabled for operation in operations(model)):
+        return ""
+    return "inside disabled(model) the model is its base, and this would act on that."
+
+
+# made where nothing is trained -----------------------------------------------------------------
+
+
+def in_inference(model: nn.Module) -> str:
+    """Parameters made under torch.inference_mode(): torch lets no one train or change them."""
+    for name, p in model.named_parameters():
+        if p.is_inference():
+            return (
+                f"{name} was made in torch.inference_mode(): torch lets no one change or train it."
+            )
+    return ""
+
+
+# what calls cannot bear ------------------------------------------------------------------------
+
+_GATHER = (
+    "Gather it on all ranks, get_model_state_dict(model, options=StateDictOptions("
+    "full_state_dict=True)) of torch.distributed.checkpoint.state_dict; load that into a plain "
+    "model, operated by the same rules if this one was, and call it on that."
+)
+_BRING_BACK = (
+    "Bring the weights back first: accelerate.hooks.remove_hook_from_submodules(model), or load "
+    "the model without offloading."
+)
+_CLONE = (
+    "Make them anew outside of it: for p in model.parameters(): p.data = p.data.clone(); or build "
+    "the model outside."
+)
+
+_APPLY_FIRST = "Apply the rules to the whole model first, and {} what comes back."
+
+# new parts, or other parameters that are trained
+APPLYING: Table = {
+    in_shards: _APPLY_FIRST.format("shard"),
+    in_columns: "Apply the rules to the whole model, and shard what comes back by fully_shard.",
+    holds_ddp: _APPLY_FIRST.format("wrap"),
+    held_by_ddp: _APPLY_FIRST.format("wrap"),
+    in_inference: _CLONE,
+}
+# new parts, or others that are trained, where a weight is on meta
+MAKING: Table = {offloaded: _BRING_BACK}
+# values that are read of what is trained
+READING: Table = {in_shards: _GATHER, in_columns: _GATHER, trained_offloaded: _BRING_BACK}
+# values that are written, too
+WRITING: Table = {**READING, in_inference: _CLONE}
+# values that must be there
+FILLING: Table = {
+    on_meta: 'Give it memory first, model.to_empty(device="cpu"), and load the base.',
+}
+# parameters that an optimiser is given
+TRAINING: Table = {
+    holds_ddp: "Parts are outside of it, and no one would reduce their gradients: unwrap it, and "
+    "wrap the whole model.",
+}
+# members of the model, and not of its base
+DISABLED: Table = {inside_disabled: "Call it outside of disabled(model)."}

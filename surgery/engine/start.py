@@ -1,0 +1,74 @@
+"""Parts that were made on the meta device have no start: nothing runs until they are given one.
+
+Memory that comes later holds anything, and torch reads what is still on meta as if it were memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._text import first_few
+from ..errors import GraftError
+from .hooks import Switch
+
+REMEDY = (
+    "Give them values, model.load_state_dict(state) with all its surgery.* keys; or revert, give "
+    "the model memory and its base, and apply the rules (or load the file) then."
+)
+
+
+class MissingStart:
+    """The tensors of an operation's parts that were made on meta and have no value yet, by name."""
+
+    def __init__(self, operation: Switch) -> None:
+        self.operation = operation
+        self.names = {name for name, tensor in tensors_of(operation) if tensor.is_meta}
+
+    def given(self, names: Collection[str]) -> None:
+        """These have values now."""
+        self.names.difference_update(names)
+
+    def loaded(self, state: Collection[str], prefix: str, assigned: bool) -> None:
+        """torch loads a state: what it has is given, but copied to meta it would be lost."""
+        for name, tensor in tensors_of(self.operation):
+            if prefix + name in state and (assigned or not tensor.is_meta):
+                self.given([name])
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """The hook before the forward of a model; shapes alone may go through one all on meta."""
+        if self.names and self.operation.enabled and not _is_bare(module):
+            self.check()
+
+    def check(self) -> None:
+        """Raise GraftError where a tensor has no value still; one written by hand has."""
+        if lost := self.lost():
+            raise GraftError(
+                "",
+                f"{len(lost)} tensors of parts ({first_few(lost)}) were made on the meta device "
+                "and were never given a value.",
+                REMEDY,
+            )
+
+    def lost(self) -> list[str]:
+        """Those that nobody has written to either."""
+        by_hand = [name for name, tensor in tensors_of(self.operation) if _is_written(tensor)]
+        self.given(by_hand if self.names else [])
+        return sorted(self.names)
+
+
+def tensors_of(operation: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from operation.named_parameters()
+    yield from operation.named_buffers()
+
+
+def _is_written(tensor: Tensor) -> bool:
+    return not tensor.is_meta and (tensor.is_inference() or tensor._version > 0)
+
+
+def _is_bare(model: nn.Module) -> bool:
+    """Whether all of it is on meta."""
+    return all(p.is_meta for p in model.parameters())

@@ -1,0 +1,220 @@
+"""What a file says of itself and holds, read and looked at before anything is made of it.
+
+A file may come from anywhere: what is in it is damaged, or is meant to do harm, until it is seen
+not to. Sizes in its rules are known to be right from the shapes of its tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+
+from ..engine.decided import Decided
+from ..engine.planning import Plan
+from ..engine.vocabulary import vocabulary
+from ..errors import FileError, RuleError
+from ..rules.expression import decode
+from ..rules.rule import Rule, Rules
+
+FORMAT = "1"  # of the file; raised when a reader of the former could not read it
+PARTS, BASE = "parts.", "base."  # where a tensor of the file belongs
+LARGEST = 2**20  # an integer in rules that is no larger needs no tensor that has so many numbers
+LONGEST = 2**16  # characters of one text in rules
+# what Python and torch raise where arguments make no sense
+RAW: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+GIVE = "Give the rules yourself: load(model, path, rules=[...])."
+
+
+class Contents(NamedTuple):
+    """A file: its name in errors, what it says of itself, its tensors."""
+
+    call: str
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def numbers(self) -> int:
+        """How many its tensors hold."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def read(path: Path) -> Contents:
+    """What a file holds. Raises FileError where it is none of `save`."""
+    call = f'load("{path}")'
+    if not path.is_file():
+        fact = "it is a folder." if path.is_dir() else "there is no such file."
+        raise FileError(call, fact, "Check the path.")
+    if not os.access(path, os.R_OK):
+        raise FileError(call, "you have no permission to read it.", "Ask its owner for it.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("surgery", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
+        raise FileError(
+            call, f"it is no whole safetensors file ({error!s:.200}).", "Save it again."
+        ) from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT or not _whole(about):
+        raise FileError(
+            call,
+            "it was not written by surgery.save, or by a newer version, or it is damaged.",
+            "A plain checkpoint of the base model is loaded by model.load_state_dict.",
+        )
+    return Contents(call, about, tensors)
+
+
+def _whole(about: dict[str, Any]) -> bool:
+    """Whether what a file says of itself is of the kinds that `save` writes."""
+    text, sites = about.get("text"), about.get("sites")
+    if not (_texts(text) and isinstance(sites, list) and all(map(_texts, sites))):
+        return False
+    if not (_texts(about.get("beyond_rules", [])) and isinstance(about.get("modules", ""), str)):
+        return False
+    whole = type(about.get("seed")) is int and isinstance(about.get("rules"), str)
+    return whole and len(text or ()) == len(sites)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+# its rules -------------------------------------------------------------------------------------
+
+
+def rules_of(contents: Contents) -> list[Rule]:
+    """The rules that a file carries. Raises FileError where it has none that can be right."""
+    call, about = contents.call, contents.about
+    if not about["rules"]:
+        held = "; ".join(about["text"])
+        raise FileError(call, f"its rules hold code that a file cannot carry: {held}", GIVE)
+    try:
+        data = json.loads(about["rules"])
+        strange = next(_strange(data, max(LARGEST, contents.numbers)), "")
+    except (ValueError, RecursionError) as error:
+        raise FileError(call, f"its rules are damaged ({error!s:.200}).", GIVE) from error
+    if strange:
+        raise FileError(call, f"its rules hold {strange}, which no tensor in it bears out.", GIVE)
+    rules = decode(data, vocabulary())
+    if not isinstance(rules, list) or not all(isinstance(rule, Rule) for rule in rules):
+        raise FileError(call, "what it holds are no rules.", GIVE)
+    return rules
+
+
+def _strange(data: Any, most: int) -> Iterator[str]:
+    """What is too large for rules of such a file."""
+    if isinstance(data, (list, dict)):
+        for item in data.values() if isinstance(data, dict) else data:
+            yield from _strange(item, most)
+    elif isinstance(data, int) and abs(data) > most:
+        yield f"the number {data:.3g}" if abs(data) < 1e300 else "a number beyond all measure"
+    elif isinstance(data, float) and not math.isfinite(data):
+        yield f"{data}"
+    elif isinstance(data, str) and len(data) > LONGEST:
+        yield f"a text of {len(data):,} characters"
+
+
+# what they would make --------------------------------------------------------------------------
+
+
+def plan_of(
+    contents: Contents,
+    model: nn.Module,
+    given: Rules | None,
+    *,
+    name: str,
+    balance: float | None,
+    example: Any,
+) -> Plan:
+    """The plan of the rules given, or of a file's own, whose parts must have the shapes in it.
+
+    Raises FileError, and what planning raises.
+    """
+    seed, decided = contents.about["seed"], _decided(contents.about)
+    if given is not None:
+        return Plan(
+            model, given, seed=seed, name=name, balance=balance, example=example, decided=decided
+        )
+    rules = rules_of(contents)
+    with nullcontext() if example is not None else _guarded(contents):  # a model's own errors pass
+        plan = Plan(
+            model, rules, seed=seed, name=name, balance=balance, example=example, decided=decided
+        )
+    count = 1000 + 100 * (len(contents.tensors) + len(plan.placements))
+    with _guarded(contents), _counted(contents, count):
+        made = plan.parts
+    _check_parts(contents, made, type(model).__name__)
+    return plan
+
+
+def _decided(about: dict[str, Any]) -> Decided:
+    """What a forward decided when the file was made; nothing where none did."""
+    return Decided(about.get("modules", ""), about["text"], about["sites"])
+
+
+@contextmanager
+def _guarded(contents: Contents) -> Iterator[None]:
+    """What a file's rules come to is an error of the file, whatever it is."""
+    try:
+        yield
+    except RuleError as error:
+        raise FileError(
+            contents.call, f"its rules make no part here ({error!s:.500}).", GIVE
+        ) from error
+    except RAW as error:
+        told = f"{type(error).__name__}: {error!s:.200}"
+        raise FileError(contents.call, f"its rules make no part here ({told}).", GIVE) from error
+
+
+@contextmanager
+def _counted(contents: Contents, most: int) -> Iterator[None]:
+    """No more than so many modules and tensors may be put into modules by this thread."""
+    thread, count = threading.get_ident(), itertools.count(1)
+
+    def check(module: nn.Module, name: str, added: Any) -> None:
+        if threading.get_ident() == thread and next(count) > most:
+            raise FileError(
+                contents.call,
+                f"its rules make more than {most:,} modules and tensors, and it holds "
+                f"{len(contents.tensors):,} tensors.",
+                GIVE,
+            )
+
+    with (
+        registration.register_module_module_registration_hook(check),
+        registration.register_module_parameter_registration_hook(check),
+    ):
+        yield
+
+
+def _check_parts(contents: Contents, made: dict[str, nn.Module], kind: str) -> None:
+    """Raise FileError where the shapes of the parts are not those in the file."""
+    there = {k: tuple(t.shape) for k, t in contents.tensors.items() if k.startswith(PARTS)}
+    first = {id(part): key for key, part in reversed(made.items())}
+    here = {
+        f"{PARTS}{key}.{name}": tuple(tensor.shape)
+        for key, part in made.items()
+        if first[id(part)] == key
+        for name, tensor in part.state_dict().items()
+    }
+    if lost := [key for key in {**here, **there} if there.get(key) != here.get(key)]:
+        key = lost[0]
+        raise FileError(
+            contents.call,
+            f"{key} is {there.get(key, 'not')} in the file, and {here.get(key, 'not')} among what "
+            f"its rules make of this {kind}.",
+            "Load it into the model it was made for: the same architecture, depth and head.",
+        )
