@@ -24,7 +24,7 @@ from ..structure.module_tree import Site, Tree, holders
 from .hooks import Switch, _declared
 from .journal import Journal
 from .placement import Placement
-from .tokens import _is_recomputing
+from .tokens import is_recomputing
 
 GUESSED = "no 2-D convolution tells how tokens lie: they are taken as a square map, row by row"
 LAST = "patches are taken to be the last tokens, row by row: example= shows whether they are"
@@ -118,7 +118,7 @@ class PatchMap:
         if torch.compiler.is_compiling():
             return None
         self.last[threading.get_ident()] = seen
-        if _is_recomputing() or self.recomputed:
+        if is_recomputing() or self.recomputed:
             self.trained, self.told, self.recomputed = set(), {}, False
         if torch.is_grad_enabled():
             self.trained.add(seen)
@@ -144,7 +144,7 @@ class PatchMap:
         if torch.compiler.is_compiling():
             return self.last.get(0)
         shape = tuple(x.shape[:2])
-        if not _is_recomputing():
+        if not is_recomputing():
             seen = self.here
             if seen is not None:
                 self.told.setdefault(shape, set()).add(seen)

@@ -22,6 +22,12 @@ class Obstacle(NamedTuple):
     fact: str
     remedy: str
 
+    @property
+    def without_memory(self) -> bool:
+        """Whether the tensor is there, and its values are nowhere."""
+        tensor = tensor_of(self.module, self.name)
+        return tensor is not None and tensor.is_meta
+
 
 REMOVE = "torch.nn.utils.{}({{module}}, {!r})"
 

@@ -92,8 +92,7 @@ def prove_tokens(
         operation.enabled = True
         for patches in maps:
             patches.begin()
-        for hooked in operation.hooked_sites:
-            hooked.forget()
+        operation.passes.forget()
 
 
 def _check(model: nn.Module, example: Any, patches: PatchMap) -> bool:

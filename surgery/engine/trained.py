@@ -163,13 +163,18 @@ def check_undoable(model: nn.Module, journals: Collection[Journal], call: str) -
     """Raise OperationError, the model untouched, where something cannot be brought back.
 
     What was in a module that is not in the model any more is left out: nobody could mend it. So is
-    what was not there when the rules were applied: it may go as it came.
+    what was not there when the rules were applied: it may go as it came; and what has no memory, in
+    a model that has none anywhere.
     """
     theirs = {where for operation in operations(model) for where in _came_later(operation)}
-    obstacles = (it for journal in journals for it in journal.obstacles)
-    refuse(
-        call, [it for it in obstacles if (id(it.module), it.name) not in theirs], paths_of(model)
-    )
+    on_meta = all(place.tensor.is_meta for place in parameters_of(model))
+    found = [
+        it
+        for journal in journals
+        for it in journal.obstacles
+        if (id(it.module), it.name) not in theirs and not (on_meta and it.without_memory)
+    ]
+    refuse(call, found, paths_of(model))
 
 
 def _came_later(operation: Operation) -> set[tuple[int, str]]:
