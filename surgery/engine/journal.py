@@ -151,7 +151,8 @@ class Journal:
 
     >>> model, journal = nn.Linear(2, 2), Journal()
     >>> journal.set(model, "training", False)
-    >>> journal.undo()
+    >>> journal.undo()  # what stood in the way
+    []
     >>> model.training
     True
     """

@@ -212,11 +212,16 @@ def _replaced(model: nn.Module, chosen: list[Operation]) -> list[str]:
     here = {id(module) for _, module in named_modules(model)}
     ids = {id(place.tensor) for place in parameters_of(model)}
     named = {*_put_in(model, chosen), *(place.path for place in by_hand(model))}
-    paths = {id(known.module): known.path for operation in chosen for known in operation.known}
+    gone = {
+        id(known.module): known.path
+        for operation in chosen
+        for known in operation.known
+        if id(known.module) not in here
+    }
     lost = [
-        dotted(paths[id(value.module)], value.name)
+        dotted(gone[id(value.module)], value.name)
         for value in _values(chosen)
-        if id(value.module) in paths.keys() - here and id(value.tensor) not in ids
+        if id(value.module) in gone and id(value.tensor) not in ids
     ]
     return [path for path in dict.fromkeys(lost) if path not in named]
 

@@ -145,7 +145,7 @@ def faults_leave_nothing(case: Case, draw: Draw) -> None:
     unchanged(before, fingerprint(model), when)
 
 
-def faults_on_the_way_back_leave_one_of_two(case: Case, draw: Draw) -> None:
+def faults_in_revert_leave_one_of_two(case: Case, draw: Draw) -> None:
     """For a fault at any line of revert: fp is that of S, or that of m; then revert gives m.
 
     The fault is an exception, or an interrupt, as a line of Surgery's own code runs.
@@ -376,7 +376,7 @@ LAWS = (
     stacked_operations_come_off_in_order,
     disjoint_rules_commute,
     faults_leave_nothing,
-    faults_on_the_way_back_leave_one_of_two,
+    faults_in_revert_leave_one_of_two,
     failing_parts_leave_nothing,
     base_keys_are_kept,
     files_round_trip,

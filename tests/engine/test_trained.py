@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 import surgery
 from surgery import adapter, append, at, lora, unfreeze
 from surgery.engine import trained
+from tests.laws import checks as laws
 
 RULES = [at("first", lora(rank=2)), at("last", unfreeze)]
 FREE = RULES[:1]  # no rule for the last layer
@@ -324,3 +325,19 @@ def test_nothing_is_by_hand_on_a_model_that_was_not_touched() -> None:
     for rules in ("full", "bitfit", "adapterx_ffn"):
         model = surgery.apply(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rules)
         assert trained.by_hand(model) == []
+
+
+def test_a_fault_at_any_line_of_load_leaves_the_model(tmp_path: Path) -> None:
+    path = surgery.save(train(operated(RULES, a_norm)), tmp_path / "a.safetensors")
+    model = Net()
+    a_norm(model)
+    model.eval()
+
+    def load() -> None:
+        surgery.load(model, path)
+
+    lines = laws.events(load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surgery.revert(model)  # it was all there when the rules were applied
+        laws.faults(model, load, laws.first_and_last(lines))

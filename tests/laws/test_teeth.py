@@ -530,7 +530,7 @@ TEETH: list[Tooth] = [
     ("faults_leave_nothing", engine.undo_does_nothing, "adapterx"),
     ("faults_leave_nothing", engine.undo_forgets(journal.Flag), "adapterx"),
     (
-        "faults_on_the_way_back_leave_one_of_two",
+        "faults_in_revert_leave_one_of_two",
         an_interrupted_undo_stays_half_done,
         "adapterx",
     ),
