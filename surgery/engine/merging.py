@@ -160,6 +160,8 @@ def merge(model: Model) -> Model:
     """
     done = operated(model, "merge(model)")
     check_state(model, "merge(model)", WRITING, MAKING)
+    for operation in done:
+        operation.start.check(OperationError, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with torch.no_grad(), exact[0], exact[1]:
         _merge(model, done)

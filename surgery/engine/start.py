@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._text import first_few
-from ..errors import GraftError
+from ..errors import GraftError, SurgeryError
 from .hooks import Switch
 
 REMEDY = (
@@ -42,11 +42,11 @@ class MissingStart:
         if self.names and self.operation.enabled and not _is_bare(module):
             self.check()
 
-    def check(self) -> None:
-        """Raise GraftError where a tensor has no value still; one written by hand has."""
+    def check(self, kind: type[SurgeryError] = GraftError, call: str = "") -> None:
+        """Raise an error where a tensor has no value still; one written by hand has."""
         if lost := self.lost():
-            raise GraftError(
-                "",
+            raise kind(
+                call,
                 f"{len(lost)} tensors of parts ({first_few(lost)}) were made on the meta device "
                 "and were never given a value.",
                 REMEDY,
@@ -57,6 +57,11 @@ class MissingStart:
         by_hand = [name for name, tensor in tensors_of(self.operation) if _is_written(tensor)]
         self.given(by_hand if self.names else [])
         return sorted(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows, too, what was written by hand: its tensors are all new."""
+        self.lost()
+        return vars(self)
 
 
 def tensors_of(operation: nn.Module) -> Iterator[tuple[str, Tensor]]:
