@@ -26,6 +26,7 @@ class MissingStart:
     def __init__(self, operation: Switch) -> None:
         self.operation = operation
         self.names = {name for name, tensor in tensors_of(operation) if tensor.is_meta}
+        self.writes = 0  # that a tensor has seen though nobody gave it a value
 
     def given(self, names: Collection[str]) -> None:
         """These have values now."""
@@ -54,24 +55,21 @@ class MissingStart:
 
     def lost(self) -> list[str]:
         """Those that nobody has written to either."""
-        by_hand = [name for name, tensor in tensors_of(self.operation) if _is_written(tensor)]
-        self.given(by_hand if self.names else [])
+        for name, tensor in tensors_of(self.operation) if self.names else ():
+            if not tensor.is_meta and (tensor.is_inference() or tensor._version > self.writes):
+                self.given([name])
         return sorted(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows, too, what was written by hand: its tensors are all new."""
         self.lost()
-        return vars(self)
+        return {**vars(self), "writes": 1}  # unpickling is one
 
 
 def tensors_of(operation: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name."""
     yield from operation.named_parameters()
     yield from operation.named_buffers()
-
-
-def _is_written(tensor: Tensor) -> bool:
-    return not tensor.is_meta and (tensor.is_inference() or tensor._version > 0)
 
 
 def _is_bare(model: nn.Module) -> bool:
