@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._text import first_few
 from ..errors import GraftError, SurgeryError
 from .hooks import Switch
+from .journal import Journal, Value
 
 REMEDY = (
     "Give them values, model.load_state_dict(state) with all its surgery.* keys; or revert, give "
@@ -23,9 +25,10 @@ REMEDY = (
 class MissingStart:
     """The tensors of an operation's parts that were made on meta and have no value yet, by name."""
 
-    def __init__(self, operation: Switch) -> None:
-        self.operation = operation
+    def __init__(self, operation: Switch, journal: Journal) -> None:
+        self.operation, self.journal = operation, journal
         self.names = {name for name, tensor in tensors_of(operation) if tensor.is_meta}
+        self.waits = True  # for values of the base that were kept
         self.writes = 0  # that a tensor has seen though nobody gave it a value
 
     def given(self, names: Collection[str]) -> None:
@@ -40,8 +43,32 @@ class MissingStart:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """The hook before the forward of a model; shapes alone may go through one all on meta."""
-        if self.names and self.operation.enabled and not _is_bare(module):
+        if _is_bare(module):
+            return
+        if self.names and self.operation.enabled:
             self.check()
+        if not torch.compiler.is_compiling():
+            self.keep_filled()
+
+    def keep_filled(self) -> None:
+        """What was kept on meta of the base is, before anything is trained, what has filled it."""
+        entries = self.journal.entries if self.waits else []
+        for i, entry in enumerate(entries):
+            if isinstance(entry, Value) and entry.value.is_meta:
+                tensor = entry.tensor
+                if tensor is not None and not tensor.is_meta:
+                    entries[i] = entry._replace(value=tensor.detach().clone())
+        self.waits = self.waits and self.kept_on_meta
+
+    @property
+    def kept_on_meta(self) -> bool:
+        """Whether a value of the base that was kept has no memory."""
+        return any(value.value.is_meta for value in self.journal.values)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether there is anything to look after in a forward."""
+        return bool(self.names) or self.kept_on_meta
 
     def check(self, kind: type[SurgeryError] = GraftError, call: str = "") -> None:
         """Raise an error where a tensor has no value still; one written by hand has."""
