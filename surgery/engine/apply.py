@@ -305,6 +305,6 @@ def _changed(done: list[Operation]) -> list[Value]:
     """Values before the first operation of all that is not the same any more."""
     first: dict[int, Value] = {}
     for value in (value for operation in done for value in operation.journal.values):
-        if value.tensor is not None and not value.tensor.is_meta:
+        if value.tensor is not None and not (value.tensor.is_meta or value.value.is_meta):
             first.setdefault(id(value.tensor), value)
     return [v for v in first.values() if v.tensor is not None and not same(v.tensor, v.value)]

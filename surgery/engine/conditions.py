@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .._inputs import tensors_in
 from .._text import first_few
@@ -73,8 +74,10 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 
 def _was_emptied(linear: nn.Linear) -> bool:
+    if not linear.in_features * linear.out_features:  # a lazy one, whose weight tells no size
+        return False
     weight = linear._parameters.get("weight")
-    return weight is not None and not weight.numel() and bool(linear.in_features)
+    return weight is not None and not weight.numel()
 
 
 # reduced by another ----------------------------------------------------------------------------
@@ -163,6 +166,12 @@ def check_example(model: nn.Module, example: Any, call: str) -> None:
     )
 
 
+def unshaped(model: nn.Module) -> str:
+    """Parameters of lazy modules, which a first forward makes."""
+    names = [name for name, p in model.named_parameters() if is_lazy(p)]
+    return f"{first_few(names)} are lazy: without a shape until a first forward." if names else ""
+
+
 # for a while ------------------------------------------------------------------------------------
 
 
@@ -179,7 +188,7 @@ def inside_disabled(model: nn.Module) -> str:
 def in_inference(model: nn.Module) -> str:
     """Parameters made under torch.inference_mode(): torch lets no one train or change them."""
     for name, p in model.named_parameters():
-        if p.is_inference():
+        if not is_lazy(p) and p.is_inference():
             return (
                 f"{name} was made in torch.inference_mode(): torch lets no one change or train it."
             )
@@ -190,8 +199,9 @@ def in_inference(model: nn.Module) -> str:
 
 _GATHER = (
     "Gather it on all ranks, get_model_state_dict(model, options=StateDictOptions("
-    "full_state_dict=True)) of torch.distributed.checkpoint.state_dict; load that into a plain "
-    "model, operated by the same rules if this one was, and call it on that."
+    "full_state_dict=True)) of torch.distributed.checkpoint.state_dict (of the wrapper, where "
+    "there is one); load that into a plain model, operated by the same rules if this one was, and "
+    "call it on that."
 )
 _BRING_BACK = (
     "Bring the weights back first: accelerate.hooks.remove_hook_from_submodules(model), or load "
@@ -206,6 +216,7 @@ _APPLY_FIRST = "Apply the rules to the whole model first, and {} what comes back
 
 # new parts, or other parameters that are trained
 APPLYING: Table = {
+    unshaped: "Run the model once on an example, and apply the rules then.",
     in_shards: _APPLY_FIRST.format("shard"),
     in_columns: "Apply the rules to the whole model, and shard what comes back by fully_shard.",
     holds_ddp: _APPLY_FIRST.format("wrap"),

@@ -164,6 +164,7 @@ def merge(model: Model) -> Model:
     done = operated(model, "merge(model)")
     check_state(model, "merge(model)", WRITING, MAKING, DISABLED)
     for operation in done:
+        operation.start.check(OperationError, "merge(model)")
         check_watched(operation, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with torch.no_grad(), exact[0], exact[1]:

@@ -99,7 +99,7 @@ class Operation(Switch):
         self.watcher = Watch(self)
         self.known: list[KnownModule] = []
         self.adopted: list[tuple[nn.Module, str]] = []
-        self.start = MissingStart(self)
+        self.start = MissingStart(self, self.journal)
 
     def open(self, model: nn.Module) -> None:
         """Take a place at the root, and remember the modes and buffers of all modules.
@@ -132,7 +132,7 @@ class Operation(Switch):
             if id(part) not in added:
                 self.add_module(key, part)
                 added.add(id(part))
-        self.start = MissingStart(self)
+        self.start = MissingStart(self, self.journal)
 
     def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
         """Let just these parameters (by id) of the base be trained, each with a copy kept."""
@@ -180,7 +180,7 @@ class Operation(Switch):
             nests = isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor
             if nests and any(id(module) in ends for module in encoder.modules()):
                 self.journal.set(encoder, "use_nested_tensor", False)
-        if self.start.names:
+        if self.start.is_watched:
             self.journal.hook(model, self.start.enter, before=True)
         self.journal.hook(model, self.watcher.enter, before=True, prepend=True, with_kwargs=True)
         self.journal.hook(model, self.watcher.leave)

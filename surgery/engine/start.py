@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._text import first_few
-from ..errors import GraftError
+from ..errors import GraftError, SurgeryError
 from .hooks import Switch
+from .journal import Journal, Value
 
 REMEDY = (
     "Give them values, model.load_state_dict(state) with all its surgery.* keys; or revert, give "
@@ -23,9 +25,11 @@ REMEDY = (
 class MissingStart:
     """The tensors of an operation's parts that were made on meta and have no value yet, by name."""
 
-    def __init__(self, operation: Switch) -> None:
-        self.operation = operation
+    def __init__(self, operation: Switch, journal: Journal) -> None:
+        self.operation, self.journal = operation, journal
         self.names = {name for name, tensor in tensors_of(operation) if tensor.is_meta}
+        self.waits = True  # for values of the base that were kept
+        self.writes = 0  # that a tensor has seen though nobody gave it a value
 
     def given(self, names: Collection[str]) -> None:
         """These have values now."""
@@ -39,14 +43,38 @@ class MissingStart:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """The hook before the forward of a model; shapes alone may go through one all on meta."""
-        if self.names and self.operation.enabled and not _is_bare(module):
+        if _is_bare(module):
+            return
+        if self.names and self.operation.enabled:
             self.check()
+        if not torch.compiler.is_compiling():
+            self.keep_filled()
 
-    def check(self) -> None:
-        """Raise GraftError where a tensor has no value still; one written by hand has."""
+    def keep_filled(self) -> None:
+        """What was kept on meta of the base is, before anything is trained, what has filled it."""
+        entries = self.journal.entries if self.waits else []
+        for i, entry in enumerate(entries):
+            if isinstance(entry, Value) and entry.value.is_meta:
+                tensor = entry.tensor
+                if tensor is not None and not tensor.is_meta:
+                    entries[i] = entry._replace(value=tensor.detach().clone())
+        self.waits = self.waits and self.kept_on_meta
+
+    @property
+    def kept_on_meta(self) -> bool:
+        """Whether a value of the base that was kept has no memory."""
+        return any(value.value.is_meta for value in self.journal.values)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether there is anything to look after in a forward."""
+        return bool(self.names) or self.kept_on_meta
+
+    def check(self, kind: type[SurgeryError] = GraftError, call: str = "") -> None:
+        """Raise an error where a tensor has no value still; one written by hand has."""
         if lost := self.lost():
-            raise GraftError(
-                "",
+            raise kind(
+                call,
                 f"{len(lost)} tensors of parts ({first_few(lost)}) were made on the meta device "
                 "and were never given a value.",
                 REMEDY,
@@ -54,19 +82,21 @@ class MissingStart:
 
     def lost(self) -> list[str]:
         """Those that nobody has written to either."""
-        by_hand = [name for name, tensor in tensors_of(self.operation) if _is_written(tensor)]
-        self.given(by_hand if self.names else [])
+        for name, tensor in tensors_of(self.operation) if self.names else ():
+            if not tensor.is_meta and (tensor.is_inference() or tensor._version > self.writes):
+                self.given([name])
         return sorted(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows, too, what was written by hand: its tensors are all new."""
+        self.lost()
+        return {**vars(self), "writes": 1}  # unpickling is one
 
 
 def tensors_of(operation: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name."""
     yield from operation.named_parameters()
     yield from operation.named_buffers()
-
-
-def _is_written(tensor: Tensor) -> bool:
-    return not tensor.is_meta and (tensor.is_inference() or tensor._version > 0)
 
 
 def _is_bare(model: nn.Module) -> bool:

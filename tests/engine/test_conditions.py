@@ -278,7 +278,28 @@ def test_a_wrapper_of_another_model_is_no_matter() -> None:
     assert surgery.parameters(operated())
 
 
+def test_weights_that_a_library_keeps_elsewhere_are_seen() -> None:
+    """DeepSpeed's ZeRO-3 leaves parameters of no size behind."""
+    for call, made in (("apply", build()), ("save", operated())):
+        made.first.weight.data = torch.empty(0)
+        with pytest.raises(surgery.OperationError, match=r"first\.weight was emptied"):
+            {**BARE, **OPERATED}[call](made, Path("x"))
+
+
 # what is refused falsely by none of them ---------------------------------------------------------
+
+
+def test_linears_without_features_are_as_they_are_made() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0))
+    surgery.revert(surgery.apply(model, at("0", lora(rank=2))))
+
+
+def test_lazy_modules_are_run_first() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(surgery.OperationError, match=r"1\.weight, 1\.bias are lazy"):
+        surgery.apply(model, at("0", lora(rank=2)))
+    model(X)
+    surgery.revert(surgery.apply(model, at("0", lora(rank=2))))
 
 
 def test_what_is_operated_first_trains_when_wrapped(process: None) -> None:

@@ -1,0 +1,163 @@
+"""Models in shards on two processes: what is refused is so on both, and the remedy works."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery import at, lora, unfreeze
+
+RULES = [at("layers.*.linear1", lora(rank=2)), at("layers.*.norm2", unfreeze)]
+X = torch.linspace(-1, 1, 160).view(2, 5, 16)
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def trained() -> nn.Module:
+    model = surgery.apply(build(), RULES)
+    with torch.no_grad():
+        for i, parameter in enumerate(surgery.parameters(model)):
+            parameter.add_(0.01 * (i % 7 + 1))
+    return model
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+SHARDED: dict[str, Callable[[nn.Module], nn.Module]] = {"FSDP2": fsdp2, "FSDP1": fsdp1}
+
+
+def gathered(wrapped: nn.Module) -> nn.Module:
+    """The remedy as the errors give it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    plain = surgery.apply(build(), RULES)
+    plain.load_state_dict(state)
+    return plain
+
+
+def calls(folder: str) -> dict[str, Callable[[nn.Module], Any]]:
+    return {
+        "apply": lambda m: surgery.apply(m, RULES, name="second"),
+        "save": lambda m: surgery.save(m, f"{folder}/x.safetensors"),
+        "state_dict": surgery.state_dict,
+        "merge": surgery.merge,
+        "revert": surgery.revert,
+        "disabled": lambda m: surgery.disabled(m).__enter__(),
+    }
+
+
+def outcomes(kind: str, folder: str) -> dict[str, Any]:
+    """What came of every call, as text; and answers after the remedy."""
+    model = trained()
+    wrapped = SHARDED[kind](model)
+    with torch.no_grad():
+        want = wrapped(X)
+    done: dict[str, Any] = {}
+    for name, call in calls(folder).items():
+        try:
+            call(model)
+            done[name] = "no error"
+        except surgery.SurgeryError as error:
+            done[name] = str(error)
+        except Exception as error:  # what torch says itself
+            done[name] = f"raw: {error}"
+    with torch.no_grad():
+        again: Tensor = wrapped(X)  # all calls have left it as it was
+        plain = gathered(wrapped)
+        done["off"] = [
+            (again - want).abs().max().item(),
+            (plain(X) - want).abs().max().item(),
+            (surgery.load(build(), surgery.save(plain, f"{folder}/{os.getpid()}"))(X) - want)
+            .abs()
+            .max()
+            .item(),
+            (surgery.merge(plain)(X) - want).abs().max().item(),
+            (surgery.revert(plain)(X) - build()(X)).abs().max().item(),
+        ]
+    return done
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    torch.save({kind: outcomes(kind, folder) for kind in SHARDED}, f"{folder}/rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = str(Path(surgery.__file__).parents[1])
+    command = [sys.executable, "-P", __file__]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(port), str(folder)], env={**os.environ, "PYTHONPATH": root}
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in started:
+            process.wait(timeout=100)
+    finally:
+        for process in started:
+            process.kill()
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.parametrize("name", calls(""))
+def test_refused_on_all_ranks_alike(ranks: list[dict[str, Any]], kind: str, name: str) -> None:
+    texts = {rank[kind][name] for rank in ranks}
+    assert len(texts) == 1
+    assert "shards" in texts.pop()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", SHARDED)
+def test_gathered_as_the_error_says_it_is_saved_merged_and_reverted(
+    ranks: list[dict[str, Any]], kind: str
+) -> None:
+    for rank in ranks:
+        *near, reverted = rank[kind]["off"]
+        assert max(near) < 1e-5
+        assert reverted == 0
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
