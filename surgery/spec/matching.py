@@ -273,7 +273,8 @@ def _read(pattern: Selector, model: nn.Module) -> dict[str, object]:
 def missing_or_miscounted_sites_raise(case: Case, draw: Draw) -> None:
     """0 matches, or not `times` matches, raise MatchError, and m is unchanged.
 
-    The error says rule, fact and remedy, with the address and the count as the user wrote them.
+    0 matches of one address among others, too. The error says rule, fact and remedy, with the
+    address and the count as the user wrote them.
     """
     model = case.model()
     before = fingerprint(model)
@@ -285,6 +286,8 @@ def missing_or_miscounted_sites_raise(case: Case, draw: Draw) -> None:
         miscounted = at(rule.where, *rule.rest, times=times)
         _check_refusal(model, case, miscounted, f"times={times}", str(count))
     _check_refusal(model, case, at(nowhere, unfreeze), nowhere)
+    for some in (rule.where | where(nowhere), rule.where & ~where(nowhere)):
+        _check_refusal(model, case, at(some, *rule.rest), nowhere)
     unchanged(before, fingerprint(model), "a rule that was refused")
 
 

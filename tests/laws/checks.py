@@ -156,6 +156,30 @@ def no_match_is_an_error() -> None:
     assert_same(before, surgery.fingerprint(model), "no match")
 
 
+def no_match_of_one_name_is_an_error() -> None:
+    """Law 2, of each address that a rule writes: the one without a match is named."""
+    model = tiny_vit()
+    before = surgery.fingerprint(model)
+    for where in ("blocks.*.{mlp,attnn}", ffn | surgery.where("blocks.*.attnn")):
+        rule = at(where, parallel(adapter(rank=2)))
+        told = str(raised(surgery.MatchError, lambda rule=rule: surgery.apply(model, rule)))
+        assert "blocks.*.attnn" in told
+        assert "blocks.*.attn (3)" in told
+    assert_same(before, surgery.fingerprint(model), "no match of one name")
+
+
+def a_quantised_weight_is_not_unfrozen() -> None:
+    """What takes no gradient is an error, and a note where the rule is optional."""
+    model = tiny_vit()
+    model.head.codes = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+    before = surgery.fingerprint(model)
+    told = str(raised(surgery.RuleError, lambda: surgery.apply(model, at(head, unfreeze))))
+    assert "head.codes is quantised" in told
+    assert_same(before, surgery.fingerprint(model), "a quantised weight")
+    note = str(surgery.plan(model, at(head, unfreeze, optional=True)))
+    assert "so it stays frozen: head.codes" in note
+
+
 def wrong_times_is_an_error() -> None:
     """Law 2: `times` is exact, and the error says how many there are."""
     model = tiny_vit()

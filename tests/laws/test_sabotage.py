@@ -14,7 +14,7 @@ from torch import nn
 
 import surgery
 from surgery import ops
-from surgery.engine import hooks, journal, matching, operation, placement, verify
+from surgery.engine import hooks, journal, nothing_found, operation, placement, trained, verify
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
 from surgery.engine.journal import Journal
@@ -292,17 +292,17 @@ def the_inner_disabled_ends_the_outer(patch: Patch) -> None:
 
 
 def what_is_unfrozen_stays_so(patch: Patch) -> None:
-    def unfrozen(self: plan.Plan) -> set[int]:
-        trained = [
+    def unfrozen(matches: Any, check_braces: bool) -> tuple[set[int], list[str]]:
+        places = [
             sites
-            for rule, sites in self.matches
+            for rule, sites in matches
             for edit in rule.rest
             if getattr(edit, "trained", False)
         ]
-        modules = [end.module for sites in trained for s in sites for end in (s.entry, s.exit)]
-        return {id(p) for module in modules for p in module.parameters()}
+        modules = [end.module for sites in places for s in sites for end in (s.entry, s.exit)]
+        return {id(p) for module in modules for p in module.parameters()}, []
 
-    patch.setattr(plan.Plan, "_unfrozen", unfrozen)
+    patch.setattr(plan, "unfrozen_by", unfrozen)
 
 
 def nothing_is_frozen(patch: Patch) -> None:
@@ -370,7 +370,16 @@ def errors_do_not_name_the_rule(patch: Patch) -> None:
 
 
 def addresses_are_not_looked_up(patch: Patch) -> None:
-    patch.setattr(matching, "_advice", lambda rule, tree: "Write something else.")
+    text = "Write something else."
+    patch.setattr(nothing_found, "_nearest_addresses", lambda address, tree: text)
+
+
+def names_beside_others_are_free(patch: Patch) -> None:
+    patch.setattr(plan, "check_written", lambda rule, tree: None)
+
+
+def integers_are_weights(patch: Patch) -> None:
+    patch.setattr(trained, "is_quantised", lambda weight: False)
 
 
 # which check sees it ---------------------------------------------------------------------------
@@ -384,6 +393,9 @@ SEEN: list[tuple[Saboteur, Callable[[], object]]] = [
     (a_tree_that_shows_grafts, laws.rules_meet_the_untouched_model),
     (no_match_is_silent, laws.no_match_is_an_error),
     (addresses_are_not_looked_up, laws.no_match_is_an_error),
+    (addresses_are_not_looked_up, laws.no_match_of_one_name_is_an_error),
+    (names_beside_others_are_free, laws.no_match_of_one_name_is_an_error),
+    (integers_are_weights, laws.a_quantised_weight_is_not_unfrozen),
     (times_is_a_minimum, laws.wrong_times_is_an_error),
     (conflicts_are_ignored, laws.two_replacements_conflict),
     (edits_act_in_reverse, in_order),

@@ -465,6 +465,7 @@ TEETH: list[Tooth] = [
     ("roles_do_what_they_say", attention_finds_ffns, "adapter"),
     ("grafts_are_invisible", engine.a_tree_that_shows_grafts, "adapterx"),
     ("missing_or_miscounted_sites_raise", engine.no_match_is_silent, "adapterx"),
+    ("missing_or_miscounted_sites_raise", engine.names_beside_others_are_free, "adapterx"),
     ("missing_or_miscounted_sites_raise", engine.times_is_a_minimum, "adapterx"),
     ("missing_or_miscounted_sites_raise", engine.errors_have_no_remedy, "adapterx"),
     ("missing_or_miscounted_sites_raise", engine.errors_do_not_name_the_rule, "adapterx"),
