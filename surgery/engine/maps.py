@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._text import first_few
 from ..errors import GraftError, RuleError
@@ -49,7 +50,8 @@ def check_mixing(
         if p.edit.place == "instead" or not mixes_tokens(part):
             continue
         told, reads = embedded(p.place, tree), any(map_readers(part))
-        if told.kind == "words" or (told.kind in NOT_A_MAP and reads):
+        joined = p.edit.place not in ("into", "among")  # tokens that are put in hear all by design
+        if told.kind in NOT_A_MAP and (reads or (joined and told.kind == "words")):
             raise RuleError(
                 p.rule.short,
                 f"{type(part).__name__} at {p.site.path or 'the model'} lets tokens hear others, "
@@ -76,8 +78,11 @@ class Probe(Protocol):
     def embedded(self, patches: Tensor) -> Tensor | None:
         """A convolution gave patches (b, c, h, w)."""
 
-    def entered(self, rows: Tensor) -> Tensor | None:
-        """Tokens (b, n, width) came to a block."""
+    def entered(self, rows: Tensor) -> Tensor:
+        """Tokens (b, n, width) came to a block: what it is to be given."""
+
+    def left(self, rows: Tensor) -> None:
+        """Tokens (b, n, width) left a block."""
 
 
 class PatchMap:
@@ -217,8 +222,9 @@ class MaskCheck:
         """Forward pre-hook. Raises GraftError where some tokens are hidden from others."""
         given = [*zip(self.names, args, strict=False), *(kwargs or {}).items()]
         x = next((value for _, value in given if isinstance(value, Tensor)), None)
-        if self.block and self.patches.probe and x is not None and x.dim() == 3:
-            return self._probed(module, x, args, kwargs)
+        probe = self.patches.probe if self.block else None
+        if probe is not None and x is not None and x.dim() == 3:
+            return self._probed(probe, x, args, kwargs)
         if not self.switch.enabled or self.switch.merged:
             return None
         for name, value in given:
@@ -231,16 +237,23 @@ class MaskCheck:
                 )
         return None
 
-    def _probed(self, block: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
+    def _probed(self, probe: Probe, x: Tensor, args: Any, kwargs: Any) -> Any:
         """Show what came to a block, and put what comes of that in its place."""
-        probe, layout = self.patches.probe, self.patches.layout(x, self.patches.seen(x))
-        rows = x if layout.axis else x.transpose(0, 1)
-        new = probe.entered(rows) if probe else None
-        if new is None:
-            return None
-        put = new if layout.axis else new.transpose(0, 1)
+        put = self._rows(x, probe.entered(self._rows(x, x)))
         named = {name: put if value is x else value for name, value in (kwargs or {}).items()}
         return tuple(put if value is x else value for value in args), named
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of a block."""
+        if (probe := self.patches.probe) is not None:
+            y = next((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)), None)
+            if y is not None and y.dim() == 3:
+                probe.left(self._rows(y, y))
+
+    def _rows(self, x: Tensor, turned: Tensor) -> Tensor:
+        """Tokens samples first, or back, by how x lies."""
+        layout = self.patches.layout(x, self.patches.seen(x))
+        return turned if layout.axis else turned.transpose(0, 1)
 
     def _is_window(self, x: Tensor | None) -> bool:
         """Whether a mask is of windows that were cut from a shifted map (Swin)."""
@@ -334,6 +347,8 @@ def _join(
         names = _declared(getattr(type(site.module), "forward", None))[1:]
         check = MaskCheck(switch, patches, names, site.is_element)
         journal.hook(site.module, check.enter, before=True, with_kwargs=True)
+        if check.block:
+            journal.hook(site.module, check.leave)
 
 
 def _around(site: Site, tree: Tree) -> list[Site]:

@@ -23,12 +23,12 @@ class Enough(Exception):
 
 
 class Mark:
-    """Changes one place of a forward, and keeps the tokens that come to a block after it.
+    """Changes one place of a forward, and keeps the tokens that come to a block or leave it.
 
     spot   (row, column) of a patch that becomes nan, where a convolution is called for the
-           `call`-th time; the tokens before the first block are kept
-    token  the token before the first block that is another
-    skip   how many blocks come before the tokens are kept
+           `call`-th time
+    token  the token before the block that is another
+    after  whether the tokens behind the block are kept, or those before it
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Mark:
         spot: tuple[int, int] | None = None,
         *,
         token: int | None = None,
-        skip: int = 0,
+        after: bool = False,
     ) -> None:
-        self.call, self.spot, self.token, self.skip = call, spot, token, skip
+        self.call, self.spot, self.token, self.after = call, spot, token, after
         self.calls = 0
         self.rows: Tensor | None = None
 
@@ -51,10 +51,12 @@ class Mark:
         marked[:, :, self.spot[0], self.spot[1]] = torch.nan
         return marked
 
-    def entered(self, rows: Tensor) -> Tensor | None:
-        if self.skip:
-            self.skip -= 1
-            return rows if self.token is None else _with_another(rows, self.token)
+    def entered(self, rows: Tensor) -> Tensor:
+        if not self.after:
+            self.left(rows)
+        return rows if self.token is None else _with_another(rows, self.token)
+
+    def left(self, rows: Tensor) -> None:
         self.rows = rows
         raise Enough
 
@@ -78,10 +80,12 @@ def prove_tokens(
     Where patches are not the last tokens, row by row; or where a block lets no other token hear
     the last, as with a causal mask or padding.
     """
+    if not maps:
+        return
     operation.enabled = False
     try:
         eager = torch.compiler.set_stance("force_eager")
-        with preserved(model, modes=True, buffers=True), torch.no_grad(), eager:
+        with preserved(model, modes=True), torch.no_grad(), eager:
             model.eval()
             for patches in maps:
                 if _check(model, example, patches):
@@ -151,7 +155,7 @@ def _check_heard(model: nn.Module, example: Any, patches: PatchMap) -> None:
 def _hears(model: nn.Module, example: Any, patches: PatchMap, token: int) -> bool | None:
     """Whether another token hears this one in a block; None where that is not told."""
     plain, other = (
-        _run(model, example, patches, Mark(token=each, skip=1)).rows for each in (None, token)
+        _run(model, example, patches, Mark(token=each, after=True)).rows for each in (None, token)
     )
     if plain is None or other is None or plain.shape != other.shape or plain.shape[1] < 2:
         return None
