@@ -196,6 +196,7 @@ class Plan:
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
+        maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         spots: dict[tuple[int, int], list[Placement]] = {}
         for p in self.placements:
             spots.setdefault(p.spot, []).append(p)
@@ -211,7 +212,6 @@ class Plan:
             hooked_sites[p.spot].listen(
                 mine.index(p), hooked_sites[source.spot], theirs.index(source)
             )
-        maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         operation.watch(self.model, modules)
         return maps
 
