@@ -7,7 +7,6 @@ from others, the forward is refused.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -70,6 +69,12 @@ class Seen(NamedTuple):
     rows: int
     columns: int
     channels: int
+
+
+def _merged(seen: Seen) -> Iterator[tuple[int, int]]:
+    """The maps of a pyramid: patches merged k by k, the last ones padded."""
+    for k in (1, 2, 4, 8, 16, 32):
+        yield -(-seen.rows // k), -(-seen.columns // k)
 
 
 class Probe(Protocol):
@@ -137,7 +142,20 @@ class PatchMap:
     def tell(self, module: nn.Module, args: Any) -> Any:
         """Forward pre-hook of a part that reads a map: it is told how its tokens lie."""
         x = args[0]
+        if x.dim() == 4:
+            self._check_map(x, self.seen(x))
         return (x, self.layout(x, self.seen(x))) if x.dim() == 3 and len(args) == 1 else None
+
+    def _check_map(self, x: Tensor, seen: Seen | None) -> None:
+        """Raise GraftError where x are as many as the patches, and no map of them (NesT's rows)."""
+        size = tuple(x.shape[1:3])
+        grids = [] if seen is None or seen.samples != len(x) else list(_merged(seen))
+        if size not in grids and size[0] * size[1] in {rows * columns for rows, columns in grids}:
+            raise self._error(
+                f"it was given {tuple(x.shape)}, and maps of the patches would be "
+                f"{' x '.join(map(str, grids[0]))}: how they lie in it is not known.",
+                "Use parts that take each token alone.",
+            )
 
     @property
     def here(self) -> Seen | None:
@@ -188,23 +206,18 @@ class PatchMap:
                 "Train without dropping or masking patches (timm: patch_drop_rate=0), or use "
                 "parts that take each token alone.",
             )
-        for k in (2, 4, 8, 16, 32):  # pyramids merge patches k by k, the last ones padded
-            if n == -(-rows // k) * -(-columns // k):
-                return -(-rows // k), -(-columns // k)
-        return None
+        return next((grid for grid in _merged(seen) if n == grid[0] * grid[1]), None)
 
     def _window(self, samples: int, n: int, seen: Seen) -> tuple[int, int]:
-        """Several rows a sample are windows: as a table of positions tells, or else square."""
-        side = math.isqrt(n)
-        rows, columns = self.windows.get(n, (side, side))
-        if samples % seen.samples or rows * columns != n:
+        """Several rows a sample are windows, where a table of positions tells how they lie."""
+        if samples % seen.samples or n not in self.windows:
             raise self._error(
                 f"it was given ({samples}, {n}, ...), where the model made {seen.rows} x "
                 f"{seen.columns} patches of each of {seen.samples} samples: how they lie in it "
                 "is not known.",
                 "Use parts that take each token alone.",
             )
-        return rows, columns
+        return self.windows[n]
 
     def _error(self, fact: str, remedy: str) -> GraftError:
         return GraftError(f"the graft at {self.path}", fact, remedy)
@@ -361,7 +374,8 @@ def _around(site: Site, tree: Tree) -> list[Site]:
 def _windows(site: Site) -> Iterator[tuple[int, tuple[int, int]]]:
     """(tokens, (rows, columns)) of the windows of an attention that keeps a table of the relative
     positions in one: integers (n, n), which grow by one from token to token along a row (Swin)."""
-    for each in (site.entry, *site.entry.below()):
+    block = _block(site)
+    for each in (block, *block.below()):
         for table in each.module._buffers.values():
             if table is None or table.is_floating_point() or table.is_meta or table.dim() != 2:
                 continue

@@ -26,7 +26,7 @@ from .hooks import Balance
 from .maps import PatchMap, attach, check_mixing
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
 from .operation import Operation, check_model, operations
-from .placement import PartNames, Placement, check_called, check_conflicts, name_all
+from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .summary import Record, RuleRecord, count_parameters, places, summary
 from .tokens import Action, Tokens, tokens_at
@@ -115,6 +115,7 @@ class Plan:
         if self._sketches is None:
             with preserved():
                 sketches = BuiltParts(self.placements, self.names, None)
+            check_parts(self.placements, sketches.parts)
             check_mixing(self.placements, sketches.parts, self.tree)
             self._sketches = sketches
         return self._sketches
@@ -191,6 +192,7 @@ class Plan:
         operation.train_only(modules, trained)
         built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
+        check_parts(self.placements, parts)
         check_mixing(self.placements, parts, self.tree)
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if built.borrowed:
