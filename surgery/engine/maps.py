@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .._text import first_few
 from ..errors import GraftError, RuleError
+from ..parts.conv import MOST
 from ..rules.layout import Layout, map_readers, mixes_tokens
 from ..structure.anatomy import roles_of
 from ..structure.embedding import embedded
@@ -108,7 +109,8 @@ class PatchMap:
         self.begin()
 
     def begin(self) -> None:
-        self.last: dict[int, Seen] = {}  # by thread; 0: in any, for compiled code
+        self.last: dict[int, dict[int, Seen]] = {}  # by thread (0: any, for compiled code), by
+        # the number of the convolution, the last that ran first
         self.trained: set[Seen] = set()
         self.told: dict[tuple[int, ...], set[Seen]] = {}  # by the shape of what came
         self.recomputed = False
@@ -119,15 +121,15 @@ class PatchMap:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def note(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of a convolution."""
-        if not isinstance(output, Tensor) or output.dim() != 4:
-            return None
+    def note(self, conv: int, output: Tensor) -> Tensor | None:
+        """A convolution gave (b, c, h, w), that of this number."""
         samples, channels, rows, columns = output.shape
-        seen = self.last[0] = Seen(samples, rows, columns, channels)
+        seen = Seen(samples, rows, columns, channels)
+        for thread in {0, _thread()}:
+            others = {i: old for i, old in self.last.get(thread, {}).items() if i != conv}
+            self.last[thread] = {conv: seen, **others}
         if torch.compiler.is_compiling():
             return None
-        self.last[threading.get_ident()] = seen
         if _is_recomputing() or self.recomputed:
             self.trained, self.told, self.recomputed = set(), {}, False
         if torch.is_grad_enabled():
@@ -157,19 +159,12 @@ class PatchMap:
                 "Use parts that take each token alone.",
             )
 
-    @property
-    def here(self) -> Seen | None:
-        """What a convolution gave last in this thread."""
-        return self.last.get(threading.get_ident())
-
     def seen(self, x: Tensor) -> Seen | None:
-        """What a convolution gave in the forward that x is of."""
-        if torch.compiler.is_compiling():
-            return self.last.get(0)
+        """What the convolution gave that made tokens x."""
         shape = tuple(x.shape[:2])
         if not _is_recomputing():
-            seen = self.here
-            if seen is not None:
+            seen = self._made(list(self.last.get(_thread(), {}).values()), shape)
+            if seen is not None and not torch.compiler.is_compiling():
                 self.told.setdefault(shape, set()).add(seen)
             return seen
         self.recomputed = True
@@ -183,13 +178,28 @@ class PatchMap:
             )
         return next(iter(fitting), None)
 
+    def _made(self, given: list[Seen], shape: tuple[int, ...]) -> Seen | None:
+        """Of what convolutions gave, the last that fits: others make positions (XCiT), or the
+        tokens of another branch (CrossViT)."""
+
+        def before(seen: Seen) -> int:
+            n = shape[1] if seen.samples == shape[0] else shape[0]
+            return n - seen.rows * seen.columns
+
+        of_batch = [seen for seen in given if seen.samples in shape]
+        fitting = [seen for seen in of_batch if 0 <= before(seen) <= MOST]
+        for some in (fitting, of_batch, given):
+            if some:
+                return next((seen for seen in some if seen.channels == self.width), some[0])
+        return None
+
     def layout(self, x: Tensor, seen: Seen | None) -> Layout:
         """How tokens x lie, where a convolution gave `seen`. Raises GraftError where some went."""
         if seen is None:
             return Layout(None, self.axis)
         axis, (a, b) = self.axis, x.shape[:2]
         if seen.samples not in (a, b):
-            return Layout(self._window(a, b, seen), self.axis)
+            return Layout(self._part_of(a, b, seen), self.axis)
         if a != b and seen.samples == (a, b)[axis]:
             axis = 1 - axis
         n = (a, b)[axis]
@@ -208,19 +218,35 @@ class PatchMap:
             )
         return next((grid for grid in _merged(seen) if n == grid[0] * grid[1]), None)
 
-    def _window(self, samples: int, n: int, seen: Seen) -> tuple[int, int]:
-        """Several rows a sample are windows, where a table of positions tells how they lie."""
-        if samples % seen.samples or n not in self.windows:
-            raise self._error(
-                f"it was given ({samples}, {n}, ...), where the model made {seen.rows} x "
-                f"{seen.columns} patches of each of {seen.samples} samples: how they lie in it "
-                "is not known.",
-                "Use parts that take each token alone.",
-            )
-        return self.windows[n]
+    def _part_of(self, a: int, b: int, seen: Seen) -> tuple[int, int] | None:
+        """Several rows a sample are windows, where a table of positions tells how they lie.
+
+        Fewer are of another map, where there are too few for all patches (TNT has one in each).
+        """
+        if b in self.windows and a % seen.samples == 0:
+            return self.windows[b]
+        if a * b < seen.samples * seen.rows * seen.columns and seen.samples % a == 0:
+            return None
+        raise self._error(
+            f"it was given ({a}, {b}, ...), where the model made {seen.rows} x {seen.columns} "
+            f"patches of each of {seen.samples} samples: how they lie in it is not known.",
+            "Use parts that take each token alone.",
+        )
 
     def _error(self, fact: str, remedy: str) -> GraftError:
         return GraftError(f"the graft at {self.path}", fact, remedy)
+
+
+class ConvNote:
+    """A hook on one of the convolutions that make patches."""
+
+    def __init__(self, patches: PatchMap, number: int) -> None:
+        self.patches, self.number = patches, number
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Forward hook."""
+        is_map = isinstance(output, Tensor) and output.dim() == 4
+        return self.patches.note(self.number, output) if is_map else None
 
 
 class MaskCheck:
@@ -270,7 +296,7 @@ class MaskCheck:
 
     def _is_window(self, x: Tensor | None) -> bool:
         """Whether a mask is of windows that were cut from a shifted map (Swin)."""
-        seen = self.patches.last.get(_thread())
+        seen = None if x is None else self.patches.seen(x)
         return seen is not None and x is not None and seen.samples not in x.shape[:2]
 
 
@@ -350,8 +376,8 @@ def _join(
     tree: Tree,
 ) -> None:
     """Hook it to the convolutions, the parts, and the blocks and attentions around them."""
-    for site in convs:
-        journal.hook(site.module, patches.note)
+    for i, site in enumerate(convs):
+        journal.hook(site.module, ConvNote(patches, i).leave)
     if convs:
         journal.hook(model, patches.end)
     for module in dict.fromkeys(m for part in patches.parts for m in map_readers(part)):

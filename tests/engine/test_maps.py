@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.utils.checkpoint as checkpoint
 import transformers as hf
@@ -317,3 +318,46 @@ def test_another_order_is_seen_with_an_example() -> None:
 def test_blocks_that_start_as_nothing_are_not_taken_for_masked() -> None:
     model = vit(init_values=0.0)
     surgery.apply(model, "convpass", example=images(24, 32))
+
+
+# models of other forms: what is right, or works, is not refused ----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "grids", "changes"),
+    [
+        ("twins_svt_small", 64, {(16, 16), (8, 8), (4, 4), (2, 2)}, {"depths": [1, 1, 1, 1]}),
+        ("crossvit_9_240", 240, {(20, 20), (14, 14)}, {"depth": [[1, 1, 0]]}),
+        ("tnt_s_patch16_224", 64, {(4, 4), None}, {"depth": 1, "img_size": 64}),
+        ("samvit_base_patch16", 64, {(4, 4)}, {"depth": 1, "img_size": 64, "embed_dim": 48}),
+        ("eva02_tiny_patch14_224", 56, {(4, 4)}, {"depth": 1, "img_size": 56}),
+        ("vit_small_patch16_dinov3", 64, {(4, 4)}, {"depth": 1, "img_size": 64}),
+    ],
+)
+def test_models_of_other_forms(name: str, size: int, grids: Any, changes: Any) -> None:
+    small = {"num_heads": 2} if "embed_dim" in changes else {}
+    model = timm.create_model(name, num_classes=3, **changes, **small).eval()
+    x = torch.randn(2, 3, size, size)
+    surgery.apply(model, at(attn, parallel(convpass())), example=x)
+    seen: list[Any] = []
+    for part in (m for m in model.modules() if isinstance(m, Convpass)):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args))
+    model(x)
+    assert {args[1].grid for args in seen if len(args) > 1} <= grids
+
+
+def test_positions_made_by_a_convolution_are_no_patches() -> None:
+    model = timm.create_model("xcit_nano_12_p16_224", img_size=64, depth=1).eval()
+    surgery.apply(model, at("blocks.*.attn", parallel(convpass())))
+    assert told(model, images(64, 64)) == [Layout((4, 4))]
+
+
+def test_frames_and_rows_are_no_maps() -> None:
+    config = hf.TimesformerConfig(**SIZES, image_size=32, patch_size=8, num_frames=4)
+    frames: Any = surgery.apply(hf.TimesformerModel(config).eval(), "convpass")
+    with pytest.raises(surgery.GraftError, match="how they lie in it is not known"):
+        frames(torch.randn(2, 4, 3, 32, 32))
+    nest = timm.create_model("nest_tiny_jx", img_size=128).eval()
+    surgery.apply(nest, at("levels.[1].**.attn", parallel(convpass())))
+    with pytest.raises(surgery.GraftError, match="maps of the patches would be"):
+        nest(images(128, 128))
