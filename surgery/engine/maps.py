@@ -7,16 +7,17 @@ from others, the forward is refused.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._text import first_few
 from ..errors import GraftError, RuleError
+from ..parts.conv import MOST
 from ..rules.layout import Layout, map_readers, mixes_tokens
 from ..structure.anatomy import roles_of
 from ..structure.embedding import embedded
@@ -49,7 +50,8 @@ def check_mixing(
         if p.edit.place == "instead" or not mixes_tokens(part):
             continue
         told, reads = embedded(p.place, tree), any(map_readers(part))
-        if told.kind == "words" or (told.kind in NOT_A_MAP and reads):
+        joined = p.edit.place not in ("into", "among")  # tokens that are put in hear all by design
+        if told.kind in NOT_A_MAP and (reads or (joined and told.kind == "words")):
             raise RuleError(
                 p.rule.short,
                 f"{type(part).__name__} at {p.site.path or 'the model'} lets tokens hear others, "
@@ -70,14 +72,23 @@ class Seen(NamedTuple):
     channels: int
 
 
+def _merged(seen: Seen) -> Iterator[tuple[int, int]]:
+    """The maps of a pyramid: patches merged k by k, the last ones padded."""
+    for k in (1, 2, 4, 8, 16, 32):
+        yield -(-seen.rows // k), -(-seen.columns // k)
+
+
 class Probe(Protocol):
     """Looks into a forward of the proof by example."""
 
     def embedded(self, patches: Tensor) -> Tensor | None:
         """A convolution gave patches (b, c, h, w)."""
 
-    def entered(self, rows: Tensor) -> Tensor | None:
-        """Tokens (b, n, width) came to a block."""
+    def entered(self, rows: Tensor) -> Tensor:
+        """Tokens (b, n, width) came to a block: what it is to be given."""
+
+    def left(self, rows: Tensor) -> None:
+        """Tokens (b, n, width) left a block."""
 
 
 class PatchMap:
@@ -98,7 +109,8 @@ class PatchMap:
         self.begin()
 
     def begin(self) -> None:
-        self.last: dict[int, Seen] = {}  # by thread; 0: in any, for compiled code
+        self.last: dict[int, dict[int, Seen]] = {}  # by thread (0: any, for compiled code), by
+        # the number of the convolution, the last that ran first
         self.trained: set[Seen] = set()
         self.told: dict[tuple[int, ...], set[Seen]] = {}  # by the shape of what came
         self.recomputed = False
@@ -109,15 +121,15 @@ class PatchMap:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def note(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of a convolution."""
-        if not isinstance(output, Tensor) or output.dim() != 4:
-            return None
+    def note(self, conv: int, output: Tensor) -> Tensor | None:
+        """A convolution gave (b, c, h, w), that of this number."""
         samples, channels, rows, columns = output.shape
-        seen = self.last[0] = Seen(samples, rows, columns, channels)
+        seen = Seen(samples, rows, columns, channels)
+        for thread in {0, _thread()}:
+            others = {i: old for i, old in self.last.get(thread, {}).items() if i != conv}
+            self.last[thread] = {conv: seen, **others}
         if torch.compiler.is_compiling():
             return None
-        self.last[threading.get_ident()] = seen
         if is_recomputing() or self.recomputed:
             self.trained, self.told, self.recomputed = set(), {}, False
         if torch.is_grad_enabled():
@@ -132,21 +144,27 @@ class PatchMap:
     def tell(self, module: nn.Module, args: Any) -> Any:
         """Forward pre-hook of a part that reads a map: it is told how its tokens lie."""
         x = args[0]
+        if x.dim() == 4:
+            self._check_map(x, self.seen(x))
         return (x, self.layout(x, self.seen(x))) if x.dim() == 3 and len(args) == 1 else None
 
-    @property
-    def here(self) -> Seen | None:
-        """What a convolution gave last in this thread."""
-        return self.last.get(threading.get_ident())
+    def _check_map(self, x: Tensor, seen: Seen | None) -> None:
+        """Raise GraftError where x are as many as the patches, and no map of them (NesT's rows)."""
+        size = tuple(x.shape[1:3])
+        grids = [] if seen is None or seen.samples != len(x) else list(_merged(seen))
+        if size not in grids and size[0] * size[1] in {rows * columns for rows, columns in grids}:
+            raise self._error(
+                f"it was given {tuple(x.shape)}, and maps of the patches would be "
+                f"{' x '.join(map(str, grids[0]))}: how they lie in it is not known.",
+                "Use parts that take each token alone.",
+            )
 
     def seen(self, x: Tensor) -> Seen | None:
-        """What a convolution gave in the forward that x is of."""
-        if torch.compiler.is_compiling():
-            return self.last.get(0)
+        """What the convolution gave that made tokens x."""
         shape = tuple(x.shape[:2])
         if not is_recomputing():
-            seen = self.here
-            if seen is not None:
+            seen = self._made(list(self.last.get(_thread(), {}).values()), shape)
+            if seen is not None and not torch.compiler.is_compiling():
                 self.told.setdefault(shape, set()).add(seen)
             return seen
         self.recomputed = True
@@ -160,13 +178,28 @@ class PatchMap:
             )
         return next(iter(fitting), None)
 
+    def _made(self, given: list[Seen], shape: tuple[int, ...]) -> Seen | None:
+        """Of what convolutions gave, the last that fits: others make positions (XCiT), or the
+        tokens of another branch (CrossViT)."""
+
+        def before(seen: Seen) -> int:
+            n = shape[1] if seen.samples == shape[0] else shape[0]
+            return n - seen.rows * seen.columns
+
+        of_batch = [seen for seen in given if seen.samples in shape]
+        fitting = [seen for seen in of_batch if 0 <= before(seen) <= MOST]
+        for some in (fitting, of_batch, given):
+            if some:
+                return next((seen for seen in some if seen.channels == self.width), some[0])
+        return None
+
     def layout(self, x: Tensor, seen: Seen | None) -> Layout:
         """How tokens x lie, where a convolution gave `seen`. Raises GraftError where some went."""
         if seen is None:
             return Layout(None, self.axis)
         axis, (a, b) = self.axis, x.shape[:2]
         if seen.samples not in (a, b):
-            return Layout(self._window(a, b, seen), self.axis)
+            return Layout(self._part_of(a, b, seen), self.axis)
         if a != b and seen.samples == (a, b)[axis]:
             axis = 1 - axis
         n = (a, b)[axis]
@@ -183,26 +216,37 @@ class PatchMap:
                 "Train without dropping or masking patches (timm: patch_drop_rate=0), or use "
                 "parts that take each token alone.",
             )
-        for k in (2, 4, 8, 16, 32):  # pyramids merge patches k by k, the last ones padded
-            if n == -(-rows // k) * -(-columns // k):
-                return -(-rows // k), -(-columns // k)
-        return None
+        return next((grid for grid in _merged(seen) if n == grid[0] * grid[1]), None)
 
-    def _window(self, samples: int, n: int, seen: Seen) -> tuple[int, int]:
-        """Several rows a sample are windows: as a table of positions tells, or else square."""
-        side = math.isqrt(n)
-        rows, columns = self.windows.get(n, (side, side))
-        if samples % seen.samples or rows * columns != n:
-            raise self._error(
-                f"it was given ({samples}, {n}, ...), where the model made {seen.rows} x "
-                f"{seen.columns} patches of each of {seen.samples} samples: how they lie in it "
-                "is not known.",
-                "Use parts that take each token alone.",
-            )
-        return rows, columns
+    def _part_of(self, a: int, b: int, seen: Seen) -> tuple[int, int] | None:
+        """Several rows a sample are windows, where a table of positions tells how they lie.
+
+        Fewer are of another map, where there are too few for all patches (TNT has one in each).
+        """
+        if b in self.windows and a % seen.samples == 0:
+            return self.windows[b]
+        if a * b < seen.samples * seen.rows * seen.columns and seen.samples % a == 0:
+            return None
+        raise self._error(
+            f"it was given ({a}, {b}, ...), where the model made {seen.rows} x {seen.columns} "
+            f"patches of each of {seen.samples} samples: how they lie in it is not known.",
+            "Use parts that take each token alone.",
+        )
 
     def _error(self, fact: str, remedy: str) -> GraftError:
         return GraftError(f"the graft at {self.path}", fact, remedy)
+
+
+class ConvNote:
+    """A hook on one of the convolutions that make patches."""
+
+    def __init__(self, patches: PatchMap, number: int) -> None:
+        self.patches, self.number = patches, number
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Forward hook."""
+        is_map = isinstance(output, Tensor) and output.dim() == 4
+        return self.patches.note(self.number, output) if is_map else None
 
 
 class MaskCheck:
@@ -217,8 +261,9 @@ class MaskCheck:
         """Forward pre-hook. Raises GraftError where some tokens are hidden from others."""
         given = [*zip(self.names, args, strict=False), *(kwargs or {}).items()]
         x = next((value for _, value in given if isinstance(value, Tensor)), None)
-        if self.block and self.patches.probe and x is not None and x.dim() == 3:
-            return self._probed(module, x, args, kwargs)
+        probe = self.patches.probe if self.block else None
+        if probe is not None and x is not None and x.dim() == 3:
+            return self._probed(probe, x, args, kwargs)
         if not self.switch.enabled or self.switch.merged:
             return None
         for name, value in given:
@@ -231,20 +276,27 @@ class MaskCheck:
                 )
         return None
 
-    def _probed(self, block: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
+    def _probed(self, probe: Probe, x: Tensor, args: Any, kwargs: Any) -> Any:
         """Show what came to a block, and put what comes of that in its place."""
-        probe, layout = self.patches.probe, self.patches.layout(x, self.patches.seen(x))
-        rows = x if layout.axis else x.transpose(0, 1)
-        new = probe.entered(rows) if probe else None
-        if new is None:
-            return None
-        put = new if layout.axis else new.transpose(0, 1)
+        put = self._rows(x, probe.entered(self._rows(x, x)))
         named = {name: put if value is x else value for name, value in (kwargs or {}).items()}
         return tuple(put if value is x else value for value in args), named
 
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of a block."""
+        if (probe := self.patches.probe) is not None:
+            y = next((t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)), None)
+            if y is not None and y.dim() == 3:
+                probe.left(self._rows(y, y))
+
+    def _rows(self, x: Tensor, turned: Tensor) -> Tensor:
+        """Tokens samples first, or back, by how x lies."""
+        layout = self.patches.layout(x, self.patches.seen(x))
+        return turned if layout.axis else turned.transpose(0, 1)
+
     def _is_window(self, x: Tensor | None) -> bool:
         """Whether a mask is of windows that were cut from a shifted map (Swin)."""
-        seen = self.patches.last.get(_thread())
+        seen = None if x is None else self.patches.seen(x)
         return seen is not None and x is not None and seen.samples not in x.shape[:2]
 
 
@@ -324,8 +376,8 @@ def _join(
     tree: Tree,
 ) -> None:
     """Hook it to the convolutions, the parts, and the blocks and attentions around them."""
-    for site in convs:
-        journal.hook(site.module, patches.note)
+    for i, site in enumerate(convs):
+        journal.hook(site.module, ConvNote(patches, i).leave)
     if convs:
         journal.hook(model, patches.end)
     for module in dict.fromkeys(m for part in patches.parts for m in map_readers(part)):
@@ -334,6 +386,8 @@ def _join(
         names = _declared(getattr(type(site.module), "forward", None))[1:]
         check = MaskCheck(switch, patches, names, site.is_element)
         journal.hook(site.module, check.enter, before=True, with_kwargs=True)
+        if check.block:
+            journal.hook(site.module, check.leave)
 
 
 def _around(site: Site, tree: Tree) -> list[Site]:
@@ -346,7 +400,8 @@ def _around(site: Site, tree: Tree) -> list[Site]:
 def _windows(site: Site) -> Iterator[tuple[int, tuple[int, int]]]:
     """(tokens, (rows, columns)) of the windows of an attention that keeps a table of the relative
     positions in one: integers (n, n), which grow by one from token to token along a row (Swin)."""
-    for each in (site.entry, *site.entry.below()):
+    block = _block(site)
+    for each in (block, *block.below()):
         for table in each.module._buffers.values():
             if table is None or table.is_floating_point() or table.is_meta or table.dim() != 2:
                 continue

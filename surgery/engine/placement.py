@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ConflictError, RuleError
-from ..rules.edits import Joined
+from ..rules.edits import Insert, Joined
 from ..rules.expression import shown
 from ..rules.part import Maker, Shared, call_of
 from ..rules.roles import Role
@@ -279,6 +280,36 @@ def _unread(p: Placement, projection: Site) -> RuleError:
 
 def _reads_its_projection(module: nn.Module | None) -> bool:
     return module is not None and forward_of(module) is nn.MultiheadAttention.forward
+
+
+def check_parts(placements: Iterable[Placement], parts: Mapping[str, nn.Module]) -> None:
+    """Raise RuleError where a part cannot be called with what it will be given."""
+    for p in placements:
+        if p.edit.place != "instead" and (fact := _uncallable(parts[p.key], p.edit)):
+            raise RuleError(
+                p.rule.short,
+                f"{shown(p.edit.part)} at {p.site.path or 'the model'} is a "
+                f"{type(parts[p.key]).__name__}, {fact}.",
+                "Join a part that takes features, forward(self, x)"
+                + ("; what it hears comes by insert(..., hears=ffn)." if "heard" in fact else "."),
+            )
+
+
+def _uncallable(part: nn.Module, edit: Joined) -> str:
+    """Why a part cannot be called; "" where it can, or nothing tells."""
+    forward = part.forward
+    if forward_of(part) is nn.Module.forward:
+        return "which has no forward: it is for other parts to hold"
+    given = (None, None) if isinstance(edit, Insert) and edit.hears else (None,)
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        return f"whose forward{signature} is given {len(given)}: {error}"
+    return ""
 
 
 def check_conflicts(placements: list[Placement]) -> None:

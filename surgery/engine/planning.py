@@ -29,7 +29,7 @@ from .maps import PatchMap, attach, check_mixing
 from .matching import check_written, flatten_rules, match_rule
 from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_model, operations
-from .placement import PartNames, Placement, check_called, check_conflicts, name_all
+from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .summary import Record, RuleRecord, count_parameters, summary
 from .tokens import Action, Tokens, tokens_at
@@ -137,6 +137,7 @@ class Plan:
         if self._sketches is None:
             with preserved():
                 sketches = BuiltParts(self.placements, self.names, None)
+            check_parts(self.placements, sketches.parts)
             check_mixing(self.placements, sketches.parts, self.tree)
             self._sketches = sketches
         return self._sketches
@@ -224,11 +225,13 @@ class Plan:
         operation.train_only(modules, trained)
         built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
+        check_parts(self.placements, parts)
         check_mixing(self.placements, parts, self.tree)
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
+        maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         spots: dict[tuple[int, int], list[Placement]] = {}
         for p in self.placements:
             spots.setdefault(p.spot, []).append(p)
@@ -244,7 +247,6 @@ class Plan:
             hooked_sites[p.spot].listen(
                 mine.index(p), hooked_sites[source.spot], theirs.index(source)
             )
-        maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         operation.watch(self.model, modules)
         return maps
 

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ..errors import RuleError, is_integer
+from ..errors import GraftError, RuleError, is_integer
 from ..rules.part import part
 from ..structure.module_tree import Site
 from .arguments import positive
@@ -60,10 +60,10 @@ class InstancePrompt(nn.Module):
         self.act = nn.LeakyReLU(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] <= self.skip:
-            raise RuleError(
+        if x.dim() != 3 or x.shape[1] <= self.skip:
+            raise GraftError(
                 f"instance_prompt(skip={self.skip})",
-                f"it is given {x.shape[1]} tokens, none of them behind those that it skips.",
+                f"it is given {tuple(x.shape)}: no tokens (b, n, width) behind those it skips.",
                 "Put it where the sample's own tokens are.",
             )
         features = [x[:, self.skip :]]

@@ -290,6 +290,7 @@ LAWS = (
     isolation.samples_do_not_mix,
     isolation.tokens_do_not_mix,
     isolation.tokens_have_no_order,
+    isolation.no_other_token_is_heard,
     parts_are_what_they_declare,
     forward_changes_nothing,
     forward_is_deterministic,

@@ -208,3 +208,45 @@ def _tokens(model: nn.Module, case: Case) -> list[tuple[str, nn.Module, Tensor]]
     ]
     applies(parts, "no part here is given tokens that it should keep apart")
     return parts
+
+
+def no_other_token_is_heard(case: Case, draw: Draw) -> None:
+    """S(x)_i ~16 itself whatever token x_j is, wherever m(x)_i is itself: for any tokens i, j.
+
+    So a causal model stays causal, and what a mask hides stays hidden. For inputs whose first
+    tensor holds tokens: ids (b, n), or features (b, n, d); outputs are those (b, n, ...).
+    """
+    base, x = case.model(), case.inputs()
+    tokens = next(iter(tensors_in(x)), torch.zeros(()))
+    ids = not tokens.is_floating_point() and tokens.dtype != torch.bool and tokens.dim() == 2
+    applies(ids or (tokens.is_floating_point() and tokens.dim() == 3), "the inputs hold no tokens")
+    j = int(draw(st.floats(0, 1, exclude_max=True), "which token") * tokens.shape[1])
+    other = _with_another_token(x, tokens, j)
+    deaf = _unmoved(base, x, other, tokens, 0)
+    applies(any(deaf.values()), f"in the base all tokens hear token {j}")
+    model = case.operated(stirred=draw(SEEDS, "seed"))
+    still = _unmoved(model, x, other, tokens, MODEL)
+    for n, want in deaf.items():
+        heard = sorted(want - still.get(n, set()))
+        holds(not heard, f"token {first_few(heard)} of the output hears token {j}, not so in m")
+
+
+def _with_another_token(x: Any, tokens: Tensor, j: int) -> Any:
+    """Inputs in which token j of all samples is another: the one before it in number, or -1.5 t."""
+    changed = tokens.clone()
+    row = tokens[:, j]
+    changed[:, j] = -1.5 * row + 1 if tokens.is_floating_point() else (row - 1).clamp(min=0)
+    if torch.equal(changed, tokens):
+        changed[:, j] = row + 1
+    return pytree.tree_map(lambda t: changed if t is tokens else t, x)
+
+
+def _unmoved(
+    model: nn.Module, x: Any, other: Any, tokens: Tensor, most: float
+) -> dict[int, set[int]]:
+    """By the number of each output that holds tokens, those that are as they were."""
+    kept: dict[int, set[int]] = {}
+    for n, (a, b) in enumerate(zip(_run(model, x), _run(model, other), strict=True)):
+        if a.shape[:2] == tokens.shape[:2] and a.dim() > 2:
+            kept[n] = {i for i in range(a.shape[1]) if gap(b[:, i], a[:, i], size=a) <= most}
+    return kept

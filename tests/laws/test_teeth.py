@@ -50,6 +50,7 @@ from surgery.spec.suite import Run
 from surgery.spec.transformer import Transformer
 from surgery.state import checkpoint
 from surgery.structure import path
+from tests import models
 from tests.laws import test_sabotage as engine
 from tests.laws.test_sabotage import Patch, wrapped
 
@@ -482,6 +483,8 @@ TEETH: list[Tooth] = [
     ("tokens_do_not_mix", none, beside(LooksAtOtherTokens)),
     ("tokens_do_not_mix", none, [*ADAPTERX, at("stages.[0].[1].mlp", append(LooksAtOtherTokens))]),
     ("tokens_have_no_order", none, beside(KnowsPositions)),
+    ("no_other_token_is_heard", none, "causal"),
+    ("no_other_token_is_heard", none, "padded"),
     ("parts_are_what_they_declare", none, beside(SaysThatItStartsAtZero)),
     ("parts_are_what_they_declare", none, beside(SaysThatItIsAffine)),
     ("parts_are_what_they_declare", none, beside(RoutesInSilence)),
@@ -551,7 +554,21 @@ TEETH: list[Tooth] = [
 ]
 
 
+@lru_cache(maxsize=2)
+def worded(form: str) -> Case:
+    """A part that looks at other tokens, where a causal or a padding mask hides some."""
+    if form == "causal":
+        return Case(models.hf_gpt2(), beside(LooksAtOtherTokens), models.words_in())
+    inputs = {
+        "input_ids": models.words_in(),
+        "attention_mask": torch.tensor([[1] * 4 + [0] * 2] * 2),
+    }
+    return Case(models.hf_bert().bert, beside(LooksAtOtherTokens), inputs)
+
+
 def case_of(what: Any) -> Case:
+    if what in ("causal", "padded"):
+        return worded(what)
     if isinstance(what, str):
         return named(*(("serial", "aliased") if what == "aliased" else (what,)))
     model = Transformer()
