@@ -98,6 +98,7 @@ class Operation(Switch):
         self.name, self.record, self.proved = name, record, False
         self.hooked_sites: list[HookedSite] = []
         self.journal, self.merge_journal = Journal(), Journal()
+        self.read_besides: set[str] = set()  # sites whose weight is also read without a call
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
 
     def open(self, model: nn.Module) -> None:

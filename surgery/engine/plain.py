@@ -1,0 +1,114 @@
+"""A merged model is plain: hooks, replaced forwards and `surgery` are taken out, and put back.
+
+What was written down when they were put there tells where they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..structure.module_tree import ADDITIONS
+from .journal import Hook, Journal, Key, Numbers, Value, owner_of
+
+HOOKS = (
+    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+
+
+class Taken(NamedTuple):
+    """Keys taken out of a dict that a module keeps, "" for its attributes, and their order."""
+
+    module: nn.Module
+    table: str
+    gone: dict[Any, Any]
+    order: tuple[Any, ...]
+
+    @property
+    def entries(self) -> dict[Any, Any]:
+        entries: dict[Any, Any] = vars(self.module)[self.table] if self.table else vars(self.module)
+        return entries
+
+    def undo(self) -> None:
+        """Put them back where they were; what others put there since comes after them."""
+        for key, value in self.gone.items():
+            self.entries[key] = value
+        known = [key for key in self.order if key in self.entries]
+        wanted = [*known, *(key for key in self.entries if key not in self.order)]
+        for key in wanted if wanted != list(self.entries) else ():
+            self.entries[key] = self.entries.pop(key)
+
+    def obstacle(self) -> str:
+        others = [k for k, v in self.gone.items() if self.entries.get(k, v) is not v]
+        what = f"{self.table} {others[0]}".strip() if others else ""
+        return f"{what} of {type(self.module).__name__} is another's since" if others else ""
+
+
+class Followed(NamedTuple):
+    """Where a weight was and in which mode the model, while parts were out of it."""
+
+    additions: nn.Module
+    model: nn.Module
+    weights: tuple[tuple[nn.Module, torch.device, torch.dtype], ...]
+    training: bool
+
+    def undo(self) -> None:
+        """Let the parts follow where the model has been moved, cast or set to since."""
+        for module, device, dtype in self.weights:
+            weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+            if weight.device != device:
+                self.additions.to(weight.device)
+            if weight.dtype != dtype:
+                self.additions.to(weight.dtype)
+        if self.model.training is not self.training:
+            self.additions.train(self.model.training)
+
+    def obstacle(self) -> str:
+        return ""
+
+
+def make_plain(model: nn.Module, additions: nn.Module, done: list[Journal], to: Journal) -> None:
+    """Take off what some journals tell of; `to` writes down how it comes back."""
+    entries = [entry for journal in done for entry in journal.entries]
+    owners: dict[int, tuple[nn.Module, set[int]]] = {}
+    for hook in (entry for entry in entries if isinstance(entry, Hook)):
+        owners.setdefault(id(hook.module), (hook.module, set()))[1].add(id(hook.owner))
+    for module, ours in owners.values():
+        for tables in HOOKS:
+            hooks = vars(module)[tables[0]]
+            keys = [key for key, hook in hooks.items() if id(owner_of(hook) or hook) in ours]
+            for table in tables:
+                _take(module, table, keys, to)
+    for key in (entry for entry in entries if isinstance(entry, Key) and entry.key == "forward"):
+        if vars(key.module).get("forward") == key.new:
+            _take(key.module, "", ["forward"], to)
+    if ADDITIONS not in vars(model):
+        to.set(model, ADDITIONS, additions)
+    for module in [*model.modules()]:
+        if module._modules.get(ADDITIONS) is additions:
+            _take(module, "_modules", [ADDITIONS], to)
+
+
+def _take(module: nn.Module, table: str, keys: list[Any], to: Journal) -> None:
+    entries = vars(module)[table] if table else vars(module)
+    gone = {key: entries[key] for key in keys if key in entries}
+    if gone:
+        to.entries.append(Taken(module, table, gone, tuple(entries)))
+        for key in gone:
+            del entries[key]
+
+
+def let_go(journal: Journal) -> None:
+    """Undo all but values and modes: what was trained and merged stays."""
+    for entry in reversed(journal.entries):
+        if isinstance(entry, (Value, Numbers)):
+            continue
+        if isinstance(entry, Key) and entry.key in ("training", "forward"):
+            if entry.key == "forward":  # one of its own, from before a part replaced it, too
+                vars(entry.module).pop("forward", None)
+            continue
+        entry.undo()
+    journal.entries.clear()

@@ -1,0 +1,81 @@
+"""Which tensors of a model lie over one memory: a write to one of them changes the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class Memory:
+    """The parameters and buffers of a model by the memory that they lie in.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> model[1].weight.data = model[0].weight.data
+    >>> Memory(model).others(model[0].weight)
+    ['1.weight']
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[int, list[str]] = {}  # by the id of a tensor: all its names
+        self.near: dict[int, dict[int, Tensor]] = {}  # by the start of a storage: those in it
+        for path, module in model.named_modules():
+            for name, tensor in _own(module):
+                if _has_memory(tensor):
+                    self.names.setdefault(id(tensor), []).append(f"{path}.{name}".strip("."))
+                    storage = tensor.untyped_storage().data_ptr()
+                    self.near.setdefault(storage, {})[id(tensor)] = tensor
+
+    def others(self, tensor: Tensor) -> list[str]:
+        """The names of the other tensors that hold a number where this one holds one."""
+        if not _has_memory(tensor):
+            return []
+        near = self.near.get(tensor.untyped_storage().data_ptr(), {}).values()
+        return [
+            name
+            for other in near
+            if other is not tensor and _overlap(tensor, other)
+            for name in self.names[id(other)]
+        ]
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in {**module._parameters, **module._buffers}.items():
+        if tensor is not None:
+            yield name, tensor
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it lies in one storage that can be asked for."""
+    plain = tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
+    return plain and not tensor.is_meta and tensor.numel() > 0
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    (first, last), (start, stop) = _range(a), _range(b)
+    if last <= start or stop <= first:
+        return False
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return bool((_used(a) & _used(b)).any())  # columns of one matrix lie in turn
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of the storage that it uses, and one past the last."""
+    first = tensor.storage_offset()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = first + sum((size - 1) * stride for size, stride in steps)
+    return first * tensor.element_size(), (last + 1) * tensor.element_size()
+
+
+def _used(tensor: Tensor) -> Tensor:
+    """For each byte of the storage whether it is used."""
+    used = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.bool)
+    size = tensor.element_size()
+    for byte in range(size):
+        strides = [stride * size for stride in tensor.stride()]
+        offset = tensor.storage_offset() * size + byte
+        used.as_strided(tensor.shape, strides, offset).fill_(True)
+    return used
