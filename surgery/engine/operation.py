@@ -18,17 +18,23 @@ from ..errors import GraftError, OperationError
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes
 from .journal import Journal, owner_of
+from .states import StateGuard
 from .summary import Record
 from .tokens import Action
 
 
-class Additions(nn.Module):
+class Additions(StateGuard):
     """What was added to a model, one child an operation. Calling it changes nothing."""
 
     _is_surgery_additions = True
 
     def forward(self, x: Any) -> Any:
         return x
+
+    @property
+    def operations(self) -> list[Operation]:
+        """Its operations, oldest first."""
+        return [child for child in self.children() if isinstance(child, Operation)]
 
 
 class ForwardCheck:
@@ -115,6 +121,7 @@ class Operation(Switch):
             if host is not model:
                 self.journal.set(model, ADDITIONS, additions)
             self.journal.set(host, ADDITIONS, additions, table="_modules")
+            additions.join(model, self.journal)
         self.journal.set(additions, self.name, self, table="_modules")
 
     def add_parts(self, parts: dict[str, nn.Module]) -> None:
@@ -236,8 +243,7 @@ def additions_of(model: nn.Module) -> Additions | None:
 def operations(model: nn.Module) -> list[Operation]:
     """All operations on a model, oldest first."""
     additions = additions_of(model)
-    children = additions.children() if additions else ()
-    return [operation for operation in children if isinstance(operation, Operation)]
+    return additions.operations if additions else []
 
 
 def _host(model: nn.Module) -> nn.Module:

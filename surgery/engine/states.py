@@ -1,0 +1,170 @@
+"""What torch's own state_dict and load_state_dict do with an operated model, merged or not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._preserve import same
+from .._text import first_few
+from ..errors import OperationError
+from ..structure.module_tree import ADDITIONS
+from .folding import folded
+from .hooks import HookedSite, Switch
+from .journal import Journal, Value, owner_of
+
+MERGED = "surgery.merged"  # in the metadata of a state: it was taken from a merged model
+TABLES = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+
+
+class StateHooks(NamedTuple):
+    """The hooks of a guard on the root, around its state_dict and load_state_dict."""
+
+    model: nn.Module
+    guard: StateGuard
+
+    def undo(self) -> None:
+        for table in TABLES:
+            hooks = vars(self.model)[table]
+            for key, hook in [*hooks.items()]:
+                if owner_of(getattr(hook, "hook", hook)) is self.guard:
+                    del hooks[key]
+
+    def obstacle(self) -> str:
+        return ""
+
+
+class Overwritten(NamedTuple):
+    """Other weights were loaded into a merged model: what was kept is of another base."""
+
+    names: list[str]
+
+    def undo(self) -> None:
+        """Nothing."""
+
+    def obstacle(self) -> str:
+        return f"{first_few(self.names)}: other values were loaded since it was merged"
+
+
+class StateGuard(nn.Module):
+    """The container of all operations, which sees what states are taken from a model and put in.
+
+    A state with parts and one without tell nothing of whether parts are merged: it is refused
+    where it would count an update twice, or lose it.
+    """
+
+    def join(self, model: nn.Module, journal: Journal) -> None:
+        """Be asked before the states of a model are taken or loaded."""
+        journal.entries.append(StateHooks(model, self))
+        model.register_state_dict_pre_hook(self._before_taking)
+        model._register_state_dict_hook(self._mark)
+        model._register_load_state_dict_pre_hook(self._before_loading, with_module=True)
+
+    @property
+    def switches(self) -> list[Switch]:
+        return [child for child in self.children() if isinstance(child, Switch)]
+
+    @property
+    def merged(self) -> bool:
+        return any(switch.merged for switch in self.switches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of."""
+        self._check_enabled("a copy of the model")
+        return self.__dict__
+
+    def _check_enabled(self, call: str) -> None:
+        if not all(switch.enabled for switch in self.switches):
+            raise OperationError(
+                call,
+                "inside disabled(model) its tensors are those of the base, for a while.",
+                "Do it before or after the `with` block.",
+            )
+
+    def _before_taking(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._check_enabled("model.state_dict()")
+
+    def _mark(self, model: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+        if self.merged:
+            metadata[MERGED] = True
+
+    def _before_loading(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        prefix: str,
+        metadata: Mapping[str, Any],
+        *rest: Any,
+    ) -> None:
+        """Raise OperationError where a state is not of such a model as this is now."""
+        self._check_enabled("model.load_state_dict(...)")
+        own = f"{prefix}{ADDITIONS}."
+        parts = [key for key in state if key.startswith(own)]
+        if self.merged and parts:
+            raise OperationError(
+                "model.load_state_dict(...)",
+                f"the state has parts ({first_few(parts)}), and those of this "
+                f"{type(model).__name__} are merged into its weights.",
+                "Call surgery.unmerge(model) first, and load it then.",
+            )
+        if self.merged:
+            self._see_overwritten(model, state, prefix)
+        elif not parts:
+            self._check_not_twice(model, metadata)
+
+    def _check_not_twice(self, model: nn.Module, metadata: Mapping[str, Any]) -> None:
+        """Of a state without parts: whether the parts here may be merged into it already.
+
+        torch's own states say of what version their modules are, and a merged model's that it is.
+        """
+        plain = "version" in metadata and not metadata.get(MERGED)
+        moved = [] if plain else _moved(model, self.switches)
+        if moved and metadata.get(MERGED):
+            raise OperationError(
+                "model.load_state_dict(...)",
+                "the state was taken while parts were merged into its weights, and the parts of "
+                f"this {type(model).__name__} would add to them once more ({first_few(moved)}).",
+                "Load it into a model without parts (and operate that), or the state of the "
+                "unmerged model into this one.",
+            )
+        if moved:
+            warnings.warn(
+                "model.load_state_dict(...): the state has no parts, and is taken for one of the "
+                f"base; the parts that are here stay ({first_few(moved)}). If it is of a merged "
+                "model, they count twice: load it into a model without parts.",
+                stacklevel=2,
+            )
+
+    def _see_overwritten(self, model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+        """Write down which merged weights get other values now."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        for switch in self.switches:
+            journal: Journal = switch.merge_journal  # type: ignore[assignment]
+            names = []
+            for value in journal.values:
+                key = f"{paths.get(id(value.module), '')}.{value.name}".strip(".")
+                new, now = state.get(prefix + key), value.tensor
+                if isinstance(new, Tensor) and now is not None and not same(new, now):
+                    names.append(key)
+            if names:
+                journal.entries.append(Overwritten(names))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """A state without anything of `surgery` is one of the base: what was added stays."""
+        if prefix and not state_dict:
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@torch.no_grad()
+def _moved(model: nn.Module, switches: list[Switch]) -> list[str]:
+    """The sites whose parts would change the weights that they stand at."""
+    hooked: list[HookedSite] = [h for switch in switches for h in switch.hooked_sites]
+    try:
+        return [fold.path for fold in folded(model, hooked) if fold.changes]
+    except OperationError:  # these do not merge: the state is not of such parts
+        return []
