@@ -89,20 +89,16 @@ def folded(
 
 def _rounded(target: MergeTarget, hooked: HookedSite) -> Fold:
     """The weights in the dtype of the module, and how much of the change that keeps."""
-    module, kept = target.module, 1.0
-    new: list[Tensor | None] = []
-    for name, value in zip(("weight", "bias"), _weights(target, hooked), strict=True):
-        was = module._parameters.get(name)
-        new.append(None if value is None else value.to(was.dtype))
-        if value is not None and value.dtype != was.dtype:
-            kept = min(kept, _kept(was.to(value.dtype), value, value.to(was.dtype)))
-    return Fold(hooked.path, module, new[0], new[1], kept)  # type: ignore[arg-type]
-
-
-def _kept(was: Tensor, meant: Tensor, got: Tensor) -> float:
-    """How much of a change is left: 1 - |got - meant| / |meant - was|."""
-    lost, whole = (float(torch.linalg.vector_norm(d)) for d in (got - meant, meant - was))
-    return 1 - lost / whole if lost else 1.0
+    module, (weight, bias) = target.module, _weights(target, hooked)
+    pairs = [(module.weight, weight), *([] if bias is None else [(module.bias, bias)])]
+    new = [meant.to(was.dtype) for was, meant in pairs]
+    lost, whole = 0.0, 0.0
+    for (was, meant), got in zip(pairs, new, strict=True):
+        if got.dtype != meant.dtype:
+            lost += float((got.to(meant.dtype) - meant).square().sum())
+            whole += float((meant - was.to(meant.dtype)).square().sum())
+    kept = 1 - (lost / whole) ** 0.5 if lost else 1.0
+    return Fold(hooked.path, module, new[0], new[1] if bias is not None else None, kept)
 
 
 # whether it can be ------------------------------------------------------------------------------
@@ -124,7 +120,9 @@ def _target(hooked: HookedSite, here: set[int]) -> MergeTarget:
     wrapped = forward_of(module) is not type(module).forward and not is_replaced(module)
     target = merge_target(module) if hooked.exit is module and not wrapped else None
     if target is None:
-        kind = "a span" if hooked.exit is not module else f"a {_kind(module)}{_why(module, wrapped)}"
+        kind = (
+            "a span" if hooked.exit is not module else f"a {_kind(module)}{_why(module, wrapped)}"
+        )
         raise OperationError(
             call,
             f"{kinds} stands at {kind}, and only what stands at an nn.Linear, a convolution or a "
@@ -162,7 +160,9 @@ def _hidden(module: nn.Module) -> tuple[str, str] | None:
         if nn.utils.parametrize.is_parametrized(module, "weight"):
             names, take_off = ["parametrizations.weight"], "parametrize.remove_parametrizations"
         else:
-            take_off = next((w for mark, w in COMPUTED if mark in names), "the function that undoes")
+            take_off = next(
+                (w for mark, w in COMPUTED if mark in names), "the function that undoes"
+            )
         if not names:
             return None
         remedy = f"Make it plain first (torch.nn.utils.{take_off}), or leave the model unmerged."

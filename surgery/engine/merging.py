@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,14 +11,15 @@ import torch
 from torch import nn
 
 from .._text import first_few
-from ..errors import OperationError
 from .apply import check_undoable, operated
 from .folding import Fold, folded
 from .operation import Operation, additions_of
 from .plain import Followed, let_go, make_plain
 
 Model = TypeVar("Model", bound=nn.Module)
-MOST_LOST = 0.25  # of what was learnt, in rounding, without a word
+# The share of a change that rounding may take without a word. Measured on ViTs (LoRA, SSF and
+# RepAdapter, bfloat16 and float16): answers are then off by 0.2 to 0.4 of what was learnt.
+MOST_LOST = 0.25
 
 
 def merge(model: Model, *, keep: bool = True) -> Model:
@@ -49,20 +51,20 @@ def merge(model: Model, *, keep: bool = True) -> Model:
     False
     """
     done = operated(model, "merge(model)", merged=False if keep else None)
-    if not done[-1].merged:
-        exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
-        with torch.no_grad(), exact[0], exact[1]:
-            _merge(model, done)
-    if not keep:
-        _whole(lambda: _let_go(done))
+    exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
+    with torch.no_grad(), exact[0], exact[1]:
+        if done[-1].merged:
+            _whole(lambda: _let_go(done))
+        else:
+            _merge(model, done, keep)
     return model
 
 
-def _merge(model: nn.Module, done: list[Operation]) -> None:
+def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
     hooked_sites = [hooked for operation in done for hooked in operation.hooked_sites]
-    besides = set().union(*(operation.read_besides for operation in done))
+    besides = set[str]().union(*(operation.read_besides for operation in done))
     folds = folded(model, hooked_sites, besides)
-    journal, additions = done[-1].merge_journal, additions_of(model)
+    journal, additions = done[-1].merge_journal, additions_of(model) or nn.Module()
     try:
         weights = tuple((f.module, f.module.weight.device, f.module.weight.dtype) for f in folds)
         journal.entries.append(Followed(additions, model, weights, model.training))
@@ -74,6 +76,8 @@ def _merge(model: nn.Module, done: list[Operation]) -> None:
             journal.set(operation, "merged", True)
         make_plain(model, additions, [operation.journal for operation in done], journal)
         _tell_lost(folds)
+        if not keep:
+            _whole(lambda: _let_go(done))
     except BaseException:
         journal.undo()
         raise
@@ -81,14 +85,13 @@ def _merge(model: nn.Module, done: list[Operation]) -> None:
 
 def _tell_lost(folds: list[Fold]) -> None:
     """Warn where rounding takes much of what was learnt."""
-    lost = [fold for fold in folds if fold.kept < 1 - MOST_LOST]
+    lost = sorted((fold for fold in folds if fold.kept < 1 - MOST_LOST), key=lambda f: f.kept)
     if lost:
-        worst = min(lost, key=lambda fold: fold.kept)
-        dtype = str(worst.weight.dtype).removeprefix("torch.")
+        dtype = str(lost[0].weight.dtype).removeprefix("torch.")
         warnings.warn(
-            f"merge(model): {dtype} keeps {max(worst.kept, 0):.0%} of what was learnt at "
-            f"{worst.path}, and little at {len(lost)} of {len(folds)} places "
-            f"({first_few([fold.path for fold in lost])}): the rest is lost in rounding. Merge in "
+            f"merge(model): rounding to {dtype} keeps {max(lost[0].kept, 0):.0%} of what was "
+            f"learnt at {lost[0].path}; at {len(lost)} of {len(folds)} places less than "
+            f"{1 - MOST_LOST:.0%} is left ({first_few([fold.path for fold in lost])}). Merge in "
             "float32, merge(model.float()), or leave the model unmerged.",
             stacklevel=4,
         )
@@ -107,6 +110,8 @@ def unmerge(model: Model) -> Model:
     done = operated(model, "unmerge(model)", merged=True)
     journals = [operation.merge_journal for operation in reversed(done)]
     check_undoable(journals, call="unmerge(model)")
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # code that was compiled without hooks does not look for any
     for journal in journals:
         _whole(journal.undo)
     return model

@@ -121,7 +121,7 @@ class Operation(Switch):
             if host is not model:
                 self.journal.set(model, ADDITIONS, additions)
             self.journal.set(host, ADDITIONS, additions, table="_modules")
-            additions.join(model, self.journal)
+            additions.join(model, host, self.journal)
         self.journal.set(additions, self.name, self, table="_modules")
 
     def add_parts(self, parts: dict[str, nn.Module]) -> None:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._preserve import same
 from .._text import first_few
 from ..errors import OperationError
 from ..structure.module_tree import ADDITIONS
 from .folding import folded
-from .hooks import HookedSite, Switch
-from .journal import Journal, Value, owner_of
+from .hooks import Switch
+from .journal import Journal, owner_of
 
 MERGED = "surgery.merged"  # in the metadata of a state: it was taken from a merged model
 TABLES = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
@@ -57,15 +58,18 @@ class StateGuard(nn.Module):
     where it would count an update twice, or lose it.
     """
 
-    def join(self, model: nn.Module, journal: Journal) -> None:
-        """Be asked before the states of a model are taken or loaded."""
+    def join(self, model: nn.Module, host: nn.Module, journal: Journal) -> None:
+        """Be asked before the states of a model are taken or loaded; `host` has this as a child."""
+        self.host = [host]  # in a list, so that it is no child of ours
         journal.entries.append(StateHooks(model, self))
-        model.register_state_dict_pre_hook(self._before_taking)
-        model._register_state_dict_hook(self._mark)
-        model._register_load_state_dict_pre_hook(self._before_loading, with_module=True)
+        root: Any = model  # torch types none of these
+        root.register_state_dict_pre_hook(self._before_taking)
+        root._register_state_dict_hook(self._mark)
+        root.register_load_state_dict_pre_hook(self._before_loading)
 
     @property
-    def switches(self) -> list[Switch]:
+    def switches(self) -> list[Any]:
+        """Its operations, as they are to be known down here."""
         return [child for child in self.children() if isinstance(child, Switch)]
 
     @property
@@ -102,7 +106,7 @@ class StateGuard(nn.Module):
     ) -> None:
         """Raise OperationError where a state is not of such a model as this is now."""
         self._check_enabled("model.load_state_dict(...)")
-        own = f"{prefix}{ADDITIONS}."
+        own = f"{_path(model, self.host[0], prefix)}{ADDITIONS}."
         parts = [key for key in state if key.startswith(own)]
         if self.merged and parts:
             raise OperationError(
@@ -112,18 +116,19 @@ class StateGuard(nn.Module):
                 "Call surgery.unmerge(model) first, and load it then.",
             )
         if self.merged:
-            self._see_overwritten(model, state, prefix)
-        elif not parts:
-            self._check_not_twice(model, metadata)
+            self._see_overwritten(_told(model, state, prefix))
+        elif not parts and not _says_base(metadata):
+            self._check_not_twice(model, _told(model, state, prefix), MERGED in metadata)
 
-    def _check_not_twice(self, model: nn.Module, metadata: Mapping[str, Any]) -> None:
-        """Of a state without parts: whether the parts here may be merged into it already.
+    def _check_not_twice(
+        self, model: nn.Module, told: dict[tuple[int, str], str], marked: bool
+    ) -> None:
+        """Of a state without parts, marked as a merged model's or without any mark at all.
 
-        torch's own states say of what version their modules are, and a merged model's that it is.
+        (torch's own states say of what version each module is; that of a base says no more.)
         """
-        plain = "version" in metadata and not metadata.get(MERGED)
-        moved = [] if plain else _moved(model, self.switches)
-        if moved and metadata.get(MERGED):
+        moved = _moved(model, self.switches, told)
+        if moved and marked:
             raise OperationError(
                 "model.load_state_dict(...)",
                 "the state was taken while parts were merged into its weights, and the parts of "
@@ -139,19 +144,14 @@ class StateGuard(nn.Module):
                 stacklevel=2,
             )
 
-    def _see_overwritten(self, model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    def _see_overwritten(self, told: dict[tuple[int, str], str]) -> None:
         """Write down which merged weights get other values now."""
-        paths = {id(module): path for path, module in model.named_modules()}
         for switch in self.switches:
-            journal: Journal = switch.merge_journal  # type: ignore[assignment]
-            names = []
-            for value in journal.values:
-                key = f"{paths.get(id(value.module), '')}.{value.name}".strip(".")
-                new, now = state.get(prefix + key), value.tensor
-                if isinstance(new, Tensor) and now is not None and not same(new, now):
-                    names.append(key)
+            values = switch.merge_journal.values
+            places = [(id(value.module), value.name) for value in values]
+            names = [told[place] for place in places if place in told]
             if names:
-                journal.entries.append(Overwritten(names))
+                switch.merge_journal.entries.append(Overwritten(names))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """A state without anything of `surgery` is one of the base: what was added stays."""
@@ -160,11 +160,42 @@ class StateGuard(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def _says_base(metadata: Mapping[str, Any]) -> bool:
+    """Whether a state came with the marks that torch gives it, and is not a merged model's."""
+    return "version" in metadata and MERGED not in metadata
+
+
+def _path(model: nn.Module, host: nn.Module, prefix: str) -> str:
+    """Where a module below a model is, with a dot behind it."""
+    path = next((path for path, module in model.named_modules() if module is host), "")
+    return prefix + (f"{path}." if path else "")
+
+
+def _told(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict[tuple[int, str], str]:
+    """The keys of a state that have another value than the model, by module and name."""
+    told: dict[tuple[int, str], str] = {}
+    for path, module in model.named_modules():
+        for name in module._parameters:
+            key = prefix + (f"{path}.{name}" if path else name)
+            new, now = state.get(key), module._parameters[name]
+            if isinstance(new, Tensor) and now is not None and not _same(new, now):
+                told[id(module), name] = key
+    return told
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, where that can be seen."""
+    seen = not any(t.is_meta or is_traceable_wrapper_subclass(t) for t in (a, b))
+    return seen and same(a, b)
+
+
 @torch.no_grad()
-def _moved(model: nn.Module, switches: list[Switch]) -> list[str]:
-    """The sites whose parts would change the weights that they stand at."""
-    hooked: list[HookedSite] = [h for switch in switches for h in switch.hooked_sites]
+def _moved(model: nn.Module, switches: list[Any], told: dict[tuple[int, str], str]) -> list[str]:
+    """The sites with parts that would change the weights there, which a state does too."""
+    hooked = [hooked for switch in switches for hooked in switch.hooked_sites]
     try:
-        return [fold.path for fold in folded(model, hooked) if fold.changes]
+        folds = [fold for fold in folded(model, hooked) if fold.changes]
     except OperationError:  # these do not merge: the state is not of such parts
         return []
+    names = ("weight", "bias")
+    return [f.path for f in folds if any((id(f.module), name) in told for name in names)]

@@ -64,9 +64,9 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _range(tensor: Tensor) -> tuple[int, int]:
     """The first byte of the storage that it uses, and one past the last."""
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = first + sum((size - 1) * stride for size, stride in steps)
+    last = first + sum((int(size) - 1) * int(stride) for size, stride in steps)
     return first * tensor.element_size(), (last + 1) * tensor.element_size()
 
 
