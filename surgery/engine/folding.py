@@ -13,8 +13,9 @@ from .._text import first_few
 from ..errors import OperationError
 from ..rules.affine import Affine, affine
 from ..structure.layers import forward_of
-from ..structure.memory import Memory
+from ..structure.memory import Memory, own_form
 from .hooks import HookedSite, is_replaced
+from .journal import tensor_of
 from .merge_targets import MergeTarget, merge_target
 from .tokens import Action
 
@@ -147,14 +148,14 @@ def _why(module: nn.Module, wrapped: bool) -> str:
         return " with a forward of its own"
     if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
         return ", whose class has a forward of its own"
-    if module._parameters.get("weight") is not None:
+    if tensor_of(module, "weight") is not None:
         return ", which does more with its weight than multiply by it"
     return ""
 
 
 def _hidden(module: nn.Module) -> tuple[str, str] | None:
     """Why a module has no weight that could be written, and what to do; None where it has."""
-    weight: Any = module._parameters.get("weight")
+    weight = tensor_of(module, "weight")
     if weight is None:
         names = [n for n in {**module._parameters, **module._buffers} if n.startswith("weight_")]
         if nn.utils.parametrize.is_parametrized(module, "weight"):
@@ -167,10 +168,10 @@ def _hidden(module: nn.Module) -> tuple[str, str] | None:
             return None
         remedy = f"Make it plain first (torch.nn.utils.{take_off}), or leave the model unmerged."
         return f"whose weight is computed from its {', '.join(names)} at each call.", remedy
-    kind, overrides = type(weight.data), type(weight.data).__torch_dispatch__
-    if overrides is not Tensor.__torch_dispatch__ or not weight.is_floating_point():
+    kind = own_form(weight)
+    if kind or not weight.is_floating_point():
         dtype = "" if weight.is_floating_point() else f" {weight.dtype}".replace("torch.", "")
-        fact = f"whose weight is a {kind.__name__}{dtype}, which holds no numbers to add to."
+        fact = f"whose weight is a {kind or 'tensor'}{dtype}, which holds no numbers to add to."
         return fact, "Merge first; quantise or shard what comes out."
     return None
 
@@ -246,7 +247,7 @@ def _kinds(hooked: HookedSite) -> str:
 
 def _weights(target: MergeTarget, hooked: HookedSite) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight and the bias that the module is to have. Raises OperationError."""
-    if target.module._parameters.get("bias") is None and target.map.bias is not None:
+    if tensor_of(target.module, "bias") is None and target.map.bias is not None:
         raise OperationError(
             f"merge(model) at {hooked.path}",
             f"{_kinds(hooked)} adds a bias, and this {target.kind} has none to fold it into.",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..rules.affine import Affine
 from ..structure.layers import CONVS, is_norm, linear_shape, named_children, shape_of
+from .journal import tensor_of
 
 
 class MergeTarget(NamedTuple):
@@ -40,10 +41,10 @@ def merge_target(module: nn.Module) -> MergeTarget | None:
     >>> merge_target(nn.Conv2d(3, 8, 4)).map.weight.shape
     torch.Size([8, 48])
     """
-    weight: Any = module._parameters.get("weight")
+    weight = tensor_of(module, "weight")  # a buffer, where a frozen weight was computed once
     if weight is None:
         return None
-    map, bare = Affine(weight, module._parameters.get("bias")), _twin(module, 1.0)
+    map, bare = Affine(weight, tensor_of(module, "bias")), _twin(module, 1.0)
     if isinstance(module, nn.Linear):
         return MergeTarget(module, map, True) if type(module).forward is nn.Linear.forward else None
     if isinstance(module, CONVS):
@@ -68,7 +69,7 @@ def _convolution(module: Any, map: Affine) -> MergeTarget | None:
 
 def _turns(module: nn.Module) -> bool:
     """Whether it is x @ weight + bias, as GPT-2's Conv1D is; tried on a few numbers."""
-    known, weight = shape_of(module), module._parameters["weight"]
+    known, weight = shape_of(module), module._parameters.get("weight")
     if weight is None or known is None or weight.shape != known[:2]:
         return False
     x = torch.linspace(-1, 1, known.width, device=weight.device, dtype=weight.dtype)[None]
@@ -82,7 +83,7 @@ def _scales_last(module: nn.Module) -> bool:
 
     (Gemma's norms scale by 1 + weight.)
     """
-    known, weight = shape_of(module), module._parameters["weight"]
+    known, weight = shape_of(module), module._parameters.get("weight")
     if weight is None or known is None or known.width != weight.numel():
         return False
     x = torch.linspace(-1, 2, 2 * known.width, device=weight.device, dtype=weight.dtype)

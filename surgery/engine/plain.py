@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..structure.memory import own_form
 from ..structure.module_tree import ADDITIONS
-from .journal import Hook, Journal, Key, Numbers, Value, owner_of
+from .journal import Hook, Journal, Key, Numbers, Value, owner_of, tensor_of
 
 HOOKS = (
     ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -58,7 +59,9 @@ class Followed(NamedTuple):
     def undo(self) -> None:
         """Let the parts follow where the model has been moved, cast or set to since."""
         for module, device, dtype in self.weights:
-            weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+            weight = tensor_of(module, "weight")
+            if weight is None:
+                continue
             if weight.device != device:
                 self.additions.to(weight.device)
             if weight.dtype != dtype:
@@ -67,6 +70,14 @@ class Followed(NamedTuple):
             self.additions.train(self.model.training)
 
     def obstacle(self) -> str:
+        here = {id(module) for module in self.model.modules()}
+        for module, _, _ in self.weights:
+            weight, kind = tensor_of(module, "weight"), type(module).__name__
+            if id(module) not in here:
+                return f"a {kind} was replaced by another module since it was merged"
+            if weight is None or own_form(weight):
+                now = "gone" if weight is None else f"a {own_form(weight)}"
+                return f"weight of {kind} is {now} since it was merged"
         return ""
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._preserve import same
 from .._text import first_few
 from ..errors import OperationError
+from ..structure.memory import own_form
 from ..structure.module_tree import ADDITIONS
 from .folding import folded
 from .hooks import Switch
@@ -185,7 +185,7 @@ def _told(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict[tuple
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equal to the bit, where that can be seen."""
-    seen = not any(t.is_meta or is_traceable_wrapper_subclass(t) for t in (a, b))
+    seen = not any(t.is_meta or own_form(t) for t in (a, b))
     return seen and same(a, b)
 
 

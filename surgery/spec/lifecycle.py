@@ -284,8 +284,9 @@ def meta_has_the_same_plan(case: Case, draw: Draw) -> None:
 
 
 def merge_is_equivalent(case: Case, draw: Draw) -> None:
-    """merge(S)(x) ~16 S(x) with m's keys and no part running; unmerge is S again to the bit.
+    """merge(S)(x) ~16 S(x) with m's keys, modules and hooks alone; unmerge is S again to the bit.
 
+    The state of merge(S) goes into a fresh m, strictly, which then answers as merge(S).
     Or merge raises OperationError that names a part which is not linear, and S is unchanged.
     """
     model = case.operated(stirred=draw(SEEDS, "seed"))
@@ -301,10 +302,25 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
         holds(any(k in str(error) for k in kinds), f"the refusal names no part: {error}")
         applies(False, str(error).splitlines()[0])
     near(case.outputs(model), want, most, "merged, the answer")
-    keys = list(case.model().state_dict())
-    holds([k for k in model.state_dict() if k in keys] == keys, "merged, the base has other keys")
+    plain = case.twin(model)
+    holds(list(model.state_dict()) == list(plain.state_dict()), "merged, it has other keys than m")
+    odd = sorted(set(_seen(model).items()) ^ set(_seen(plain).items()))
+    holds(
+        not odd, f"merged, it is not plain: {first_few([path or 'the model' for path, _ in odd])}"
+    )
+    plain.load_state_dict(model.state_dict())
+    equal(case.outputs(plain), case.outputs(model), "with a merged state, m")
     unmerge(model)
     unchanged(before, fingerprint(model), "merge and unmerge")
+
+
+def _seen(model: nn.Module) -> dict[str, tuple[type[nn.Module], int, bool]]:
+    """Of every module, by path: its class, how many hooks it calls, if its forward is its own."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return {
+        path: (type(m), sum(len(vars(m)[name]) for name in hooks), "forward" in vars(m))
+        for path, m in model.named_modules(remove_duplicate=False)
+    }
 
 
 def user_hooks_come_first(case: Case, draw: Draw) -> None:

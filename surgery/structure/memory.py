@@ -6,7 +6,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def own_form(tensor: Tensor) -> str:
+    """The class of a tensor that keeps its numbers in a form of its own (quantised, sharded).
+
+    "" for a plain tensor, whose numbers are what its memory holds.
+
+    >>> own_form(nn.Linear(2, 2).weight)
+    ''
+    """
+    kind = type(tensor.detach() if type(tensor) is nn.Parameter else tensor)
+    packs = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return kind.__name__ if packs else ""
 
 
 class Memory:
@@ -49,7 +61,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether it lies in one storage that can be asked for."""
-    plain = tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
+    plain = tensor.layout == torch.strided and not own_form(tensor)
     return plain and not tensor.is_meta and tensor.numel() > 0
 
 

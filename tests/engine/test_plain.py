@@ -259,7 +259,8 @@ def faulty() -> nn.Module:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_fault_at_any_line_of_merge_leaves_the_model_or_is_too_late(keep: bool) -> None:
-    count = len(events(lambda model=faulty(): surgery.merge(model, keep=keep)))
+    model = faulty()
+    count = len(events(lambda: surgery.merge(model, keep=keep)))
     for event in range(1, 1 + count, max(1, count // 60)):
         model = faulty()
         before, want = fingerprint(model), model.eval()(X)
@@ -274,7 +275,8 @@ def test_a_fault_at_any_line_of_merge_leaves_the_model_or_is_too_late(keep: bool
 
 
 def test_a_fault_at_any_line_of_unmerge_leaves_it_merged_or_unmerged() -> None:
-    count = len(events(lambda model=surgery.merge(faulty()): surgery.unmerge(model)))
+    model = surgery.merge(faulty())
+    count = len(events(lambda: surgery.unmerge(model)))
     for event in range(1, 1 + count, max(1, count // 60)):
         model = faulty()
         before = fingerprint(model)
