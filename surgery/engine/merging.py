@@ -12,7 +12,7 @@ from torch import nn
 
 from .._text import first_few
 from .apply import check_undoable, operated
-from .folding import Fold, folded
+from .folding import Fold, acting_between, folded
 from .operation import Operation, additions_of
 from .plain import Followed, let_go, make_plain
 
@@ -64,6 +64,7 @@ def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
     hooked_sites = [hooked for operation in done for hooked in operation.hooked_sites]
     besides = set[str]().union(*(operation.read_besides for operation in done))
     folds = folded(model, hooked_sites, besides)
+    between = [hooked.path for hooked in hooked_sites if acting_between(hooked)]
     journal, additions = done[-1].merge_journal, additions_of(model) or nn.Module()
     try:
         weights = tuple((f.module, f.module.weight.device, f.module.weight.dtype) for f in folds)
@@ -76,6 +77,7 @@ def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
             journal.set(operation, "merged", True)
         make_plain(model, additions, [operation.journal for operation in done], journal)
         _tell_lost(folds)
+        _tell_hooks(between)
         if not keep:
             _whole(lambda: _let_go(done))
     except BaseException:
@@ -93,6 +95,17 @@ def _tell_lost(folds: list[Fold]) -> None:
             f"learnt at {lost[0].path}; at {len(lost)} of {len(folds)} places less than "
             f"{1 - MOST_LOST:.0%} is left ({first_few([fold.path for fold in lost])}). Merge in "
             "float32, merge(model.float()), or leave the model unmerged.",
+            stacklevel=4,
+        )
+
+
+def _tell_hooks(between: list[str]) -> None:
+    """Warn where hooks of others met what a module gives before the parts did."""
+    if between:
+        warnings.warn(
+            f"merge(model): hooks of others stand between a module and its parts "
+            f"({first_few(between)}). They meet the merged output now; if they change it, the "
+            "answer is another. Take them off, or leave the model unmerged.",
             stacklevel=4,
         )
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .layers import named_modules
+
 
 def own_form(tensor: Tensor) -> str:
     """The class of a tensor that keeps its numbers in a form of its own (quantised, sharded).
@@ -22,7 +24,7 @@ def own_form(tensor: Tensor) -> str:
 
 
 class Memory:
-    """The parameters and buffers of a model by the memory that they lie in.
+    """The tensors of a model by the memory that they lie in, without what surgery added to it.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> model[1].weight.data = model[0].weight.data
@@ -33,7 +35,7 @@ class Memory:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[int, list[str]] = {}  # by the id of a tensor: all its names
         self.near: dict[int, dict[int, Tensor]] = {}  # by the start of a storage: those in it
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             for name, tensor in _own(module):
                 if _has_memory(tensor):
                     self.names.setdefault(id(tensor), []).append(f"{path}.{name}".strip("."))
@@ -54,8 +56,9 @@ class Memory:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in {**module._parameters, **module._buffers}.items():
-        if tensor is not None:
+    """The parameters and buffers of a module, and tensors that are attributes of it."""
+    for name, tensor in {**module._parameters, **module._buffers, **vars(module)}.items():
+        if isinstance(tensor, Tensor):
             yield name, tensor
 
 

@@ -121,11 +121,17 @@ def test_a_shared_bias_is_in_the_way_of_a_part_with_a_bias_alone() -> None:
             assert "one.bias, two.bias" in refused(model, "its bias is used elsewhere")
 
 
-def test_a_part_of_the_operation_may_hold_the_memory() -> None:
-    class Borrows(nn.Module):
+@pytest.mark.parametrize("owns", [True, False])
+def test_a_part_may_read_the_weight_that_it_is_merged_into(owns: bool) -> None:
+    """Merged, it does not run."""
+
+    class Reads(nn.Module):
         def __init__(self, site: surgery.Site) -> None:
             super().__init__()
-            self.weight = site.module.weight
+            if owns:
+                self.weight = site.module.weight
+            else:
+                self.__dict__["weight"] = site.module.weight
 
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.weight.T
@@ -133,7 +139,10 @@ def test_a_part_of_the_operation_may_hold_the_memory() -> None:
         def affine(self) -> tuple[Tensor, None]:
             return self.weight, None
 
-    refused(surgery.apply(Linears(), at("one", parallel(Borrows))), "used elsewhere|linear")
+    model, x = surgery.apply(Linears(), at("one", parallel(Reads))), torch.randn(2, 8)
+    want = model(x)
+    torch.testing.assert_close(surgery.merge(model)(x), want)
+    assert torch.equal(surgery.unmerge(model)(x), want)
 
 
 def test_what_the_model_reads_besides() -> None:
@@ -142,6 +151,41 @@ def test_what_the_model_reads_besides() -> None:
     refused(model, r"at one: its weight is used elsewhere too.*reads it without calling")
     surgery.apply(model, at("two", lora(rank=2)), name="second")
     refused(model, "at one")
+
+
+def test_a_tensor_that_is_no_parameter() -> None:
+    model = Linears()
+    model.table = model.one.weight.data.t()
+    assert "table" in refused(surgery.apply(model, at("one", lora(rank=2))), "used elsewhere")
+
+
+# hooks -------------------------------------------------------------------------------------------
+
+
+def test_hooks_between_a_module_and_its_parts_are_told() -> None:
+    model = Linears()
+    model.one.register_forward_hook(lambda module, args, out: out.relu())
+    surgery.apply(model, at("one", append(linear)))
+    with pytest.warns(UserWarning, match=r"hooks of others .*\(one\)"):
+        surgery.merge(model)
+
+
+def test_hooks_beyond_the_parts_are_none_of_our_business() -> None:
+    model, x = Linears(), torch.randn(2, 8)
+    model.one.register_forward_pre_hook(lambda module, args: (args[0].relu(),))
+    surgery.apply(model, at("one", append(linear), parallel(linear)))
+    model.one.register_forward_hook(lambda module, args, out: out.relu())
+    want = model(x)
+    torch.testing.assert_close(surgery.merge(model)(x), want)
+
+
+def test_parts_of_an_operation_on_another_root_are_told() -> None:
+    inner = Linears()
+    outer = nn.Sequential(inner, nn.ReLU())
+    surgery.apply(inner, at("one", parallel(linear)))
+    surgery.apply(outer, at("0.one", append(linear)))
+    for model in (inner, outer):
+        refused(model, "Linear stands where a module above or below")
 
 
 # true causes -------------------------------------------------------------------------------------

@@ -158,7 +158,8 @@ def test_hooks_of_others_keep_their_places() -> None:
     late = model.one.register_forward_hook(lambda *_: told.append("late"))
     surgery.apply(model, at("one", append(linear)), name="second")
     before, order = fingerprint(model), [*model.one._forward_hooks]
-    surgery.merge(model)
+    with pytest.warns(UserWarning, match="hooks of others"):
+        surgery.merge(model)
     model.one.register_forward_hook(lambda *_: told.append("last"))
     model(X)
     assert told == ["late", "last"]
@@ -166,7 +167,8 @@ def test_hooks_of_others_keep_their_places() -> None:
     assert [*model.one._forward_hooks][:3] == order
     model.one._forward_hooks.popitem()
     unchanged(before, fingerprint(model), "merge and unmerge", but=["random"])
-    surgery.merge(model)
+    with pytest.warns(UserWarning, match="hooks of others"):
+        surgery.merge(model)
     late.remove()
     surgery.unmerge(model)
     assert [*model.one._forward_hooks] == [order[0], order[2]]
@@ -229,6 +231,14 @@ def test_for_good_also_after_it_was_merged_and_without_parts() -> None:
     assert torch.equal(model(x), want)
     surgery.merge(surgery.apply(model, at("two", unfreeze)), keep=False)
     assert torch.equal(model(x), want)
+
+
+def test_a_copy_lets_go_alone() -> None:
+    model = tuned("lora")
+    want = model(images())
+    copied = surgery.merge(copy.deepcopy(surgery.merge(model)), keep=False)
+    torch.testing.assert_close(copied(images()), want)
+    assert torch.equal(surgery.unmerge(model)(images()), want)
 
 
 def test_for_good_lets_go_of_all_operations() -> None:
