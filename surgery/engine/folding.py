@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from .._text import first_few
 from ..errors import OperationError
 from ..rules.affine import Affine, affine
-from ..structure.layers import forward_of
+from ..structure.layers import CONVS, forward_of
 from ..structure.memory import Memory, own_form
 from .hooks import HookedSite, is_replaced
 from .journal import owner_of, owners_of, tensor_of
@@ -147,7 +147,7 @@ def _why(module: nn.Module, wrapped: bool) -> str:
     """What keeps a module with a weight from being a map, in words."""
     if wrapped:
         return " with a forward of its own"
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+    if isinstance(module, (nn.Linear, *CONVS)):
         return ", whose class has a forward of its own"
     if tensor_of(module, "weight") is not None:
         return ", which does more with its weight than multiply by it"
@@ -158,26 +158,22 @@ def _hidden(module: nn.Module) -> tuple[str, str] | None:
     """Why a module has no weight that could be written, and what to do; None where it has."""
     weight = tensor_of(module, "weight")
     if weight is None:
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            return None
         names = [n for n in {**module._parameters, **module._buffers} if n.startswith("weight_")]
         if nn.utils.parametrize.is_parametrized(module, "weight"):
-            names, take_off = ["parametrizations.weight"], "parametrize.remove_parametrizations"
-        else:
-            take_off = next(
-                (w for mark, w in COMPUTED if mark in names), "the function that undoes"
-            )
-        if not names:
-            return None
-        remedy = f"Make it plain first (torch.nn.utils.{take_off}), or leave the model unmerged."
+            names = ["parametrizations.weight"]
+        undo = [f" by torch.nn.utils.{undo}" for mark, undo in COMPUTED if mark in names]
+        remedy = f"Make it plain first{''.join(undo[:1])}, or leave the model unmerged."
         return f"whose weight is computed from its {', '.join(names)} at each call.", remedy
-    kind = own_form(weight)
-    if kind or not weight.is_floating_point():
-        dtype = "" if weight.is_floating_point() else f" {weight.dtype}".replace("torch.", "")
-        fact = f"whose weight is a {kind or 'tensor'}{dtype}, which holds no numbers to add to."
+    if kind := own_form(weight) or ("" if weight.is_floating_point() else str(weight.dtype)):
+        fact = f"whose weight is a {kind}, which holds no numbers to add to."
         return fact, "Merge first; quantise or shard what comes out."
     return None
 
 
 COMPUTED = (
+    ("parametrizations.weight", "parametrize.remove_parametrizations"),
     ("weight_g", "remove_weight_norm"),
     ("weight_mask", "prune.remove"),
     ("weight_u", "remove_spectral_norm"),

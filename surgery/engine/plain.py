@@ -84,15 +84,7 @@ class Followed(NamedTuple):
 def make_plain(model: nn.Module, additions: nn.Module, done: list[Journal], to: Journal) -> None:
     """Take off what some journals tell of; `to` writes down how it comes back."""
     entries = [entry for journal in done for entry in journal.entries]
-    owners: dict[int, tuple[nn.Module, set[int]]] = {}
-    for hook in (entry for entry in entries if isinstance(entry, Hook)):
-        owners.setdefault(id(hook.module), (hook.module, set()))[1].add(id(hook.owner))
-    for module, ours in owners.values():
-        for tables in HOOKS:
-            hooks = vars(module)[tables[0]]
-            keys = [key for key, hook in hooks.items() if id(owner_of(hook) or hook) in ours]
-            for table in tables:
-                _take(module, table, keys, to)
+    _take_hooks([entry for entry in entries if isinstance(entry, Hook)], to)
     for key in (entry for entry in entries if isinstance(entry, Key) and entry.key == "forward"):
         if vars(key.module).get("forward") == key.new:
             _take(key.module, "", ["forward"], to)
@@ -101,6 +93,16 @@ def make_plain(model: nn.Module, additions: nn.Module, done: list[Journal], to: 
     for module in [*model.modules()]:
         if module._modules.get(ADDITIONS) is additions:
             _take(module, "_modules", [ADDITIONS], to)
+
+
+def _take_hooks(entries: list[Hook], to: Journal) -> None:
+    ours = {id(hook.owner) for hook in entries}
+    for module in {id(hook.module): hook.module for hook in entries}.values():
+        for tables in HOOKS:
+            hooks = vars(module)[tables[0]]
+            keys = [key for key, hook in hooks.items() if id(owner_of(hook) or hook) in ours]
+            for table in tables:
+                _take(module, table, keys, to)
 
 
 def _take(module: nn.Module, table: str, keys: list[Any], to: Journal) -> None:

@@ -330,6 +330,8 @@ class Linear(nn.Module):
     [
         (Router(), "at a Router, which does more with its weight than multiply by it"),
         (Halved(8, 8), "at a Halved, whose class has a forward of its own"),
+        (nn.ConvTranspose1d(8, 8, 1), "at a ConvTranspose1d, which does more"),
+        (nn.LSTM(8, 8), "at a LSTM, and only"),
         (Linear(), r"at a tests\.engine\.test_folding\.Linear, which does more"),
     ],
 )
