@@ -18,6 +18,7 @@ from ..rules.rule import Rules
 from .hooks import HookedSite
 from .journal import Journal, Value
 from .operation import Operation, check_operable, operations
+from .plain import check_kept
 from .planning import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -92,6 +93,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
         )
     chosen = done if name is None else done[-1:]
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
+    check_kept(journals, "revert(model)")
     check_undoable(journals, call="revert(model)")
     for operation in done:
         operation.merge_journal.undo()

@@ -14,7 +14,7 @@ from .._text import first_few
 from .apply import check_undoable, operated
 from .folding import Fold, acting_between, folded
 from .operation import Operation, additions_of
-from .plain import Followed, let_go, make_plain
+from .plain import Followed, check_kept, let_go, make_plain
 
 Model = TypeVar("Model", bound=nn.Module)
 # The share of a change that rounding may take without a word. Measured on ViTs (LoRA, SSF and
@@ -122,6 +122,7 @@ def unmerge(model: Model) -> Model:
     """
     done = operated(model, "unmerge(model)", merged=True)
     journals = [operation.merge_journal for operation in reversed(done)]
+    check_kept(journals, "unmerge(model)")
     check_undoable(journals, call="unmerge(model)")
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # code that was compiled without hooks does not look for any

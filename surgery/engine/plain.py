@@ -5,11 +5,14 @@ What was written down when they were put there tells where they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .._text import first_few
+from ..errors import OperationError
 from ..structure.memory import own_form
 from ..structure.module_tree import ADDITIONS
 from .journal import Hook, Journal, Key, Numbers, Value, owner_of, tensor_of
@@ -42,10 +45,29 @@ class Taken(NamedTuple):
         for key in wanted if wanted != list(self.entries) else ():
             self.entries[key] = self.entries.pop(key)
 
-    def obstacle(self) -> str:
+    def obstacle(self) -> Any:
+        return None
+
+    def changed(self) -> str:
+        """What others have put in their place."""
         others = [k for k, v in self.gone.items() if self.entries.get(k, v) is not v]
         what = f"{self.table} {others[0]}".strip() if others else ""
         return f"{what} of {type(self.module).__name__} is another's since" if others else ""
+
+
+class Overwritten(NamedTuple):
+    """Other weights were loaded into a merged model: what was kept is of another base."""
+
+    names: list[str]
+
+    def undo(self) -> None:
+        """Nothing."""
+
+    def obstacle(self) -> Any:
+        return None
+
+    def changed(self) -> str:
+        return f"{first_few(self.names)} have other values, loaded since"
 
 
 class Followed(NamedTuple):
@@ -69,16 +91,34 @@ class Followed(NamedTuple):
         if self.model.training is not self.training:
             self.additions.train(self.model.training)
 
-    def obstacle(self) -> str:
+    def obstacle(self) -> Any:
+        return None
+
+    def changed(self) -> str:
+        """Which of the merged modules, or weights, is another now."""
         here = {id(module) for module in self.model.modules()}
         for module, _, _ in self.weights:
             weight, kind = tensor_of(module, "weight"), type(module).__name__
             if id(module) not in here:
-                return f"a {kind} was replaced by another module since it was merged"
+                return f"a {kind} was replaced by another module since"
             if weight is None or own_form(weight):
                 now = "gone" if weight is None else f"a {own_form(weight)}"
-                return f"weight of {kind} is {now} since it was merged"
+                return f"weight of a {kind} is {now} since"
         return ""
+
+
+def check_kept(journals: Iterable[Journal], call: str) -> None:
+    """Raise OperationError where what a merge kept is not of the model as it is now."""
+    entries = [entry for journal in journals for entry in journal.entries]
+    for entry in entries:
+        fact = entry.changed() if isinstance(entry, (Taken, Overwritten, Followed)) else ""
+        if fact:
+            raise OperationError(
+                call,
+                f"the model is not as it was merged: {fact}.",
+                "Put back what was there; or keep what is there now, and let go of the rest for "
+                "good: surgery.merge(model, keep=False).",
+            )
 
 
 def make_plain(model: nn.Module, additions: nn.Module, done: list[Journal], to: Journal) -> None:
@@ -115,13 +155,14 @@ def _take(module: nn.Module, table: str, keys: list[Any], to: Journal) -> None:
 
 
 def let_go(journal: Journal) -> None:
-    """Undo all but values and modes: what was trained and merged stays."""
+    """Undo all but values and modes: what was trained and merged stays.
+
+    So do forwards: those of parts are gone, and one from before them would not be merged.
+    """
     for entry in reversed(journal.entries):
-        if isinstance(entry, (Value, Numbers)):
-            continue
-        if isinstance(entry, Key) and entry.key in ("training", "forward"):
-            if entry.key == "forward":  # one of its own, from before a part replaced it, too
-                vars(entry.module).pop("forward", None)
-            continue
-        entry.undo()
+        values = isinstance(entry, (Value, Numbers, Overwritten, Followed))
+        forward = isinstance(entry, Taken) and not entry.table
+        kept = isinstance(entry, Key) and entry.key in ("training", "forward")
+        if not (values or forward or kept):
+            entry.undo()
     journal.entries.clear()

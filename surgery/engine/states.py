@@ -17,6 +17,7 @@ from ..structure.module_tree import ADDITIONS
 from .folding import folded
 from .hooks import Switch
 from .journal import Journal, owner_of
+from .plain import Overwritten
 
 MERGED = "surgery.merged"  # in the metadata of a state: it was taken from a merged model
 TABLES = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
@@ -35,20 +36,8 @@ class StateHooks(NamedTuple):
                 if owner_of(getattr(hook, "hook", hook)) is self.guard:
                     del hooks[key]
 
-    def obstacle(self) -> str:
-        return ""
-
-
-class Overwritten(NamedTuple):
-    """Other weights were loaded into a merged model: what was kept is of another base."""
-
-    names: list[str]
-
-    def undo(self) -> None:
-        """Nothing."""
-
-    def obstacle(self) -> str:
-        return f"{first_few(self.names)}: other values were loaded since it was merged"
+    def obstacle(self) -> Any:
+        return None
 
 
 class StateGuard(nn.Module):
@@ -60,9 +49,11 @@ class StateGuard(nn.Module):
 
     def join(self, model: nn.Module, host: nn.Module, journal: Journal) -> None:
         """Be asked before the states of a model are taken or loaded; `host` has this as a child."""
-        self.host = [host]  # in a list, so that it is no child of ours
+        self.host, self.lacking = [host], ""  # in a list, so that it is no child of ours
         journal.entries.append(StateHooks(model, self))
-        root: Any = model  # torch types none of these
+        own: Any = self  # torch types none of these
+        own.register_load_state_dict_post_hook(self._after_loading)
+        root: Any = model
         root.register_state_dict_pre_hook(self._before_taking)
         root._register_state_dict_hook(self._mark)
         root.register_load_state_dict_pre_hook(self._before_loading)
@@ -154,10 +145,13 @@ class StateGuard(nn.Module):
                 switch.merge_journal.entries.append(Overwritten(names))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """A state without anything of `surgery` is one of the base: what was added stays."""
-        if prefix and not state_dict:
-            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        self.lacking = prefix if not state_dict else ""
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _after_loading(self, module: nn.Module, keys: Any) -> None:
+        """A state without anything of `surgery` is one of the base: what was added stays."""
+        if self.lacking:
+            keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(self.lacking)]
 
 
 def _says_base(metadata: Mapping[str, Any]) -> bool:

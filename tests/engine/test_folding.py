@@ -276,13 +276,28 @@ def test_a_merged_weight_that_was_quantised_since_is_told_by_unmerge() -> None:
     kept = model.one.weight
     model.one.weight = nn.Parameter(Packed(torch.randn(8, 8)), requires_grad=False)
     for call in (surgery.unmerge, surgery.revert):
-        with pytest.raises(OperationError, match="weight of Linear is a Packed"):
+        with pytest.raises(OperationError, match="weight of a Linear is a Packed"):
             call(model)
     model.one.weight = kept
     surgery.unmerge(model)
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_merged_module_that_was_exchanged_since_is_told_by_unmerge() -> None:
+    model = surgery.merge(surgery.apply(Linears(), at(nn.Linear, lora(rank=2))))
+    kept, model.one = model.one, nn.Linear(8, 8)
+    before = fingerprint(model)
+    for call in (surgery.unmerge, surgery.revert):
+        with pytest.raises(OperationError, match=r"(?s)replaced by another.*keep=False"):
+            call(model)
+    unchanged(before, fingerprint(model), "a refused call")
+    model.one = kept
+    surgery.merge(surgery.unmerge(model))
+    model.one = nn.Linear(8, 8)
+    surgery.merge(model, keep=False)
+    assert not hasattr(model, "surgery")
+
+
 def test_torchaos_weights_are_told() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = surgery.apply(nn.Sequential(nn.Linear(64, 64)), at("0", lora(rank=2)))

@@ -150,6 +150,9 @@ def test_compiled_code_sees_merge_and_unmerge() -> None:
         if change is surgery.unmerge:
             stir_parts(model, seed=2)
             want = model(images())
+            compiled(images())
+    surgery.merge(model, keep=False)
+    torch.testing.assert_close(compiled(images()), want)
 
 
 def test_hooks_of_others_keep_their_places() -> None:
@@ -182,8 +185,15 @@ def test_a_forward_that_others_put_there_since_is_told() -> None:
     with pytest.raises(OperationError, match="forward of Linear is another's since"):
         surgery.unmerge(model)
     unchanged(before, fingerprint(model), "a refused unmerge")
-    del model.one.forward
-    surgery.unmerge(model)
+    surgery.merge(surgery.unmerge(_without(model.one, "forward", model)))
+    model.one.forward = real
+    surgery.merge(model, keep=False)
+    assert model.one.forward is real
+
+
+def _without(module: nn.Module, name: str, model: nn.Module) -> nn.Module:
+    delattr(module, name)
+    return model
 
 
 def test_a_forward_that_was_replaced_does_not_come_back_for_good() -> None:
