@@ -45,6 +45,8 @@ class StateGuard(nn.Module):
 
     A state with parts and one without tell nothing of whether parts are merged: it is refused
     where it would count an update twice, or lose it.
+
+    lacking  the prefix of ours where a state that is being loaded has nothing of it; "" else
     """
 
     def join(self, model: nn.Module, host: nn.Module, journal: Journal) -> None:

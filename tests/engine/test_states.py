@@ -15,7 +15,10 @@ import surgery
 from surgery import OperationError, append, at, lora, scale_shift
 from surgery._preserve import fingerprint
 from surgery.spec.snapshot import unchanged
+from tests.engine.test_plain import MERGEABLE, vit
 from tests.laws.checks import Linears, stir_parts
+from tests.methods.test_methods import rules_of
+from tests.models import images
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 LORA = at(nn.Linear, lora(rank=2))
@@ -180,6 +183,28 @@ def test_what_was_loaded_into_a_merged_model_is_not_undone_by_unmerge() -> None:
     unchanged(before, fingerprint(model), "a refused call")
     surgery.merge(model, keep=False)
     assert torch.equal(model(X), other(X))
+
+
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_states_of_every_rule_set_give_their_own_answers_or_are_refused(name: str) -> None:
+    """From merged to operated, from operated to merged, and to parts that have just been made."""
+
+    def build(merged: bool, seed: int | None) -> nn.Module:
+        model = surgery.apply(vit(), rules_of(name))
+        if seed is not None:
+            stir_parts(model, seed)
+        return surgery.merge(model) if merged else model
+
+    for merged, seed in ((False, 2), (True, 2), (False, None)):
+        source = build(not merged, 1)
+        state, want = state_of(source), source(images())
+        model = build(merged, seed)
+        try:
+            model.load_state_dict(state)
+        except OperationError as error:
+            assert "merge" in str(error)  # noqa: PT017
+        else:
+            torch.testing.assert_close(model(images()), want)
 
 
 COPIES = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
