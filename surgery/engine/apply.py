@@ -21,6 +21,7 @@ from .hooks import HookedSite
 from .journal import Journal, Value, completed
 from .obstacles import refuse
 from .operation import Operation, check_operable, operations
+from .plain import check_kept
 from .planning import Plan
 from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, stays
 
@@ -108,6 +109,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
         )
     chosen = done if name is None else done[-1:]
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
+    check_kept(journals, "revert(model)")
     check_undoable(model, journals, call="revert(model)")
     left = stays(model, chosen)
     expect_frozen(model)

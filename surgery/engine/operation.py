@@ -19,18 +19,24 @@ from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes, while_traced
 from .journal import Journal, owner_of
 from .start import MissingStart
+from .states import StateGuard
 from .summary import Record
 from .tokens import Action
 from .watch import Watch, counted, rules_of, warn_unseen
 
 
-class Additions(nn.Module):
+class Additions(StateGuard):
     """What was added to a model, one child an operation. Calling it changes nothing."""
 
     _is_surgery_additions = True
 
     def forward(self, x: Any) -> Any:
         return x
+
+    @property
+    def operations(self) -> list[Operation]:
+        """Its operations, oldest first."""
+        return [child for child in self.children() if isinstance(child, Operation)]
 
 
 class FrozenStatistics:
@@ -115,6 +121,7 @@ class Operation(Switch):
             if host is not model:
                 self.journal.set(model, ADDITIONS, additions)
             self.journal.set(host, ADDITIONS, additions, table="_modules")
+            additions.join(model, host, self.journal)
         self.journal.set(additions, self.name, self, table="_modules")
         for module in modules:
             self.journal.keep(module, "training")
@@ -216,18 +223,9 @@ class Operation(Switch):
         What others still hold of it (a wrapper around a forward, a copy of a hook) does nothing
         from then on.
         """
-        self.undone = self.proved = True
+        self.undone = True
         self.merge_journal.undo()
         self.journal.undo()
-
-    def __getstate__(self) -> dict[str, Any]:
-        if not self.enabled:
-            raise OperationError(
-                "a copy or a pickle of the model",
-                "inside disabled(model) it would be one of the base, with parts that do not run.",
-                "Make it outside of disabled(model).",
-            )
-        return dict(self.__dict__)
 
 
 def additions_of(model: nn.Module) -> Additions | None:
@@ -239,8 +237,7 @@ def additions_of(model: nn.Module) -> Additions | None:
 def operations(model: nn.Module) -> list[Operation]:
     """All operations on a model, oldest first."""
     additions = additions_of(model)
-    children = additions.children() if additions else ()
-    return [operation for operation in children if isinstance(operation, Operation)]
+    return additions.operations if additions else []
 
 
 def _host(model: nn.Module) -> nn.Module:

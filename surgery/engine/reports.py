@@ -79,7 +79,8 @@ def report(model: nn.Module) -> Table:
     added 42, unfrozen 0: 42 trainable, 58.33 % of the base's 72
     """
     done = operated(model, "report(model)", merged=None)
-    base = count_parameters([model]) - count_parameters([additions_of(model) or nn.Module()])
+    additions = additions_of(model) or nn.Module()  # outside of a merged model
+    base = count_parameters([model, additions]) - count_parameters([additions])
     rows: list[tuple[object, ...]] = []
     notes: list[str] = []
     counted: set[int] = set()

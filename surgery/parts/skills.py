@@ -144,7 +144,9 @@ def choose(model: Model, task: int | Tensor) -> Model:
     """
     shown = f"a tensor {tuple(task.shape)}" if isinstance(task, Tensor) else repr(task)
     call, model_name = f"choose(model, {shown})", type(model).__name__
-    inventories = [module for module in model.modules() if isinstance(module, Skills)]
+    aside = vars(model).get("surgery")  # where the parts of a merged model are
+    modules = [*model.modules(), *(aside.modules() if isinstance(aside, nn.Module) else ())]
+    inventories = [module for module in modules if isinstance(module, Skills)]
     selectors = [skills.Z for skills in inventories if skills.Z is not None]
     if not selectors:
         raise OperationError(
@@ -152,7 +154,7 @@ def choose(model: Model, task: int | Tensor) -> Model:
             f"this {model_name} has no part that mixes skills by task.",
             'Operate it: apply(model, "mhr").',
         )
-    if any(getattr(module, "merged", None) is True for module in model.modules()):
+    if any(getattr(module, "merged", None) is True for module in modules):
         raise OperationError(
             call, f"this {model_name} is merged, for one task.", "Call unmerge(model) first."
         )

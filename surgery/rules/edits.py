@@ -1,7 +1,7 @@
 """What: edits are values that say how a part is joined to a site, or what is trained there.
 
 A new one: its class and word here, the word in `rules/__init__`; what happens at its `place` in a
-forward is in `engine/hooks` (HookedSite.enter, leave), how it merges in `engine/merging` (_with).
+forward is in `engine/hooks` (HookedSite.enter, leave), how it merges in `engine/folding` (_with).
 """
 
 from __future__ import annotations

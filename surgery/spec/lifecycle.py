@@ -28,7 +28,7 @@ from ..structure.module_tree import Site
 from .case import FLAGS, SEEDS, Case, actions, mark, operation, stir, train
 from .fault_injection import Fault, Tripwire, committed, events, source
 from .function import gap_all
-from .laws import Draw, applies, holds
+from .laws import Broken, Draw, applies, holds
 from .parameters import COPIES
 from .snapshot import MODEL, equal, near, raised, rounding, unchanged
 
@@ -194,10 +194,9 @@ def _failing(site: Any) -> nn.Module:
 
 
 def base_keys_are_kept(case: Case, draw: Draw) -> None:
-    """keys(m) is a subsequence of keys(S), and a checkpoint of m loads into S.
+    """keys(m) is a subsequence of keys(S), and a checkpoint of m loads into S, strictly.
 
-    What is missing then is what was added, and nothing is unexpected; the base's tensors, classes
-    and identities are those of m.
+    What was added is then as it was; the base's tensors, classes and identities are those of m.
     """
     model, seed = case.model(), draw(SEEDS, "seed")
     keys, modules = list(model.state_dict()), _modules(model)
@@ -213,14 +212,14 @@ def base_keys_are_kept(case: Case, draw: Draw) -> None:
     after = _modules(model)
     other = [path for path in {*modules, *after} if modules.get(path) != after.get(path)]
     holds(not other, f"other modules than before: {first_few(other)}")
-    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
-    counters = {key for key in added if key.endswith("num_batches_tracked")}  # torch fills them in
-    says_all = {*missing, *counters} == {*added}
-    holds(says_all, f"missing are {first_few(missing)}, added {first_few(added)}")
-    holds(not unexpected, f"the checkpoint of the base has {first_few(unexpected)} too many")
+    wanted = {**checkpoint, **{k: t.clone() for k, t in model.state_dict().items() if k in added}}
+    try:
+        model.load_state_dict(checkpoint)
+    except RuntimeError as error:
+        raise Broken(f"a checkpoint of the base does not load strictly: {error}") from error
     filled = model.state_dict()
-    wrong = [k for k, t in checkpoint.items() if not torch.equal(filled[k], t)]
-    holds(not wrong, f"a checkpoint of the base does not fill {first_few(wrong)}")
+    wrong = [k for k, t in wanted.items() if not torch.equal(filled[k], t)]
+    holds(not wrong, f"after a checkpoint of the base was loaded, others: {first_few(wrong)}")
 
 
 def _modules(model: nn.Module) -> dict[str, tuple[int, type[nn.Module]]]:
@@ -306,8 +305,9 @@ def meta_has_the_same_plan(case: Case, draw: Draw) -> None:
 
 
 def merge_is_equivalent(case: Case, draw: Draw) -> None:
-    """merge(S)(x) ~16 S(x) with m's keys and no part running; unmerge is S again to the bit.
+    """merge(S)(x) ~16 S(x) with m's keys, modules and hooks alone; unmerge is S again to the bit.
 
+    The state of merge(S) goes into a fresh m, strictly, which then answers as merge(S).
     Or merge raises OperationError that names a part which is not linear, and S is unchanged.
     """
     model = case.operated(stirred=draw(SEEDS, "seed"))
@@ -323,10 +323,25 @@ def merge_is_equivalent(case: Case, draw: Draw) -> None:
         holds(any(k in str(error) for k in kinds), f"the refusal names no part: {error}")
         applies(False, str(error).splitlines()[0])
     near(case.outputs(model), want, most, "merged, the answer")
-    keys = list(case.model().state_dict())
-    holds([k for k in model.state_dict() if k in keys] == keys, "merged, the base has other keys")
+    plain = case.twin(model)
+    holds(list(model.state_dict()) == list(plain.state_dict()), "merged, it has other keys than m")
+    odd = sorted(set(_seen(model).items()) ^ set(_seen(plain).items()))
+    holds(
+        not odd, f"merged, it is not plain: {first_few([path or 'the model' for path, _ in odd])}"
+    )
+    plain.load_state_dict(model.state_dict())
+    equal(case.outputs(plain), case.outputs(model), "with a merged state, m")
     unmerge(model)
     unchanged(before, fingerprint(model), "merge and unmerge")
+
+
+def _seen(model: nn.Module) -> dict[str, tuple[type[nn.Module], int, bool]]:
+    """Of every module, by path: its class, how many hooks it calls, if its forward is its own."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return {
+        path: (type(m), sum(len(vars(m)[name]) for name in hooks), "forward" in vars(m))
+        for path, m in model.named_modules(remove_duplicate=False)
+    }
 
 
 def user_hooks_come_first(case: Case, draw: Draw) -> None:

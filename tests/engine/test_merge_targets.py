@@ -57,8 +57,8 @@ def bare(site: surgery.Site) -> nn.Module:
 def merged(module: nn.Module, rules: Any, x: Tensor) -> None:
     torch.manual_seed(0)
     model = Root(module).double().eval()
-    surgery.apply(model, rules)
     keys = list(model.state_dict())
+    surgery.apply(model, rules)
     with torch.no_grad():
         want = model(x.double())
         have = surgery.merge(model)(x.double())

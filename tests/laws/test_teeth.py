@@ -36,12 +36,13 @@ from surgery import (
     unfreeze,
 )
 from surgery.engine import apply as engine_apply
-from surgery.engine import journal, reports, trained
+from surgery.engine import journal, plain, reports, trained
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
 from surgery.engine.journal import Journal
 from surgery.engine.operation import Operation, additions_of, operations
 from surgery.engine.placement import Placement
+from surgery.engine.states import StateGuard
 from surgery.rules import roles, routing, selector
 from surgery.rules.affine import Affine
 from surgery.spec import PROPERTIES, Absent, Broken, Case, check
@@ -412,10 +413,24 @@ def unmerging_subtracts(patch: Patch) -> None:
     wrapped(patch, Journal, "write", write)
 
 
+def merging_leaves(what: str) -> Any:
+    """Of what merging takes out, some stays in: by the table that it is in."""
+
+    def take(real: Any, module: nn.Module, table: str, *rest: Any) -> None:
+        if table != what:
+            real(module, table, *rest)
+
+    return lambda patch: wrapped(patch, plain, "_take", take)
+
+
 def merging_is_never_refused(patch: Patch) -> None:
     merge = importlib.import_module("surgery.engine.merging")
     patch.setattr(merge, "merge", lambda model: model)
     patch.setattr("surgery.spec.lifecycle.merge", lambda model: model)
+
+
+def base_keys_alone_do_not_load(patch: Patch) -> None:
+    patch.setattr(StateGuard, "_after_loading", lambda self, module, keys: None)
 
 
 def seeds_are_of_the_clock(patch: Patch) -> None:
@@ -549,6 +564,9 @@ TEETH: list[Tooth] = [
     ("meta_has_the_same_plan", meta_parts_are_float32, "adapter"),
     ("merge_is_equivalent", merging_forgets_the_scale, "linear"),
     ("merge_is_equivalent", unmerging_subtracts, "linear"),
+    ("merge_is_equivalent", merging_leaves("_forward_hooks"), "linear"),
+    ("merge_is_equivalent", merging_leaves("_modules"), "linear"),
+    ("base_keys_are_kept", base_keys_alone_do_not_load, "adapterx"),
     ("merge_is_equivalent", merging_is_never_refused, "adapterx"),
     ("user_hooks_come_first", engine.grafts_come_before_user_hooks, "adapter"),
 ]

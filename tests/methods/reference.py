@@ -177,9 +177,9 @@ def reverts(backbone: str, rules: Rules) -> None:
 
 
 def merges(backbone: str, rules: Rules, eps: float = 16) -> None:
-    """Merged, the base answers within `eps` and keeps its keys; unmerged it is what it was."""
+    """Merged, the base answers within `eps`, with its keys alone; unmerged it is what it was."""
     model = stirred(backbone, rules)
-    x, keys = INPUTS[backbone], list(model.state_dict())
+    x, keys = INPUTS[backbone], list(BACKBONES[backbone]().state_dict())
     with torch.no_grad():
         want = model(x)
         have = surgery.merge(model)(x)

@@ -1,0 +1,278 @@
+"""What weights become when the parts at them are folded in; nothing is changed here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .._text import first_few
+from ..errors import OperationError
+from ..rules.affine import Affine, affine
+from ..structure.layers import CONVS, forward_of
+from ..structure.memory import Memory, own_form
+from .hooks import HookedSite, is_replaced
+from .journal import owner_of, owners_of, tensor_of
+from .merge_targets import MergeTarget, merge_target
+from .tokens import Action
+
+HALF = 16  # bits: below 32, sums are made in float32 and rounded once
+
+
+class Fold(NamedTuple):
+    """A module, and the weight and bias that it is to have.
+
+    kept  the share of the change that is left once it is rounded to the dtype of the weight
+    """
+
+    path: str
+    module: Any
+    weight: Tensor
+    bias: Tensor | None
+    kept: float
+
+    @property
+    def changes(self) -> bool:
+        """Whether they are others than it has."""
+        now = [(self.weight, self.module.weight), (self.bias, self.module.bias)]
+        return any(new is not None and not torch.equal(new, old) for new, old in now)
+
+
+class Fine(TorchFunctionMode):
+    """While it lasts, torch computes in float32 with what it is given in half precision."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, _fine, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _fine(tensor: Tensor) -> Tensor:
+    half = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits <= HALF
+    return tensor.float() if half else tensor
+
+
+def _fine_map(map: Affine) -> Affine:
+    return Affine(_fine(map.weight), None if map.bias is None else _fine(map.bias))
+
+
+def folded(
+    model: nn.Module, hooked_sites: list[HookedSite], read_besides: set[str] | None = None
+) -> list[Fold]:
+    """What the modules at some sites become. Raises OperationError where that cannot be.
+
+    read_besides  paths of sites whose weight the model reads without calling the module, too
+    """
+    here, memory = {id(module) for module in model.modules()}, Memory(model)
+    targets = {hooked: _target(hooked, here) for hooked in hooked_sites}
+    for hooked, target in targets.items():
+        _check_hooks(hooked, hooked_sites)
+        _check_memory(hooked, target.module.weight, "weight", memory)
+        if hooked.path in (read_besides or ()):
+            raise _refused(hooked, "weight", ": the model reads it without calling the module")
+    actions = [(hooked, action) for hooked in hooked_sites for action in hooked.actions]
+    actions.sort(key=lambda pair: pair[1].place != "instead")  # what replaces first, others around
+    done: dict[int, tuple[HookedSite, MergeTarget]] = {}
+    with Fine():
+        for hooked, action in actions:
+            module = id(targets[hooked].module)
+            _, target = done.get(module, (hooked, targets[hooked]))
+            done[module] = hooked, target._replace(map=_with(target, action, hooked.path))
+    folds = [_rounded(target, hooked) for hooked, target in done.values()]
+    for (hooked, _), fold in zip(done.values(), folds, strict=True):
+        if fold.bias is not None and not torch.equal(fold.bias, fold.module.bias):
+            _check_memory(hooked, fold.module.bias, "bias", memory)
+    return folds
+
+
+def _rounded(target: MergeTarget, hooked: HookedSite) -> Fold:
+    """The weights in the dtype of the module, and how much of the change that keeps."""
+    module, (weight, bias) = target.module, _weights(target, hooked)
+    pairs = [(module.weight, weight), *([] if bias is None else [(module.bias, bias)])]
+    new = [meant.to(was.dtype) for was, meant in pairs]
+    lost, whole = 0.0, 0.0
+    for (was, meant), got in zip(pairs, new, strict=True):
+        if got.dtype != meant.dtype:
+            lost += float((got.to(meant.dtype) - meant).square().sum())
+            whole += float((meant - was.to(meant.dtype)).square().sum())
+    kept = 1 - (lost / whole) ** 0.5 if lost else 1.0
+    return Fold(hooked.path, module, new[0], new[1] if bias is not None else None, kept)
+
+
+# whether it can be ------------------------------------------------------------------------------
+
+
+def _target(hooked: HookedSite, here: set[int]) -> MergeTarget:
+    """The map of the module of a hooked site, as its weights hold it. Raises OperationError."""
+    module, kinds, call = hooked.entry, _kinds(hooked), f"merge(model) at {hooked.path}"
+    if id(module) not in here:
+        raise OperationError(
+            call,
+            f"the {type(module).__name__} where {kinds} stands is no longer in the model: another "
+            "module was put in its place since it was operated.",
+            "Merge before modules are exchanged (quantised, converted); or put it back.",
+        )
+    if hooked.exit is module and (fact_and_remedy := _hidden(module)):
+        fact, remedy = fact_and_remedy
+        raise OperationError(call, f"{kinds} stands at a {_kind(module)} {fact}", remedy)
+    wrapped = forward_of(module) is not type(module).forward and not is_replaced(module)
+    target = merge_target(module) if hooked.exit is module and not wrapped else None
+    if target is None:
+        kind = (
+            "a span" if hooked.exit is not module else f"a {_kind(module)}{_why(module, wrapped)}"
+        )
+        raise OperationError(
+            call,
+            f"{kinds} stands at {kind}, and only what stands at an nn.Linear, a convolution or a "
+            "norm with weights can be folded.",
+            "Put such parts on these themselves, or leave the model unmerged.",
+        )
+    if target.module.weight.is_meta:
+        raise OperationError(call, "it is on the meta device.", "Give it memory first.")
+    return target._replace(map=_fine_map(target.map))
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of its class; with the package where torch has another of that name."""
+    kind = type(module)
+    known = getattr(nn, kind.__name__, kind)
+    return kind.__name__ if known is kind else f"{kind.__module__}.{kind.__name__}"
+
+
+def _why(module: nn.Module, wrapped: bool) -> str:
+    """What keeps a module with a weight from being a map, in words."""
+    if wrapped:
+        return " with a forward of its own"
+    if isinstance(module, (nn.Linear, *CONVS)):
+        return ", whose class has a forward of its own"
+    if tensor_of(module, "weight") is not None:
+        return ", which does more with its weight than multiply by it"
+    return ""
+
+
+def _hidden(module: nn.Module) -> tuple[str, str] | None:
+    """Why a module has no weight that could be written, and what to do; None where it has."""
+    weight = tensor_of(module, "weight")
+    if weight is None:
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            return None
+        names = [n for n in {**module._parameters, **module._buffers} if n.startswith("weight_")]
+        if nn.utils.parametrize.is_parametrized(module, "weight"):
+            names = ["parametrizations.weight"]
+        undo = [f" by torch.nn.utils.{undo}" for mark, undo in COMPUTED if mark in names]
+        remedy = f"Make it plain first{''.join(undo[:1])}, or leave the model unmerged."
+        return f"whose weight is computed from its {', '.join(names)} at each call.", remedy
+    if kind := own_form(weight) or ("" if weight.is_floating_point() else str(weight.dtype)):
+        fact = f"whose weight is a {kind}, which holds no numbers to add to."
+        return fact, "Merge first; quantise or shard what comes out."
+    return None
+
+
+COMPUTED = (
+    ("parametrizations.weight", "parametrize.remove_parametrizations"),
+    ("weight_g", "remove_weight_norm"),
+    ("weight_mask", "prune.remove"),
+    ("weight_u", "remove_spectral_norm"),
+)  # what torch.nn.utils leaves beside a weight, and what takes it off
+
+
+def _check_hooks(hooked: HookedSite, hooked_sites: list[HookedSite]) -> None:
+    """Raise OperationError where parts of an operation on another root act in between."""
+    tables = (hooked.entry._forward_pre_hooks, hooked.entry._forward_hooks)
+    owners = [owner for hooks in tables for owner in owners_of(hooks, HookedSite).values()]
+    if any(all(owner is not own for own in hooked_sites) for owner in owners):
+        raise OperationError(
+            f"merge(model) at {hooked.path}",
+            f"{_kinds(hooked)} stands where a module above or below this model was operated, too.",
+            "Merge, or revert, the one that was operated last first.",
+        )
+
+
+def acting_between(hooked: HookedSite) -> bool:
+    """Whether hooks of others meet what the module gives before the parts there do."""
+    owners = [owner_of(hook) for hook in hooked.entry._forward_hooks.values()]
+    last = max((i for i, owner in enumerate(owners) if owner is hooked), default=0)
+    return any(not isinstance(owner, HookedSite) for owner in owners[:last])
+
+
+def _check_memory(hooked: HookedSite, tensor: Tensor, name: str, memory: Memory) -> None:
+    """Raise OperationError where another parameter or buffer has the numbers of this one."""
+    others, names = memory.others(tensor), memory.names.get(id(tensor), [])
+    if others or len(names) > 1:
+        raise _refused(hooked, name, f": {first_few([*names, *others])} are one memory")
+
+
+def _refused(hooked: HookedSite, name: str, how: str) -> OperationError:
+    return OperationError(
+        f"merge(model) at {hooked.path}",
+        f"its {name} is used elsewhere too{how}, so {_kinds(hooked)} cannot be folded into it.",
+        "Leave the model unmerged.",
+    )
+
+
+def _with(target: MergeTarget, action: Action, path: str) -> Affine:
+    """The map of a site with one more action, around what came before."""
+    map, own = target.map, affine(action.part)
+    part = None if own is None else _fine_map(own)
+    if part is None or action.place in ("into", "among"):
+        raise OperationError(
+            f"merge(model) at {path}",
+            f"{type(action.part).__name__} is not linear, so it cannot be folded into a weight.",
+            "Leave the model unmerged, or use a method that merges (a linear part).",
+        )
+    if action.place != "after" and not target.pointwise:
+        raise OperationError(
+            f"merge(model) at {path}",
+            f"{type(action.part).__name__} acts on the input of a {type(target.module).__name__}, "
+            "which mixes or norms it first: it cannot be folded into its weight.",
+            "Put it after the module, or leave the model unmerged.",
+        )
+    if part.weight.dim() == 2 and getattr(target.module, "groups", 1) > 1:
+        raise OperationError(
+            f"merge(model) at {path}",
+            f"{type(action.part).__name__} mixes the groups of a {type(target.module).__name__}.",
+            "Leave the model unmerged, or use a part that scales each feature.",
+        )
+    if action.place == "instead":
+        return part
+    if action.place == "beside":
+        return map.plus(part.times(action.scale if action.scale is not None else 1.0))
+    through = part.after(map) if action.place == "after" else map.after(part)
+    if action.scale is None:
+        return through
+    if action.place == "after":
+        return map.plus(through.times(action.scale))
+    return map.plus(_without_bias(through, map).times(action.scale))
+
+
+def _without_bias(through: Affine, map: Affine) -> Affine:
+    """f(x + p(x)) = f(x) + W p(x): the bias of f counts once."""
+    if map.bias is None or through.bias is None:
+        return through
+    return Affine(through.weight, through.bias - map.bias)
+
+
+def _kinds(hooked: HookedSite) -> str:
+    """The parts there, in words."""
+    return ", ".join(dict.fromkeys(type(action.part).__name__ for action in hooked.actions))
+
+
+def _weights(target: MergeTarget, hooked: HookedSite) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and the bias that the module is to have. Raises OperationError."""
+    if tensor_of(target.module, "bias") is None and target.map.bias is not None:
+        raise OperationError(
+            f"merge(model) at {hooked.path}",
+            f"{_kinds(hooked)} adds a bias, and this {target.kind} has none to fold it into.",
+            "Make the part without a bias, or leave it unmerged.",
+        )
+    if (target.map.weight.dim() == 1) is not (target.module.weight.dim() == 1):
+        raise OperationError(
+            f"merge(model) at {hooked.path}",
+            f"{_kinds(hooked)} mixes features, and this {target.kind} holds one number for each.",
+            "Put it on the linear modules that read it, or leave it unmerged.",
+        )
+    return target.weight(), target.map.bias

@@ -1,0 +1,197 @@
+"""What torch's own state_dict and load_state_dict do with an operated model, merged or not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._preserve import same
+from .._text import first_few
+from ..errors import OperationError
+from ..structure.memory import own_form
+from ..structure.module_tree import ADDITIONS
+from .folding import folded
+from .hooks import Switch
+from .journal import Journal, owner_of
+from .plain import Overwritten
+
+MERGED = "surgery.merged"  # in the metadata of a state: it was taken from a merged model
+TABLES = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+
+
+class StateHooks(NamedTuple):
+    """The hooks of a guard on the root, around its state_dict and load_state_dict."""
+
+    model: nn.Module
+    guard: StateGuard
+
+    def undo(self) -> None:
+        for table in TABLES:
+            hooks = vars(self.model)[table]
+            for key, hook in [*hooks.items()]:
+                if owner_of(getattr(hook, "hook", hook)) is self.guard:
+                    del hooks[key]
+
+    def obstacle(self) -> Any:
+        return None
+
+
+class StateGuard(nn.Module):
+    """The container of all operations, which sees what states are taken from a model and put in.
+
+    A state with parts and one without tell nothing of whether parts are merged: it is refused
+    where it would count an update twice, or lose it.
+
+    lacking  the prefix of ours where a state that is being loaded has nothing of it; "" else
+    """
+
+    def join(self, model: nn.Module, host: nn.Module, journal: Journal) -> None:
+        """Be asked before the states of a model are taken or loaded; `host` has this as a child."""
+        self.host, self.lacking = [host], ""  # in a list, so that it is no child of ours
+        journal.entries.append(StateHooks(model, self))
+        own: Any = self  # torch types none of these
+        own.register_load_state_dict_post_hook(self._after_loading)
+        root: Any = model
+        root.register_state_dict_pre_hook(self._before_taking)
+        root._register_state_dict_hook(self._mark)
+        root.register_load_state_dict_pre_hook(self._before_loading)
+
+    @property
+    def switches(self) -> list[Any]:
+        """Its operations, as they are to be known down here."""
+        return [child for child in self.children() if isinstance(child, Switch)]
+
+    @property
+    def merged(self) -> bool:
+        return any(switch.merged for switch in self.switches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of."""
+        self._check_enabled("a copy of the model")
+        return self.__dict__
+
+    def _check_enabled(self, call: str) -> None:
+        if not all(switch.enabled for switch in self.switches):
+            raise OperationError(
+                call,
+                "inside disabled(model) its tensors are those of the base, for a while.",
+                "Do it before or after the `with` block.",
+            )
+
+    def _before_taking(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._check_enabled("model.state_dict()")
+
+    def _mark(self, model: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+        if self.merged:
+            metadata[MERGED] = True
+
+    def _before_loading(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        prefix: str,
+        metadata: Mapping[str, Any],
+        *rest: Any,
+    ) -> None:
+        """Raise OperationError where a state is not of such a model as this is now."""
+        self._check_enabled("model.load_state_dict(...)")
+        own = f"{_path(model, self.host[0], prefix)}{ADDITIONS}."
+        parts = [key for key in state if key.startswith(own)]
+        if self.merged and parts:
+            raise OperationError(
+                "model.load_state_dict(...)",
+                f"the state has parts ({first_few(parts)}), and those of this "
+                f"{type(model).__name__} are merged into its weights.",
+                "Call surgery.unmerge(model) first, and load it then.",
+            )
+        if self.merged:
+            self._see_overwritten(_told(model, state, prefix))
+        elif not parts and not _says_base(metadata):
+            self._check_not_twice(model, _told(model, state, prefix), MERGED in metadata)
+
+    def _check_not_twice(
+        self, model: nn.Module, told: dict[tuple[int, str], str], marked: bool
+    ) -> None:
+        """Of a state without parts, marked as a merged model's or without any mark at all.
+
+        (torch's own states say of what version each module is; that of a base says no more.)
+        """
+        moved = _moved(model, self.switches, told)
+        if moved and marked:
+            raise OperationError(
+                "model.load_state_dict(...)",
+                "the state was taken while parts were merged into its weights, and the parts of "
+                f"this {type(model).__name__} would add to them once more ({first_few(moved)}).",
+                "Load it into a model without parts (and operate that), or the state of the "
+                "unmerged model into this one.",
+            )
+        if moved:
+            warnings.warn(
+                "model.load_state_dict(...): the state has no parts, and is taken for one of the "
+                f"base; the parts that are here stay ({first_few(moved)}). If it is of a merged "
+                "model, they count twice: load it into a model without parts.",
+                stacklevel=2,
+            )
+
+    def _see_overwritten(self, told: dict[tuple[int, str], str]) -> None:
+        """Write down which merged weights get other values now."""
+        for switch in self.switches:
+            values = switch.merge_journal.values
+            places = [(id(value.module), value.name) for value in values]
+            names = [told[place] for place in places if place in told]
+            if names:
+                switch.merge_journal.entries.append(Overwritten(names))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.lacking = prefix if not state_dict else ""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _after_loading(self, module: nn.Module, keys: Any) -> None:
+        """A state without anything of `surgery` is one of the base: what was added stays."""
+        if self.lacking:
+            keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(self.lacking)]
+
+
+def _says_base(metadata: Mapping[str, Any]) -> bool:
+    """Whether a state came with the marks that torch gives it, and is not a merged model's."""
+    return "version" in metadata and MERGED not in metadata
+
+
+def _path(model: nn.Module, host: nn.Module, prefix: str) -> str:
+    """Where a module below a model is, with a dot behind it."""
+    path = next((path for path, module in model.named_modules() if module is host), "")
+    return prefix + (f"{path}." if path else "")
+
+
+def _told(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict[tuple[int, str], str]:
+    """The keys of a state that have another value than the model, by module and name."""
+    told: dict[tuple[int, str], str] = {}
+    for path, module in model.named_modules():
+        for name in module._parameters:
+            key = prefix + (f"{path}.{name}" if path else name)
+            new, now = state.get(key), module._parameters[name]
+            if isinstance(new, Tensor) and now is not None and not _same(new, now):
+                told[id(module), name] = key
+    return told
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, where that can be seen."""
+    seen = not any(t.is_meta or own_form(t) for t in (a, b))
+    return seen and same(a, b)
+
+
+@torch.no_grad()
+def _moved(model: nn.Module, switches: list[Any], told: dict[tuple[int, str], str]) -> list[str]:
+    """The sites with parts that would change the weights there, which a state does too."""
+    hooked = [hooked for switch in switches for hooked in switch.hooked_sites]
+    try:
+        folds = [fold for fold in folded(model, hooked) if fold.changes]
+    except OperationError:  # these do not merge: the state is not of such parts
+        return []
+    names = ("weight", "bias")
+    return [f.path for f in folds if any((id(f.module), name) in told for name in names)]
