@@ -6,9 +6,7 @@ carry on with their own parts.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -19,8 +17,10 @@ from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
+from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Passes
+from .streams import Between, Streams
 from .tokens import ENTERING, Action, Insertions
 
 Balance: TypeAlias = "routing.Coefficient | None"
@@ -42,16 +42,21 @@ class Switch(nn.Module):
 
     merged    the parts are merged into the base, which answers for them
     passes    what forwards keep
+    streams   the tokens that they put in, of all operations on the model
     seen      the marks of all that ever ran
     compiled  those of them that ran in compiled code, which runs unseen from then on
     """
 
-    def __init__(self, balance: Balance) -> None:
+    def __init__(self, name: str, balance: Balance) -> None:
         super().__init__()
-        self.enabled, self.merged, self.balance = True, False, balance
-        self.passes = Passes()
+        self.name, self.enabled, self.merged, self.balance = name, True, False, balance
+        self.passes, self.streams = Passes(), Streams()
         self.seen: set[str] = set()
         self.compiled: set[str] = set()
+
+    def is_on(self) -> bool:
+        """Whether parts run."""
+        return self.enabled and not self.merged
 
     def mark(self, mark: str) -> None:
         """Something of that mark runs now."""
@@ -92,10 +97,12 @@ class HookedSite:
             (action.part for action in actions if action.place == "instead"), None
         )
         self.was_forward = self.entry.__dict__.get("forward")
-        self.names = _declared(getattr(type(self.entry), "forward", None))
+        self.names = declared(getattr(type(self.entry), "forward", None))
         self.listeners: list[tuple[int, Insertions, int]] = []
         self.inserts = any(action.place in ("into", "among") for action in actions)
-        self.tokens = Insertions(self.path)
+        self.tokens = Insertions(self.path, switch.name)
+        among = any(action.place == "among" for action in actions)
+        self.stretch = _stretch(site) if among else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
@@ -144,7 +151,7 @@ class HookedSite:
 
     def _entered(self, args: Any, kwargs: Any) -> Any:
         """The arguments with what the actions make of the input."""
-        first, put = _input(args, kwargs, self)
+        first, put = input_of(args, kwargs, self)
         x = first
         for i, action in reversed(list(enumerate(self.actions))):
             if action.place == "before":
@@ -152,7 +159,7 @@ class HookedSite:
             elif action.place in ENTERING:
                 leaves = pytree.tree_leaves((args, kwargs))
                 others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
-                x = self.tokens.insert(self.switch.passes.mine(), i, action, x, first, others)
+                x = self._put_in(i, action, x, first, others)
             elif action.place == "beside" and self.remembers:
                 self.switch.passes.mine().inputs[self.path, i] = x
         return put(x)
@@ -166,16 +173,38 @@ class HookedSite:
         self.switch.mark(self.path)
         if not (self.leaves and self.active()):
             return None
-        y, put = _first_tensor(output, self.path)
+        y, put = first_tensor(output, self.path)
         for i, action in enumerate(self.actions):
             if action.place == "after":
                 y = self._act(i, action, y, y)
             elif action.place == "among":
-                y = self.tokens.take_out(self.switch.passes.mine(), i, action.tokens, y)
+                y = self.tokens.take_out(self.switch.streams, i, action.tokens, y)
             elif action.place == "beside":
-                x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
+                x = self._remembered(i) if self.remembers else input_of(args, kwargs, self)[0]
                 y = self._act(i, action, x, y)
         return put(y)
+
+    def _put_in(
+        self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
+    ) -> Tensor:
+        kept, stream = self.switch.passes.mine(), self.switch.streams.mine()
+        return self.tokens.insert(kept, stream, i, action, x, given, others)
+
+    def hook_stretch(self, journal: Journal) -> None:
+        """Set tokens aside between the blocks in which they stay."""
+        for k, block in enumerate(self.stretch):
+            before, after = block.module._forward_pre_hooks, block.module._forward_hooks
+            names = declared(type(block.module).forward)
+            new = Between(self.switch.streams, block.path, names, self.switch.is_on)
+            between = next(iter(owners_of(before, Between).values()), new)
+            if between is new:
+                journal.hook(block.module, new.enter, before=True, prepend=True, with_kwargs=True)
+            if k > 0 and not between.inner:
+                journal.set(between, "inner", True)
+            if k < len(self.stretch) - 1 and not owners_of(after, Between):
+                journal.hook(block.module, new.leave, with_kwargs=True)
+            for key in owners_of(after, Between):  # behind all that acts inside of the block
+                after[key] = after.pop(key)
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
         """Let action i hear what action j of another site gives."""
@@ -303,6 +332,16 @@ class HookedSite:
         )
 
 
+def _stretch(site: Site) -> list[Site]:
+    """The blocks of a list from the first that a site begins with to the last that it ends with."""
+    parent = site.entry.parent
+    if parent is None or site.exit.parent is not parent or not site.entry.is_element:
+        return []
+    modules = [child.module for child in parent.children]
+    first, last = modules.index(site.entry.module), modules.index(site.exit.module)
+    return parent.children[first : last + 1] if first < last else []
+
+
 def _axis(x: Tensor, axis: int, width: int) -> int:
     """Where features lie: as the model's weights tell, but where so many lie on the other only."""
     if width and x.dim() > 1 and x.shape[axis] != width and x.shape[-axis] == width:
@@ -332,51 +371,6 @@ def is_replaced(module: nn.Module) -> bool:
 def routes(action: Action) -> bool:
     """Whether the part of an action is a router."""
     return bool(getattr(action.part, "routes", False))
-
-
-@lru_cache(maxsize=1000)
-def _declared(forward: Any) -> tuple[str, ...]:
-    """The names of what a forward takes, in the order of its signature."""
-    try:
-        return tuple(inspect.signature(forward).parameters)
-    except (TypeError, ValueError):
-        return ()
-
-
-def _input(args: Any, kwargs: Any, hooked: HookedSite) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor that is the input, and a way to put another there: everywhere it was given.
-
-    Self-attention is given one tensor as query, key and value.
-    """
-    first = [kwargs[name] for name in hooked.names if name in kwargs] if not args else args[:1]
-    x = next((value for value in first if isinstance(value, Tensor)), None)
-    if x is None:
-        return _first_tensor((args, kwargs), hooked.path)
-
-    def put(tensor: Tensor) -> Any:
-        positional = tuple(tensor if value is x else value for value in args)
-        return positional, {k: tensor if value is x else value for k, value in kwargs.items()}
-
-    return x, put
-
-
-def _first_tensor(values: Any, path: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The first tensor in any nest of tuples, lists and dicts, and a way to put another there."""
-    if isinstance(values, Tensor):
-        return values, lambda tensor: tensor
-    leaves, spec = pytree.tree_flatten(values)
-    for i, value in enumerate(leaves):
-        if isinstance(value, Tensor):
-
-            def put(tensor: Tensor, i: int = i) -> Any:
-                return pytree.tree_unflatten([*leaves[:i], tensor, *leaves[i + 1 :]], spec)
-
-            return value, put
-    raise GraftError(
-        f"the graft at {path or 'the model'}",
-        "it met no tensor in what the module takes or gives.",
-        "Put the rule on a module that takes and gives tensors.",
-    )
 
 
 def _in_half_autocast(x: Tensor) -> bool:

@@ -66,8 +66,8 @@ class Operation(Switch):
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
-        super().__init__(balance)
-        self.name, self.record = name, record
+        super().__init__(name, balance)
+        self.record = record
         self.hooked_sites: list[HookedSite] = []
         self.journal, self.merge_journal = Journal(), Journal()
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
@@ -76,6 +76,8 @@ class Operation(Switch):
 
     def open(self, model: nn.Module) -> None:
         """Take a place at the root, and remember the modes and buffers of all modules."""
+        for earlier in operations(model):
+            self.streams = earlier.streams
         self.model.append(model)
         for module in model.modules():
             self.journal.keep(module, "training")
@@ -144,6 +146,8 @@ class Operation(Switch):
             nests = isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor
             if nests and any(id(module) in ends for module in encoder.modules()):
                 self.journal.set(encoder, "use_nested_tensor", False)
+        for hooked in self.hooked_sites:
+            hooked.hook_stretch(self.journal)
         self.journal.hook(model, self.watcher.enter, before=True, prepend=True, with_kwargs=True)
         self.journal.hook(model, self.watcher.leave)
         self.journal.hook(model, self.watcher.end, always_call=True)

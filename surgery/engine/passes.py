@@ -6,21 +6,13 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+Kept = TypeVar("Kept")
 Key: TypeAlias = tuple[str, int]  # the path of a site, the number of an action there
-
-
-class Inserted(NamedTuple):
-    """What was put in last: how many tokens, of how many then; samples; whether it is still in."""
-
-    new: int
-    total: int
-    batch: int
-    open: bool
 
 
 class Pass:
@@ -29,7 +21,6 @@ class Pass:
     inputs    of sites whose parts run beside them, until their end
     gates     of the parts that route
     heard     what the parts gave that an action hears
-    inserted  what each action put in last
     ran       the marks of what was called
     compiled  gates that compiled code had left when this forward ran: they are of an earlier one
     whole     whether this is a forward of the whole model, and is not over
@@ -49,7 +40,6 @@ class Pass:
         """Nothing is left of an earlier forward, but the gates."""
         self.inputs: dict[Key, Tensor] = {}
         self.heard: dict[Key, Tensor] = {}
-        self.inserted: dict[Key, Inserted] = {}
         self.ran: set[str] = set()
 
     def knew(self, key: Key, gates: Tensor) -> bool:
@@ -58,8 +48,8 @@ class Pass:
         return known is not None and known() is gates
 
 
-class Passes:
-    """The passes of one operation: one for each thread of execution.
+class ByThread(Generic[Kept]):
+    """One object of a kind for each thread of execution.
 
     traced  that of compiled code, which knows of no threads
     """
@@ -68,22 +58,37 @@ class Passes:
         self.forget()
 
     def __reduce__(self) -> Any:
-        return Passes, ()  # copies begin anew
+        return type(self), ()  # copies begin anew
+
+    def make(self) -> Kept:
+        """A new one."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """No forward has run."""
-        self.traced = Pass()
-        self._by_thread: weakref.WeakKeyDictionary[Any, Pass] = weakref.WeakKeyDictionary()
+        self.traced = self.make()
+        self.by_thread: weakref.WeakKeyDictionary[Any, Kept] = weakref.WeakKeyDictionary()
 
-    def mine(self) -> Pass:
+    def mine(self) -> Kept:
         """That of the thread of execution that asks."""
         if torch.compiler.is_compiling():
             return self.traced
         thread = _thread()
-        found = self._by_thread.get(thread)
+        found = self.by_thread.get(thread)
         if found is None:
-            found = self._by_thread[thread] = Pass()
+            found = self.by_thread[thread] = self.make()
         return found
+
+    def all(self) -> list[Kept]:
+        """Those of all threads that live."""
+        return list(self.by_thread.values())
+
+
+class Passes(ByThread[Pass]):
+    """The passes of one operation."""
+
+    def make(self) -> Pass:
+        return Pass()
 
     def begin(self) -> None:
         """A forward of the whole model begins in this thread."""
@@ -113,7 +118,7 @@ class Passes:
 
     def elsewhere(self) -> bool:
         """Whether a forward in another thread of execution has left gates."""
-        return any(each.gates for each in list(self._by_thread.values()))
+        return any(each.gates for each in self.all())
 
 
 def _thread() -> Any:

@@ -70,6 +70,7 @@ def verify(
     finally:
         operation.watcher.resting = False
         operation.passes.forget()
+        operation.streams.forget()
 
 
 def _runner(model: nn.Module, example: Any) -> Run:
@@ -138,7 +139,7 @@ def _is_ours(error: Exception) -> bool:
 def _check_rows(operation: Operation, example: Any) -> None:
     """Tokens are put among those of a sample: where the first axis is of tokens, they are not."""
     batch = next((len(t) for t in tensors_in(example) if t.dim()), 0)
-    for (path, _), tokens in operation.passes.mine().inserted.items():
+    for (_, path, _), tokens in operation.streams.mine().inserted.items():
         if tokens.batch != batch == tokens.total - tokens.new:
             raise GraftError(
                 f"insert(...) at {path}",

@@ -23,7 +23,7 @@ from .journal import Hook, Journal, owner_of
 from .passes import Pass, Passes
 from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
 from .summary import Record
-from .tokens import is_recomputing
+from .streams import Streams, is_recomputing
 
 KINDS = 1000  # of forwards that are looked into at most: a bound, where every input has other sizes
 PATIENCE = 30  # training forwards in which a layer may be dropped at random before its first run
@@ -38,6 +38,7 @@ class Watched(Protocol):
     hooked_sites: list[HookedSite]
     journal: Journal
     passes: Passes
+    streams: Streams
     seen: set[str]
     compiled: set[str]
     read_besides: set[str]
@@ -82,6 +83,7 @@ class Watch:
         if not self.operation.enabled:
             return
         self.operation.passes.begin()
+        self.operation.streams.mine().begin()
         if torch.compiler.is_compiling() or self.operation.merged:
             return
         kept = self.operation.passes.mine()
@@ -101,9 +103,9 @@ class Watch:
         """It is over: did all run?"""
         if not self._on:
             return
-        kept = self.operation.passes.mine()
-        for hooked in self.operation.hooked_sites:
-            if error := hooked.tokens.left_in(kept):
+        kept, stream = self.operation.passes.mine(), self.operation.streams.mine()
+        for hooked in self.operation.hooked_sites if stream.opened() else ():
+            if error := hooked.tokens.left_in(stream):
                 raise error
         if torch.compiler.is_dynamo_compiling():
             self.operation._surgery_check()  # type: ignore[attr-defined]
@@ -119,7 +121,8 @@ class Watch:
         if reading is not None:
             reading.end()
         if kept.whole:
-            kept.whole, kept.inputs, kept.inserted = False, {}, {}
+            kept.whole, kept.inputs = False, {}
+            self.operation.streams.mine().aside = None
 
     # what is made of it --------------------------------------------------------------------------
 
