@@ -1,4 +1,4 @@
-"""The features in what a module takes or gives: which tensor they are, and putting another there."""
+"""The features in what a module takes or gives: which tensor, and how another comes there."""
 
 from __future__ import annotations
 

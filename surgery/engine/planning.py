@@ -26,8 +26,9 @@ from .hooks import Balance
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
+from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, places, summary
-from .tokens import Action, Tokens, tokens_at
+from .tokens import Action, tokens_at
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
 

@@ -80,14 +80,14 @@ class Reading(TorchFunctionMode):
     def why_cut_off(self) -> str:
         """Of sites to whose parts no gradient can come."""
         return (
-            f"{first_few(self.cut_off)} ran inside of reentrant checkpoints (torch.utils.checkpoint) "
-            "none of whose inputs asks for a gradient: the layers before are frozen."
+            f"{first_few(sorted(self.cut_off))} ran inside of reentrant checkpoints "
+            "(torch.utils.checkpoint), none of whose inputs asks for a gradient: the layers before are frozen."
         )
 
     def end(self) -> None:
         """Leave the mode, wherever in torch's stack of them it is."""
         above: list[Any] = []
-        while self in _get_current_function_mode_stack():
+        while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             mode = torch._C._pop_torch_function_stack()
             if mode is self:
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -76,7 +77,7 @@ class Tokens(NamedTuple):
 
 
 class Inserted(NamedTuple):
-    """What was put in: how many tokens, of how many then; samples; whether it is still in; where."""
+    """What was put in: how many tokens, of how many then; samples; whether still in; where."""
 
     new: int
     total: int
@@ -184,7 +185,6 @@ class Between:
         given = put(whole)
         return given[0] if kwargs is None else given
 
-
     def _begun_anew(self, stream: Stream) -> None:
         """A checkpoint runs again from here, on what nobody was given between blocks."""
         if _in_reentrant_checkpoint():
@@ -246,7 +246,7 @@ def _in_reentrant_checkpoint() -> bool:
     """
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not is_recomputing()):
         return False
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in REENTRANT:
             return True

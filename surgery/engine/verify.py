@@ -152,9 +152,7 @@ def _check_rows(operation: Operation, example: Any) -> None:
 # gradients -------------------------------------------------------------------------------------
 
 
-def _check_gradients(
-    answer: Any, reading: Reading, targets: Iterable[TrainTarget]
-) -> list[str]:
+def _check_gradients(answer: Any, reading: Reading, targets: Iterable[TrainTarget]) -> list[str]:
     """A gradient must come to some tensor of every target, be it zero; notes where it need not.
 
     Only some, for the experts of a mixture that got no token, and tokens that models mask with.

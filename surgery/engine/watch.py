@@ -1,8 +1,8 @@
 """The watch: what one forward has shown is not believed for ever.
 
-After each whole forward it is seen which hooked sites did not run. Forwards of a new kind are looked
-into: there it is seen too whether a site was skipped, or the model read its weight without calling
-it, by a fused kernel, say.
+After each whole forward it is seen which hooked sites did not run. Forwards of a new kind are
+looked into: there it is seen too whether a site was skipped, or the model read its weight without
+calling it, by a fused kernel, say.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .hooks import HookedSite
 from .journal import Hook, Journal, owner_of
 from .passes import Pass, Passes
 from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
-from .summary import Record
 from .streams import Streams, is_recomputing
+from .summary import Record
 
 KINDS = 1000  # of forwards that are looked into at most: a bound, where every input has other sizes
 PATIENCE = 30  # training forwards in which a layer may be dropped at random before its first run
@@ -44,7 +44,11 @@ class Watched(Protocol):
     read_besides: set[str]
     model: list[nn.Module]
 
-    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]] = ...) -> None: ...
+    watcher: Any
+
+    def _surgery_check(self) -> None: ...
+
+    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None: ...
 
 
 class Watch:
@@ -58,7 +62,7 @@ class Watch:
     """
 
     def __init__(self, operation: Watched) -> None:
-        self.operation, self.resting, self.forwards = operation, False, 0
+        self.operation, self.resting, self.forwards = operation, False, 0  # in vain for some site
         self.looked: set[Hashable] = set()
         self.skipped: set[tuple[str, bool]] = set()
         self.suspects: set[str] = set()
@@ -108,7 +112,7 @@ class Watch:
             if error := hooked.tokens.left_in(stream):
                 raise error
         if torch.compiler.is_dynamo_compiling():
-            self.operation._surgery_check()  # type: ignore[attr-defined]
+            self.operation._surgery_check()
         elif not (self.resting or torch.compiler.is_compiling() or is_recomputing()):
             self._judge(kept)
 
@@ -129,11 +133,11 @@ class Watch:
     def _judge(self, kept: Pass) -> None:
         sites, reading = self.operation.hooked_sites, kept.reading
         idle = [hooked for hooked in sites if not hooked.marks <= kept.ran]
-        if reading is None and not idle:
-            return
-        if self.bypassed or self.suspects:
+        if self.bypassed:
             at_rest = {hooked.path for hooked in idle}
             self.bypassed = {path: how for path, how in self.bypassed.items() if path in at_rest}
+        if reading is None and not idle:
+            return
         if idle and self._may_be_compiled():
             self._unseen(idle)
         elif reading is not None:
@@ -154,6 +158,7 @@ class Watch:
         read = [hooked for hooked in idle if reading.instead_of(hooked, self.model)]
         fact, remedy = why_idle(read, "In this forward")
         self.bypassed |= {hooked.path: fact for hooked in read}
+        self.forwards += any(not hooked.ran for hooked in idle)
         if not all(hooked.ran or self._may_come(hooked, idle) for hooked in idle):
             self.operation.prove(lambda _: (fact, remedy))
         if read:
@@ -166,8 +171,7 @@ class Watch:
         self.operation.read_besides |= {s.path for s in sites if reading.besides_its_own(s)}
 
     def _may_come(self, hooked: HookedSite, idle: list[HookedSite]) -> bool:
-        """Whether a site that never ran may be one that is dropped at random: others like it ran."""
-        self.forwards += 1
+        """Whether a site that never ran may be dropped at random: others like it ran."""
         like = generalise(hooked.path)
         others = [each for each in self.operation.hooked_sites if generalise(each.path) == like]
         training, waiting = self.model.training, self.forwards <= PATIENCE
@@ -176,12 +180,15 @@ class Watch:
     def _suspect(self, idle: list[HookedSite]) -> None:
         """Sites did not run in a forward that was not looked into."""
         mode = self.model.training
+        self.suspects |= {each.path for each in idle if not each.ran}
         idle = [each for each in idle if (generalise(each.path), mode) not in self.skipped]
         if not idle:
             return
         self._check_there(idle)
         self.suspects |= {hooked.path for hooked in idle}
-        running = {generalise(each.path) for each in self.operation.hooked_sites if each not in idle}
+        running = {
+            generalise(each.path) for each in self.operation.hooked_sites if each not in idle
+        }
         # where some of many like layers did not run, the next forward tells whether one is dropped
         gone = [each for each in idle if generalise(each.path) not in running]
         if new := [each for each in gone if each.path not in self.warned]:
@@ -292,7 +299,7 @@ def check_watched(operation: Watched, call: str) -> None:
     Before a call that relies on them: a module was replaced, or our hooks are gone from it, or the
     last forwards went round it.
     """
-    watch: Watch = operation.watcher  # type: ignore[attr-defined]
+    watch: Watch = operation.watcher
     if lost := watch.lost(operation.hooked_sites):
         fact = "stand at modules that are no longer in the model (replaced since it was operated)"
     elif lost := _unhooked(operation):
@@ -304,7 +311,8 @@ def check_watched(operation: Watched, call: str) -> None:
         return
     raise OperationError(
         call,
-        f"{counted(lost, len(operation.hooked_sites))} {fact}: what was added there does not count.",
+        f"{counted(lost, len(operation.hooked_sites))} {fact}: what was added there counts for "
+        "nothing.",
         "Convert or change the model first, and apply the rules then.",
     )
 
