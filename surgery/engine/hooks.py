@@ -19,7 +19,7 @@ from ..rules import routing
 from ..structure.module_tree import Site
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
-from .passes import Passes
+from .passes import Key, Pass, Passes
 from .streams import Between, Streams
 from .tokens import ENTERING, Action, Insertions
 
@@ -43,8 +43,7 @@ class Switch(nn.Module):
     merged    the parts are merged into the base, which answers for them
     passes    what forwards keep
     streams   the tokens that they put in, of all operations on the model
-    seen      the marks of all that ever ran
-    compiled  those of them that ran in compiled code, which runs unseen from then on
+    seen      the marks of all that ever ran, but in compiled code
     """
 
     def __init__(self, name: str, balance: Balance) -> None:
@@ -52,24 +51,33 @@ class Switch(nn.Module):
         self.name, self.enabled, self.merged, self.balance = name, True, False, balance
         self.passes, self.streams = Passes(), Streams()
         self.seen: set[str] = set()
-        self.compiled: set[str] = set()
 
     def is_on(self) -> bool:
         """Whether parts run."""
         return self.enabled and not self.merged
 
-    def mark(self, mark: str) -> None:
+    def mark(self, mark: str, traced: Traced) -> None:
         """Something of that mark runs now."""
         if torch.compiler.is_dynamo_compiling():
-            self._surgery_traced(mark)
+            traced._surgery_traced()
         else:
             self.passes.mine().ran.add(mark)
             self.seen.add(mark)
 
+
+class Traced(nn.Module):
+    """Whether a site, or its beginning, runs in compiled code, unseen but while it is traced.
+
+    One for each, and keys without paths: or blocks that are alike would be compiled one by one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = False
+
     @while_traced
-    def _surgery_traced(self, mark: str) -> bool:
-        self.seen.add(mark)
-        self.compiled.add(mark)
+    def _surgery_traced(self) -> bool:
+        self.ran = True
         return True
 
 
@@ -107,10 +115,22 @@ class HookedSite:
         self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
 
+        self.compiled, self.compiled_begin = Traced(), Traced()
+        self.traced = Pass()  # what compiled code keeps, by the number of an action alone
+
     @property
     def ran(self) -> bool:
         """Whether all of it ever ran, the beginning and the end."""
-        return self.marks <= self.switch.seen
+        unseen = {self.path: self.compiled.ran, self.begin_mark: self.compiled_begin.ran}
+        return all(mark in self.switch.seen or unseen[mark] for mark in self.marks)
+
+    def unsee(self) -> None:
+        """As if it had never run."""
+        self.switch.seen -= self.marks
+        self.compiled.ran = self.compiled_begin.ran = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "traced": Pass()}
 
     def join(self, journal: Journal) -> None:
         """Hook into the site; inputs meet the last rule first, and what holds others before all."""
@@ -143,7 +163,7 @@ class HookedSite:
         Tools that copy modules register it anew in torch's plain form, without keyword arguments.
         """
         if self.begin_mark:
-            self.switch.mark(self.begin_mark)
+            self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
             return None
         given = self._entered(args, {} if kwargs is None else kwargs)
@@ -161,7 +181,7 @@ class HookedSite:
                 others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
                 x = self._put_in(i, action, x, first, others)
             elif action.place == "beside" and self.remembers:
-                self.switch.passes.mine().inputs[self.path, i] = x
+                self._inputs()[self._key(i)] = x
         return put(x)
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
@@ -170,7 +190,7 @@ class HookedSite:
         given  keyword arguments and output; the output alone in torch's plain form
         """
         kwargs, output = given if len(given) == 2 else ({}, *given)
-        self.switch.mark(self.path)
+        self.switch.mark(self.path, self.compiled)
         if not (self.leaves and self.active()):
             return None
         y, put = first_tensor(output, self.path)
@@ -212,19 +232,26 @@ class HookedSite:
         source.listeners.append((j, self.tokens, i))
 
     def _remembered(self, i: int) -> Tensor:
-        inputs = self.switch.passes.mine().inputs
-        if (self.path, i) not in inputs:
+        inputs, key = self._inputs(), self._key(i)
+        if key not in inputs:
             raise GraftError(
                 f"the graft at {self.path}",
                 "its end ran without its beginning, so there is no input to run beside.",
                 "Revert, and give apply(..., example=inputs): a forward tells what feeds what. "
                 "Or put the rule on one module that is called whole.",
             )
-        return inputs.pop((self.path, i))
+        return inputs.pop(key)
+
+    def _inputs(self) -> dict[Key, Tensor]:
+        kept = self.traced if torch.compiler.is_compiling() else self.switch.passes.mine()
+        return kept.inputs
+
+    def _key(self, i: int) -> Key:
+        return ("", i) if torch.compiler.is_compiling() else (self.path, i)
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
-        self.switch.mark(self.path)
+        self.switch.mark(self.path, self.compiled)
         if self.active() and self.replacement is not None:
             return self.replacement(*args, **kwargs)
         return self._base(*args, **kwargs)
@@ -265,11 +292,17 @@ class HookedSite:
             out = self._routed(i, out, x)
         for j, listener, k in self.listeners:
             if i == j and isinstance(out, Tensor):
-                self.switch.passes.mine().heard[listener.path, k] = out
+                self._tell(listener, k, out)
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = self._fitting(action, out, base)
         return out if action.scale is None else torch.add(base, out, alpha=action.scale)
+
+    def _tell(self, listener: Insertions, k: int, out: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            listener.traced[k] = out
+        else:
+            self.switch.passes.mine().heard[listener.path, k] = out
 
     def _run(self, action: Action, x: Tensor, width: int) -> Any:
         try:
@@ -299,10 +332,10 @@ class HookedSite:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
         balance = self.switch.balance
         if balance is None:
-            self.switch.passes.keep_gates((self.path, i), routed.gates)
+            self._keep_gates(i, routed.gates)
             return routed.output
         if not torch.compiler.is_compiling():
-            self.switch.passes.keep_gates((self.path, i), routed.gates.detach())
+            self._keep_gates(i, routed.gates.detach())
         if not callable(balance) and _in_half_autocast(x):
             raise GraftError(
                 f"apply(..., balance={balance})",
@@ -310,6 +343,12 @@ class HookedSite:
                 f"Write balance=lambda: {balance} * scaler.get_scale(), with your GradScaler.",
             )
         return routing.with_balance(routed.output, routed.gates, balance)
+
+    def _keep_gates(self, i: int, gates: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self.traced.gates["", i] = gates
+        else:
+            self.switch.passes.keep_gates((self.path, i), gates, self.traced.gates.get(("", i)))
 
     def _fitting(self, action: Action, out: Any, base: Tensor) -> Tensor:
         if isinstance(out, Tensor) and base.dim() == 2 < out.dim():

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import GraftError, OperationError
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes, while_traced
 from .journal import Journal, owner_of
+from .passes import Key
 from .summary import Record
 from .tokens import Action
-from .watch import Watch, counted, rules_of, warn_unseen
+from .watch import Watch, counted, rules_of
 
 
 class Additions(nn.Module):
@@ -160,15 +161,24 @@ class Operation(Switch):
             raise GraftError(rules_of(self.record, idle), text, remedy)
 
     @while_traced
-    def _surgery_check(self) -> None:
+    def _surgery_check(self) -> bool:
         """Say what torch.compile did not trace: other compiled code may hide it."""
-        if idle := [hooked for hooked in self.hooked_sites if not hooked.ran]:
-            warn_unseen(counted(idle, len(self.hooked_sites)))
+        self.watcher.unseen([hooked for hooked in self.hooked_sites if not hooked.ran])
+        return True
+
+    def gates(self) -> dict[Key, Tensor]:
+        """Those of the last forward in this thread of execution, by site and action."""
+        return self.passes.gates(self.compiled_gates())
+
+    def compiled_gates(self) -> dict[Key, Tensor]:
+        """Those that compiled code has left."""
+        sites = self.hooked_sites
+        return {(s.path, i): gates for s in sites for (_, i), gates in s.traced.gates.items()}
 
     @property
     def routers(self) -> list[HookedSite]:
         """The hooked sites with a part that routes."""
-        ran = {path for path, _ in self.passes.gates()}
+        ran = {path for path, _ in self.gates()}
         return [g for g in self.hooked_sites if g.path in ran or any(map(routes, g.actions))]
 
     def undo(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Iterable
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -90,29 +89,26 @@ class Passes(ByThread[Pass]):
     def make(self) -> Pass:
         return Pass()
 
-    def begin(self) -> None:
-        """A forward of the whole model begins in this thread."""
+    def begin(self, left: dict[Key, Tensor]) -> None:
+        """A forward of the whole model begins in this thread.
+
+        left  the gates that compiled code has left, which are of an earlier one
+        """
         mine = self.mine()
         mine.begin()
-        if mine is not self.traced:
-            mine.whole, mine.gates = True, {}
-            self.know(self.traced.gates)
+        mine.whole, mine.gates = True, {}
+        mine.compiled = {key: weakref.ref(gates) for key, gates in left.items()}
 
-    def keep_gates(self, key: Key, gates: Tensor) -> None:
-        """Those of this forward, at one part."""
+    def keep_gates(self, key: Key, gates: Tensor, left: Tensor | None) -> None:
+        """Those of this forward, at one part; compiled code has left others there."""
         mine = self.mine()
         mine.gates[key] = gates
-        if mine is not self.traced:
-            self.know([key])
+        if left is not None:
+            mine.compiled[key] = weakref.ref(left)
 
-    def know(self, keys: Iterable[Key]) -> None:
-        """Gates that compiled code has left for these are earlier than what runs now."""
-        mine, left = self.mine(), self.traced.gates
-        mine.compiled |= {key: weakref.ref(left[key]) for key in keys if key in left}
-
-    def gates(self) -> dict[Key, Tensor]:
+    def gates(self, left: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """Those of the last forward in this thread of execution, or in compiled code if later."""
-        mine, left = self.mine(), self.traced.gates
+        mine = self.mine()
         later = {key: gates for key, gates in left.items() if not mine.knew(key, gates)}
         return {**mine.gates, **later}
 

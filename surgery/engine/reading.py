@@ -81,7 +81,8 @@ class Reading(TorchFunctionMode):
         """Of sites to whose parts no gradient can come."""
         return (
             f"{first_few(sorted(self.cut_off))} ran inside of reentrant checkpoints "
-            "(torch.utils.checkpoint), none of whose inputs asks for a gradient: the layers before are frozen."
+            "(torch.utils.checkpoint), none of whose inputs asks for a gradient: the layers before "
+            "are frozen."
         )
 
     def end(self) -> None:

@@ -67,6 +67,7 @@ class Insertions:
     def __init__(self, path: str, operation: str) -> None:
         self.path, self.operation = path, operation
         self.hears: dict[int, tuple[str, nn.Module]] = {}
+        self.traced: dict[int, Tensor] = {}  # what was heard in compiled code
         self.answered: Any = WeakTensorKeyDictionary()  # what was heard for an input
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,6 +133,10 @@ class Insertions:
     def _place(self, i: int) -> Place:
         return self.operation, self.path, i
 
+    def _heard(self, kept: Pass, i: int) -> Tensor | None:
+        compiling = torch.compiler.is_compiling()
+        return self.traced.get(i) if compiling else kept.heard.get((self.path, i))
+
     def _unmatched(self, fact: str) -> GraftError:
         return GraftError(
             f"insert(...) at {self.path or 'the model'}",
@@ -146,7 +151,7 @@ class Insertions:
         """
         compiling = torch.compiler.is_compiling()
         earlier = {} if compiling or not is_recomputing() else self.answered.get(given, {})
-        heard: Tensor | None = earlier.get(i, kept.heard.get((self.path, i)))
+        heard: Tensor | None = earlier.get(i, self._heard(kept, i))
         path, part = self.hears[i]
         if heard is None:
             raise GraftError(

@@ -87,7 +87,8 @@ def _runner(model: nn.Module, example: Any) -> Run:
 
 def _proved(operation: Operation, run: Run) -> tuple[Any, Reading]:
     """The answer of a forward in which every hooked site ran, and what it read."""
-    operation.seen.clear()
+    for hooked in operation.hooked_sites:
+        hooked.unsee()
     with Reading(operation.hooked_sites) as reading:
         answer = run()
     operation.watcher.note(reading)

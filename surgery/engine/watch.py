@@ -20,7 +20,7 @@ from ..errors import GraftError, OperationError
 from ..structure.path import generalise
 from .hooks import HookedSite
 from .journal import Hook, Journal, owner_of
-from .passes import Pass, Passes
+from .passes import Key, Pass, Passes
 from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
@@ -40,13 +40,14 @@ class Watched(Protocol):
     passes: Passes
     streams: Streams
     seen: set[str]
-    compiled: set[str]
     read_besides: set[str]
     model: list[nn.Module]
 
     watcher: Any
 
-    def _surgery_check(self) -> None: ...
+    def _surgery_check(self) -> bool: ...
+
+    def compiled_gates(self) -> dict[Key, Tensor]: ...
 
     def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None: ...
 
@@ -86,9 +87,13 @@ class Watch:
         """A whole forward begins: what is left of an earlier one is forgotten."""
         if not self.operation.enabled:
             return
-        self.operation.passes.begin()
+        if torch.compiler.is_compiling():
+            if any(hooked.inserts for hooked in self.operation.hooked_sites):
+                self.operation.streams.mine().begin()
+            return
+        self.operation.passes.begin(self.operation.compiled_gates())
         self.operation.streams.mine().begin()
-        if torch.compiler.is_compiling() or self.operation.merged:
+        if self.operation.merged:
             return
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted
@@ -139,7 +144,7 @@ class Watch:
         if reading is None and not idle:
             return
         if idle and self._may_be_compiled():
-            self._unseen(idle)
+            self.unseen(idle)
         elif reading is not None:
             self._look(idle, reading)
             self.looked.add(kept.kind)
@@ -222,11 +227,15 @@ class Watch:
                 "Put the modules back, or revert, convert the model, and apply the rules then.",
             )
 
-    def _unseen(self, idle: list[HookedSite]) -> None:
+    def unseen(self, idle: list[HookedSite]) -> None:
         """Compiled code may hide that they ran."""
         if new := [each for each in idle if not each.ran and each.path not in self.warned]:
             self.warned |= {hooked.path for hooked in new}
-            warn_unseen(self._counted(new))
+            warnings.warn(
+                f"{self._counted(new)} were not seen to run, though compiled code may hide it: "
+                "surgery.apply(model, rules, example=x) proves that they do.",
+                stacklevel=2,
+            )
 
     # what others ask -----------------------------------------------------------------------------
 
@@ -249,7 +258,7 @@ class Watch:
         return not (tracing or is_recomputing() or self._may_be_compiled())
 
     def _may_be_compiled(self) -> bool:
-        return bool(self.operation.compiled) or may_be_compiled(self.model)
+        return is_compiled(self.operation)
 
 
 def counted(sites: list[HookedSite], of: int) -> str:
@@ -264,22 +273,13 @@ def rules_of(record: Record, sites: list[HookedSite]) -> str:
     return ", ".join(row["rule"] for row in rows if paths.intersection(row["paths"]))
 
 
-def warn_unseen(idle: str) -> None:
-    """That sites were not seen to run, which means little where code is compiled."""
-    warnings.warn(
-        f"{idle} were not seen to run, though compiled code may hide it: "
-        "surgery.apply(model, rules, example=x) proves that they do.",
-        stacklevel=3,
-    )
-
-
-def may_be_compiled(model: nn.Module) -> bool:
-    """Whether some module in it is called by compiled code."""
-    return any(
+def is_compiled(operation: Watched) -> bool:
+    """Whether sites, or modules of the model, may run in compiled code."""
+    return any(hooked.compiled.ran for hooked in operation.hooked_sites) or any(
         module._compiled_call_impl is not None
         or hasattr(module.forward, "_torchdynamo_orig_callable")
         or "_orig_mod" in module._modules
-        for module in model.modules()
+        for module in operation.model[0].modules()
     )
 
 
@@ -334,7 +334,7 @@ def _unhooked(operation: Watched) -> list[HookedSite]:
 
 def _warn_untrained(operation: Watched, call: str) -> None:
     """Gradients came to something, and parts never ran: another method than forward was called."""
-    if operation.compiled or may_be_compiled(operation.model[0]):
+    if is_compiled(operation):
         return
     never = [hooked for hooked in operation.hooked_sites if not hooked.ran]
     parts = [action.part for hooked in never for action in hooked.actions]
