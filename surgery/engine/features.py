@@ -7,10 +7,17 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Protocol
 
+import torch
+import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import GraftError
+
+OPERATE_ON_THE_GRAPH = (
+    "Make the graph first, of the base (create_feature_extractor, symbolic_trace), and operate on "
+    "that: surgery.apply(graph, rules)."
+)
 
 
 class Place(Protocol):
@@ -58,6 +65,9 @@ def first_tensor(values: Any, path: str) -> tuple[Tensor, Callable[[Tensor], Any
                 return pytree.tree_unflatten([*leaves[:i], tensor, *leaves[i + 1 :]], spec)
 
             return value, put
+    if any(isinstance(value, torch.fx.Proxy) for value in leaves):
+        fact = "it met a torch.fx Proxy: the graph that is traced would not hold the parts."
+        raise GraftError(f"the graft at {path or 'the model'}", fact, OPERATE_ON_THE_GRAPH)
     raise GraftError(
         f"the graft at {path or 'the model'}",
         "it met no tensor in what the module takes or gives.",

@@ -6,10 +6,13 @@ carry on with their own parts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -17,13 +20,14 @@ from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
-from .features import declared, first_tensor, input_of
+from .features import OPERATE_ON_THE_GRAPH, declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass, Passes
 from .streams import Between, Streams
 from .tokens import ENTERING, Action, Insertions
 
 Balance: TypeAlias = "routing.Coefficient | None"
+CALL = nn.Module._call_impl.__code__
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -60,9 +64,26 @@ class Switch(nn.Module):
         """Something of that mark runs now."""
         if torch.compiler.is_dynamo_compiling():
             traced._surgery_traced()
-        else:
-            self.passes.mine().ran.add(mark)
-            self.seen.add(mark)
+            return
+        kept = self.passes.mine()
+        if not kept.whole and (not kept.ran or mark in kept.ran):  # a part of the model is run
+            kept.ran.clear()
+            self._check_graph(mark)
+        kept.ran.add(mark)
+        self.seen.add(mark)
+
+    def _check_graph(self, mark: str) -> None:
+        """Graphs of torch.fx run modules of a model, hooks and all, and do not hold its parts."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            graph = frame.f_locals["self"] if frame.f_code is CALL else None
+            if isinstance(graph, torch.fx.GraphModule) and self not in set(graph.modules()):
+                fact = (
+                    "it runs in a graph of torch.fx that does not hold the parts: they would be in "
+                    "nobody's parameters() and state_dict()."
+                )
+                raise GraftError(f"the graft at {mark}", fact, OPERATE_ON_THE_GRAPH)
+            frame = frame.f_back
 
 
 class Traced(nn.Module):

@@ -181,6 +181,16 @@ class Operation(Switch):
         ran = {path for path, _ in self.gates()}
         return [g for g in self.hooked_sites if g.path in ran or any(map(routes, g.actions))]
 
+    def __prepare_scriptable__(self) -> Operation:
+        """torch.jit.script asks for what it can compile in place of this."""
+        if self.merged:
+            return self
+        raise OperationError(
+            "torch.jit.script(model)",
+            "parts run by hooks that are Python, and TorchScript cannot compile them.",
+            "Use torch.jit.trace or torch.export; or, where the parts merge, surgery.merge first.",
+        )
+
     def undo(self) -> None:
         """Take everything off and bring everything back, however far the work had come."""
         self.merge_journal.undo()

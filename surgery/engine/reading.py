@@ -14,10 +14,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
-from .hooks import HookedSite
+from .hooks import CALL, HookedSite
 from .tokens import Insertions
 
-CALL = nn.Module._call_impl.__code__
 CHECKPOINT = CheckpointFunction.forward.__code__  # of reentrant checkpoints
 OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights
 

@@ -93,7 +93,7 @@ class Watch:
             return
         self.operation.passes.begin(self.operation.compiled_gates())
         self.operation.streams.mine().begin()
-        if self.operation.merged:
+        if self.operation.merged or torch._C._get_tracing_state() is not None:
             return
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted
@@ -253,9 +253,8 @@ class Watch:
         return counted(sites, len(self.operation.hooked_sites))
 
     def _can_look(self) -> bool:
-        """Torch's own tracers take no other modes, and compiled code is compiled anew for them."""
-        tracing = torch._C._get_tracing_state() is not None
-        return not (tracing or is_recomputing() or self._may_be_compiled())
+        """Compiled code would be compiled anew for it, and a checkpoint stops half way."""
+        return not (is_recomputing() or self._may_be_compiled())
 
     def _may_be_compiled(self) -> bool:
         return is_compiled(self.operation)
