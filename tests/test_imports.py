@@ -240,6 +240,16 @@ def test_importing_surgery_imports_no_optional_package():
     assert fresh(code) == "[]"
 
 
+def test_importing_surgery_costs_little_beside_torch():
+    """No compiler, no graphs, no distributed: these cost as much as torch itself."""
+    code = "import sys, torch; before = set(sys.modules); import surgery\n"
+    code += "new = {n.split('.')[0] for n in set(sys.modules) - before} - {'surgery'}\n"
+    code += (
+        "new |= {n for n in ('torch._dynamo', 'torch._inductor', 'sympy') if n in sys.modules}\n"
+    )
+    assert set(eval(fresh(code + "print(sorted(new))"))) <= {"einops", "safetensors"}
+
+
 def test_applying_rules_imports_no_optional_package():
     code = "import sys, torch, surgery\nfrom surgery import *\n"
     code += "m = torch.nn.TransformerEncoderLayer(24, 3, 48)\n"

@@ -275,7 +275,7 @@ def _gates(operation: Operation, call: str) -> list[tuple[HookedSite, Tensor]]:
 
     Routers that it did not come to (layers that are dropped at random) have none.
     """
-    gates, routers = sorted(operation.passes.gates().items()), operation.routers
+    gates, routers = sorted(operation.gates().items()), operation.routers
     found = [(g, value) for g in routers for (path, _), value in gates if path == g.path]
     if routers and not found:
         elsewhere = operation.passes.elsewhere()

@@ -6,12 +6,13 @@ carry on with their own parts.
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable
-from functools import lru_cache
+from types import FrameType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,11 +20,14 @@ from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
+from .features import OPERATE_ON_THE_GRAPH, declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
-from .passes import Passes
+from .passes import Key, Pass, Passes
+from .streams import Between, Streams
 from .tokens import ENTERING, Action, Insertions
 
 Balance: TypeAlias = "routing.Coefficient | None"
+CALL = nn.Module._call_impl.__code__
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -42,30 +46,61 @@ class Switch(nn.Module):
 
     merged    the parts are merged into the base, which answers for them
     passes    what forwards keep
-    seen      the marks of all that ever ran
-    compiled  those of them that ran in compiled code, which runs unseen from then on
+    streams   the tokens that they put in, of all operations on the model
+    seen      the marks of all that ever ran, but in compiled code
     undone    all is taken off: what others still hold of it does nothing
     """
 
-    def __init__(self, balance: Balance) -> None:
+    def __init__(self, name: str, balance: Balance) -> None:
         super().__init__()
-        self.enabled, self.merged, self.undone, self.balance = True, False, False, balance
-        self.passes = Passes()
+        self.name, self.balance = name, balance
+        self.enabled, self.merged, self.undone = True, False, False
+        self.passes, self.streams = Passes(), Streams()
         self.seen: set[str] = set()
-        self.compiled: set[str] = set()
 
-    def mark(self, mark: str) -> None:
+    def is_on(self) -> bool:
+        """Whether parts run."""
+        return self.enabled and not self.merged and not self.undone
+
+    def mark(self, mark: str, traced: Traced) -> None:
         """Something of that mark runs now."""
         if torch.compiler.is_dynamo_compiling():
-            self._surgery_traced(mark)
-        else:
-            self.passes.mine().ran.add(mark)
-            self.seen.add(mark)
+            traced._surgery_traced()
+            return
+        kept = self.passes.mine()
+        if not kept.whole and (not kept.ran or mark in kept.ran):  # a part of the model is run
+            kept.ran.clear()
+            self._check_graph(mark)
+        kept.ran.add(mark)
+        self.seen.add(mark)
+
+    def _check_graph(self, mark: str) -> None:
+        """Graphs of torch.fx run modules of a model, hooks and all, and do not hold its parts."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            graph = frame.f_locals["self"] if frame.f_code is CALL else None
+            if isinstance(graph, torch.fx.GraphModule) and self not in set(graph.modules()):
+                fact = (
+                    "it runs in a graph of torch.fx that does not hold the parts: they would be in "
+                    "nobody's parameters() and state_dict()."
+                )
+                raise GraftError(f"the graft at {mark}", fact, OPERATE_ON_THE_GRAPH)
+            frame = frame.f_back
+
+
+class Traced(nn.Module):
+    """Whether a site, or its beginning, runs in compiled code, unseen but while it is traced.
+
+    One for each, and keys without paths: or blocks that are alike would be compiled one by one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = False
 
     @while_traced
-    def _surgery_traced(self, mark: str) -> bool:
-        self.seen.add(mark)
-        self.compiled.add(mark)
+    def _surgery_traced(self) -> bool:
+        self.ran = True
         return True
 
 
@@ -93,18 +128,32 @@ class HookedSite:
             (action.part for action in actions if action.place == "instead"), None
         )
         self.was_forward = self.entry.__dict__.get("forward")
-        self.names = _declared(getattr(type(self.entry), "forward", None))
+        self.names = declared(getattr(type(self.entry), "forward", None))
         self.listeners: list[tuple[int, Insertions, int]] = []
         self.inserts = any(action.place in ("into", "among") for action in actions)
-        self.tokens = Insertions(self.path)
+        self.tokens = Insertions(self.path, switch.name)
+        among = any(action.place == "among" for action in actions)
+        self.stretch = _stretch(site) if among else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
 
+        self.compiled, self.compiled_begin = Traced(), Traced()
+        self.traced = Pass()  # what compiled code keeps, by the number of an action alone
+
     @property
     def ran(self) -> bool:
         """Whether all of it ever ran, the beginning and the end."""
-        return self.marks <= self.switch.seen
+        unseen = {self.path: self.compiled.ran, self.begin_mark: self.compiled_begin.ran}
+        return all(mark in self.switch.seen or unseen[mark] for mark in self.marks)
+
+    def unsee(self) -> None:
+        """As if it had never run."""
+        self.switch.seen -= self.marks
+        self.compiled.ran = self.compiled_begin.ran = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "traced": Pass()}
 
     def join(self, journal: Journal) -> None:
         """Hook into the site; inputs meet the last rule first, and what holds others before all."""
@@ -137,7 +186,7 @@ class HookedSite:
         Tools that copy modules register it anew in torch's plain form, without keyword arguments.
         """
         if self.begin_mark:
-            self.switch.mark(self.begin_mark)
+            self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
             return None
         given = self._entered(args, {} if kwargs is None else kwargs)
@@ -145,7 +194,7 @@ class HookedSite:
 
     def _entered(self, args: Any, kwargs: Any) -> Any:
         """The arguments with what the actions make of the input."""
-        first, put = _input(args, kwargs, self)
+        first, put = input_of(args, kwargs, self)
         x = first
         for i, action in reversed(list(enumerate(self.actions))):
             if action.place == "before":
@@ -153,9 +202,9 @@ class HookedSite:
             elif action.place in ENTERING:
                 leaves = pytree.tree_leaves((args, kwargs))
                 others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
-                x = self.tokens.insert(self.switch.passes.mine(), i, action, x, first, others)
+                x = self._put_in(i, action, x, first, others)
             elif action.place == "beside" and self.remembers:
-                self.switch.passes.mine().inputs[self.path, i] = x
+                self._inputs()[self._key(i)] = x
         return put(x)
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
@@ -164,19 +213,41 @@ class HookedSite:
         given  keyword arguments and output; the output alone in torch's plain form
         """
         kwargs, output = given if len(given) == 2 else ({}, *given)
-        self.switch.mark(self.path)
+        self.switch.mark(self.path, self.compiled)
         if not (self.leaves and self.active()):
             return None
-        y, put = _first_tensor(output, self.path)
+        y, put = first_tensor(output, self.path)
         for i, action in enumerate(self.actions):
             if action.place == "after":
                 y = self._act(i, action, y, y)
             elif action.place == "among":
-                y = self.tokens.take_out(self.switch.passes.mine(), i, action.tokens, y)
+                y = self.tokens.take_out(self.switch.streams, i, action.tokens, y)
             elif action.place == "beside":
-                x = self._remembered(i) if self.remembers else _input(args, kwargs, self)[0]
+                x = self._remembered(i) if self.remembers else input_of(args, kwargs, self)[0]
                 y = self._act(i, action, x, y)
         return put(y)
+
+    def _put_in(
+        self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
+    ) -> Tensor:
+        kept, stream = self.switch.passes.mine(), self.switch.streams.mine()
+        return self.tokens.insert(kept, stream, i, action, x, given, others)
+
+    def hook_stretch(self, journal: Journal) -> None:
+        """Set tokens aside between the blocks in which they stay."""
+        for k, block in enumerate(self.stretch):
+            before, after = block.module._forward_pre_hooks, block.module._forward_hooks
+            names = declared(type(block.module).forward)
+            new = Between(self.switch.streams, block.path, names, self.switch.is_on)
+            between = next(iter(owners_of(before, Between).values()), new)
+            if between is new:
+                journal.hook(block.module, new.enter, before=True, prepend=True, with_kwargs=True)
+            if k > 0 and not between.inner:
+                journal.set(between, "inner", True)
+            if k < len(self.stretch) - 1 and not owners_of(after, Between):
+                journal.hook(block.module, new.leave, with_kwargs=True)
+            for key in owners_of(after, Between):  # behind all that acts inside of the block
+                after[key] = after.pop(key)
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
         """Let action i hear what action j of another site gives."""
@@ -184,19 +255,26 @@ class HookedSite:
         source.listeners.append((j, self.tokens, i))
 
     def _remembered(self, i: int) -> Tensor:
-        inputs = self.switch.passes.mine().inputs
-        if (self.path, i) not in inputs:
+        inputs, key = self._inputs(), self._key(i)
+        if key not in inputs:
             raise GraftError(
                 f"the graft at {self.path}",
                 "its end ran without its beginning, so there is no input to run beside.",
                 "Revert, and give apply(..., example=inputs): a forward tells what feeds what. "
                 "Or put the rule on one module that is called whole.",
             )
-        return inputs.pop((self.path, i))
+        return inputs.pop(key)
+
+    def _inputs(self) -> dict[Key, Tensor]:
+        kept = self.traced if torch.compiler.is_compiling() else self.switch.passes.mine()
+        return kept.inputs
+
+    def _key(self, i: int) -> Key:
+        return ("", i) if torch.compiler.is_compiling() else (self.path, i)
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
-        self.switch.mark(self.path)
+        self.switch.mark(self.path, self.compiled)
         if self.active() and self.replacement is not None:
             return self.replacement(*args, **kwargs)
         return self._base(*args, **kwargs)
@@ -237,11 +315,17 @@ class HookedSite:
             out = self._routed(i, out, x)
         for j, listener, k in self.listeners:
             if i == j and isinstance(out, Tensor):
-                self.switch.passes.mine().heard[listener.path, k] = out
+                self._tell(listener, k, out)
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = self._fitting(action, out, base)
         return out if action.scale is None else torch.add(base, out, alpha=action.scale)
+
+    def _tell(self, listener: Insertions, k: int, out: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            listener.traced[k] = out
+        else:
+            self.switch.passes.mine().heard[listener.path, k] = out
 
     def _run(self, action: Action, x: Tensor, width: int) -> Any:
         try:
@@ -271,10 +355,10 @@ class HookedSite:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
         balance = self.switch.balance
         if balance is None:
-            self.switch.passes.keep_gates((self.path, i), routed.gates)
+            self._keep_gates(i, routed.gates)
             return routed.output
         if not torch.compiler.is_compiling():
-            self.switch.passes.keep_gates((self.path, i), routed.gates.detach())
+            self._keep_gates(i, routed.gates.detach())
         if not callable(balance) and _in_half_autocast(x):
             raise GraftError(
                 f"apply(..., balance={balance})",
@@ -282,6 +366,12 @@ class HookedSite:
                 f"Write balance=lambda: {balance} * scaler.get_scale(), with your GradScaler.",
             )
         return routing.with_balance(routed.output, routed.gates, balance)
+
+    def _keep_gates(self, i: int, gates: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self.traced.gates["", i] = gates
+        else:
+            self.switch.passes.keep_gates((self.path, i), gates, self.traced.gates.get(("", i)))
 
     def _fitting(self, action: Action, out: Any, base: Tensor) -> Tensor:
         if isinstance(out, Tensor) and base.dim() == 2 < out.dim():
@@ -302,6 +392,16 @@ class HookedSite:
             f"it returned {got} where {want} is needed.",
             remedy,
         )
+
+
+def _stretch(site: Site) -> list[Site]:
+    """The blocks of a list from the first that a site begins with to the last that it ends with."""
+    parent = site.entry.parent
+    if parent is None or site.exit.parent is not parent or not site.entry.is_element:
+        return []
+    modules = [child.module for child in parent.children]
+    first, last = modules.index(site.entry.module), modules.index(site.exit.module)
+    return parent.children[first : last + 1] if first < last else []
 
 
 def _axis(x: Tensor, axis: int, width: int) -> int:
@@ -334,51 +434,6 @@ def is_replaced(module: nn.Module) -> bool:
 def routes(action: Action) -> bool:
     """Whether the part of an action is a router."""
     return bool(getattr(action.part, "routes", False))
-
-
-@lru_cache(maxsize=1000)
-def _declared(forward: Any) -> tuple[str, ...]:
-    """The names of what a forward takes, in the order of its signature."""
-    try:
-        return tuple(inspect.signature(forward).parameters)
-    except (TypeError, ValueError):
-        return ()
-
-
-def _input(args: Any, kwargs: Any, hooked: HookedSite) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor that is the input, and a way to put another there: everywhere it was given.
-
-    Self-attention is given one tensor as query, key and value.
-    """
-    first = [kwargs[name] for name in hooked.names if name in kwargs] if not args else args[:1]
-    x = next((value for value in first if isinstance(value, Tensor)), None)
-    if x is None:
-        return _first_tensor((args, kwargs), hooked.path)
-
-    def put(tensor: Tensor) -> Any:
-        positional = tuple(tensor if value is x else value for value in args)
-        return positional, {k: tensor if value is x else value for k, value in kwargs.items()}
-
-    return x, put
-
-
-def _first_tensor(values: Any, path: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The first tensor in any nest of tuples, lists and dicts, and a way to put another there."""
-    if isinstance(values, Tensor):
-        return values, lambda tensor: tensor
-    leaves, spec = pytree.tree_flatten(values)
-    for i, value in enumerate(leaves):
-        if isinstance(value, Tensor):
-
-            def put(tensor: Tensor, i: int = i) -> Any:
-                return pytree.tree_unflatten([*leaves[:i], tensor, *leaves[i + 1 :]], spec)
-
-            return value, put
-    raise GraftError(
-        f"the graft at {path or 'the model'}",
-        "it met no tensor in what the module takes or gives.",
-        "Put the rule on a module that takes and gives tensors.",
-    )
 
 
 def _in_half_autocast(x: Tensor) -> bool:

@@ -39,7 +39,7 @@ class Entry(Protocol):
 class Key(NamedTuple):
     """A key of a dict that a module keeps: `table` names it, "" is the module's own attributes."""
 
-    module: nn.Module
+    module: object
     table: str
     key: str
     was: Any
@@ -186,7 +186,7 @@ class Journal:
 
     # changed -------------------------------------------------------------------------------------
 
-    def set(self, module: nn.Module, key: str, new: Any, table: str = "") -> None:
+    def set(self, module: Any, key: str, new: Any, table: str = "") -> None:
         """Another value for an attribute, or for a key of the dict that `table` names."""
         entries = _table(module, table)
         self.entries.append(Key(module, table, key, entries.get(key, Absent), new))
@@ -290,7 +290,7 @@ def unhook(module: nn.Module, owner: object) -> None:
                 del hooks[key]
 
 
-def _table(module: nn.Module, name: str) -> dict[str, Any]:
+def _table(module: object, name: str) -> dict[str, Any]:
     entries: dict[str, Any] = vars(module)[name] if name else vars(module)
     return entries
 

@@ -11,18 +11,19 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
 from .hooks import Balance, HookedSite, Switch, routes, while_traced
 from .journal import Journal, owner_of
+from .passes import Key
 from .start import MissingStart
 from .states import StateGuard
 from .summary import Record
 from .tokens import Action
-from .watch import Watch, counted, rules_of, warn_unseen
+from .watch import Watch, counted, rules_of
 
 
 class Additions(StateGuard):
@@ -96,8 +97,8 @@ class Operation(Switch):
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
-        super().__init__(balance)
-        self.name, self.record = name, record
+        super().__init__(name, balance)
+        self.record = record
         self.hooked_sites: list[HookedSite] = []
         self.journal, self.merge_journal = Journal(), Journal()
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
@@ -113,6 +114,8 @@ class Operation(Switch):
         The place is written down first, so that it is given up last: an operation that is not
         wholly undone can still be found.
         """
+        for earlier in operations(model):
+            self.streams = earlier.streams
         self.model.append(model)
         modules = list(model.modules())
         additions = additions_of(model)
@@ -189,6 +192,8 @@ class Operation(Switch):
                 self.journal.set(encoder, "use_nested_tensor", False)
         if self.start.is_watched:
             self.journal.hook(model, self.start.enter, before=True)
+        for hooked in self.hooked_sites:
+            hooked.hook_stretch(self.journal)
         self.journal.hook(model, self.watcher.enter, before=True, prepend=True, with_kwargs=True)
         self.journal.hook(model, self.watcher.leave)
         self.journal.hook(model, self.watcher.end, always_call=True)
@@ -201,10 +206,19 @@ class Operation(Switch):
             raise GraftError(rules_of(self.record, idle), text, remedy)
 
     @while_traced
-    def _surgery_check(self) -> None:
+    def _surgery_check(self) -> bool:
         """Say what torch.compile did not trace: other compiled code may hide it."""
-        if idle := [hooked for hooked in self.hooked_sites if not hooked.ran]:
-            warn_unseen(counted(idle, len(self.hooked_sites)))
+        self.watcher.unseen([hooked for hooked in self.hooked_sites if not hooked.ran])
+        return True
+
+    def gates(self) -> dict[Key, Tensor]:
+        """Those of the last forward in this thread of execution, by site and action."""
+        return self.passes.gates(self.compiled_gates())
+
+    def compiled_gates(self) -> dict[Key, Tensor]:
+        """Those that compiled code has left."""
+        sites = self.hooked_sites
+        return {(s.path, i): gates for s in sites for (_, i), gates in s.traced.gates.items()}
 
     def _load_from_state_dict(self, state: Any, prefix: str, told: Any, *rest: Any) -> None:
         assigned = bool(told.get("assign_to_params_buffers"))
@@ -214,8 +228,18 @@ class Operation(Switch):
     @property
     def routers(self) -> list[HookedSite]:
         """The hooked sites with a part that routes."""
-        ran = {path for path, _ in self.passes.gates()}
+        ran = {path for path, _ in self.gates()}
         return [g for g in self.hooked_sites if g.path in ran or any(map(routes, g.actions))]
+
+    def __prepare_scriptable__(self) -> Operation:
+        """torch.jit.script asks for what it can compile in place of this."""
+        if self.merged:
+            return self
+        raise OperationError(
+            "torch.jit.script(model)",
+            "parts run by hooks that are Python, and TorchScript cannot compile them.",
+            "Use torch.jit.trace or torch.export; or, where the parts merge, surgery.merge first.",
+        )
 
     def undo(self) -> None:
         """Take everything off and bring everything back, however far the work had come.

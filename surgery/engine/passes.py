@@ -5,22 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+Kept = TypeVar("Kept")
 Key: TypeAlias = tuple[str, int]  # the path of a site, the number of an action there
-
-
-class Inserted(NamedTuple):
-    """What was put in last: how many tokens, of how many then; samples; whether it is still in."""
-
-    new: int
-    total: int
-    batch: int
-    open: bool
 
 
 class Pass:
@@ -29,7 +20,6 @@ class Pass:
     inputs    of sites whose parts run beside them, until their end
     gates     of the parts that route
     heard     what the parts gave that an action hears
-    inserted  what each action put in last
     ran       the marks of what was called
     compiled  gates that compiled code had left when this forward ran: they are of an earlier one
     whole     whether this is a forward of the whole model, and is not over
@@ -49,7 +39,6 @@ class Pass:
         """Nothing is left of an earlier forward, but the gates."""
         self.inputs: dict[Key, Tensor] = {}
         self.heard: dict[Key, Tensor] = {}
-        self.inserted: dict[Key, Inserted] = {}
         self.ran: set[str] = set()
 
     def knew(self, key: Key, gates: Tensor) -> bool:
@@ -58,8 +47,8 @@ class Pass:
         return known is not None and known() is gates
 
 
-class Passes:
-    """The passes of one operation: one for each thread of execution.
+class ByThread(Generic[Kept]):
+    """One object of a kind for each thread of execution.
 
     traced  that of compiled code, which knows of no threads
     """
@@ -68,52 +57,64 @@ class Passes:
         self.forget()
 
     def __reduce__(self) -> Any:
-        return Passes, ()  # copies begin anew
+        return type(self), ()  # copies begin anew
+
+    def make(self) -> Kept:
+        """A new one."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """No forward has run."""
-        self.traced = Pass()
-        self._by_thread: weakref.WeakKeyDictionary[Any, Pass] = weakref.WeakKeyDictionary()
+        self.traced = self.make()
+        self.by_thread: weakref.WeakKeyDictionary[Any, Kept] = weakref.WeakKeyDictionary()
 
-    def mine(self) -> Pass:
+    def mine(self) -> Kept:
         """That of the thread of execution that asks."""
         if torch.compiler.is_compiling():
             return self.traced
         thread = _thread()
-        found = self._by_thread.get(thread)
+        found = self.by_thread.get(thread)
         if found is None:
-            found = self._by_thread[thread] = Pass()
+            found = self.by_thread[thread] = self.make()
         return found
 
-    def begin(self) -> None:
-        """A forward of the whole model begins in this thread."""
+    def all(self) -> list[Kept]:
+        """Those of all threads that live."""
+        return list(self.by_thread.values())
+
+
+class Passes(ByThread[Pass]):
+    """The passes of one operation."""
+
+    def make(self) -> Pass:
+        return Pass()
+
+    def begin(self, left: dict[Key, Tensor]) -> None:
+        """A forward of the whole model begins in this thread.
+
+        left  the gates that compiled code has left, which are of an earlier one
+        """
         mine = self.mine()
         mine.begin()
-        if mine is not self.traced:
-            mine.whole, mine.gates = True, {}
-            self.know(self.traced.gates)
+        mine.whole, mine.gates = True, {}
+        mine.compiled = {key: weakref.ref(gates) for key, gates in left.items()}
 
-    def keep_gates(self, key: Key, gates: Tensor) -> None:
-        """Those of this forward, at one part."""
+    def keep_gates(self, key: Key, gates: Tensor, left: Tensor | None) -> None:
+        """Those of this forward, at one part; compiled code has left others there."""
         mine = self.mine()
         mine.gates[key] = gates
-        if mine is not self.traced:
-            self.know([key])
+        if left is not None:
+            mine.compiled[key] = weakref.ref(left)
 
-    def know(self, keys: Iterable[Key]) -> None:
-        """Gates that compiled code has left for these are earlier than what runs now."""
-        mine, left = self.mine(), self.traced.gates
-        mine.compiled |= {key: weakref.ref(left[key]) for key in keys if key in left}
-
-    def gates(self) -> dict[Key, Tensor]:
+    def gates(self, left: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """Those of the last forward in this thread of execution, or in compiled code if later."""
-        mine, left = self.mine(), self.traced.gates
+        mine = self.mine()
         later = {key: gates for key, gates in left.items() if not mine.knew(key, gates)}
         return {**mine.gates, **later}
 
     def elsewhere(self) -> bool:
         """Whether a forward in another thread of execution has left gates."""
-        return any(each.gates for each in list(self._by_thread.values()))
+        return any(each.gates for each in self.all())
 
 
 def _thread() -> Any:

@@ -31,8 +31,9 @@ from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
+from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
-from .tokens import Action, Tokens, tokens_at
+from .tokens import Action, tokens_at
 from .trained import adopt
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify

@@ -14,10 +14,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
-from .hooks import HookedSite
+from .hooks import CALL, HookedSite
 from .tokens import Insertions
 
-CALL = nn.Module._call_impl.__code__
 CHECKPOINT = CheckpointFunction.forward.__code__  # of reentrant checkpoints
 OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights
 
@@ -80,14 +79,15 @@ class Reading(TorchFunctionMode):
     def why_cut_off(self) -> str:
         """Of sites to whose parts no gradient can come."""
         return (
-            f"{first_few(self.cut_off)} ran inside of reentrant checkpoints (torch.utils.checkpoint) "
-            "none of whose inputs asks for a gradient: the layers before are frozen."
+            f"{first_few(sorted(self.cut_off))} ran inside of reentrant checkpoints "
+            "(torch.utils.checkpoint), none of whose inputs asks for a gradient: the layers before "
+            "are frozen."
         )
 
     def end(self) -> None:
         """Leave the mode, wherever in torch's stack of them it is."""
         above: list[Any] = []
-        while self in _get_current_function_mode_stack():
+        while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             mode = torch._C._pop_torch_function_stack()
             if mode is self:
                 break

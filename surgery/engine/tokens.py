@@ -10,66 +10,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
-from .passes import Inserted, Pass
-
-
-class Tokens(NamedTuple):
-    """Where tokens are put in: after how many, on which axis (0 where sequence comes first)."""
-
-    after: int
-    axis: int = 1
-
-    def rows(self, x: Tensor) -> Tensor:
-        """x as (b, n, width)."""
-        return x if self.axis else x.transpose(0, 1)
-
-    def put_in(self, x: Tensor, new: Tensor) -> Tensor:
-        """x with new (b, p, width) in it: n + p tokens."""
-        rows = self.rows(x)
-        joined = torch.cat([rows[:, : self.after], new.to(x.dtype), rows[:, self.after :]], 1)
-        return self.rows(joined)
-
-    def take_out(self, y: Tensor, inserted: Inserted, path: str) -> Tensor:
-        """y without the tokens that were put in. Raises GraftError where others came out."""
-        whole = self.rows(y) if y.dim() == 3 else None
-        if whole is None or whole.shape[:2] != (inserted.batch, inserted.total):
-            raise GraftError(
-                f"insert(...) at {path or 'the model'}",
-                f"{inserted.total} tokens a sample went in, {inserted.new} of them inserted, and "
-                f"{tuple(y.shape)} came out: which of it are they?",
-                "Put it where as many leave as enter: a narrower stretch, or block by block.",
-            )
-        first = min(self.after, inserted.total - inserted.new)
-        return self.rows(torch.cat([whole[:, :first], whole[:, first + inserted.new :]], 1))
-
-    def check(self, x: Tensor, others: list[Tensor], path: str) -> None:
-        """Raise GraftError where x are no tokens, or the site is given what fits their number."""
-        if x.dim() != 3:
-            raise GraftError(
-                f"insert(...) at {path or 'the model'}",
-                f"it is given {tuple(x.shape)}, which is no row of tokens (b, n, width).",
-                "It stands behind the pooling of tokens: put it before (daptx(last=False) has none "
-                "there)."
-                if x.dim() < 3
-                else "Its attention fixes the number of tokens (windows, maps). Use a method that "
-                "adds no tokens.",
-            )
-        b, n, width = self.rows(x).shape
-        for other in others:
-            if _is_made_for({n, n - self.after}, other, b, width):
-                raise GraftError(
-                    f"insert(...) at {path or 'the model'}",
-                    f"it is also given a tensor {tuple(other.shape)} that is made for {n} tokens "
-                    "(a mask, rotary positions), and more would not fit.",
-                    "Use a method that adds no tokens.",
-                )
-
-
-def _is_made_for(numbers: set[int], other: Tensor, batch: int, width: int) -> bool:
-    """Whether a tensor has a row or a column for each token; features of samples have not."""
-    if other.dim() < 2 or (other.shape[0], other.shape[-1]) == (batch, width):
-        return False
-    return bool(numbers & set(other.shape[-2:]))
+from .passes import Pass
+from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
 
 
 def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:
@@ -122,20 +64,28 @@ class Insertions:
     hears  the number of an action, and where the part is that it hears, and that part
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, operation: str) -> None:
+        self.path, self.operation = path, operation
         self.hears: dict[int, tuple[str, nn.Module]] = {}
+        self.traced: dict[int, Tensor] = {}  # what was heard in compiled code
         self.answered: Any = WeakTensorKeyDictionary()  # what was heard for an input
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "hears": self.hears}
+        return {"path": self.path, "operation": self.operation, "hears": self.hears}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(state["path"], state["operation"])  # type: ignore[misc]
         self.hears = state["hears"]
 
     def insert(
-        self, kept: Pass, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
+        self,
+        kept: Pass,
+        stream: Stream,
+        i: int,
+        action: Action,
+        x: Tensor,
+        given: Tensor,
+        others: list[Tensor],
     ) -> Tensor:
         """The tokens x, with those of the part among them.
 
@@ -152,26 +102,40 @@ class Insertions:
                 f"it returned {tuple(shape) or type(new).__name__} where new tokens are needed.",
                 f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
             )
-        key = self.path, i
-        if key in kept.inserted and kept.inserted[key].open and not is_recomputing():
-            raise self._unmatched("its beginning ran again before its end")
-        total = rows.shape[1] + shape[1]
-        kept.inserted[key] = Inserted(shape[1], total, shape[0], action.place == "among")
+        place = self._place(i)
+        if place in stream.opened() and not is_recomputing():
+            if kept.whole:
+                raise self._unmatched("its beginning ran again before its end")
+            stream.begin()  # the last one, of a part of the model alone, never came to its end
+        stream.inserted.pop(place, None)
+        total, among = rows.shape[1] + shape[1], action.place == "among"
+        stream.inserted[place] = Inserted(shape[1], total, shape[0], among, action.tokens)
         return action.tokens.put_in(x, new)
 
-    def take_out(self, kept: Pass, i: int, tokens: Tokens, y: Tensor) -> Tensor:
+    def take_out(self, streams: Streams, i: int, tokens: Tokens, y: Tensor) -> Tensor:
         """What comes out, without the tokens that action i put in."""
-        inserted = kept.inserted.get((self.path, i))
+        place, stream = self._place(i), streams.mine()
+        inserted = stream.inserted.get(place)
+        if inserted is None and is_recomputing():  # of a forward in another thread
+            inserted = next((s.inserted[place] for s in streams.all() if place in s.inserted), None)
         if inserted is None or not (inserted.open or is_recomputing()):
             raise self._unmatched("its end ran without its beginning")
-        kept.inserted[self.path, i] = Inserted(inserted.new, inserted.total, inserted.batch, False)
+        stream.inserted[place] = inserted._replace(open=False)
         return tokens.take_out(y, inserted, self.path)
 
-    def left_in(self, kept: Pass) -> GraftError | None:
+    def left_in(self, stream: Stream) -> GraftError | None:
         """An error where tokens were put in and never taken out."""
-        if any(of.open for (path, _), of in kept.inserted.items() if path == self.path):
+        mine = self.operation, self.path
+        if any(place[:2] == mine for place in stream.opened()):
             return self._unmatched("its end never ran after its beginning")
         return None
+
+    def _place(self, i: int) -> Place:
+        return self.operation, self.path, i
+
+    def _heard(self, kept: Pass, i: int) -> Tensor | None:
+        compiling = torch.compiler.is_compiling()
+        return self.traced.get(i) if compiling else kept.heard.get((self.path, i))
 
     def _unmatched(self, fact: str) -> GraftError:
         return GraftError(
@@ -187,7 +151,7 @@ class Insertions:
         """
         compiling = torch.compiler.is_compiling()
         earlier = {} if compiling or not is_recomputing() else self.answered.get(given, {})
-        heard: Tensor | None = earlier.get(i, kept.heard.get((self.path, i)))
+        heard: Tensor | None = earlier.get(i, self._heard(kept, i))
         path, part = self.hears[i]
         if heard is None:
             raise GraftError(
@@ -196,7 +160,8 @@ class Insertions:
                 "Write insert(..., hears=) with a place that runs before this one.",
             )
         trained = any(p.requires_grad for p in part.parameters())
-        if torch.is_grad_enabled() and trained and not heard.requires_grad:
+        transformed = torch._C._are_functorch_transforms_active()  # there it does not show
+        if torch.is_grad_enabled() and trained and not (heard.requires_grad or transformed):
             raise GraftError(
                 f"the graft at {self.path}",
                 f"what it hears from {path} came without a gradient (reentrant checkpointing), "
@@ -206,10 +171,3 @@ class Insertions:
         if not compiling:
             self.answered[given] = {**self.answered.get(given, {}), i: heard}
         return action.tokens.rows(heard) if heard.dim() == 3 else heard
-
-
-def is_recomputing() -> bool:
-    """Whether this forward is part of a backward: a checkpoint runs its segment again."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -70,6 +70,7 @@ def verify(
     finally:
         operation.watcher.resting = False
         operation.passes.forget()
+        operation.streams.forget()
 
 
 def _runner(model: nn.Module, example: Any) -> Run:
@@ -86,7 +87,8 @@ def _runner(model: nn.Module, example: Any) -> Run:
 
 def _proved(operation: Operation, run: Run) -> tuple[Any, Reading]:
     """The answer of a forward in which every hooked site ran, and what it read."""
-    operation.seen.clear()
+    for hooked in operation.hooked_sites:
+        hooked.unsee()
     with Reading(operation.hooked_sites) as reading:
         answer = run()
     operation.watcher.note(reading)
@@ -138,7 +140,7 @@ def _is_ours(error: Exception) -> bool:
 def _check_rows(operation: Operation, example: Any) -> None:
     """Tokens are put among those of a sample: where the first axis is of tokens, they are not."""
     batch = next((len(t) for t in tensors_in(example) if t.dim()), 0)
-    for (path, _), tokens in operation.passes.mine().inserted.items():
+    for (_, path, _), tokens in operation.streams.mine().inserted.items():
         if tokens.batch != batch == tokens.total - tokens.new:
             raise GraftError(
                 f"insert(...) at {path}",

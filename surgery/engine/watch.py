@@ -1,8 +1,8 @@
 """The watch: what one forward has shown is not believed for ever.
 
-After each whole forward it is seen which hooked sites did not run. Forwards of a new kind are looked
-into: there it is seen too whether a site was skipped, or the model read its weight without calling
-it, by a fused kernel, say.
+After each whole forward it is seen which hooked sites did not run. Forwards of a new kind are
+looked into: there it is seen too whether a site was skipped, or the model read its weight without
+calling it, by a fused kernel, say.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..errors import GraftError, OperationError
 from ..structure.path import generalise
 from .hooks import HookedSite
 from .journal import Hook, Journal, owner_of
-from .passes import Pass, Passes
+from .passes import Key, Pass, Passes
 from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
+from .streams import Streams, is_recomputing
 from .summary import Record
-from .tokens import is_recomputing
 
 KINDS = 1000  # of forwards that are looked into at most: a bound, where every input has other sizes
 PATIENCE = 30  # training forwards in which a layer may be dropped at random before its first run
@@ -38,12 +38,18 @@ class Watched(Protocol):
     hooked_sites: list[HookedSite]
     journal: Journal
     passes: Passes
+    streams: Streams
     seen: set[str]
-    compiled: set[str]
     read_besides: set[str]
     model: list[nn.Module]
 
-    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]] = ...) -> None: ...
+    watcher: Any
+
+    def _surgery_check(self) -> bool: ...
+
+    def compiled_gates(self) -> dict[Key, Tensor]: ...
+
+    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None: ...
 
 
 class Watch:
@@ -57,7 +63,7 @@ class Watch:
     """
 
     def __init__(self, operation: Watched) -> None:
-        self.operation, self.resting, self.forwards = operation, False, 0
+        self.operation, self.resting, self.forwards = operation, False, 0  # in vain for some site
         self.looked: set[Hashable] = set()
         self.skipped: set[tuple[str, bool]] = set()
         self.suspects: set[str] = set()
@@ -81,8 +87,13 @@ class Watch:
         """A whole forward begins: what is left of an earlier one is forgotten."""
         if not self.operation.enabled:
             return
-        self.operation.passes.begin()
-        if torch.compiler.is_compiling() or self.operation.merged:
+        if torch.compiler.is_compiling():
+            if any(hooked.inserts for hooked in self.operation.hooked_sites):
+                self.operation.streams.mine().begin()
+            return
+        self.operation.passes.begin(self.operation.compiled_gates())
+        self.operation.streams.mine().begin()
+        if self.operation.merged or torch._C._get_tracing_state() is not None:
             return
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted
@@ -101,12 +112,12 @@ class Watch:
         """It is over: did all run?"""
         if not self._on:
             return
-        kept = self.operation.passes.mine()
-        for hooked in self.operation.hooked_sites:
-            if error := hooked.tokens.left_in(kept):
+        kept, stream = self.operation.passes.mine(), self.operation.streams.mine()
+        for hooked in self.operation.hooked_sites if stream.opened() else ():
+            if error := hooked.tokens.left_in(stream):
                 raise error
         if torch.compiler.is_dynamo_compiling():
-            self.operation._surgery_check()  # type: ignore[attr-defined]
+            self.operation._surgery_check()
         elif not (self.resting or torch.compiler.is_compiling() or is_recomputing()):
             self._judge(kept)
 
@@ -119,20 +130,21 @@ class Watch:
         if reading is not None:
             reading.end()
         if kept.whole:
-            kept.whole, kept.inputs, kept.inserted = False, {}, {}
+            kept.whole, kept.inputs = False, {}
+            self.operation.streams.mine().aside = None
 
     # what is made of it --------------------------------------------------------------------------
 
     def _judge(self, kept: Pass) -> None:
         sites, reading = self.operation.hooked_sites, kept.reading
         idle = [hooked for hooked in sites if not hooked.marks <= kept.ran]
-        if reading is None and not idle:
-            return
-        if self.bypassed or self.suspects:
+        if self.bypassed:
             at_rest = {hooked.path for hooked in idle}
             self.bypassed = {path: how for path, how in self.bypassed.items() if path in at_rest}
+        if reading is None and not idle:
+            return
         if idle and self._may_be_compiled():
-            self._unseen(idle)
+            self.unseen(idle)
         elif reading is not None:
             self._look(idle, reading)
             self.looked.add(kept.kind)
@@ -151,6 +163,7 @@ class Watch:
         read = [hooked for hooked in idle if reading.instead_of(hooked, self.model)]
         fact, remedy = why_idle(read, "In this forward")
         self.bypassed |= {hooked.path: fact for hooked in read}
+        self.forwards += any(not hooked.ran for hooked in idle)
         if not all(hooked.ran or self._may_come(hooked, idle) for hooked in idle):
             self.operation.prove(lambda _: (fact, remedy))
         if read:
@@ -163,8 +176,7 @@ class Watch:
         self.operation.read_besides |= {s.path for s in sites if reading.besides_its_own(s)}
 
     def _may_come(self, hooked: HookedSite, idle: list[HookedSite]) -> bool:
-        """Whether a site that never ran may be one that is dropped at random: others like it ran."""
-        self.forwards += 1
+        """Whether a site that never ran may be dropped at random: others like it ran."""
         like = generalise(hooked.path)
         others = [each for each in self.operation.hooked_sites if generalise(each.path) == like]
         training, waiting = self.model.training, self.forwards <= PATIENCE
@@ -173,6 +185,7 @@ class Watch:
     def _suspect(self, idle: list[HookedSite]) -> None:
         """Sites did not run in a forward that was not looked into."""
         mode = self.model.training
+        self.suspects |= {each.path for each in idle if not each.ran}
         idle = [each for each in idle if (generalise(each.path), mode) not in self.skipped]
         if not idle:
             return
@@ -214,11 +227,15 @@ class Watch:
                 "Put the modules back, or revert, convert the model, and apply the rules then.",
             )
 
-    def _unseen(self, idle: list[HookedSite]) -> None:
+    def unseen(self, idle: list[HookedSite]) -> None:
         """Compiled code may hide that they ran."""
         if new := [each for each in idle if not each.ran and each.path not in self.warned]:
             self.warned |= {hooked.path for hooked in new}
-            warn_unseen(self._counted(new))
+            warnings.warn(
+                f"{self._counted(new)} were not seen to run, though compiled code may hide it: "
+                "surgery.apply(model, rules, example=x) proves that they do.",
+                stacklevel=2,
+            )
 
     # what others ask -----------------------------------------------------------------------------
 
@@ -236,12 +253,11 @@ class Watch:
         return counted(sites, len(self.operation.hooked_sites))
 
     def _can_look(self) -> bool:
-        """Torch's own tracers take no other modes, and compiled code is compiled anew for them."""
-        tracing = torch._C._get_tracing_state() is not None
-        return not (tracing or is_recomputing() or self._may_be_compiled())
+        """Compiled code would be compiled anew for it, and a checkpoint stops half way."""
+        return not (is_recomputing() or self._may_be_compiled())
 
     def _may_be_compiled(self) -> bool:
-        return bool(self.operation.compiled) or may_be_compiled(self.model)
+        return is_compiled(self.operation)
 
 
 def counted(sites: list[HookedSite], of: int) -> str:
@@ -256,22 +272,13 @@ def rules_of(record: Record, sites: list[HookedSite]) -> str:
     return ", ".join(row["rule"] for row in rows if paths.intersection(row["paths"]))
 
 
-def warn_unseen(idle: str) -> None:
-    """That sites were not seen to run, which means little where code is compiled."""
-    warnings.warn(
-        f"{idle} were not seen to run, though compiled code may hide it: "
-        "surgery.apply(model, rules, example=x) proves that they do.",
-        stacklevel=3,
-    )
-
-
-def may_be_compiled(model: nn.Module) -> bool:
-    """Whether some module in it is called by compiled code."""
-    return any(
+def is_compiled(operation: Watched) -> bool:
+    """Whether sites, or modules of the model, may run in compiled code."""
+    return any(hooked.compiled.ran for hooked in operation.hooked_sites) or any(
         module._compiled_call_impl is not None
         or hasattr(module.forward, "_torchdynamo_orig_callable")
         or "_orig_mod" in module._modules
-        for module in model.modules()
+        for module in operation.model[0].modules()
     )
 
 
@@ -291,7 +298,7 @@ def check_watched(operation: Watched, call: str) -> None:
     Before a call that relies on them: a module was replaced, or our hooks are gone from it, or the
     last forwards went round it.
     """
-    watch: Watch = operation.watcher  # type: ignore[attr-defined]
+    watch: Watch = operation.watcher
     if lost := watch.lost(operation.hooked_sites):
         fact = "stand at modules that are no longer in the model (replaced since it was operated)"
     elif lost := _unhooked(operation):
@@ -303,7 +310,8 @@ def check_watched(operation: Watched, call: str) -> None:
         return
     raise OperationError(
         call,
-        f"{counted(lost, len(operation.hooked_sites))} {fact}: what was added there does not count.",
+        f"{counted(lost, len(operation.hooked_sites))} {fact}: what was added there counts for "
+        "nothing.",
         "Convert or change the model first, and apply the rules then.",
     )
 
@@ -325,7 +333,7 @@ def _unhooked(operation: Watched) -> list[HookedSite]:
 
 def _warn_untrained(operation: Watched, call: str) -> None:
     """Gradients came to something, and parts never ran: another method than forward was called."""
-    if operation.compiled or may_be_compiled(operation.model[0]):
+    if is_compiled(operation):
         return
     never = [hooked for hooked in operation.hooked_sites if not hooked.ran]
     parts = [action.part for hooked in never for action in hooked.actions]

@@ -306,7 +306,7 @@ def test_a_graft_that_is_unmarked_has_not_run() -> None:
     model(torch.randn(2, 8))
     (hooked,) = model.surgery.default.hooked_sites
     assert hooked.ran
-    model.surgery.default.seen.clear()
+    hooked.unsee()
     assert not hooked.ran
 
 

@@ -507,7 +507,7 @@ def only_the_query_is_the_input(patch: Patch) -> None:
     def given(args: Any, kwargs: Any, hooked: HookedSite) -> Any:
         return args[0], lambda tensor: ((tensor, *args[1:]), kwargs)
 
-    patch.setattr(hooks, "_input", given)
+    patch.setattr(hooks, "input_of", given)
 
 
 def quantised_weights_tell_the_dtype(patch: Patch) -> None:

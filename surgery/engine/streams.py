@@ -1,0 +1,254 @@
+"""Tokens that were put in and are not out again, and blocks between which they are set aside.
+
+Tokens that stay in for several blocks are taken out behind each of them, so that whoever reads what
+lies between blocks finds the model's own tokens alone, and are put in again before the next.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import GraftError
+from .features import first_tensor, input_of
+from .passes import ByThread
+
+Place: TypeAlias = tuple[str, str, int]  # an operation, a site, the number of an action there
+REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
+
+
+class Tokens(NamedTuple):
+    """Where tokens are put in: after how many, on which axis (0 where sequence comes first)."""
+
+    after: int
+    axis: int = 1
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x as (b, n, width)."""
+        return x if self.axis else x.transpose(0, 1)
+
+    def put_in(self, x: Tensor, new: Tensor) -> Tensor:
+        """x with new (b, p, width) in it: n + p tokens."""
+        rows = self.rows(x)
+        joined = torch.cat([rows[:, : self.after], new.to(x.dtype), rows[:, self.after :]], 1)
+        return self.rows(joined)
+
+    def take_out(self, y: Tensor, inserted: Inserted, path: str) -> Tensor:
+        """y without the tokens that were put in. Raises GraftError where others came out."""
+        whole = self.rows(y) if y.dim() == 3 else None
+        if whole is None or whole.shape[:2] != (inserted.batch, inserted.total):
+            raise GraftError(
+                f"insert(...) at {path or 'the model'}",
+                f"{inserted.total} tokens a sample went in, {inserted.new} of them inserted, and "
+                f"{tuple(y.shape)} came out: which of it are they?",
+                "Put it where as many leave as enter: a narrower stretch, or block by block.",
+            )
+        first = min(self.after, inserted.total - inserted.new)
+        return self.rows(torch.cat([whole[:, :first], whole[:, first + inserted.new :]], 1))
+
+    def check(self, x: Tensor, others: list[Tensor], path: str) -> None:
+        """Raise GraftError where x are no tokens, or the site is given what fits their number."""
+        if x.dim() != 3:
+            raise GraftError(
+                f"insert(...) at {path or 'the model'}",
+                f"it is given {tuple(x.shape)}, which is no row of tokens (b, n, width).",
+                "It stands behind the pooling of tokens: put it before (daptx(last=False) has none "
+                "there)."
+                if x.dim() < 3
+                else "Its attention fixes the number of tokens (windows, maps). Use a method that "
+                "adds no tokens.",
+            )
+        b, n, width = self.rows(x).shape
+        for other in others:
+            if _is_made_for({n, n - self.after}, other, b, width):
+                raise GraftError(
+                    f"insert(...) at {path or 'the model'}",
+                    f"it is also given a tensor {tuple(other.shape)} that is made for {n} tokens "
+                    "(a mask, rotary positions), and more would not fit.",
+                    "Use a method that adds no tokens.",
+                )
+
+
+class Inserted(NamedTuple):
+    """What was put in: how many tokens, of how many then; samples; whether still in; where."""
+
+    new: int
+    total: int
+    batch: int
+    open: bool
+    tokens: Tokens
+
+
+def _is_made_for(numbers: set[int], other: Tensor, batch: int, width: int) -> bool:
+    """Whether a tensor has a row or a column for each token; features of samples have not."""
+    if other.dim() < 2 or (other.shape[0], other.shape[-1]) == (batch, width):
+        return False
+    return bool(numbers & set(other.shape[-2:]))
+
+
+class Stream:
+    """What was put into the tokens of one forward, the first first.
+
+    aside  the tokens with all that is in them, between two blocks
+    again  that of checkpoints which run again in this thread, and may stop half way
+    """
+
+    def __init__(self) -> None:
+        self.again: Stream | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """A forward begins."""
+        self.inserted: dict[Place, Inserted] = {}
+        self.aside: Tensor | None = None
+
+    def opened(self) -> dict[Place, Inserted]:
+        """What is in, in the order in which it was put in."""
+        return {place: each for place, each in self.inserted.items() if each.open}
+
+
+class SetAside(NamedTuple):
+    """Tokens with all that is in them, where others were given on; the version of those."""
+
+    whole: Tensor
+    version: int
+    inserted: dict[Place, Inserted]
+
+
+class Streams(ByThread[Stream]):
+    """The streams of one model: all operations put tokens into the same.
+
+    aside  what was set aside, by what was given on: checkpoints come back to it
+    """
+
+    def make(self) -> Stream:
+        return Stream()
+
+    def mine(self) -> Stream:
+        stream = super().mine()
+        if not is_recomputing():
+            return stream
+        if stream.again is None:
+            stream.again = Stream()
+        return stream.again
+
+    def forget(self) -> None:
+        super().forget()
+        self.aside: Any = WeakTensorKeyDictionary()
+
+
+class Between:
+    """One of several blocks in which tokens stay: they are put in before it, set aside behind it.
+
+    inner  whether tokens come to it at all; to the first of them none do
+    """
+
+    def __init__(
+        self, streams: Streams, path: str, names: tuple[str, ...], on: Callable[[], bool]
+    ) -> None:
+        self.streams, self.path, self.names, self.on = streams, path, names, on
+        self.inner = False
+
+    def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
+        """Forward hook: what comes out are the model's own tokens."""
+        stream = self.streams.mine()
+        opened = stream.opened()
+        if not opened or not self.on() or _in_reentrant_checkpoint():
+            return None
+        y, put = first_tensor(given[-1], self.path)
+        own = _without(y, list(opened.values()), self.path)
+        stream.aside = y
+        if not torch.compiler.is_compiling():
+            self.streams.aside[own] = SetAside(y, _version(own), opened)
+        return put(own)
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        """Forward pre-hook: what was set aside is put in again."""
+        stream, again = self.streams.mine(), is_recomputing()
+        if not self.on() or not (again or (self.inner and stream.aside is not None)):
+            return None
+        x, put = input_of(args, kwargs or {}, self)
+        found = None if torch.compiler.is_compiling() else self.streams.aside.get(x)
+        if found is not None and found.version == _version(x):
+            stream.inserted, stream.aside, whole = dict(found.inserted), None, found.whole
+        elif again:
+            return self._begun_anew(stream)
+        else:
+            whole = _rejoined(x, stream, self.path)
+        given = put(whole)
+        return given[0] if kwargs is None else given
+
+    def _begun_anew(self, stream: Stream) -> None:
+        """A checkpoint runs again from here, on what nobody was given between blocks."""
+        if _in_reentrant_checkpoint():
+            return
+        stream.begin()
+        if self.inner:
+            raise GraftError(
+                f"the tokens inserted before {self.path}",
+                "a checkpoint runs again from here, on another tensor than the block before gave: "
+                "which tokens were among it is not known any more.",
+                "Checkpoint the block itself, checkpoint(block, x), or all of the blocks at once.",
+            )
+
+
+def _without(y: Tensor, opened: list[Inserted], path: str) -> Tensor:
+    """The model's own tokens: what was put in last comes out first."""
+    first, last = opened[0], opened[-1]
+    alike = len({each.tokens for each in opened}) == 1
+    if alike and first.total - first.new >= first.tokens.after:  # then they lie side by side
+        together = last._replace(new=sum(each.new for each in opened))
+        return first.tokens.take_out(y, together, path)
+    for each in reversed(opened):
+        y = each.tokens.take_out(y, each, path)
+    return y
+
+
+def _rejoined(x: Tensor, stream: Stream, path: str) -> Tensor:
+    """What came, other than what was given on, with the tokens that were set aside."""
+    y, stream.aside = stream.aside, None
+    opened = stream.opened()
+    pieces: list[Tensor] = []
+    if y is None or x.dim() != y.dim():
+        return x
+    for each in reversed(list(opened.values())):
+        first = min(each.tokens.after, each.total - each.new)
+        pieces.append(each.tokens.rows(y)[:, first : first + each.new])
+        y = each.tokens.take_out(y, each, path)
+    for (place, each), piece in zip(opened.items(), reversed(pieces), strict=True):
+        x = each.tokens.put_in(x, piece)
+        stream.inserted[place] = each._replace(total=each.tokens.rows(x).shape[1])
+    return x
+
+
+def _version(x: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def is_recomputing() -> bool:
+    """Whether this forward is part of a backward: a checkpoint runs its segment again."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint runs this, or runs it again.
+
+    Only what it is given and gives has a gradient then: tokens are left among those.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not is_recomputing()):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in REENTRANT:
+            return True
+        frame = frame.f_back
+    return False

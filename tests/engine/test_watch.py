@@ -1,0 +1,292 @@
+"""What one forward has shown is not believed for ever: parts that stop counting are told."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+import surgery
+from surgery import GraftError, OperationError, adapter, append, at, lora, parallel, unfreeze
+from tests.methods.test_methods import SETS, rules_of
+from tests.models import images, tiny_vit
+
+X = torch.randn(2, 5, 8)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(x).relu()
+
+
+def called(layer: Any, x: Tensor) -> Tensor:
+    return layer(x)  # type: ignore[no-any-return]
+
+
+def by_forward(layer: Any, x: Tensor) -> Tensor:
+    return checkpoint(layer.forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def fused(layer: Any, x: Tensor) -> Tensor:
+    return x + F.linear(x, layer.proj.weight, layer.proj.bias).relu()
+
+
+def transposed(layer: Any, x: Tensor) -> Tensor:
+    return x + (x @ layer.proj.weight.t() + layer.proj.bias).relu()
+
+
+def left_out(layer: Any, x: Tensor) -> Tensor:
+    return x
+
+
+class Net(nn.Module):
+    """Runs its layers as `way` says, which may change."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Layer() for _ in range(depth)), nn.Linear(8, 3)
+        self.way: Callable[[Any, Tensor], Tensor] = called
+        self.only = range(depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = self.way(layer, x) if i in self.only else layer(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def operated(where: str = "layers.*.proj", **named: Any) -> Net:
+    part = append(adapter(rank=2), residual=True)
+    return surgery.apply(Net(), [at(where, part), at("head", unfreeze)], **named)
+
+
+@contextlib.contextmanager
+def silence() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("way", [by_forward, fused, transposed])
+@pytest.mark.parametrize("first", [True, False], ids=["in a first forward", "in a later one"])
+def test_going_round_the_hooks_is_told(way: Any, first: bool) -> None:
+    model = operated("layers.*" if way is by_forward else "layers.*.proj")
+    if first:
+        model.way = way
+        with pytest.raises(GraftError, match="never ran in a whole forward: the model reads"):
+            model(X)
+        return
+    with silence():
+        model(X)
+        model(X)
+    model.way = way
+    with pytest.warns(UserWarning, match=r"3 of 3 sites \(layers\.0.* did not run"):
+        model(X)
+    with pytest.raises(
+        GraftError, match=r"did not run in this forward, as before: the model reads"
+    ):
+        model(X)
+    for call in (surgery.report, surgery.state_dict, surgery.merge):
+        with pytest.raises(OperationError, match=r"layers\.0"):
+            call(model)
+    model.way = called
+    with silence():
+        model(X)
+        surgery.state_dict(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, x: m.eval()(x),
+        lambda m, x: m(x.repeat(1, 4, 1)),
+        lambda m, x: m(x=x),
+        lambda m, x: torch.no_grad()(m)(x),
+        lambda m, x: _autocast(m, x),
+    ],
+    ids=["eval", "longer", "by name", "no_grad", "autocast"],
+)
+def test_a_forward_of_a_new_kind_is_looked_into(change: Any) -> None:
+    model = operated()
+    model(X)
+    model.way = fused
+    with pytest.raises(GraftError, match=r"reads the weight of layers\.0\.proj"):
+        change(model, X)
+
+
+def _autocast(model: nn.Module, x: Tensor) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(x)
+
+
+def test_one_of_many_is_told_in_the_next_forward() -> None:
+    """It might be dropped at random, which is no fault: so the next forward is looked into."""
+    model = operated()
+    model(X)
+    model.way, model.only = fused, range(1)
+    model(X)
+    with pytest.raises(GraftError, match=r"1 of 3 sites \(layers\.0\.proj\)"):
+        model(X)
+
+
+@pytest.mark.parametrize("proved", [True, False])
+def test_layers_that_are_dropped_at_random_are_silent(proved: bool) -> None:
+    torch.manual_seed(0)
+    model = operated(example=X if proved else None).train()
+    model.way = lambda layer, x: x if model.training and torch.rand(()) > 0.6 else layer(x)
+    with silence():
+        for _ in range(20):
+            model(X).square().sum().backward()
+        model.eval()(X)
+    assert all(p.grad is not None for p in surgery.parameters(model))
+
+
+def test_a_layer_that_never_comes_is_an_error_in_training_too() -> None:
+    model = operated().train()
+    model.way, model.only = left_out, range(1)
+    for _ in range(58):
+        model(X)
+    with pytest.raises(GraftError, match="never ran"):
+        [model(X) for _ in range(10)]
+
+
+def test_training_is_proved_by_the_example_too() -> None:
+    class Fused(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.way = fused if self.training else called
+            return super().forward(x)
+
+    model = Fused().eval()
+    before = surgery.fingerprint(model)
+    with pytest.raises(GraftError, match="do not run in training: the model reads"):
+        surgery.apply(model, at("**.proj", lora(rank=2)), example=X)
+    assert surgery.fingerprint(model)["keys"] == before["keys"]
+    assert not hasattr(model, "surgery")
+
+
+def test_a_model_that_needs_more_than_the_example_in_training_is_noted() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    rules = [at("0", parallel(adapter(rank=2))), at("1", unfreeze)]
+    surgery.apply(model, rules, example=torch.randn(1, 8))
+    assert "not proved in training: ValueError" in str(surgery.report(model))
+    assert model[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_watched_anew(copied: Any) -> None:
+    model = operated()
+    model(X)
+    twin = copied(model)
+    twin.way = fused
+    with pytest.raises(GraftError, match="reads the weight"):
+        twin(X)
+    model(X)
+
+
+def test_a_tied_weight_that_another_module_reads_is_no_bypass() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.body, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+            self.head.weight, self.encodes = self.embed.weight, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(self.embed(x))
+            return h if self.encodes else self.head(h)
+
+    model, x = Tied(), torch.tensor([[1, 2]])
+    surgery.apply(model, at("{body,head}", parallel(adapter(rank=2))))
+    model(x)
+    model.encodes = True
+    with silence():
+        model.eval()(x)
+
+
+def test_a_module_that_was_exchanged_is_named_at_once() -> None:
+    model = operated()
+    model(X)
+    model.layers[1].proj = copy.deepcopy(model.layers[1].proj)
+    model.layers[1].proj._forward_hooks.clear()
+    with pytest.raises(GraftError, match=r"layers\.1\.proj\) stand at modules that are no longer"):
+        model(X)
+    for call in (surgery.report, surgery.state_dict, surgery.merge):
+        with pytest.raises(OperationError, match=r"layers\.1\.proj"):
+            call(model)
+
+
+def test_hooks_that_were_taken_off_are_told() -> None:
+    model = operated()
+    model.layers[1].proj._forward_hooks.clear()
+    with pytest.raises(OperationError, match=r"layers\.1\.proj\) have lost their hooks"):
+        surgery.state_dict(model)
+
+
+def test_what_is_read_besides_is_kept_for_merging() -> None:
+    class Besides(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.layers[0].proj.weight.sum()  # type: ignore[operator]
+
+    model = surgery.apply(Besides(), at("**.proj", lora(rank=2)))
+    model(X)
+    assert model.surgery.default.read_besides == {"layers.0.proj"}
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_forward_that_breaks_off_leaves_torchs_modes_as_they_were(error: Any) -> None:
+    model = operated()
+
+    def broken(module: nn.Module, args: Any) -> None:
+        raise error
+
+    hook = model.head.register_forward_pre_hook(broken)
+    with pytest.raises(error):
+        model(X)
+    hook.remove()
+    if error is KeyError:
+        assert _get_current_function_mode_stack() == []
+    model(X)
+    assert _get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_is_silent_where_all_is_well(name: str) -> None:
+    model: Any = surgery.apply(tiny_vit(), rules_of(name), example=images())
+    with silence():
+        for x in (images(), images(), images(batch=3)):
+            model.train()(x).sum().backward()
+            with torch.no_grad():
+                model.eval()(x)
+        surgery.state_dict(model)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_tells_that_its_blocks_are_gone_round(name: str) -> None:
+    """Blocks whose forward is called, not they: whatever stands at them counts for nothing."""
+    model: Any = surgery.apply(tiny_vit(), rules_of(name))
+    model(images())
+    sites = {hooked.path for hooked in model.surgery.default.hooked_sites}
+    for module in model.blocks.modules():
+        module.__class__ = _unhooked(type(module))
+    broken = any(path.startswith("blocks.") for path in sites)
+    told = pytest.raises((GraftError, UserWarning)) if broken else contextlib.nullcontext()
+    with warnings.catch_warnings(), told:
+        warnings.simplefilter("error")
+        model(images())
+
+
+def _unhooked(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"__call__": kind.forward})
