@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..errors import FileError
 from ..rules.rule import Rule
 from ..rules.selector import Address
 from ..rules.walk import selectors_in
@@ -37,6 +38,18 @@ class Decided(NamedTuple):
         places = [site_at(tree, path) for path in self.sites[number]]
         found = {place: _captures(rule, place, tree) for place in places if place}
         return found if len(found) == len(places) else None
+
+    def check_edits(self, rules: Iterable[Rule], tree: Tree) -> None:
+        """Raise FileError where a forward decided what a part hears, or what it is shared by."""
+        for rule in rules if self.modules else ():
+            for selector in selectors_in(rule.rest):
+                if selector.told_by_forward(tree):
+                    raise FileError(
+                        rule.short,
+                        f"a forward on an example told what {selector!r} is when the file was "
+                        "made, and the file does not.",
+                        "Give load(..., example=inputs).",
+                    )
 
 
 def modules_of(tree: Tree) -> str:

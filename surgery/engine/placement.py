@@ -7,6 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -99,13 +100,14 @@ class Placement:
         try:
             return maker(site)
         except (TypeError, ValueError, AttributeError) as error:
-            if not isinstance(maker, type):
+            made_by = maker.func if isinstance(maker, partial) else maker
+            if not isinstance(made_by, type):
                 raise
             raise RuleError(
                 self.rule.short,
-                f"{shown(maker)} was given a site, as every part is, and raised "
+                f"{shown(made_by)} was given a site, as every part is, and raised "
                 f"{type(error).__name__}: {error}.",
-                f"Write {self.edit.word}(lambda site: {call_of(maker)}).",
+                f"Write {self.edit.word}(lambda site: {call_of(made_by)}).",
             ) from error
 
 

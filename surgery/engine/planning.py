@@ -87,6 +87,8 @@ class Plan:
         self.decided = decided if example is None else None
         for rule in self.rules if decided is None else ():  # a file's were checked when it was made
             check_written(rule, self.tree)
+        if self.decided:
+            self.decided.check_edits(self.rules, self.tree)
         self.matches = [(rule, self._match(i, rule)) for i, rule in enumerate(self.rules)]
         self.placements = [
             Placement(rule, edit, site, site.seen(shape=edit.port(site), captures=captures))

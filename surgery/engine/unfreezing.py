@@ -40,27 +40,35 @@ def unfrozen_by(
     Raises MatchError where a rule names a parameter that is not there, and RuleError where it
     unfreezes what takes no gradient; of an optional rule that is a note.
     """
-    chosen: dict[int, Meant] = {}
-    for rule, sites in matches:
-        for edit in rule.rest:
-            if isinstance(edit, Trained):
-                meant = [Meant(rule, path, what) for path, what in _meant(edit, sites)]
-                if not rule.optional:
-                    check_named(rule, edit, sites, check_braces)
-                if edit.trained:
-                    chosen |= {id(m.what): m for m in meant}
-                else:
-                    chosen = {
-                        i: m for i, m in chosen.items() if i not in {id(m.what) for m in meant}
-                    }
-    quantised = [m for m in chosen.values() if m.takes_no_gradient]
+    chosen = _chosen(matches, check_braces)
+    quantised = [m for m in chosen if m.takes_no_gradient]
     for m in quantised:
         if not m.rule.optional:
             raise _no_gradient(m.rule, [other for other in quantised if other.rule is m.rule])
     left = [m.path for m in quantised]
     notes = [f"quantised, so it stays frozen: {places(left)}"] if left else []
-    trained = (m.what for m in chosen.values() if not m.takes_no_gradient)
-    return {id(p) for p in trained if isinstance(p, Tensor) and p.is_floating_point()}, notes
+    skip = {id(m.what) for m in quantised}
+    floating = (m.what for m in chosen if isinstance(m.what, Tensor) and m.what.is_floating_point())
+    return {id(p) for p in floating} - skip, notes
+
+
+def _chosen(
+    matches: Iterable[tuple[Rule, Collection[Site]]], check_braces: bool
+) -> Collection[Meant]:
+    """What rules leave unfrozen, of all kinds, each by the last rule that says so."""
+    chosen: dict[int, Meant] = {}
+    edits = ((rule, edit, sites) for rule, sites in matches for edit in rule.rest)
+    for rule, edit, sites in edits:
+        if not isinstance(edit, Trained):
+            continue
+        meant = {id(what): Meant(rule, path, what) for path, what in _meant(edit, sites)}
+        if not rule.optional:
+            check_named(rule, edit, sites, check_braces)
+        if edit.trained:
+            chosen |= meant
+        else:
+            chosen = {key: m for key, m in chosen.items() if key not in meant}
+    return chosen.values()
 
 
 def _no_gradient(rule: Rule, quantised: list[Meant]) -> RuleError:

@@ -148,11 +148,12 @@ def maker(value: Maker, word: str) -> Maker:
             f"{value.__name__} is the word, not yet the part.",
             f"Call it: {word}({value.__name__}()).",
         )
-    if is_torch_layer(value):
+    made_by = value.func if isinstance(value, functools.partial) else value
+    if is_torch_layer(made_by):
         raise RuleError(
             f"{word}({shown(value)})",
-            f"a part is made by a function of the site, and {shown(value)}(site) is no layer.",
-            f"Write {word}(lambda site: {call_of(value)}).",
+            f"a part is made by a function of the site, and {shown(made_by)}(site) is no layer.",
+            f"Write {word}(lambda site: {call_of(made_by)}).",
         )
     makes_no_part = isinstance(value, Expression) and not isinstance(value, (Part, Shared))
     is_module = isinstance(value, nn.Module)  # which may be called, but not with a site

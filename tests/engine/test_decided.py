@@ -22,6 +22,7 @@ from surgery import (
     attn,
     ffn,
     head,
+    insert,
     lora,
     nearest,
     norm,
@@ -33,6 +34,7 @@ from surgery import (
     value,
     where,
 )
+from surgery.parts import prompt_generator
 from tests.laws.test_backbones import BACKBONES, SETS
 from tests.models import encoder, hf_vit, images
 
@@ -157,6 +159,22 @@ def test_another_rule_does_not_take_the_places_of_the_file(tmp_path):
         with pytest.raises(FileError, match="matched 2 sites when the file was made"):
             surgery.load(model, tmp_path / "x.safetensors", rules=rule)
         assert not hasattr(model, "surgery")
+
+
+def test_what_is_heard_by_a_forward_needs_the_example_again(tmp_path):
+    """The file has the places of rules, not what each part there hears."""
+    heard = nearest(norm, before=ffn)
+    rules = [
+        at(heard, append(adapter(rank=2), residual=True)),
+        at("0.layers.[1]", insert(prompt_generator(heads=2), hears=heard)),
+    ]
+    model = kept(tmp_path / "x.safetensors", rules)
+    fresh = build()
+    with pytest.raises(FileError, match="example=inputs"):
+        surgery.load(fresh, tmp_path / "x.safetensors")
+    assert not hasattr(fresh, "surgery")
+    again = surgery.load(fresh, tmp_path / "x.safetensors", example=X)
+    assert torch.equal(again(X), model(X))
 
 
 def test_code_in_a_rule_is_given_again_and_its_places_are_known(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,14 @@ def test_a_class_of_numbers_is_told_and_nothing_is_done(kind, call):
         assert f"append(lambda site: {call})" in caught.value.remedy
         assert isinstance(caught.value.__cause__, TypeError)
     assert surgery.fingerprint(model) == before
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.GELU, OfWidth])
+def test_a_class_in_a_partial_is_told_too(kind):
+    with pytest.raises(RuleError, match=r"lambda site: \S+\("):
+        surgery.plan(tiny_vit(), at(ffn, append(functools.partial(kind))))
+    of_site = append(functools.partial(OfSite))
+    assert surgery.plan(tiny_vit(), at(ffn, of_site)).added
 
 
 def test_a_fault_in_a_function_is_its_own():
