@@ -309,7 +309,7 @@ def test_torchaos_weights_are_told() -> None:
 def test_a_module_that_is_no_longer_in_the_model_is_told() -> None:
     model = surgery.apply(Linears(), at(nn.Linear, lora(rank=2)))
     model.one = nn.Linear(8, 8)
-    refused(model, r"at one: the Linear where \w+ stands is no longer in the model")
+    refused(model, r"one.*no longer in the model")
 
 
 class Router(nn.Module):
