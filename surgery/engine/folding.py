@@ -15,8 +15,9 @@ from ..rules.affine import Affine, affine
 from ..structure.layers import CONVS, forward_of
 from ..structure.memory import Memory, own_form
 from .hooks import HookedSite, is_replaced
-from .journal import owner_of, owners_of, tensor_of
+from .journal import owner_of, owners_of
 from .merge_targets import MergeTarget, merge_target
+from .obstacles import tensor_of
 from .tokens import Action
 
 HALF = 16  # bits: below 32, sums are made in float32 and rounded once

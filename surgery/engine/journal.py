@@ -39,7 +39,7 @@ class Entry(Protocol):
 class Key(NamedTuple):
     """A key of a dict that a module keeps: `table` names it, "" is the module's own attributes."""
 
-    module: object
+    module: Any  # or another object, one that has hooks
     table: str
     key: str
     was: Any

@@ -22,10 +22,11 @@ from ..rules.layout import Layout, map_readers, mixes_tokens
 from ..structure.anatomy import roles_of
 from ..structure.embedding import embedded
 from ..structure.module_tree import Site, Tree, holders
-from .hooks import Switch, _declared
+from .features import declared
+from .hooks import Switch
 from .journal import Journal
 from .placement import Placement
-from .tokens import is_recomputing
+from .streams import is_recomputing
 
 GUESSED = "no 2-D convolution tells how tokens lie: they are taken as a square map, row by row"
 LAST = "patches are taken to be the last tokens, row by row: example= shows whether they are"
@@ -383,7 +384,7 @@ def _join(
     for module in dict.fromkeys(m for part in patches.parts for m in map_readers(part)):
         journal.hook(module, patches.tell, before=True)
     for site in dict.fromkeys(site for p in places for site in _around(p.place, tree)):
-        names = _declared(getattr(type(site.module), "forward", None))[1:]
+        names = declared(getattr(type(site.module), "forward", None))[1:]
         check = MaskCheck(switch, patches, names, site.is_element)
         journal.hook(site.module, check.enter, before=True, with_kwargs=True)
         if check.block:

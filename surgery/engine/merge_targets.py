@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..rules.affine import Affine
 from ..structure.layers import CONVS, is_norm, linear_shape, named_children, shape_of
-from .journal import tensor_of
+from .obstacles import tensor_of
 
 
 class MergeTarget(NamedTuple):

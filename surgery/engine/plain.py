@@ -15,7 +15,8 @@ from .._text import first_few
 from ..errors import OperationError
 from ..structure.memory import own_form
 from ..structure.module_tree import ADDITIONS
-from .journal import Hook, Journal, Key, Numbers, Value, owner_of, tensor_of
+from .journal import Hook, Journal, Key, Numbers, Value, owner_of
+from .obstacles import tensor_of
 
 HOOKS = (
     ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
