@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .._preserve import same
 from .._text import first_few
@@ -52,9 +53,13 @@ def _places(model: nn.Module, table: str) -> Iterator[Place]:
 
 
 def by_hand(model: nn.Module) -> list[Place]:
-    """What asks for a gradient, and no operation knows: neither a rule nor `adopt` took it up."""
+    """What asks for a gradient, and no operation knows: neither a rule nor `adopt` took it up.
+
+    What has no values yet (of a lazy module) is none of it.
+    """
     known = _known(operations(model))
-    return [p for p in parameters_of(model) if p.tensor.requires_grad and id(p.tensor) not in known]
+    asking = (p for p in parameters_of(model) if p.tensor.requires_grad and not is_lazy(p.tensor))
+    return [place for place in asking if id(place.tensor) not in known]
 
 
 def _known(done: Iterable[Operation]) -> set[int]:
@@ -132,15 +137,17 @@ def lost_module(model: nn.Module, operation: Operation) -> nn.Module | None:
     entries = operation.journal.entries
     frozen = [it.module for it in entries if isinstance(it, Key) and it.key in FROZEN_METHODS]
     ends = [end for hooked in operation.hooked_sites for end in (hooked.entry, hooked.exit)]
-    lost = [module for module in (*ends, *frozen) if id(module) not in here]
+    held = (*ends, *frozen, *_trained_then(model, operation))
+    return next((module for module in held if id(module) not in here), None)
+
+
+def _trained_then(model: nn.Module, operation: Operation) -> list[nn.Module]:
+    """The modules of which a tensor is in the journal, and none is trained at their path now."""
     trained = {path for path, m in named_modules(model) if any(map(_asks, m.parameters()))}
     tensors = {id(place.tensor) for place in parameters_of(model)}
-    values = [value for value in operation.journal.values if value.buffer is None]
-    gone = {id(value.module) for value in values if id(value.tensor) not in tensors} - here
-    lost += [
-        it.module for it in operation.known if id(it.module) in gone and it.path not in trained
-    ]
-    return lost[0] if lost else None
+    values = (value for value in operation.journal.values if value.buffer is None)
+    of = {id(value.module) for value in values if id(value.tensor) not in tensors}
+    return [it.module for it in operation.known if id(it.module) in of and it.path not in trained]
 
 
 def _asks(tensor: Tensor) -> bool:

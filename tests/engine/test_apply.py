@@ -73,15 +73,16 @@ def test_hooks_that_others_kept_do_nothing_after_revert() -> None:
     model, x = surgery.apply(build(), rules), torch.randn(2, 8)
     assert not torch.equal(model(x), build()(x))
     kept = [
-        (m, [*m._forward_hooks.values()], [*m._forward_pre_hooks.values()]) for m in model.modules()
+        (module, hook, key in module._forward_hooks_with_kwargs)
+        for module in model.modules()
+        for key, hook in module._forward_hooks.items()
     ]
+    before = [(m, h) for m in model.modules() for h in m._forward_pre_hooks.values()]
     surgery.revert(model)
-    for module, after, before in kept:
-        for hook in after:
-            kwargs = "kwargs" in hook.__code__.co_varnames
-            module.register_forward_hook(hook, with_kwargs=kwargs)
-        for hook in before:
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+    for module, hook, kwargs in kept:
+        module.register_forward_hook(hook, with_kwargs=kwargs)
+    for module, hook in before:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
     assert torch.equal(model(x), build()(x))
 
 

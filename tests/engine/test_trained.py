@@ -162,6 +162,16 @@ def test_never_handed_out_it_is_in_the_file(tmp_path: Path) -> None:
     assert torch.equal(fresh(data()), model(data()))
 
 
+def test_what_is_lazy_is_taken_up_when_it_has_values(tmp_path: Path) -> None:
+    model, fresh = operated(FREE, lambda m: setattr(m, "extra", nn.LazyLinear(8))), Net()
+    surgery.parameters(model)
+    model(data())
+    train(model)
+    fresh.extra = nn.Linear(8, 8)
+    surgery.load(fresh, surgery.save(model, tmp_path / "a.safetensors"))
+    assert torch.equal(fresh(data()), model(data()))
+
+
 def test_looking_takes_nothing_up() -> None:
     model = operated(FREE, unfrozen)
     entries = len(model.surgery.default.journal.entries)
