@@ -23,8 +23,9 @@ from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .hooks import Balance
-from .maps import PatchMap, attach, check_mixing
+from .maps import PatchMap
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
+from .mixing import attach, check_mixing
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
