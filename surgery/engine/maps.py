@@ -64,6 +64,7 @@ class PatchMap:
         self.begin()
 
     def begin(self) -> None:
+        """As if no forward had been."""
         self.last: dict[int, dict[int, Seen]] = {}  # by thread (0: any, for compiled code), by
         # the number of the convolution, the last that ran first
         self.trained: set[Seen] = set()
