@@ -25,8 +25,9 @@ from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
 from .decided import Decided, modules_of
 from .hooks import Balance
-from .maps import PatchMap, attach, check_mixing
+from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
+from .mixing import attach, check_mixing
 from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all

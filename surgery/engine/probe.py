@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .._inputs import call, copied
 from .._preserve import preserved
 from ..errors import GraftError
-from .maps import LAST, PatchMap
+from .maps import PatchMap
+from .mixing import LAST
 from .operation import Operation
 
 NEARLY = 0.95  # of all: in half precision some may be as they were

@@ -23,6 +23,9 @@ class Basis(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(rank, width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t() @ self.weight
+
 
 class Scaled(nn.Module):
     """x V^T diag(c) V: V is borrowed."""
