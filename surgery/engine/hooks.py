@@ -228,8 +228,11 @@ class HookedSite:
     def _put_in(
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
-        kept, stream = self.switch.passes.mine(), self.switch.streams.mine()
-        return self.tokens.insert(kept, stream, i, action, x, given, others)
+        kept, streams = self.switch.passes.mine(), self.switch.streams
+        whole = self.tokens.insert(kept, streams.mine(), i, action, x, given, others)
+        if action.place == "among":
+            streams.know(whole, streams.mine().opened())
+        return whole
 
     def hook_stretch(self, journal: Journal) -> None:
         """Set tokens aside between the blocks in which they stay."""
