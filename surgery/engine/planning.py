@@ -22,12 +22,12 @@ from ..structure.dataflow import attach_dataflow
 from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
-from .hooks import Balance
 from .matching import check_named, flatten_rules, match_rule, parameters_meant, unfreezing_edits
 from .operation import Operation, check_model, operations
 from .placement import PartNames, Placement, check_called, check_conflicts, name_all
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, places, summary
+from .switch import Balance
 from .tokens import Action, tokens_at
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
