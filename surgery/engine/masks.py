@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import GraftError
-from .hooks import Switch
 from .maps import PatchMap, Probe
+from .switch import Switch
 
 HIDDEN = -100.0  # what an additive mask has at most where it hides (Swin's)
 

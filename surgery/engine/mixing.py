@@ -19,11 +19,11 @@ from ..structure.anatomy import roles_of
 from ..structure.embedding import embedded
 from ..structure.module_tree import Site, Tree, holders
 from .features import declared
-from .hooks import Switch
 from .journal import Journal
 from .maps import ConvNote, PatchMap
 from .masks import MaskCheck
 from .placement import Placement
+from .switch import Switch
 
 GUESSED = "no 2-D convolution tells how tokens lie: they are taken as a square map, row by row"
 LAST = "patches are taken to be the last tokens, row by row: example= shows whether they are"

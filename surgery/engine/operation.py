@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
-from .hooks import Balance, HookedSite, Switch, routes, while_traced
+from .hooks import HookedSite, routes
 from .journal import Journal, owner_of
 from .passes import Key
 from .start import MissingStart
 from .states import StateGuard
 from .summary import Record
+from .switch import Balance, Switch, while_traced
 from .tokens import Action
 from .watch import Watch, counted, rules_of
 

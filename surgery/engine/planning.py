@@ -24,7 +24,6 @@ from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
 from .decided import Decided, modules_of
-from .hooks import Balance
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
@@ -34,6 +33,7 @@ from .placement import PartNames, Placement, check_called, check_conflicts, chec
 from .probe import prove_tokens
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
+from .switch import Balance
 from .tokens import Action, tokens_at
 from .trained import adopt
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
-from .hooks import CALL, HookedSite
+from .hooks import HookedSite
+from .switch import CALL
 from .tokens import Insertions
 
 CHECKPOINT = CheckpointFunction.forward.__code__  # of reentrant checkpoints

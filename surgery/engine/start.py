@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .._text import first_few
 from ..errors import GraftError, SurgeryError
-from .hooks import Switch
 from .journal import Journal, Value
+from .switch import Switch
 
 REMEDY = (
     "Give them values, model.load_state_dict(state) with all its surgery.* keys; or revert, give "

@@ -15,9 +15,9 @@ from ..errors import OperationError
 from ..structure.memory import own_form
 from ..structure.module_tree import ADDITIONS
 from .folding import folded
-from .hooks import Switch
 from .journal import Journal, owner_of
 from .plain import Overwritten
+from .switch import Switch
 
 MERGED = "surgery.merged"  # in the metadata of a state: it was taken from a merged model
 TABLES = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -126,6 +127,7 @@ class Streams(ByThread[Stream]):
     """The streams of one model: all operations put tokens into the same.
 
     aside  what was set aside, by what was given on: checkpoints come back to it
+    known  what is among tokens, where other than the model's own are
     """
 
     def make(self) -> Stream:
@@ -142,6 +144,23 @@ class Streams(ByThread[Stream]):
     def forget(self) -> None:
         super().forget()
         self.aside: Any = WeakTensorKeyDictionary()
+        self.known: Any = WeakTensorKeyDictionary()
+
+    def know(self, whole: Tensor, opened: dict[Place, Inserted]) -> None:
+        """What is among these tokens. (Not the others themselves: they would keep each other.)"""
+        if not torch.compiler.is_compiling():
+            self.known[whole] = list(opened.values())
+
+    def cleared(self, output: Any) -> Any:
+        """What a model gives, without what was put in: some read features inside their blocks."""
+        leaves, spec = pytree.tree_flatten(output)
+        if not any(isinstance(value, Tensor) and value in self.known for value in leaves):
+            return output
+        return pytree.tree_unflatten([self._own(value) for value in leaves], spec)
+
+    def _own(self, value: Any) -> Any:
+        opened = self.known.get(value) if isinstance(value, Tensor) else None
+        return _without(value, opened, "") if opened else value
 
 
 class Between:
@@ -165,6 +184,7 @@ class Between:
         y, put = first_tensor(given[-1], self.path)
         own = _without(y, list(opened.values()), self.path)
         stream.aside = y
+        self.streams.know(y, opened)
         if not torch.compiler.is_compiling():
             self.streams.aside[own] = SetAside(y, _version(own), opened)
         return put(own)
@@ -182,6 +202,8 @@ class Between:
             return self._begun_anew(stream)
         else:
             whole = _rejoined(x, stream, self.path)
+            if whole is not x:
+                self.streams.know(whole, stream.opened())
         given = put(whole)
         return given[0] if kwargs is None else given
 

@@ -120,6 +120,7 @@ class Insertions:
             inserted = next((s.inserted[place] for s in streams.all() if place in s.inserted), None)
         if inserted is None or not (inserted.open or is_recomputing()):
             raise self._unmatched("its end ran without its beginning")
+        streams.know(y, {**stream.opened(), place: inserted})
         stream.inserted[place] = inserted._replace(open=False)
         return tokens.take_out(y, inserted, self.path)
 

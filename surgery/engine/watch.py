@@ -108,18 +108,22 @@ class Watch:
             kept.reading = Reading(self.operation.hooked_sites)
             kept.reading.__enter__()
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """It is over: did all run?"""
         if not self._on:
-            return
+            return None
         kept, stream = self.operation.passes.mine(), self.operation.streams.mine()
         for hooked in self.operation.hooked_sites if stream.opened() else ():
             if error := hooked.tokens.left_in(stream):
                 raise error
         if torch.compiler.is_dynamo_compiling():
             self.operation._surgery_check()
-        elif not (self.resting or torch.compiler.is_compiling() or is_recomputing()):
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        if not (self.resting or is_recomputing()):
             self._judge(kept)
+        return self.operation.streams.cleared(output) if stream.inserted else None
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """In any case, also after an error."""

@@ -18,10 +18,11 @@ from torch.utils import _pytree as pytree
 
 from .._inputs import call, copied, tensors_in
 from ..engine.apply import parameters
-from ..engine.hooks import Balance, HookedSite
+from ..engine.hooks import HookedSite
 from ..engine.matching import flatten_rules
 from ..engine.operation import Operation, operations
 from ..engine.planning import Plan
+from ..engine.switch import Balance
 from ..engine.tokens import Action
 from ..errors import RuleError
 from ..rules.rule import Rule, Rules
