@@ -83,7 +83,7 @@ def in_columns(model: nn.Module) -> str:
 
 
 def _is_managed(module: nn.Module) -> bool:
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
+    return "_is_fsdp_managed_module" in vars(module)
 
 
 def _is_distributed(tensor: Tensor) -> bool:
@@ -157,12 +157,13 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return
     for path, module in model.named_modules():
         if _has_other_forward(module):
-            inner = module.named_parameters(path, recurse=hasattr(module, "_hf_hook"))
+            inner = module.named_parameters(path, recurse="_hf_hook" in vars(module))
             yield from ((name, p) for name, p in inner if p.is_meta)
 
 
 def _has_other_forward(module: nn.Module) -> bool:
-    return hasattr(module, "_hf_hook") or ("forward" in vars(module) and not is_replaced(module))
+    own = vars(module)
+    return "_hf_hook" in own or ("forward" in own and not is_replaced(module))
 
 
 def on_meta(model: nn.Module) -> str:
