@@ -184,7 +184,7 @@ def test_imports_are_seen_in_every_form(name, text, found):
 
 def test_the_engine_really_imports_something():
     source = FILES["engine.planning"].read_text()
-    assert {"engine.hooks", "engine.matching", "structure.module_tree"} <= imported(
+    assert {"engine.switch", "engine.matching", "structure.module_tree"} <= imported(
         "engine.planning", source
     )
 

@@ -289,7 +289,8 @@ def is_compiled(operation: Watched) -> bool:
 def _kind(module: nn.Module, args: Any, kwargs: Any) -> Hashable:
     """What may decide on the way that a forward takes: modes, and sizes by powers of two."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    sizes = tuple(tuple((n - 1).bit_length() for n in tensor.shape) for tensor in tensors)
+    plain = [tensor for tensor in tensors if not tensor.is_nested]  # which alone have sizes
+    sizes = tuple(tuple((int(n) - 1).bit_length() for n in tensor.shape) for tensor in plain)
     device = tensors[0].device.type if tensors else "cpu"
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     names = tuple(sorted(kwargs or ()))
