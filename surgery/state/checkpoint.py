@@ -34,7 +34,7 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     were unfrozen, and buffers that have changed since (running statistics). Tensors are views.
     Raises OperationError where nothing was done under that name.
 
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
     >>> sorted(state_dict(model))
     ['base.0.bias', 'base.0.weight']
@@ -53,7 +53,7 @@ def load_state_dict(
     Raises FileError where a key is missing or one too many, or a shape or dtype differs.
 
     >>> import torch
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> a, b = (apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze)) for _ in range(2))
     >>> load_state_dict(b, state_dict(a))
     >>> torch.equal(a[0].weight, b[0].weight)
@@ -106,7 +106,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     The file appears whole or not at all. Rules that hold code of the user's own (a lambda, say)
     are kept as text only, and `load` must be given them. Raises OperationError, FileError, OSError.
 
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> model = apply(nn.Sequential(nn.Linear(8, 2)), at("0", unfreeze))
     >>> import tempfile
     >>> save(model, tempfile.mkdtemp() + "/tuned.safetensors").name
@@ -157,7 +157,7 @@ def load(
     All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
     executed. Raises FileError, and what `apply` raises.
 
-    >>> from surgery import at, unfreeze
+    >>> from surgery import apply, at, unfreeze
     >>> import tempfile, torch
     >>> def build():
     ...     return nn.Sequential(nn.Linear(8, 2))
