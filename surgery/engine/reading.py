@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
+from ..errors import GraftError
 from .hooks import HookedSite
 from .switch import CALL
 from .tokens import Insertions
@@ -41,10 +42,13 @@ class Reading(TorchFunctionMode):
                 self.sites.setdefault(id_, []).append(hooked)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         if torch.compiler.is_compiling():
-            return result
-        given = self.sites.keys() & set(map(id, pytree.tree_leaves((args, kwargs))))
+            return func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(value, Tensor) and value.is_meta for value in leaves):
+            _check_memory(leaves, sys._getframe(1))
+        result = func(*args, **(kwargs or {}))
+        given = self.sites.keys() & set(map(id, leaves))
         if given and any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):
             self._note(given, sys._getframe(1))
         return result
@@ -121,6 +125,26 @@ def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
         f"Put the rule on a module that is called, such as {called}. unfreeze works there. "
         "(checkpoint(layer.forward, x) goes round a layer's hooks: give it the layer itself.)"
     )
+
+
+def _check_memory(leaves: list[Any], frame: FrameType | None) -> None:
+    """Raise GraftError where a part reads a tensor without memory beside one that has values.
+
+    torch takes whatever lies there. (A library that keeps weights elsewhere, accelerate, fetches
+    those of modules that are called; ARC's projection is read by many, and called by none.)
+    """
+    if all(value.is_meta for value in leaves if isinstance(value, Tensor) and value.dim()):
+        return
+    while frame is not None:
+        if frame.f_code in OURS:
+            path, part = frame.f_locals["self"].path, frame.f_locals["action"].part
+            raise GraftError(
+                f"{type(part).__name__} at {path or 'the model'}",
+                "it reads a tensor on the meta device, without values, and its input has values.",
+                "Give the model memory first; where it is offloaded, run it without, or use parts "
+                "that read no tensors but their own (lora, adapter).",
+            )
+        frame = frame.f_back
 
 
 def _asks(value: Any) -> bool:

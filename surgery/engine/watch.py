@@ -8,7 +8,7 @@ calling it, by a fused kernel, say.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,8 @@ class Watched(Protocol):
 
     def _surgery_check(self) -> bool: ...
 
+    def modules(self) -> Iterator[nn.Module]: ...
+
     def compiled_gates(self) -> dict[Key, Tensor]: ...
 
     def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None: ...
@@ -60,6 +62,7 @@ class Watch:
     skipped   places that the model is known to skip, by the mode: layers that are dropped at random
     suspects  sites that did not run in a forward that was not looked into
     bypassed  sites that the model went round when it was last looked, and how
+    tables    where the parameters of parts are kept
     """
 
     def __init__(self, operation: Watched) -> None:
@@ -69,9 +72,10 @@ class Watch:
         self.suspects: set[str] = set()
         self.warned: set[str] = set()
         self.bypassed: dict[str, str] = {}
+        self.tables: list[dict[str, nn.Parameter | None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "looked": set()}  # copies are looked into again
+        return {**self.__dict__, "looked": set(), "tables": []}  # copies are looked into again
 
     @property
     def model(self) -> nn.Module:
@@ -98,15 +102,19 @@ class Watch:
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted
             kept.reading.end()
-        kept.kind, kept.reading = _kind(module, args, kwargs), None
+        kept.kind, kept.reading = (self._has_memory(), _kind(module, args, kwargs)), None
         known = kept.kind in self.looked or len(self.looked) >= KINDS
-        if not known:
-            self._check_memory((args, kwargs))
         if self.resting:
             return
         if (self.suspects or not known) and self._can_look():
             kept.reading = Reading(self.operation.hooked_sites)
             kept.reading.__enter__()
+
+    def _has_memory(self) -> bool:
+        """Whether all parts have values here; libraries that offload keep some elsewhere."""
+        if not self.tables:
+            self.tables = [m._parameters for m in self.operation.modules() if m._parameters]
+        return not any(p is not None and p.is_meta for table in self.tables for p in table.values())
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """It is over: did all run?"""
@@ -206,20 +214,6 @@ class Watch:
                 f"{self._counted(new)} did not run in this forward, though they ran before: what "
                 "was added there counts for nothing in it. The next forward is looked into.",
                 stacklevel=2,
-            )
-
-    def _check_memory(self, given: Any) -> None:
-        """Parts on the meta device would add whatever lies in memory to what has values."""
-        tensors = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
-        if not tensors or any(tensor.is_meta for tensor in tensors):
-            return
-        sites = self.operation.hooked_sites
-        lost = [s for s in sites if any(p.is_meta for a in s.actions for p in a.part.parameters())]
-        if lost:
-            raise self.error(
-                lost,
-                "have parts on the meta device, without values, and the input has values.",
-                "Give the base memory first, and apply the rules then; or load a file's values.",
             )
 
     def _check_there(self, idle: list[HookedSite]) -> None:

@@ -290,3 +290,19 @@ def test_every_set_tells_that_its_blocks_are_gone_round(name: str) -> None:
 
 def _unhooked(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"__call__": kind.forward})
+
+
+@pytest.mark.parametrize("rules", ["lora", "adapterx_ffn", "arc", "compacter", "idpt", "tied_lora"])
+def test_offloaded_after_it_was_operated(rules: str) -> None:
+    """accelerate fetches the weights of modules that are called, and not what a part reads else."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = surgery.apply(tiny_vit(), rules).eval(), images()
+    with torch.no_grad():
+        want = model(x)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        try:
+            got = model(x)
+        except surgery.GraftError as error:
+            assert "meta" in str(error)
+        else:
+            assert torch.equal(got, want)
