@@ -85,7 +85,11 @@ EMPTY = {  # nothing is learned of what was trained before, until it is filled i
     ("dapt", "gradients_reach_every_part"),  # a class token does not read the last prompt
     ("daptx", "gradients_reach_every_part"),
 }
-SILENT = {"merge_is_equivalent", "meta_has_the_same_plan"}  # of mixtures, of what is traced
+SILENT = {  # of mixtures, of what is traced, of models that hide no token
+    "merge_is_equivalent",
+    "meta_has_the_same_plan",
+    "no_other_token_is_heard",
+}
 TRIED = [
     (rules, backbone)
     for rules in SETS
