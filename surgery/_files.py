@@ -38,7 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     target = Path(os.path.realpath(path))
     _sweep(target)
-    half = target.with_name(f".{target.name}.{_own_mark()}{uuid.uuid4().hex[16:]}")
+    half = target.with_name(f".{_stem(target)}.{_own_mark()}{uuid.uuid4().hex[16:]}")
     try:
         mode = _made(half)  # as the umask has it
         write(half)
@@ -49,6 +49,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         half.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system lets a folder be opened
         _flush(target.parent)
+
+
+def _stem(target: Path) -> str:
+    """What half-written files begin with: names have 255 bytes at most."""
+    return (
+        target.name
+        if len(target.name.encode()) < 200
+        else hashlib.sha256(target.name.encode()).hexdigest()
+    )
 
 
 def _made(half: Path) -> int:
@@ -85,7 +94,7 @@ def _machine() -> str:
 
 def _sweep(target: Path) -> None:
     """Remove the half-written files of runs that are no more; what cannot be removed stays."""
-    pattern = re.compile(re.escape(f".{target.name}.") + "([0-9a-f]{32})")
+    pattern = re.compile(re.escape(f".{_stem(target)}.") + "([0-9a-f]{32})")
     for file in target.parent.glob(".*"):
         if (name := pattern.fullmatch(file.name)) and _is_litter(file, name[1]):
             with contextlib.suppress(OSError):

@@ -36,10 +36,17 @@ class Fold(NamedTuple):
     kept: float
 
     @property
-    def changes(self) -> bool:
-        """Whether they are others than it has."""
+    def moves(self) -> bool:
+        """Whether they are others than it has, by more than rounding (a scale of nearly 1)."""
         now = [(self.weight, self.module.weight), (self.bias, self.module.bias)]
-        return any(new is not None and not torch.equal(new, old) for new, old in now)
+        return any(new is not None and _apart(new, old) for new, old in now)
+
+
+def _apart(new: Tensor, old: Tensor | None) -> bool:
+    if old is None:
+        return bool(new.any())
+    most = 16 * torch.finfo(old.dtype).eps * float(old.abs().max() if old.numel() else 0)
+    return bool(((new - old).abs() > most).any())
 
 
 class Fine(TorchFunctionMode):

@@ -43,6 +43,9 @@ def in_the_way(module: nn.Module, name: str, value: Tensor) -> Obstacle | None:
     now = tensor_of(module, name)
     if now is None:
         return Obstacle(module, name, *_gone(module, name, value))
+    if any(n > 1 and step == 0 for n, step in zip(now.shape, now.stride(), strict=True)):
+        fact = "is expanded now: many of its numbers share one place in memory"
+        return Obstacle(module, name, fact, "Give it memory of its own, by .data.clone()")
     kind = type(now.detach()).__name__
     if now.shape != value.shape:
         fact = f"is {(*now.shape,)}, and was {(*value.shape,)}"

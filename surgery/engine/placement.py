@@ -57,7 +57,7 @@ class Placement:
     def build_with(self, build: Callable[[], nn.Module], seed: str) -> nn.Module:
         """What `build` gives for this place, seeded by a text."""
         if self.device.type == "meta":
-            sketch = self.sketch_with(build).to(dtype=self.dtype)
+            sketch = _move(self.sketch_with(build), self.device, self.dtype)
             return sketch if self.site.module.training else sketch.eval()
         digest = hashlib.sha256(seed.encode()).digest()
         torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
@@ -67,7 +67,7 @@ class Placement:
             with torch.device("cpu"):
                 part = build()
         if any(t.dtype != self.dtype or t.device != self.device for t in _tensors(part)):
-            part.to(self.device, self.dtype)
+            _move(part, self.device, self.dtype)
         return part if self.site.module.training else part.eval()
 
     def sketch(self) -> nn.Module:
@@ -109,6 +109,13 @@ class Placement:
                 f"{type(error).__name__}: {error}.",
                 f"Write {self.edit.word}(lambda site: {call_of(made_by)}).",
             ) from error
+
+
+def _move(part: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A part on a device, its real numbers in a dtype; integers and complex ones keep theirs."""
+    move: Any = part._apply  # torch has no types for it
+    move(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+    return part
 
 
 def _disown(part: nn.Module, foreign: Collection[int], p: Placement) -> None:

@@ -190,7 +190,7 @@ def _moved(model: nn.Module, switches: list[Any], told: dict[tuple[int, str], st
     """The sites with parts that would change the weights there, which a state does too."""
     hooked = [hooked for switch in switches for hooked in switch.hooked_sites]
     try:
-        folds = [fold for fold in folded(model, hooked) if fold.changes]
+        folds = [fold for fold in folded(model, hooked) if fold.moves]
     except OperationError:  # these do not merge: the state is not of such parts
         return []
     names = ("weight", "bias")

@@ -179,7 +179,14 @@ def _norm_shape(module: nn.Module) -> Shape | None:
 
 def forward_of(module: nn.Module) -> object:
     """The function that a call of the module runs; that of nn.Module where it has none."""
-    return module.__dict__.get("forward", getattr(type(module), "forward", None))
+    own, of_class = module.__dict__.get("forward"), getattr(type(module), "forward", None)
+    if own is None or (getattr(own, "__func__", None), getattr(own, "__self__", None)) == (
+        of_class,
+        module,
+    ):  # the class's own, which accelerate leaves there when it takes its hooks off
+        return of_class
+    forward: object = own
+    return forward
 
 
 def is_list(module: nn.Module) -> bool:

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import surgery
-from surgery import at, attn, block, fc1, ffn, parallel, prepend, qkv, shared
+from surgery import append, at, attn, block, fc1, ffn, parallel, prepend, qkv, shared
 from surgery.errors import RuleError
 from surgery.rules.part import Maker, part
+from surgery.structure.module_tree import Site
 from tests.models import hf_vit, images, tiny_vit
 
 
@@ -215,3 +216,25 @@ def test_what_lies_inside_a_lent_part_is_stored_once() -> None:
     assert [key for key in surgery.state_dict(model) if "weight" in key] == [
         "parts.shared/two/24.inner.weight"
     ]
+
+
+class Spectral(nn.Module):
+    """Scales frequencies: a complex weight, and a real bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.complex64))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.ifft(torch.fft.fft(x) * self.weight).real.to(x.dtype) + self.bias
+
+
+def test_complex_numbers_of_a_part_stay_complex() -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(8, 8)).double(), at("0", append(_spectral)))
+    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in model.surgery.named_parameters()}
+    assert dtypes == {"weight": torch.complex64, "bias": torch.float64}
+
+
+def _spectral(site: Site) -> nn.Module:
+    return Spectral(site.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -285,3 +286,25 @@ def test_infinite_and_missing_numbers_in_the_output_are_no_difference() -> None:
             return y, torch.full((2,), torch.inf), torch.full((2,), torch.nan), y[:0]
 
     surgery.apply(Masked(), at("one", parallel(adapter(rank=2))), example=torch.randn(2, 8))
+
+
+class Counts(nn.Module):
+    """Counts its forwards in a buffer, in eval mode too, as caches and observers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_proof_leaves_buffers_as_they_were(fails: bool) -> None:
+    model, x = Counts(), torch.randn(2, 8)
+    rule = at("linear", append(lambda s: nn.Linear(8, 3 if fails else 8)))
+    with pytest.raises(surgery.GraftError) if fails else contextlib.nullcontext():
+        surgery.apply(model, rule, example=x)
+    assert model.calls.item() == 0

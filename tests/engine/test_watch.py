@@ -300,9 +300,8 @@ def test_offloaded_after_it_was_operated(rules: str) -> None:
     with torch.no_grad():
         want = model(x)
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        try:
-            got = model(x)
-        except surgery.GraftError as error:
-            assert "meta" in str(error)
+        if rules in ("lora", "adapterx_ffn"):
+            assert torch.equal(model(x), want)
         else:
-            assert torch.equal(got, want)
+            with pytest.raises(GraftError, match="meta"):
+                model(x)
