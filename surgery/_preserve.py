@@ -30,7 +30,8 @@ def preserved(
     flags    `requires_grad` of all parameters, too
     buffers  which tensors they are, and their values, too
 
-    Settings are torch's default dtype and whether it may take the fused kernels of attention.
+    Settings are torch's default dtype, and whether it may take the fused kernels of attention, and
+    keeps gradients.
 
     >>> model = nn.Linear(2, 2)
     >>> with preserved(model, modes=True):
@@ -58,8 +59,10 @@ def preserved(
 
 def _settings() -> Callable[[], None]:
     fused, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
+    gradients = torch.is_grad_enabled()
 
     def give_back() -> None:
+        torch._C._set_grad_enabled(gradients)
         torch.backends.mha.set_fastpath_enabled(fused)
         torch.set_default_dtype(dtype)
 
@@ -92,15 +95,15 @@ def _buffers(model: nn.Module) -> Callable[[], None]:
         for module in model.modules()
         if isinstance(module._buffers, dict)  # TorchScript's are not
     ]
-    values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    values = [(b, b.clone()) for b in model.buffers() if not b.is_inference()]
 
     def give_back() -> None:
         for table, was in tables:
             table.clear()
             table.update(was)
         with torch.no_grad():
-            for buffer, version, value in values:
-                if buffer._version != version:
+            for buffer, value in values:  # batch norms write without counting a version
+                if not (buffer.is_meta or same(buffer, value)):
                     buffer.copy_(value)
 
     return give_back

@@ -451,7 +451,11 @@ def test_data_parallel_is_a_wrapper():
 @pytest.mark.usefixtures("lonely_group")
 def test_distributed_data_parallel_is_a_wrapper():
     model = tiny_vit()
-    check_wrapper(nn.parallel.DistributedDataParallel(model), model, "module")
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    for given, word in ((wrapper, ".module"), (model, "wrap what comes back")):
+        with pytest.raises(OperationError) as caught:  # it reduces what it knew when it was made
+            surgery.apply(given, "adapterx_ffn")
+        check(caught.value, "DistributedDataParallel", word)
 
 
 def test_a_compiled_model_is_a_wrapper():

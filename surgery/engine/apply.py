@@ -109,8 +109,8 @@ def revert(model: Model, *, name: str | None = None) -> Model:
         )
     chosen = done if name is None else done[-1:]
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
-    check_kept(journals, "revert(model)")
     check_undoable(model, journals, call="revert(model)")
+    check_kept(journals, "revert(model)")
     left = stays(model, chosen)
     expect_frozen(model)
     completed(lambda: _take_off(done, chosen))

@@ -131,8 +131,8 @@ def unmerge(model: Model) -> Model:
     done = operated(model, "unmerge(model)", merged=True)
     check_state(model, "unmerge(model)", WRITING, MAKING, DISABLED)
     journals = [operation.merge_journal for operation in reversed(done)]
-    check_kept(journals, "unmerge(model)")
     check_undoable(model, journals, call="unmerge(model)")
+    check_kept(journals, "unmerge(model)")
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # code that was compiled without hooks does not look for any
     completed(lambda: [journal.undo() for journal in journals])

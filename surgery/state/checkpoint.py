@@ -190,7 +190,6 @@ def load(
         check_state(model, f'load("{path}")', MAKING, FILLING)
     try:
         plan.apply(example)
-        _check_sites(model, about, name)
         _adopt(model, about.get("beyond_rules", []))
         load_state_dict(model, contents.tensors, name=name)
     except BaseException:
@@ -251,18 +250,3 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         key: tensor.clone() if storages.count(tensor.untyped_storage().data_ptr()) > 1 else tensor
         for key, tensor in tensors.items()
     }
-
-
-def _check_sites(model: nn.Module, about: dict[str, Any], name: str) -> None:
-    here = [row["paths"] for row in _operation(model, name).record["rows"]]
-    for rule, then, now in zip(about["text"], about["sites"], here, strict=False):
-        if then != now:
-            raise FileError(
-                rule,
-                f"it matched {len(then)} sites when the file was made ({first_few(then)}), and "
-                f"{len(now)} of this {type(model).__name__} ({first_few(now)}).",
-                "Load it into the model it was made for: the same architecture, depth and head; "
-                "and give load(..., example=inputs) if it was made with an example.",
-            )
-    if len(about["sites"]) != len(here):
-        raise FileError("load", "the rules given are not those of the file.", "Give those rules.")

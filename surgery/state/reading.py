@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
+from .._text import first_few
 from ..engine.decided import Decided
 from ..engine.planning import Plan
 from ..engine.vocabulary import vocabulary
@@ -82,7 +83,7 @@ def _whole(about: dict[str, Any]) -> bool:
     text, sites = about.get("text"), about.get("sites")
     if not (_texts(text) and isinstance(sites, list) and all(map(_texts, sites))):
         return False
-    if not (_texts(about.get("beyond_rules", [])) and isinstance(about.get("modules", ""), str)):
+    if not _texts(about.get("beyond_rules", [])):
         return False
     whole = type(about.get("seed")) is int and isinstance(about.get("rules"), str)
     return whole and len(text or ()) == len(sites)
@@ -145,14 +146,17 @@ def plan_of(
     """
     seed, decided = contents.about["seed"], _decided(contents.about)
     if given is not None:
-        return Plan(
+        plan = Plan(
             model, given, seed=seed, name=name, balance=balance, example=example, decided=decided
         )
+        _check_sites(contents, plan)
+        return plan
     rules = rules_of(contents)
     with nullcontext() if example is not None else _guarded(contents):  # a model's own errors pass
         plan = Plan(
             model, rules, seed=seed, name=name, balance=balance, example=example, decided=decided
         )
+    _check_sites(contents, plan)
     count = 1000 + 100 * (len(contents.tensors) + len(plan.placements))
     with _guarded(contents), _counted(contents, count):
         made = plan.parts
@@ -160,9 +164,25 @@ def plan_of(
     return plan
 
 
+def _check_sites(contents: Contents, plan: Plan) -> None:
+    """Raise FileError where rules match other places than when the file was made."""
+    about, here = contents.about, [[site.path for site in sites] for _, sites in plan.matches]
+    for rule, then, now in zip(about["text"], about["sites"], here, strict=False):
+        if then != now:
+            raise FileError(
+                rule,
+                f"it matched {len(then)} sites when the file was made ({first_few(then)}), and "
+                f"{len(now)} of this {type(plan.model).__name__} ({first_few(now)}).",
+                "Load it into the model it was made for: the same architecture, depth and head; "
+                "and give load(..., example=inputs) if it was made with an example.",
+            )
+    if len(about["sites"]) != len(here):
+        raise FileError("load", "the rules given are not those of the file.", "Give those rules.")
+
+
 def _decided(about: dict[str, Any]) -> Decided:
     """What a forward decided when the file was made; nothing where none did."""
-    return Decided(about.get("modules", ""), about["text"], about["sites"])
+    return Decided(str(about.get("modules", "")), about["text"], about["sites"])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import collections
+import fractions
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,12 @@ def test_what_is_held_safe_elsewhere_stays_as_it_was(tmp_path: Path) -> None:
     [
         (argparse.Namespace(lr=1), "argparse.Namespace"),
         ([np.float64(1.0), argparse.Namespace(lr=1)], "values: argparse.Namespace"),
-        (collections.defaultdict(list), "collections.defaultdict"),
+        (fractions.Fraction(1, 2), "fractions.Fraction"),
         (np.array([argparse.Namespace()]), "argparse.Namespace"),
         (np.array([None]), "NumPy's arrays of objects or records"),
         (np.zeros(2, [("a", "i4"), ("b", "f4")]), "NumPy's arrays of objects or records"),
     ],
-    ids=["namespace", "beside a number", "defaultdict", "in an array", "objects", "records"],
+    ids=["namespace", "beside a number", "fraction", "in an array", "objects", "records"],
 )
 def test_what_stands_in_the_way_is_named(
     tmp_path: Path, value: Any, told: str, zipped: bool

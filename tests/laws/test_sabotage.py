@@ -14,7 +14,7 @@ from torch import nn
 
 import surgery
 from surgery import ops
-from surgery.engine import hooks, journal, nothing_found, operation, placement, trained, verify
+from surgery.engine import hooks, journal, nothing_found, operation, placement, unfreezing, verify
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
 from surgery.engine.journal import Journal
@@ -379,7 +379,7 @@ def names_beside_others_are_free(patch: Patch) -> None:
 
 
 def integers_are_weights(patch: Patch) -> None:
-    patch.setattr(trained, "is_quantised", lambda weight: False)
+    patch.setattr(unfreezing, "is_quantised", lambda weight: False)
 
 
 # which check sees it ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from surgery.structure.anatomy import roles_of
 from surgery.structure.module_tree import Tree
 
 FEW = {"it_compiles_whole": 2}
+UNHEARD = {"no_other_token_is_heard"}  # of models that hide tokens, which few are: tests/methods
 ANY = settings(
     deadline=None,
     database=None,
@@ -51,6 +52,8 @@ def test_a_property_holds_of_any_model_under_any_rules(name, examples):
             pass
 
     test()
+    if name in UNHEARD:
+        return
     assert len(spoken) > 1, "it says nothing of nearly all of them"
 
 
