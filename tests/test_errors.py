@@ -452,10 +452,15 @@ def test_data_parallel_is_a_wrapper():
 def test_distributed_data_parallel_is_a_wrapper():
     model = tiny_vit()
     wrapper = nn.parallel.DistributedDataParallel(model)
-    for given, word in ((wrapper, ".module"), (model, "wrap what comes back")):
+    for given, rule, word in (
+        (wrapper, "DistributedDataParallel", ".module"),
+        (model, "apply(", "wrap what comes back"),
+    ):
         with pytest.raises(OperationError) as caught:  # it reduces what it knew when it was made
             surgery.apply(given, "adapterx_ffn")
-        check(caught.value, "DistributedDataParallel", word)
+        check(
+            caught.value, rule, "wrapper" if given is wrapper else "DistributedDataParallel", word
+        )
 
 
 def test_a_compiled_model_is_a_wrapper():
