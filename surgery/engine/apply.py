@@ -16,7 +16,7 @@ from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..rules import routing as _routing
 from ..rules.rule import Rules
-from .conditions import APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
+from .conditions import ALONE, APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
 from .hooks import HookedSite
 from .journal import Journal, Value, completed
 from .obstacles import refuse
@@ -261,6 +261,7 @@ def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[O
             if inner is None
             else f"Its .{inner} was: give that model, not what holds it.",
         )
+    check_state(model, call, ALONE)
     if merged is not None and done[-1].merged is not merged:
         raise OperationError(
             call,
