@@ -5,7 +5,7 @@ Entries are plain data: a copy or a pickle of an operated model takes its own wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -183,6 +183,13 @@ class Journal:
     def keep_numbers(self, tensor: Tensor) -> None:
         """The value of a tensor."""
         self.entries.append(Numbers(tensor, tensor.detach().clone()))
+
+    def keep_again(self, tensors: Collection[int]) -> None:
+        """The values of these, by id, as they are now: the base is another."""
+        for i, entry in enumerate(self.entries):
+            if isinstance(entry, Value) and id(entry.tensor) in tensors:
+                tensor: Any = entry.tensor
+                self.entries[i] = entry._replace(value=tensor.detach().clone())
 
     # changed -------------------------------------------------------------------------------------
 
