@@ -84,7 +84,7 @@ def apply(
 def revert(model: Model, *, name: str | None = None) -> Model:
     """Take all operations off, or the last one by its name: the model is what it was, bit for bit.
 
-    Values of unfrozen parameters, floating buffers, `requires_grad`, training flags and hooks come
+    Values of unfrozen parameters and of buffers, `requires_grad`, training flags and hooks come
     back; gradients of unfrozen parameters are dropped. What was trained without a rule (unfrozen by
     hand, a new head) is what it was when `parameters` handed it out; what it never did stays as it
     is, new modules stay in the model, and a warning names both.

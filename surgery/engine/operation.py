@@ -130,7 +130,7 @@ class Operation(Switch):
         for module in modules:
             self.journal.keep(module, "training")
             for name, tensor in module._buffers.items():
-                if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
+                if tensor is not None:
                     self.journal.keep_value(module, name)
         for path, module in named_modules(model):
             tensors = (*module._parameters.items(), *module._buffers.items())

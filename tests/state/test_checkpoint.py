@@ -599,3 +599,39 @@ def test_wrong_rules_are_refused(tmp_path: Path) -> None:
 def test_rules_that_were_given_and_fit_may_be_written_otherwise(tmp_path: Path) -> None:
     path = surgery.save(tuned(laws.Linears, at("one", append(plain))), tmp_path / "x.safetensors")
     surgery.load(laws.Linears(), path, rules=at("[0]", append(plain)))
+
+
+class Queue(nn.Module):
+    """Buffers of several dtypes and shapes, that a forward in training changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.register_buffer("labels", torch.zeros(16, dtype=torch.long))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("seen", torch.zeros(2, 8, dtype=torch.bool))
+        self.register_buffer("calls", torch.zeros(3, dtype=torch.uint8), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.labels[int(self.at)] = 7
+            self.at += 1
+            self.seen[:, int(self.at)] = True
+            self.calls += 1
+        out: torch.Tensor = self.first(x)
+        return out
+
+
+def test_buffers_of_any_dtype_and_shape_are_saved_and_brought_back(tmp_path: Path) -> None:
+    model, x = surgery.apply(Queue(), at("first", surgery.lora(rank=2))).train(), torch.ones(1, 8)
+    model(x)
+    now = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with surgery.disabled(model):
+        assert not any(buffer.any() for buffer in model.buffers())
+        model(x)
+    assert all(torch.equal(now[name], buffer) for name, buffer in model.named_buffers())
+    again = surgery.load(Queue(), surgery.save(model, tmp_path / "a.safetensors"))
+    for name in ("labels", "at", "seen"):
+        assert torch.equal(now[name], getattr(again, name))
+    surgery.revert(model)
+    assert not any(buffer.any() for buffer in model.buffers())
