@@ -56,7 +56,7 @@ def verify(
     run = _runner(model, example)
     operation.watcher.resting = True
     try:
-        with preserved(model, modes=True), torch.compiler.set_stance("force_eager"):
+        with preserved(model, modes=True, buffers=True), torch.compiler.set_stance("force_eager"):
             model.eval()
             with torch.no_grad():
                 answer, _ = _proved(operation, run)
