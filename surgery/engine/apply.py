@@ -161,9 +161,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for operation in done:
             journal.set(operation, "enabled", False)
             for buffer in operation.journal.buffers:
-                journal.keep_value(buffer.module, buffer.name)
+                journal.keep_value(buffer.module, buffer.name, lent=True)
         for value in _changed(done):
-            journal.write(value.module, value.name, value.value)
+            journal.write(value.module, value.name, value.value, lent=True)
         with torch.no_grad():
             yield model
         obstacles = journal.undo()
