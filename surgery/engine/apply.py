@@ -111,9 +111,11 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
     check_kept(journals, "revert(model)")
     check_undoable(model, journals, call="revert(model)")
-    left = stays(model, chosen)
+    left, own = stays(model, chosen), [id(v.tensor) for op in chosen for v in op.journal.values]
     expect_frozen(model)
     completed(lambda: _take_off(done, chosen))
+    for operation in operations(model):
+        operation.frozen.again(own)
     if left:
         warnings.warn(f"surgery.revert(model) left some as they are. {left}.", stacklevel=2)
     return model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -60,12 +62,21 @@ def merge(model: Model, *, keep: bool = True) -> Model:
         operation.start.check(OperationError, "merge(model)")
         check_watched(operation, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
-    with torch.no_grad(), exact[0], exact[1]:
+    with torch.no_grad(), exact[0], exact[1], _writing(done):
         if done[-1].merged:
             completed(lambda: _let_go(done))
         else:
             _merge(model, done, keep)
     return model
+
+
+@contextmanager
+def _writing(done: list[Operation]) -> Iterator[None]:
+    """What is written to frozen weights while it lasts is ours."""
+    with ExitStack() as stack:
+        for operation in done:
+            stack.enter_context(operation.frozen.writing())
+        yield
 
 
 def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
@@ -135,7 +146,8 @@ def unmerge(model: Model) -> Model:
     check_undoable(model, journals, call="unmerge(model)")
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # code that was compiled without hooks does not look for any
-    completed(lambda: [journal.undo() for journal in journals])
+    with _writing(done):
+        completed(lambda: [journal.undo() for journal in journals])
     return model
 
 

@@ -54,13 +54,14 @@ class StateGuard(nn.Module):
     where it would count an update twice, or lose it.
 
     lacking  the prefix of ours where a state that is being loaded has nothing of it; "" else
-    loading  where a state of the base has tensors of which shapes, while it is being loaded
+    loading  where a state that is being loaded has tensors, and of which shapes
+    is_base  whether it is one of the base
     """
 
     def join(self, model: nn.Module, host: nn.Module, journal: Journal) -> None:
         """Be asked before the states of a model are taken or loaded; `host` has this as a child."""
         self.host, self.lacking = [host], ""  # in a list, so that it is no child of ours
-        self.loading: list[tuple[nn.Module, str, torch.Size]] = []
+        self.loading, self.is_base = list[tuple[nn.Module, str, torch.Size]](), False
         journal.entries.append(StateHooks(model, self))
         own: Any = self  # torch types none of these
         own.register_load_state_dict_post_hook(self._after_loading)
@@ -122,8 +123,8 @@ class StateGuard(nn.Module):
             self._see_overwritten(_told(model, state, prefix))
         elif not parts and not _says_base(metadata):
             self._check_not_twice(model, _told(model, state, prefix), MERGED in metadata)
-        if not (self.merged or parts) and self._is_base(state, own.removesuffix(".")):
-            self.loading = _places(model, state, prefix)
+        self.is_base = not (self.merged or parts) and self._is_base(state, own.removesuffix("."))
+        self.loading = [] if self.merged else _places(model, state, prefix)
 
     def _is_base(self, state: Mapping[str, Any], own: str) -> bool:
         """Whether a state without parts is one of the base.
@@ -141,7 +142,9 @@ class StateGuard(nn.Module):
         now = [(tensor_of(module, name), shape) for module, name, shape in loaded]
         ids = {id(t) for t, shape in now if t is not None and t.shape == shape and not t.is_meta}
         for switch in self.switches if ids else ():
-            switch.journal.keep_again(ids)
+            switch.frozen.again(ids)
+            if self.is_base:
+                switch.journal.keep_again(ids)
 
     def _check_not_twice(
         self, model: nn.Module, told: dict[tuple[int, str], str], marked: bool

@@ -128,6 +128,19 @@ def _there(operation: Operation) -> set[tuple[int, str]]:
     return {(id(known.module), name) for known in operation.known for name in known.names}
 
 
+def changed_frozen(model: nn.Module) -> list[str]:
+    """The paths of what is frozen, was written to since, and is in no set: trained by hand, once.
+
+    What was merged into is looked after there.
+    """
+    done = operations(model)
+    changed = set[int]().union(*(operation.frozen.changed() for operation in done))
+    merged = {id(value.tensor) for op in done for value in op.merge_journal.values}
+    changed -= _known(done) | merged
+    places = parameters_of(model) if changed else ()
+    return [p.path for p in places if id(p.tensor) in changed and not p.tensor.requires_grad]
+
+
 def lost_module(model: nn.Module, operation: Operation) -> nn.Module | None:
     """A module that is not in the model any more, and held what nothing there holds now.
 
@@ -201,6 +214,8 @@ def stays(model: nn.Module, chosen: list[Operation]) -> str:
     ways = {
         "trained without a rule, and never handed out by surgery.parameters(model), so what "
         "they were is not known": [place.path for place in unknown],
+        "frozen now, and written to since the rules were applied, so what they were is not "
+        "known": changed_frozen(model),
         "of modules that were put in since": _put_in(model, chosen),
         "in modules that were replaced by others, which stay": _replaced(model, chosen),
         "without memory when the rules were applied": _without_memory(model, chosen),

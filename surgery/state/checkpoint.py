@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from ..engine.trained import (
     beyond_rules,
     buffers_of,
     changed_buffers,
+    changed_frozen,
     lost_module,
     parameters_of,
     trained_of,
@@ -134,6 +136,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             "to save.",
             'Give it memory first, model.to_empty(device="cpu"), and load or train it.',
         )
+    _tell_changed(model, f'save("{path}")')
     record = operation.record
     about = {
         "format": FORMAT,
@@ -153,6 +156,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             f'save("{path}")', f"it could not be written ({error}).", "Look at the disk's room."
         ) from error
     return target
+
+
+def _tell_changed(model: nn.Module, call: str) -> None:
+    """Warn of what was trained by hand and frozen again: nobody knows that it is to be kept."""
+    if paths := changed_frozen(model):
+        warnings.warn(
+            f"{call}: {first_few(paths)} are frozen, and were written to since the rules were "
+            "applied: they are not in the file. If they were trained, let them ask for a gradient "
+            "(requires_grad_(True)) as you save, or add at(..., unfreeze) to the rules.",
+            stacklevel=3,
+        )
 
 
 def load(
