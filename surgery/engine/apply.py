@@ -111,21 +111,23 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
     check_kept(journals, "revert(model)")
     check_undoable(model, journals, call="revert(model)")
-    left, own = stays(model, chosen), [id(v.tensor) for op in chosen for v in op.journal.values]
+    left = stays(model, chosen)
     expect_frozen(model)
-    completed(lambda: _take_off(done, chosen))
-    for operation in operations(model):
-        operation.frozen.again(own)
+    own = {id(value.tensor) for operation in chosen for value in operation.journal.values}
+    completed(lambda: _take_off(done, chosen, own))
     if left:
         warnings.warn(f"surgery.revert(model) left some as they are. {left}.", stacklevel=2)
     return model
 
 
-def _take_off(done: list[Operation], chosen: list[Operation]) -> None:
+def _take_off(done: list[Operation], chosen: list[Operation], own: set[int]) -> None:
+    """own  the tensors, by id, that are then what they were"""
     for operation in done:
         operation.merge_journal.undo()
     for operation in reversed(chosen):
         operation.undo()
+    for operation in done:
+        operation.frozen.again(own)
 
 
 @contextmanager

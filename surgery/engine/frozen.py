@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -59,22 +58,36 @@ class Frozen:
         }
         return trained | {key for key, count in writes.items() if count > allowed}
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """What is written while it lasts is ours."""
-        was = {key: tensor._version for key, tensor in self._here()}
-        try:
-            yield
-        finally:
-            for key, tensor in self._here():
-                more = tensor._version - was[key]
-                self.seen[key] = self.seen[key]._replace(version=self.seen[key].version + more)
+    def kept(self) -> Kept:
+        """What undoes the count of what is written from now on until then: it is ours."""
+        writes = {key: t._version - self.seen[key].version for key, t in self._here()}
+        return Kept(self, writes)
+
+    def written(self, times: Mapping[int, int]) -> None:
+        """Each of these, by id, was written to so often by others."""
+        for key, tensor in self._here():
+            if key in times:
+                version = tensor._version - times[key]
+                self.seen[key] = self.seen[key]._replace(version=version)
 
     def _here(self) -> Iterator[tuple[int, Tensor]]:
         """Those that live."""
         for key, seen in [*self.seen.items()]:
             if (tensor := seen.tensor()) is not None and _counts(tensor):
                 yield key, tensor
+
+
+class Kept(NamedTuple):
+    """In a journal: how often each, by id, had been written to by others."""
+
+    frozen: Frozen
+    writes: dict[int, int]
+
+    def undo(self) -> None:
+        self.frozen.written(self.writes)
+
+    def obstacle(self) -> None:
+        return None
 
 
 def _seen(tensor: Tensor) -> Seen:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -62,21 +60,12 @@ def merge(model: Model, *, keep: bool = True) -> Model:
         operation.start.check(OperationError, "merge(model)")
         check_watched(operation, "merge(model)")
     exact = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
-    with torch.no_grad(), exact[0], exact[1], _writing(done):
+    with torch.no_grad(), exact[0], exact[1]:
         if done[-1].merged:
             completed(lambda: _let_go(done))
         else:
             _merge(model, done, keep)
     return model
-
-
-@contextmanager
-def _writing(done: list[Operation]) -> Iterator[None]:
-    """What is written to frozen weights while it lasts is ours."""
-    with ExitStack() as stack:
-        for operation in done:
-            stack.enter_context(operation.frozen.writing())
-        yield
 
 
 def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
@@ -88,6 +77,8 @@ def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
     try:
         weights = tuple((f.module, f.module.weight.device, f.module.weight.dtype) for f in folds)
         journal.entries.append(Followed(additions, model, weights, model.training))
+        for operation in done:
+            journal.entries.append(operation.frozen.kept())
         for fold in folds:
             journal.write(fold.module, "weight", fold.weight)
             if fold.bias is not None:
@@ -146,8 +137,7 @@ def unmerge(model: Model) -> Model:
     check_undoable(model, journals, call="unmerge(model)")
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # code that was compiled without hooks does not look for any
-    with _writing(done):
-        completed(lambda: [journal.undo() for journal in journals])
+    completed(lambda: [journal.undo() for journal in journals])
     return model
 
 

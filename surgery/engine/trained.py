@@ -16,7 +16,7 @@ from .._preserve import same
 from .._text import first_few
 from ..structure.layers import named_modules
 from .journal import Flag, Journal, Key, Value
-from .obstacles import dotted, refuse, tensor_of
+from .obstacles import Obstacle, dotted, refuse, tensor_of
 from .operation import FROZEN_METHODS, Operation, operations
 
 
@@ -194,7 +194,32 @@ def check_undoable(model: nn.Module, journals: Collection[Journal], call: str) -
         for it in journal.obstacles
         if (id(it.module), it.name) not in theirs and not (on_meta and it.without_memory)
     ]
-    refuse(call, found, paths_of(model))
+    refuse(call, [*found, *_tied_since(model, journals)], paths_of(model))
+
+
+def _tied_since(model: nn.Module, journals: Collection[Journal]) -> Iterator[Obstacle]:
+    """Of tensors to be written back, those that a place of the base holds whose own was another."""
+    done = operations(model)
+    adopted = {(id(m), name) for operation in done for m, name in operation.adopted}
+    values = [v for journal in journals for v in journal.values if v.buffer is None]
+    kept = {(id(value.module), value.name) for value in values}
+    there = set[tuple[int, str]]().union(*map(_there, done)) - kept - adopted
+    others = {
+        id(tensor): dotted(path, name)
+        for path, module in named_modules(model)
+        for name, tensor in module._parameters.items()
+        if tensor is not None and (id(module), name) in there
+    }
+    for value in values:
+        if id(value.tensor) in others and (id(value.module), value.name) not in adopted:
+            fact = f"is tied to {others[id(value.tensor)]} now"
+            yield Obstacle(value.module, value.name, fact, UNTIE.format(value.name))
+
+
+UNTIE = (
+    "Give it a tensor of its own, {{module}}.{0} = torch.nn.Parameter({{module}}.{0}.detach()"
+    ".clone())"
+)
 
 
 def _came_later(operation: Operation) -> set[tuple[int, str]]:
