@@ -206,7 +206,7 @@ class Journal:
 
     def _keep(self, entry: Value | Numbers, tensor: Tensor, lent: bool) -> None:
         if lent and not tensor.is_inference():
-            version = torch.autograd._unsafe_preserve_version_counter(tensor)
+            version = torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor)
             self.entries.append(Lent(entry, tensor, version))
         else:
             self.entries.append(entry)

@@ -232,6 +232,38 @@ def paths_of(model: nn.Module) -> dict[int, str]:
     return {id(module): path for path, module in named_modules(model)}
 
 
+def first_paths(model: nn.Module) -> dict[int, str]:
+    """The path of each module of the base, by its id; of what was wrapped since: its first one.
+
+    So a file fits the plain model, though the blocks of this one were compiled one by one, or put
+    into wrappers that checkpoint them.
+    """
+    now = dict(named_modules(model))
+    known = {id(it.module): it.path for op in reversed(operations(model)) for it in op.known}
+    paths = {id(module): path for path, module in now.items()}
+    for path, module in now.items():
+        first = known.get(id(module), path)
+        wrapper = now.get(first)
+        free = wrapper is None or id(wrapper) not in known and not _names(wrapper) & _names(module)
+        if free and _is_within(first.split("."), path.split(".")):
+            paths[id(module)] = first
+    return paths
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {*module._parameters, *module._buffers}
+
+
+def _is_within(steps: list[str], longer: list[str]) -> bool:
+    """Whether some steps are those of a longer path, in order, between others.
+
+    >>> _is_within(["blocks", "0", "mlp"], ["blocks", "0", "_orig_mod", "mlp"])
+    True
+    """
+    rest = iter(longer)
+    return all(step in rest for step in steps)
+
+
 def stays(model: nn.Module, chosen: list[Operation]) -> str:
     """What cannot be brought back though nothing stands in the way, in words; "" where all can."""
     kept = {id(value.tensor) for value in _values(chosen)}  # in a merge, too

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +19,15 @@ from ..engine.apply import operated, revert
 from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
 from ..engine.operation import Operation, check_operable, operations
+from ..engine.obstacles import dotted
 from ..engine.trained import (
+    Place,
     adopt,
     beyond_rules,
     buffers_of,
     changed_buffers,
     changed_frozen,
+    first_paths,
     lost_module,
     parameters_of,
     trained_of,
@@ -56,7 +59,7 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     trained = [*trained_of(model, operation), *changed_buffers(model, operation)]
     order = {path: i for i, (path, _) in enumerate(named_modules(model))}
     trained.sort(key=lambda place: order[place.path.rpartition(".")[0]])
-    base = {BASE + place.path: place.tensor.detach() for place in trained}
+    base = {key: place.tensor.detach() for key, place in _keyed(model, trained).items()}
     return {**parts, **base}
 
 
@@ -83,7 +86,7 @@ def load_state_dict(
             "would be lost.",
             'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
         )
-    required = set(state_dict(model, name=name)) - set(_buffers(model))
+    required = set(state_dict(model, name=name)) - set(buffers(model))
     missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
     if missing or extra:
         facts = [
@@ -145,7 +148,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "sites": [row["paths"] for row in record["rows"]],
         "seed": record["seed"],
         "modules": record.get("modules", ""),
-        "beyond_rules": [BASE + place.path for place in beyond_rules(model, operation)],
+        "beyond_rules": [*_keyed(model, beyond_rules(model, operation))],
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
     check_folder(target, f'save("{path}")')
@@ -236,8 +239,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
 
 def _adopt(model: nn.Module, keys: list[str]) -> None:
     """Train what a file holds beyond what its rules unfreeze. Raises FileError."""
-    places = [*parameters_of(model), *buffers_of(model)]
-    by_key = {BASE + place.path: place for place in places}
+    by_key = _keyed(model, [*parameters_of(model), *buffers_of(model)])
     if missing := [key for key in keys if key not in by_key]:
         raise FileError(
             "load",
@@ -249,13 +251,20 @@ def _adopt(model: nn.Module, keys: list[str]) -> None:
     adopt(model, [by_key[key] for key in keys])
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {BASE + place.path: place.tensor for place in buffers_of(model)}
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those of the base that a file may fill, by their keys in it."""
+    return {key: place.tensor for key, place in _keyed(model, buffers_of(model)).items()}
+
+
+def _keyed(model: nn.Module, places: Iterable[Place]) -> dict[str, Place]:
+    """Places of the base by their keys in a file."""
+    paths = first_paths(model)
+    return {BASE + dotted(paths[id(place.module)], place.name): place for place in places}
 
 
 def _places(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Every tensor of the model that a file may fill, by its key in the file."""
-    return {**_buffers(model), **state_dict(model, name=name)}
+    return {**buffers(model), **state_dict(model, name=name)}
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

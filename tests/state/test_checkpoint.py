@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -635,3 +636,61 @@ def test_buffers_of_any_dtype_and_shape_are_saved_and_brought_back(tmp_path: Pat
         assert torch.equal(now[name], getattr(again, name))
     surgery.revert(model)
     assert not any(buffer.any() for buffer in model.buffers())
+
+
+# wrapped since -----------------------------------------------------------------------------------
+
+
+def _compiled(block: nn.Module) -> nn.Module:
+    return torch.compile(block, backend="eager")
+
+
+def _checkpointed(block: nn.Module) -> nn.Module:
+    wrappers = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
+    return importlib.import_module(wrappers).checkpoint_wrapper(block)
+
+
+class Scaled(nn.Module):
+    """A wrapper that has a tensor of a name that the inner module has, too."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.weight = inner, nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x) * self.weight
+        return out
+
+
+@pytest.mark.parametrize("wrap", [_compiled, _checkpointed])
+def test_a_file_of_a_model_whose_blocks_were_wrapped_fits_the_plain_one(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = surgery.apply(tiny_vit(), "adapterx_ffn")
+    plain = [*surgery.state_dict(model)]
+    model.blocks[0] = wrap(model.blocks[0])
+    laws.stir(model)
+    path = surgery.save(model, tmp_path / "a.safetensors")
+    assert [*surgery.state_dict(model)] == plain
+    again = surgery.load(tiny_vit(), path)
+    now = surgery.state_dict(again)
+    assert all(torch.equal(now[key], t) for key, t in surgery.state_dict(model).items())
+    surgery.load_state_dict(model, now)
+
+
+def test_modules_that_changed_places_are_saved_by_their_new_ones() -> None:
+    model = surgery.apply(nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), at("*", unfreeze))
+    first, second = model[0].weight, model[1].weight
+    model[0], model[1] = model[1], model[0]
+    state = surgery.state_dict(model)
+    assert torch.equal(state["base.0.weight"], second)
+    assert torch.equal(state["base.1.weight"], first)
+
+
+def test_no_two_tensors_get_one_key() -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(2, 2)), at("0", unfreeze))
+    model[0] = Scaled(model[0])
+    model[0].weight.requires_grad_(True)
+    assert {*surgery.state_dict(model)} == {
+        "base.0.weight", "base.0.inner.weight", "base.0.inner.bias"
+    }  # fmt: skip
