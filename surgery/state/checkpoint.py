@@ -148,6 +148,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "sites": [row["paths"] for row in record["rows"]],
         "seed": record["seed"],
         "modules": record.get("modules", ""),
+        "read_besides": sorted(operation.read_besides),
         "beyond_rules": [*_keyed(model, beyond_rules(model, operation))],
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
@@ -210,6 +211,7 @@ def load(
         _check_sites(model, about, name)
         _adopt(model, about.get("beyond_rules", []))
         load_state_dict(model, contents.tensors, name=name)
+        _operation(model, name).read_besides.update(about.get("read_besides", []))
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)

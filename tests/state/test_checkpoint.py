@@ -694,3 +694,26 @@ def test_no_two_tensors_get_one_key() -> None:
     assert {*surgery.state_dict(model)} == {
         "base.0.weight", "base.0.inner.weight", "base.0.inner.bias"
     }  # fmt: skip
+
+
+class Transposed(nn.Module):
+    """Reads the weight of a module that it calls, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.b(self.a(x).relu()) @ self.a.weight
+        return out
+
+
+def test_what_a_forward_showed_of_weights_is_in_the_file(tmp_path: Path) -> None:
+    model = surgery.apply(Transposed(), at("a", surgery.lora(rank=2)), example=torch.ones(3, 8))
+    path = surgery.save(model, tmp_path / "a.safetensors")
+    refused = raised(surgery.OperationError, lambda: surgery.merge(model))
+    again = surgery.load(Transposed(), path)
+    assert str(raised(surgery.OperationError, lambda: surgery.merge(again))) == str(refused)
+    about, tensors = contents(path)
+    rewrite(path, {**about, "read_besides": [1]}, tensors)
+    raised(surgery.FileError, lambda: surgery.load(Transposed(), path))
