@@ -244,7 +244,9 @@ def first_paths(model: nn.Module) -> dict[int, str]:
     for path, module in now.items():
         first = known.get(id(module), path)
         wrapper = now.get(first)
-        free = wrapper is None or id(wrapper) not in known and not _names(wrapper) & _names(module)
+        free = wrapper is None or (
+            id(wrapper) not in known and not _names(wrapper) & _names(module)
+        )
         if free and _is_within(first.split("."), path.split(".")):
             paths[id(module)] = first
     return paths

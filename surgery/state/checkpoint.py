@@ -18,8 +18,8 @@ from .._text import first_few
 from ..engine.apply import operated, revert
 from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
-from ..engine.operation import Operation, check_operable, operations
 from ..engine.obstacles import dotted
+from ..engine.operation import Operation, check_operable, operations
 from ..engine.trained import (
     Place,
     adopt,

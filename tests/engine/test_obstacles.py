@@ -248,7 +248,9 @@ def test_a_tensor_that_was_tied_since_is_refused_and_mended(change: Change, call
                 assert torch.equal(model.one.weight, before)
                 assert torch.equal(model.two.weight, build().two.weight)
 
-    with pytest.raises(surgery.OperationError, match=r"two\.weight is tied to one\.weight now") as e:
+    with pytest.raises(
+        surgery.OperationError, match=r"two\.weight is tied to one\.weight now"
+    ) as e:
         do()
     assert torch.equal(model.one.weight, before)
     (remedy,) = re.findall(r"own, (model\.get_submodule.*\(\)\)), and call", str(e.value))
