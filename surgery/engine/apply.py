@@ -16,7 +16,7 @@ from .._text import first_few
 from ..errors import GraftError, OperationError
 from ..rules import routing as _routing
 from ..rules.rule import Rules
-from .conditions import APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
+from .conditions import ALONE, APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
 from .hooks import HookedSite
 from .journal import Journal, Value, completed
 from .obstacles import refuse
@@ -84,7 +84,7 @@ def apply(
 def revert(model: Model, *, name: str | None = None) -> Model:
     """Take all operations off, or the last one by its name: the model is what it was, bit for bit.
 
-    Values of unfrozen parameters, floating buffers, `requires_grad`, training flags and hooks come
+    Values of unfrozen parameters and of buffers, `requires_grad`, training flags and hooks come
     back; gradients of unfrozen parameters are dropped. What was trained without a rule (unfrozen by
     hand, a new head) is what it was when `parameters` handed it out; what it never did stays as it
     is, new modules stay in the model, and a warning names both.
@@ -113,17 +113,21 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     check_kept(journals, "revert(model)")
     left = stays(model, chosen)
     expect_frozen(model)
-    completed(lambda: _take_off(done, chosen))
+    own = {id(value.tensor) for operation in chosen for value in operation.journal.values}
+    completed(lambda: _take_off(done, chosen, own))
     if left:
         warnings.warn(f"surgery.revert(model) left some as they are. {left}.", stacklevel=2)
     return model
 
 
-def _take_off(done: list[Operation], chosen: list[Operation]) -> None:
+def _take_off(done: list[Operation], chosen: list[Operation], own: set[int]) -> None:
+    """own  the tensors, by id, that are then what they were"""
     for operation in done:
         operation.merge_journal.undo()
     for operation in reversed(chosen):
         operation.undo()
+    for operation in done:
+        operation.frozen.again(own)
 
 
 @contextmanager
@@ -161,9 +165,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for operation in done:
             journal.set(operation, "enabled", False)
             for buffer in operation.journal.buffers:
-                journal.keep_value(buffer.module, buffer.name)
+                journal.keep_value(buffer.module, buffer.name, lent=True)
         for value in _changed(done):
-            journal.write(value.module, value.name, value.value)
+            journal.write(value.module, value.name, value.value, lent=True)
         with torch.no_grad():
             yield model
         obstacles = journal.undo()
@@ -209,7 +213,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     >>> 0 < balance_loss(model).item() <= 4
     True
     """
-    done = operated(model, "balance_loss(model)")
+    done = operated(model, "balance_loss(model)", alone=False)  # once a step: nothing slow
     losses: list[Tensor] = []
     for operation in done:
         for hooked, gates in _gates(operation, "balance_loss(model)"):
@@ -245,8 +249,12 @@ def routing(model: nn.Module) -> dict[str, Routing]:
     return kept
 
 
-def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[Operation]:
+def operated(
+    model: nn.Module, call: str, merged: bool | None = False, alone: bool = True
+) -> list[Operation]:
     """All operations on a model, oldest first; merged or not, as asked (None: either).
+
+    alone  whether it is to be looked for others that act in the model
 
     Raises OperationError where there are none, or not such.
     """
@@ -261,6 +269,8 @@ def operated(model: nn.Module, call: str, merged: bool | None = False) -> list[O
             if inner is None
             else f"Its .{inner} was: give that model, not what holds it.",
         )
+    if alone:
+        check_state(model, call, ALONE)
     if merged is not None and done[-1].merged is not merged:
         raise OperationError(
             call,

@@ -21,7 +21,8 @@ from .._text import first_few
 from ..errors import OperationError
 from ..structure.module_tree import ADDITIONS
 from .hooks import is_replaced
-from .operation import operations
+from .journal import owner_of
+from .operation import Operation, additions_of, operations
 
 Fact: TypeAlias = Callable[[nn.Module], str]
 Table: TypeAlias = dict[Fact, str]
@@ -208,6 +209,63 @@ def inside_disabled(model: nn.Module) -> str:
     return "inside disabled(model) the model is its base, and this would act on that."
 
 
+# one in another --------------------------------------------------------------------------------
+
+
+def operated_below(model: nn.Module) -> str:
+    """A module below is operated as a model of its own: its parts are not in this one's set."""
+    roots, modules = _roots(model), modules_of(model)
+    inner = next((m for m in modules if m is not model and id(m) in roots), None)
+    if inner is None:
+        return ""
+    path = next(path for path, module in model.named_modules() if module is inner)
+    return f'its model.get_submodule("{path}") is operated as a model of its own.'
+
+
+def operated_around(model: nn.Module) -> str:
+    """A model that is none of its modules is operated, and has its parts or its hooks in here."""
+    modules = {id(module) for module in modules_of(model)}
+    around = (root for key, root in _roots(model).items() if key not in modules)
+    root = next(around, None)
+    kind = type(model).__name__
+    return f"parts of a larger {type(root).__name__} run in this {kind}." if root else ""
+
+
+def hosts_another(model: nn.Module) -> str:
+    """What is kept in it was added to a model that it is a module of."""
+    roots = [operation.model[0] for operation in operations(model)]
+    if not any(root is not model and model in modules_of(root) for root in roots):
+        return ""
+    kind = type(roots[0]).__name__
+    return f"this {type(model).__name__} was never operated: the {kind} that holds it was."
+
+
+def _roots(model: nn.Module) -> dict[int, nn.Module]:
+    """The models whose operations keep parts or act in this one, by id; itself is none of them."""
+    roots = {
+        id(operation.model[0]): operation.model[0]
+        for module in modules_of(model)
+        if not isinstance(module, torch.jit.ScriptModule)
+        for operation in _acting(module)
+        if operation.model and not operation.undone
+    }
+    roots.pop(id(model), None)
+    return roots
+
+
+def _acting(module: nn.Module) -> Iterator[Operation]:
+    """The operations that are kept in a module, or act there by a hook or a method."""
+    if (additions := additions_of(module)) is not None:
+        yield from additions.operations
+    own = vars(module)
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    for method in (*hooks, own.get("forward"), own.get("train")):
+        owner = owner_of(method) or method
+        of = getattr(owner, "switch", None) or getattr(owner, "operation", None)
+        if isinstance(of, Operation):
+            yield of
+
+
 # made where nothing is trained -----------------------------------------------------------------
 
 
@@ -235,6 +293,12 @@ _CLONE = (
     "the model outside."
 )
 
+_ONE_SET = (
+    "Call surgery.revert on that module first (surgery.save keeps what was trained there), and "
+    "give one surgery.apply on the whole model all rules, with addresses from its root. Towers of "
+    "a model that is not operated itself are operated each alone."
+)
+
 _APPLY_FIRST = "Apply the rules to the whole model first, and {} what comes back."
 
 # new parts, or other parameters that are trained
@@ -245,6 +309,14 @@ APPLYING: Table = {
     holds_ddp: _APPLY_FIRST.format("wrap"),
     held_by_ddp: _APPLY_FIRST.format("wrap"),
     in_inference: _CLONE,
+    operated_below: _ONE_SET,
+    operated_around: "Call surgery.apply on that larger model, with addresses from its root; or "
+    "surgery.revert it first.",
+}
+# operations that are all that act in the model
+ALONE: Table = {
+    hosts_another: "Give that model.",
+    operated_below: _ONE_SET,
 }
 # new parts, or others that are trained, where a weight is on meta
 MAKING: Table = {offloaded: _BRING_BACK}

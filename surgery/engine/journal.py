@@ -5,7 +5,7 @@ Entries are plain data: a copy or a pickle of an operated model takes its own wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -146,6 +146,26 @@ class Numbers(NamedTuple):
         return None
 
 
+class Lent(NamedTuple):
+    """A value that is another for a while: when it is back, autograd need know nothing of it.
+
+    Graphs of before that time are right again then. Inside it a tensor that was written to has a
+    count of its own, by which torch refuses to go back through such a graph.
+    """
+
+    entry: Value | Numbers
+    tensor: Tensor
+    version: Any
+
+    def undo(self) -> None:
+        self.entry.undo()
+        if self.entry.tensor is self.tensor and not self.tensor.is_inference():
+            self.version.__exit__()
+
+    def obstacle(self) -> Obstacle | None:
+        return self.entry.obstacle()
+
+
 class Journal:
     """Changes in the order in which they were made.
 
@@ -166,11 +186,11 @@ class Journal:
         """An attribute."""
         self.entries.append(Key(module, "", key, vars(module).get(key, Absent), Anything))
 
-    def keep_value(self, module: nn.Module, name: str) -> None:
-        """The value of a parameter or buffer, if there is one of that name."""
+    def keep_value(self, module: nn.Module, name: str, lent: bool = False) -> None:
+        """The value of a parameter or buffer, if there is one of that name; `lent`: for a while."""
         tensor, buffer = tensor_of(module, name), module._buffers.get(name)
         if tensor is not None:
-            self.entries.append(Value(module, name, tensor.detach().clone(), buffer))
+            self._keep(Value(module, name, tensor.detach().clone(), buffer), tensor, lent)
 
     def keep_gradient(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """The gradient of a parameter, which is that of the module of that name."""
@@ -180,9 +200,23 @@ class Journal:
         """Whether a parameter is to be trained, once this is undone."""
         self.entries.append(Flag(module, name, trained))
 
-    def keep_numbers(self, tensor: Tensor) -> None:
-        """The value of a tensor."""
-        self.entries.append(Numbers(tensor, tensor.detach().clone()))
+    def keep_numbers(self, tensor: Tensor, lent: bool = False) -> None:
+        """The value of a tensor; `lent`: for a while."""
+        self._keep(Numbers(tensor, tensor.detach().clone()), tensor, lent)
+
+    def _keep(self, entry: Value | Numbers, tensor: Tensor, lent: bool) -> None:
+        if lent and not tensor.is_inference():
+            version = torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor)
+            self.entries.append(Lent(entry, tensor, version))
+        else:
+            self.entries.append(entry)
+
+    def keep_again(self, tensors: Collection[int]) -> None:
+        """The values of these, by id, as they are now: the base is another."""
+        for i, entry in enumerate(self.entries):
+            if isinstance(entry, Value) and id(entry.tensor) in tensors:
+                tensor: Any = entry.tensor
+                self.entries[i] = entry._replace(value=tensor.detach().clone())
 
     # changed -------------------------------------------------------------------------------------
 
@@ -208,9 +242,9 @@ class Journal:
         self.entries.append(Flag(module, name, parameter.requires_grad))
         parameter.requires_grad_(flag)
 
-    def write(self, module: nn.Module, name: str, value: Tensor) -> None:
-        """Another value of a parameter or buffer."""
-        self.keep_value(module, name)
+    def write(self, module: nn.Module, name: str, value: Tensor, lent: bool = False) -> None:
+        """Another value of a parameter or buffer; `lent`: for a while."""
+        self.keep_value(module, name, lent)
         if (tensor := tensor_of(module, name)) is not None:
             with torch.no_grad():
                 tensor.copy_(value)

@@ -77,6 +77,8 @@ def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
     try:
         weights = tuple((f.module, f.module.weight.device, f.module.weight.dtype) for f in folds)
         journal.entries.append(Followed(additions, model, weights, model.training))
+        for operation in done:
+            journal.entries.append(operation.frozen.kept())
         for fold in folds:
             journal.write(fold.module, "weight", fold.weight)
             if fold.bias is not None:

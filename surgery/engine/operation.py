@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
+from .frozen import Frozen
 from .hooks import HookedSite, routes
 from .journal import Journal, owner_of
 from .passes import Key
@@ -95,6 +96,7 @@ class Operation(Switch):
     read_besides   the sites whose weight the model reads besides calling what they stand at
     known          the modules of the base, as they were then
     adopted        what is trained without a rule, and in the journal all the same
+    frozen         what is not trained, to be seen to stay what it is
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
@@ -107,6 +109,7 @@ class Operation(Switch):
         self.watcher = Watch(self)
         self.known: list[KnownModule] = []
         self.adopted: list[tuple[nn.Module, str]] = []
+        self.frozen = Frozen()
         self.start = MissingStart(self, self.journal)
 
     def open(self, model: nn.Module) -> None:
@@ -130,7 +133,7 @@ class Operation(Switch):
         for module in modules:
             self.journal.keep(module, "training")
             for name, tensor in module._buffers.items():
-                if tensor is not None and (tensor.is_floating_point() or tensor.dim() == 0):
+                if tensor is not None:
                     self.journal.keep_value(module, name)
         for path, module in named_modules(model):
             tensors = (*module._parameters.items(), *module._buffers.items())
@@ -191,6 +194,8 @@ class Operation(Switch):
             nests = isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor
             if nests and any(id(module) in ends for module in encoder.modules()):
                 self.journal.set(encoder, "use_nested_tensor", False)
+        for _, module in named_modules(model):
+            self.frozen.remember(module._parameters.values())
         if self.start.is_watched:
             self.journal.hook(model, self.start.enter, before=True)
         for hooked in self.hooked_sites:

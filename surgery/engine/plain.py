@@ -129,6 +129,9 @@ def make_plain(model: nn.Module, additions: nn.Module, done: list[Journal], to: 
     for key in (entry for entry in entries if isinstance(entry, Key) and entry.key == "forward"):
         if vars(key.module).get("forward") == key.new:
             _take(key.module, "", ["forward"], to)
+    loaded = "_load_state_dict_post_hooks"  # has nothing to look after then
+    hooks = vars(model)[loaded]
+    _take(model, loaded, [key for key, hook in hooks.items() if owner_of(hook) is additions], to)
     if ADDITIONS not in vars(model):
         to.set(model, ADDITIONS, additions)
     for module in [*model.modules()]:

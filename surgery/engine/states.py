@@ -12,15 +12,22 @@ from torch import Tensor, nn
 from .._preserve import same
 from .._text import first_few
 from ..errors import OperationError
+from ..structure.layers import named_modules
 from ..structure.memory import own_form
 from ..structure.module_tree import ADDITIONS
 from .folding import folded
 from .journal import Journal, owner_of
+from .obstacles import dotted, tensor_of
 from .plain import Overwritten
 from .switch import Switch
 
 MERGED = "surgery.merged"  # in the metadata of a state: it was taken from a merged model
-TABLES = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+TABLES = (
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class StateHooks(NamedTuple):
@@ -47,11 +54,14 @@ class StateGuard(nn.Module):
     where it would count an update twice, or lose it.
 
     lacking  the prefix of ours where a state that is being loaded has nothing of it; "" else
+    loading  where a state that is being loaded has tensors, and of which shapes
+    is_base  whether it is one of the base
     """
 
     def join(self, model: nn.Module, host: nn.Module, journal: Journal) -> None:
         """Be asked before the states of a model are taken or loaded; `host` has this as a child."""
         self.host, self.lacking = [host], ""  # in a list, so that it is no child of ours
+        self.loading, self.is_base = list[tuple[nn.Module, str, torch.Size]](), False
         journal.entries.append(StateHooks(model, self))
         own: Any = self  # torch types none of these
         own.register_load_state_dict_post_hook(self._after_loading)
@@ -59,6 +69,7 @@ class StateGuard(nn.Module):
         root.register_state_dict_pre_hook(self._before_taking)
         root._register_state_dict_hook(self._mark)
         root.register_load_state_dict_pre_hook(self._before_loading)
+        root.register_load_state_dict_post_hook(self._after_base)
 
     @property
     def switches(self) -> list[Any]:
@@ -99,7 +110,7 @@ class StateGuard(nn.Module):
     ) -> None:
         """Raise OperationError where a state is not of such a model as this is now."""
         self._check_enabled("model.load_state_dict(...)")
-        own = f"{_path(model, self.host[0], prefix)}{ADDITIONS}."
+        own, self.loading = f"{_path(model, self.host[0], prefix)}{ADDITIONS}.", []
         parts = [key for key in state if key.startswith(own)]
         if self.merged and parts:
             raise OperationError(
@@ -112,6 +123,28 @@ class StateGuard(nn.Module):
             self._see_overwritten(_told(model, state, prefix))
         elif not parts and not _says_base(metadata):
             self._check_not_twice(model, _told(model, state, prefix), MERGED in metadata)
+        self.is_base = not (self.merged or parts) and self._is_base(state, own.removesuffix("."))
+        self.loading = [] if self.merged else _places(model, state, prefix)
+
+    def _is_base(self, state: Mapping[str, Any], own: str) -> bool:
+        """Whether a state without parts is one of the base.
+
+        Rules that only unfreeze have no parts: there the marks that torch gives a state tell.
+        """
+        if any(True for tensors in (self.parameters(), self.buffers()) for _ in tensors):
+            return True
+        marks = getattr(state, "_metadata", None)
+        return marks is not None and own not in marks
+
+    def _after_base(self, model: nn.Module, keys: Any) -> None:
+        """The base is what was loaded: so is what was kept of it, to be brought back."""
+        loaded, self.loading = self.loading, []
+        now = [(tensor_of(module, name), shape) for module, name, shape in loaded]
+        ids = {id(t) for t, shape in now if t is not None and t.shape == shape and not t.is_meta}
+        for switch in self.switches if ids else ():
+            switch.frozen.again(ids)
+            if self.is_base:
+                switch.journal.keep_again(ids)
 
     def _check_not_twice(
         self, model: nn.Module, told: dict[tuple[int, str], str], marked: bool
@@ -165,6 +198,18 @@ def _path(model: nn.Module, host: nn.Module, prefix: str) -> str:
     """Where a module below a model is, with a dot behind it."""
     path = next((path for path, module in model.named_modules() if module is host), "")
     return prefix + (f"{path}." if path else "")
+
+
+def _places(
+    model: nn.Module, state: Mapping[str, Any], prefix: str
+) -> list[tuple[nn.Module, str, torch.Size]]:
+    """Where a state has tensors, and of which shapes."""
+    return [
+        (module, name, state[key].shape)
+        for path, module in named_modules(model)
+        for name in (*module._parameters, *module._buffers)
+        if isinstance(state.get(key := prefix + dotted(path, name)), Tensor)
+    ]
 
 
 def _told(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict[tuple[int, str], str]:

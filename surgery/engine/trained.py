@@ -16,7 +16,7 @@ from .._preserve import same
 from .._text import first_few
 from ..structure.layers import named_modules
 from .journal import Flag, Journal, Key, Value
-from .obstacles import dotted, refuse, tensor_of
+from .obstacles import Obstacle, dotted, refuse, tensor_of
 from .operation import FROZEN_METHODS, Operation, operations
 
 
@@ -128,6 +128,19 @@ def _there(operation: Operation) -> set[tuple[int, str]]:
     return {(id(known.module), name) for known in operation.known for name in known.names}
 
 
+def changed_frozen(model: nn.Module) -> list[str]:
+    """The paths of what is frozen, was written to since, and is in no set: trained by hand, once.
+
+    What was merged into is looked after there.
+    """
+    done = operations(model)
+    changed = set[int]().union(*(operation.frozen.changed() for operation in done))
+    merged = {id(value.tensor) for op in done for value in op.merge_journal.values}
+    changed -= _known(done) | merged
+    places = parameters_of(model) if changed else ()
+    return [p.path for p in places if id(p.tensor) in changed and not p.tensor.requires_grad]
+
+
 def lost_module(model: nn.Module, operation: Operation) -> nn.Module | None:
     """A module that is not in the model any more, and held what nothing there holds now.
 
@@ -181,7 +194,32 @@ def check_undoable(model: nn.Module, journals: Collection[Journal], call: str) -
         for it in journal.obstacles
         if (id(it.module), it.name) not in theirs and not (on_meta and it.without_memory)
     ]
-    refuse(call, found, paths_of(model))
+    refuse(call, [*found, *_tied_since(model, journals)], paths_of(model))
+
+
+def _tied_since(model: nn.Module, journals: Collection[Journal]) -> Iterator[Obstacle]:
+    """Of tensors to be written back, those that a place of the base holds whose own was another."""
+    done = operations(model)
+    adopted = {(id(m), name) for operation in done for m, name in operation.adopted}
+    values = [v for journal in journals for v in journal.values if v.buffer is None]
+    kept = {(id(value.module), value.name) for value in values}
+    there = set[tuple[int, str]]().union(*map(_there, done)) - kept - adopted
+    others = {
+        id(tensor): dotted(path, name)
+        for path, module in named_modules(model)
+        for name, tensor in module._parameters.items()
+        if tensor is not None and (id(module), name) in there
+    }
+    for value in values:
+        if id(value.tensor) in others and (id(value.module), value.name) not in adopted:
+            fact = f"is tied to {others[id(value.tensor)]} now"
+            yield Obstacle(value.module, value.name, fact, UNTIE.format(value.name))
+
+
+UNTIE = (
+    "Give it a tensor of its own, {{module}}.{0} = torch.nn.Parameter({{module}}.{0}.detach()"
+    ".clone())"
+)
 
 
 def _came_later(operation: Operation) -> set[tuple[int, str]]:
@@ -194,6 +232,40 @@ def paths_of(model: nn.Module) -> dict[int, str]:
     return {id(module): path for path, module in named_modules(model)}
 
 
+def first_paths(model: nn.Module) -> dict[int, str]:
+    """The path of each module of the base, by its id; of what was wrapped since: its first one.
+
+    So a file fits the plain model, though the blocks of this one were compiled one by one, or put
+    into wrappers that checkpoint them.
+    """
+    now = dict(named_modules(model))
+    known = {id(it.module): it.path for op in reversed(operations(model)) for it in op.known}
+    paths = {id(module): path for path, module in now.items()}
+    for path, module in now.items():
+        first = known.get(id(module), path)
+        wrapper = now.get(first)
+        free = wrapper is None or (
+            id(wrapper) not in known and not _names(wrapper) & _names(module)
+        )
+        if free and _is_within(first.split("."), path.split(".")):
+            paths[id(module)] = first
+    return paths
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {*module._parameters, *module._buffers}
+
+
+def _is_within(steps: list[str], longer: list[str]) -> bool:
+    """Whether some steps are those of a longer path, in order, between others.
+
+    >>> _is_within(["blocks", "0", "mlp"], ["blocks", "0", "_orig_mod", "mlp"])
+    True
+    """
+    rest = iter(longer)
+    return all(step in rest for step in steps)
+
+
 def stays(model: nn.Module, chosen: list[Operation]) -> str:
     """What cannot be brought back though nothing stands in the way, in words; "" where all can."""
     kept = {id(value.tensor) for value in _values(chosen)}  # in a merge, too
@@ -201,6 +273,8 @@ def stays(model: nn.Module, chosen: list[Operation]) -> str:
     ways = {
         "trained without a rule, and never handed out by surgery.parameters(model), so what "
         "they were is not known": [place.path for place in unknown],
+        "frozen now, and written to since the rules were applied, so what they were is not "
+        "known": changed_frozen(model),
         "of modules that were put in since": _put_in(model, chosen),
         "in modules that were replaced by others, which stay": _replaced(model, chosen),
         "without memory when the rules were applied": _without_memory(model, chosen),

@@ -90,10 +90,10 @@ def swapped(model: nn.Module, state: State, *, name: str = "default") -> Iterato
     """
     journal = Journal()
     for tensor in state_dict(model, name=name).values():
-        journal.keep_numbers(tensor)
+        journal.keep_numbers(tensor, lent=True)
     for module in model.modules():
         for key in module._buffers:  # a forward may put another there
-            journal.keep_value(module, key)
+            journal.keep_value(module, key, lent=True)
     try:
         load_state_dict(model, state, name=name)
         yield model

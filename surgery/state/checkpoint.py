@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +18,16 @@ from .._text import first_few
 from ..engine.apply import operated, revert
 from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
+from ..engine.obstacles import dotted
 from ..engine.operation import Operation, check_operable, operations
 from ..engine.trained import (
+    Place,
     adopt,
     beyond_rules,
     buffers_of,
     changed_buffers,
+    changed_frozen,
+    first_paths,
     lost_module,
     parameters_of,
     trained_of,
@@ -54,7 +59,7 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     trained = [*trained_of(model, operation), *changed_buffers(model, operation)]
     order = {path: i for i, (path, _) in enumerate(named_modules(model))}
     trained.sort(key=lambda place: order[place.path.rpartition(".")[0]])
-    base = {BASE + place.path: place.tensor.detach() for place in trained}
+    base = {key: place.tensor.detach() for key, place in _keyed(model, trained).items()}
     return {**parts, **base}
 
 
@@ -81,7 +86,7 @@ def load_state_dict(
             "would be lost.",
             'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
         )
-    required = set(state_dict(model, name=name)) - set(_buffers(model))
+    required = set(state_dict(model, name=name)) - set(buffers(model))
     missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
     if missing or extra:
         facts = [
@@ -134,6 +139,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             "to save.",
             'Give it memory first, model.to_empty(device="cpu"), and load or train it.',
         )
+    _tell_changed(model, f'save("{path}")')
     record = operation.record
     about = {
         "format": FORMAT,
@@ -142,7 +148,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "sites": [row["paths"] for row in record["rows"]],
         "seed": record["seed"],
         "modules": record.get("modules", ""),
-        "beyond_rules": [BASE + place.path for place in beyond_rules(model, operation)],
+        "read_besides": sorted(operation.read_besides),
+        "beyond_rules": [*_keyed(model, beyond_rules(model, operation))],
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
     check_folder(target, f'save("{path}")')
@@ -153,6 +160,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             f'save("{path}")', f"it could not be written ({error}).", "Look at the disk's room."
         ) from error
     return target
+
+
+def _tell_changed(model: nn.Module, call: str) -> None:
+    """Warn of what was trained by hand and frozen again: nobody knows that it is to be kept."""
+    if paths := changed_frozen(model):
+        warnings.warn(
+            f"{call}: {first_few(paths)} are frozen, and were written to since the rules were "
+            "applied: they are not in the file. If they were trained, let them ask for a gradient "
+            "(requires_grad_(True)) as you save, or add at(..., unfreeze) to the rules.",
+            stacklevel=3,
+        )
 
 
 def load(
@@ -192,6 +210,7 @@ def load(
         plan.apply(example)
         _adopt(model, about.get("beyond_rules", []))
         load_state_dict(model, contents.tensors, name=name)
+        _operation(model, name).read_besides.update(about.get("read_besides", []))
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)
@@ -221,8 +240,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
 
 def _adopt(model: nn.Module, keys: list[str]) -> None:
     """Train what a file holds beyond what its rules unfreeze. Raises FileError."""
-    places = [*parameters_of(model), *buffers_of(model)]
-    by_key = {BASE + place.path: place for place in places}
+    by_key = _keyed(model, [*parameters_of(model), *buffers_of(model)])
     if missing := [key for key in keys if key not in by_key]:
         raise FileError(
             "load",
@@ -234,13 +252,20 @@ def _adopt(model: nn.Module, keys: list[str]) -> None:
     adopt(model, [by_key[key] for key in keys])
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {BASE + place.path: place.tensor for place in buffers_of(model)}
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those of the base that a file may fill, by their keys in it."""
+    return {key: place.tensor for key, place in _keyed(model, buffers_of(model)).items()}
+
+
+def _keyed(model: nn.Module, places: Iterable[Place]) -> dict[str, Place]:
+    """Places of the base by their keys in a file."""
+    paths = first_paths(model)
+    return {BASE + dotted(paths[id(place.module)], place.name): place for place in places}
 
 
 def _places(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Every tensor of the model that a file may fill, by its key in the file."""
-    return {**_buffers(model), **state_dict(model, name=name)}
+    return {**buffers(model), **state_dict(model, name=name)}
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from .._files import check_folder, write_whole
 from ..engine.operation import Operation, operations
 from ..errors import FileError, OperationError
 from ..parts.binary import QuantisedLinear
-from .checkpoint import state_dict
+from .checkpoint import buffers, state_dict
 from .reading import BASE, PARTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,7 +108,7 @@ def _contents(model: nn.Module, name: str, rule: str) -> _Contents:
     """The quantised weights and the tensors of the base, in their order. Raises OperationError."""
     tensors = state_dict(model, name=name)
     keys = _quantised(next(op for op in operations(model) if op.name == name))
-    trained = {BASE + key for key, _ in model.named_parameters(remove_duplicate=False)}
+    trained = {key for key in tensors if key.startswith(BASE)} - set(buffers(model))
     others = [key for key in tensors if key not in keys and key not in trained]
     if others or not keys:
         said = f"it holds {others[0]}" if others else "it holds no quantised weight"

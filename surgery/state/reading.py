@@ -83,7 +83,7 @@ def _whole(about: dict[str, Any]) -> bool:
     text, sites = about.get("text"), about.get("sites")
     if not (_texts(text) and isinstance(sites, list) and all(map(_texts, sites))):
         return False
-    if not _texts(about.get("beyond_rules", [])):
+    if not all(_texts(about.get(key, [])) for key in ("beyond_rules", "read_besides")):
         return False
     whole = type(about.get("seed")) is int and isinstance(about.get("rules"), str)
     return whole and len(text or ()) == len(sites)

@@ -255,3 +255,56 @@ def test_no_warning_is_given_where_all_comes_back() -> None:
         with surgery.disabled(model):
             assert torch.equal(outcome(model, x), outcome(build(), x))
         surgery.revert(model)
+
+
+# a graph of before it ---------------------------------------------------------------------------
+
+
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.norm(self.first(x)))
+        return out
+
+
+def _stepped(model: nn.Module, between: bool) -> list[torch.Tensor]:
+    """Those of three steps against the base, which is asked between forward and backward."""
+    x = torch.linspace(-1, 1, 24).view(6, 4)
+    optimiser = torch.optim.SGD(surgery.parameters(model), lr=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        out = None if not between else model(x)
+        with surgery.disabled(model):
+            base = model(x)
+        out = model(x) if out is None else out
+        (out - base).square().mean().add(out.sum()).backward()
+        optimiser.step()
+    return [p.grad.clone() for p in surgery.parameters(model)]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["norm trained", "norm frozen"])
+def test_the_base_may_answer_between_forward_and_backward(frozen: bool) -> None:
+    chosen = "head" if frozen else "{head,norm}"
+    rules = [at("first", surgery.lora(rank=2)), at(chosen, surgery.unfreeze)]
+    both = []
+    for between in (True, False):
+        torch.manual_seed(0)
+        model = surgery.apply(Norms(), rules).train()
+        places = [p.data_ptr() for p in model.parameters()]
+        both.append(_stepped(model, between))
+        assert places == [p.data_ptr() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_what_is_written_between_forward_and_backward_is_still_seen() -> None:
+    model = surgery.apply(Norms(), at("{head,norm}", surgery.unfreeze)).eval()
+    loss = model(torch.linspace(-1, 1, 24).view(6, 4)).square().sum()
+    with surgery.disabled(model), torch.no_grad():
+        model.norm.weight.mul_(2)  # which is given back
+    with torch.no_grad():
+        model.norm.weight.mul_(2)  # which is not
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 from collections.abc import Callable, Iterator
@@ -382,3 +383,86 @@ def test_example_and_model_have_memory_both_or_neither(bare: str, call: str) -> 
         getattr(surgery, call)(model, **rules, example=example)
     surgery.spec.snapshot.unchanged(before, surgery.fingerprint(model), "a refused example")
     surgery.plan(build().to("meta"), RULES, example=X.to("meta"))
+
+
+# one operated model in another -----------------------------------------------------------------
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.out = build(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.enc(x))
+
+
+def chained() -> nn.Sequential:
+    return nn.Sequential(build(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(("make", "inner"), [(Whole, "enc"), (chained, "0")])
+def test_a_model_that_holds_an_operated_one_is_not_operated(
+    make: Callable[[], nn.Module], inner: str
+) -> None:
+    model = make()
+    tower = model.get_submodule(inner)
+    surgery.apply(tower, RULES)
+    before, keys = surgery.fingerprint(model), [*model.state_dict()]
+    with pytest.raises(surgery.OperationError, match=f'"{inner}"'):
+        surgery.apply(model, at(f"{inner}.last", lora(rank=1)))
+    assert before == surgery.fingerprint(model)
+    assert keys == [*model.state_dict()]
+    surgery.revert(tower)
+    surgery.apply(model, at(f"{inner}.last", lora(rank=1)))
+    assert len(surgery.parameters(model)) == 2
+
+
+@pytest.mark.parametrize(("make", "inner"), [(Whole, "enc"), (chained, "0")])
+def test_a_module_of_an_operated_model_is_not_operated(
+    make: Callable[[], nn.Module], inner: str
+) -> None:
+    model = surgery.apply(make(), at(f"{inner}.last", lora(rank=1)))
+    before = surgery.fingerprint(model)
+    with pytest.raises(surgery.OperationError, match="larger"):
+        surgery.apply(model.get_submodule(inner), RULES)
+    assert before == surgery.fingerprint(model)
+
+
+def test_what_keeps_the_parts_of_another_is_no_operated_model() -> None:
+    model = surgery.apply(chained(), at("1", unfreeze))
+    with pytest.raises(surgery.OperationError, match="never operated"):
+        surgery.parameters(model[0])
+    with pytest.raises(surgery.OperationError):
+        surgery.apply(model[0], RULES)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        surgery.parameters,
+        surgery.report,
+        surgery.revert,
+        surgery.merge,
+        surgery.state_dict,
+        lambda model: _disabled(model, Path()),
+    ],
+)
+def test_calls_that_would_leave_out_an_inner_operation_name_it(call: Callable[..., Any]) -> None:
+    model = surgery.apply(Whole(), at("out", unfreeze))
+    surgery.apply(model.enc, RULES)  # nothing in enc tells of the whole
+    with pytest.raises(surgery.OperationError, match='"enc"'):
+        call(model)
+    surgery.revert(model.enc)
+    assert [p.shape for p in surgery.parameters(model)] == [(2, 4), (2,)]
+    surgery.state_dict(model)
+
+
+def test_towers_of_a_model_are_operated_each_alone() -> None:
+    model = nn.ModuleList([build(), build()])
+    for tower in model:
+        surgery.apply(tower, RULES)
+    assert [len(surgery.parameters(tower)) for tower in model] == [4, 4]
+    copy.deepcopy(model)
+    for tower in model:
+        surgery.revert(tower)

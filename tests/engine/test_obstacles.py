@@ -219,3 +219,62 @@ def test_an_error_inside_disabled_is_not_hidden_by_that() -> None:
     with pytest.raises(KeyError, match="mine"):
         failing()
     assert model.surgery.default.enabled
+
+
+# tied since --------------------------------------------------------------------------------------
+
+
+def tie(model: nn.Module) -> None:
+    model.two.weight = model.one.weight
+
+
+def tie_the_other(model: nn.Module) -> None:
+    model.one.weight = model.two.weight
+
+
+@pytest.mark.filterwarnings("ignore:surgery")  # one.weight is trained then, by no rule
+@pytest.mark.parametrize("change", [tie, tie_the_other])
+@pytest.mark.parametrize("call", ["revert", "disabled"])
+def test_a_tensor_that_was_tied_since_is_refused_and_mended(change: Change, call: str) -> None:
+    model = surgery.apply(build(), at("two", unfreeze))
+    change(model)
+    before = model.one.weight.detach().clone()
+
+    def do() -> None:
+        if call == "revert":
+            surgery.revert(model)
+        else:
+            with surgery.disabled(model):
+                assert torch.equal(model.one.weight, before)
+                assert torch.equal(model.two.weight, build().two.weight)
+
+    with pytest.raises(
+        surgery.OperationError, match=r"two\.weight is tied to one\.weight now"
+    ) as e:
+        do()
+    assert torch.equal(model.one.weight, before)
+    (remedy,) = re.findall(r"own, (model\.get_submodule.*\(\)\)), and call", str(e.value))
+    exec(remedy, {"model": model, "torch": torch})
+    do()
+    assert torch.equal(model.one.weight, before)
+    assert call == "disabled" or torch.equal(model.two.weight, build().two.weight)
+
+
+def test_what_was_tied_before_is_no_obstacle() -> None:
+    model = build()
+    tie(model)
+    surgery.apply(model, at("two", unfreeze))
+    with surgery.disabled(model):
+        pass
+    surgery.revert(model)
+
+
+def test_what_was_tied_and_is_trained_by_hand_is_no_obstacle() -> None:
+    model = build()
+    tie(model)
+    surgery.apply(model, at("one", lora(rank=1)))
+    model.one.weight.requires_grad_(True)
+    surgery.parameters(model)
+    with surgery.disabled(model):
+        pass
+    surgery.revert(model)

@@ -241,3 +241,66 @@ def test_inside_disabled_there_are_no_states_and_no_copies(call: Any) -> None:
     with surgery.disabled(model), pytest.raises(OperationError, match="inside disabled"):
         call(model)
     call(model)
+
+
+# what is kept of the base, to be brought back ----------------------------------------------------
+
+
+class Counted(nn.Module):
+    """With a head, to be unfrozen, and a buffer that a forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.first(x)))
+        return out
+
+
+def counted(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Counted()
+        model.norm.running_mean.normal_()
+        return model.eval()
+
+
+UNFROZEN = [at("first", lora(rank=2)), at("head", surgery.unfreeze)]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("rules", [UNFROZEN, UNFROZEN[1]], ids=["parts", "no parts"])
+def test_the_base_that_is_loaded_is_what_answers_and_comes_back(rules: Any, assign: bool) -> None:
+    model, want = surgery.apply(counted(0), rules), counted(1)(X)
+    model.load_state_dict(counted(1).state_dict(), assign=assign)
+    with surgery.disabled(model):
+        assert torch.equal(model(X), want)
+    model.head.weight.data.zero_()
+    with surgery.disabled(model):
+        assert torch.equal(model(X), want)
+    assert torch.equal(surgery.revert(model)(X), want)
+
+
+@pytest.mark.parametrize("rules", [UNFROZEN, UNFROZEN[1]], ids=["parts", "no parts"])
+def test_a_checkpoint_of_training_leaves_the_base_what_it_was(rules: Any) -> None:
+    trained = surgery.apply(counted(0), rules)
+    for parameter in surgery.parameters(trained):
+        parameter.data.normal_()
+    model = surgery.apply(counted(0), rules)
+    model.load_state_dict(through_a_file(trained.state_dict()))
+    assert torch.equal(model(X), trained(X))
+    assert torch.equal(surgery.revert(model)(X), counted(0)(X))
+
+
+def test_a_base_in_another_dtype_and_of_other_shapes_is_kept_as_it_is_taken() -> None:
+    model, other = surgery.apply(counted(0), UNFROZEN), counted(1)
+    kept = model.head.bias.detach().clone()
+    state = {**other.double().state_dict(), "head.bias": torch.ones(3)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state)
+    model.head.bias.data.zero_()
+    surgery.revert(model)
+    assert torch.equal(model.head.weight, other.float().head.weight)
+    assert model.head.weight.dtype is torch.float32
+    assert torch.equal(model.head.bias, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -599,3 +600,120 @@ def test_wrong_rules_are_refused(tmp_path: Path) -> None:
 def test_rules_that_were_given_and_fit_may_be_written_otherwise(tmp_path: Path) -> None:
     path = surgery.save(tuned(laws.Linears, at("one", append(plain))), tmp_path / "x.safetensors")
     surgery.load(laws.Linears(), path, rules=at("[0]", append(plain)))
+
+
+class Queue(nn.Module):
+    """Buffers of several dtypes and shapes, that a forward in training changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.register_buffer("labels", torch.zeros(16, dtype=torch.long))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("seen", torch.zeros(2, 8, dtype=torch.bool))
+        self.register_buffer("calls", torch.zeros(3, dtype=torch.uint8), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.labels[int(self.at)] = 7
+            self.at += 1
+            self.seen[:, int(self.at)] = True
+            self.calls += 1
+        out: torch.Tensor = self.first(x)
+        return out
+
+
+def test_buffers_of_any_dtype_and_shape_are_saved_and_brought_back(tmp_path: Path) -> None:
+    model, x = surgery.apply(Queue(), at("first", surgery.lora(rank=2))).train(), torch.ones(1, 8)
+    model(x)
+    now = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with surgery.disabled(model):
+        assert not any(buffer.any() for buffer in model.buffers())
+        model(x)
+    assert all(torch.equal(now[name], buffer) for name, buffer in model.named_buffers())
+    again = surgery.load(Queue(), surgery.save(model, tmp_path / "a.safetensors"))
+    for name in ("labels", "at", "seen"):
+        assert torch.equal(now[name], getattr(again, name))
+    surgery.revert(model)
+    assert not any(buffer.any() for buffer in model.buffers())
+
+
+# wrapped since -----------------------------------------------------------------------------------
+
+
+def _compiled(block: nn.Module) -> nn.Module:
+    return torch.compile(block, backend="eager")
+
+
+def _checkpointed(block: nn.Module) -> nn.Module:
+    wrappers = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
+    return importlib.import_module(wrappers).checkpoint_wrapper(block)
+
+
+class Scaled(nn.Module):
+    """A wrapper that has a tensor of a name that the inner module has, too."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.weight = inner, nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x) * self.weight
+        return out
+
+
+@pytest.mark.parametrize("wrap", [_compiled, _checkpointed])
+def test_a_file_of_a_model_whose_blocks_were_wrapped_fits_the_plain_one(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = surgery.apply(tiny_vit(), "adapterx_ffn")
+    plain = [*surgery.state_dict(model)]
+    model.blocks[0] = wrap(model.blocks[0])
+    laws.stir(model)
+    path = surgery.save(model, tmp_path / "a.safetensors")
+    assert [*surgery.state_dict(model)] == plain
+    again = surgery.load(tiny_vit(), path)
+    now = surgery.state_dict(again)
+    assert all(torch.equal(now[key], t) for key, t in surgery.state_dict(model).items())
+    surgery.load_state_dict(model, now)
+
+
+def test_modules_that_changed_places_are_saved_by_their_new_ones() -> None:
+    model = surgery.apply(nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), at("*", unfreeze))
+    first, second = model[0].weight, model[1].weight
+    model[0], model[1] = model[1], model[0]
+    state = surgery.state_dict(model)
+    assert torch.equal(state["base.0.weight"], second)
+    assert torch.equal(state["base.1.weight"], first)
+
+
+def test_no_two_tensors_get_one_key() -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(2, 2)), at("0", unfreeze))
+    model[0] = Scaled(model[0])
+    model[0].weight.requires_grad_(True)
+    assert {*surgery.state_dict(model)} == {
+        "base.0.weight", "base.0.inner.weight", "base.0.inner.bias"
+    }  # fmt: skip
+
+
+class Transposed(nn.Module):
+    """Reads the weight of a module that it calls, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.b(self.a(x).relu()) @ self.a.weight
+        return out
+
+
+def test_what_a_forward_showed_of_weights_is_in_the_file(tmp_path: Path) -> None:
+    model = surgery.apply(Transposed(), at("a", surgery.lora(rank=2)), example=torch.ones(3, 8))
+    path = surgery.save(model, tmp_path / "a.safetensors")
+    refused = raised(surgery.OperationError, lambda: surgery.merge(model))
+    again = surgery.load(Transposed(), path)
+    assert str(raised(surgery.OperationError, lambda: surgery.merge(again))) == str(refused)
+    about, tensors = contents(path)
+    rewrite(path, {**about, "read_besides": [1]}, tensors)
+    raised(surgery.FileError, lambda: surgery.load(Transposed(), path))
