@@ -21,7 +21,7 @@ from ..structure.path import generalise
 from .hooks import HookedSite
 from .journal import Hook, Journal, owner_of
 from .passes import Key, Pass, Passes
-from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
+from .reading import USE_OTHER_CHECKPOINTS, Reading, hinders, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
 
@@ -103,10 +103,13 @@ class Watch:
         if kept.reading is not None:  # of a forward that was interrupted
             kept.reading.end()
         kept.kind, kept.reading = (self._has_memory(), _kind(module, args, kwargs)), None
+        kept.blind = False
         known = kept.kind in self.looked or len(self.looked) >= KINDS
-        if self.resting:
+        wanted = self.operation.hooked_sites and (self.suspects or not known)
+        if self.resting or not wanted or not self._can_look():
             return
-        if (self.suspects or not known) and self._can_look():
+        kept.blind = hinders(self.model)
+        if not kept.blind:
             kept.reading = Reading(self.operation.hooked_sites)
             kept.reading.__enter__()
 
@@ -153,6 +156,8 @@ class Watch:
         if self.bypassed:
             at_rest = {hooked.path for hooked in idle}
             self.bypassed = {path: how for path, how in self.bypassed.items() if path in at_rest}
+        if kept.blind:
+            self.looked.add(kept.kind)
         if reading is None and not idle:
             return
         if idle and self._may_be_compiled():
@@ -162,6 +167,8 @@ class Watch:
             self.looked.add(kept.kind)
             self.suspects.clear()
         else:
+            if kept.blind and not all(hooked.ran for hooked in idle):
+                self.operation.prove(lambda _: why_idle([], "In this forward"))
             self._suspect(idle)
 
     def _look(self, idle: list[HookedSite], reading: Reading) -> None:

@@ -305,3 +305,51 @@ def test_offloaded_after_it_was_operated(rules: str) -> None:
         else:
             with pytest.raises(GraftError, match="meta"):
                 model(x)
+
+
+class Padded(nn.Module):
+    """nn.TransformerEncoder leaves padding out where torch fuses it: those rows are zero then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.enc = nn.TransformerEncoder(layer, 3)
+        self.head, self.round = nn.Linear(8, 3), False
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        x = self.enc(x, src_key_padding_mask=padding).mean(1)
+        return F.linear(x, self.head.weight) if self.round else self.head(x)  # type: ignore[no-any-return]
+
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("proved", [False, True])
+@pytest.mark.parametrize("rules", ["linear_probe", "full", at("head", lora(rank=2))])
+def test_a_look_does_not_alter_the_answer(rules: Any, proved: bool, gradients: bool) -> None:
+    """Looked into or not, torch takes the same path: its fused encoder leaves padding out."""
+    model = Padded().eval()
+    with torch.set_grad_enabled(gradients):
+        for p in model.parameters():
+            p.requires_grad = False
+        want = model(X, PADDING)
+        surgery.apply(model, rules, example=(X, PADDING) if proved else None)
+        if rules == "full":  # whose gradients torch keeps track of, on its other path
+            torch.set_grad_enabled(False)
+        for _ in range(3):
+            assert torch.equal(model(X, PADDING), want)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_where_no_look_is_taken_idle_sites_are_told_all_the_same() -> None:
+    model = surgery.apply(Padded(), at("head", lora(rank=2))).eval()
+    model.round = True
+    with torch.no_grad(), pytest.raises(GraftError, match=r"\(head\) never ran"):
+        model(X, PADDING)
+    model.round = False
+    model(X, PADDING)
+    model.round = True
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"\(head\) did not run"):
+        model(X, PADDING)
