@@ -6,12 +6,13 @@ through its journal; undoing it, after a fault or on request, is one and the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
@@ -25,6 +26,8 @@ from .summary import Record
 from .switch import Balance, Switch, while_traced
 from .tokens import Action
 from .watch import Watch, counted, rules_of
+
+Why: TypeAlias = Callable[[list[HookedSite]], tuple[str, str]]
 
 
 class Additions(StateGuard):
@@ -104,7 +107,7 @@ class Operation(Switch):
         self.journal, self.merge_journal = Journal(), Journal()
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
         self.read_besides: set[str] = set()
-        self.watcher = Watch(self)
+        self.watcher, self.traced_in = Watch(self), 0
         self.known: list[KnownModule] = []
         self.adopted: list[tuple[nn.Module, str]] = []
         self.start = MissingStart(self, self.journal)
@@ -199,17 +202,29 @@ class Operation(Switch):
         self.journal.hook(model, self.watcher.leave)
         self.journal.hook(model, self.watcher.end, always_call=True)
 
-    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None:
-        """Raise GraftError unless all hooked sites ran; `why` adds to the fact and has a remedy."""
-        if idle := [hooked for hooked in self.hooked_sites if not hooked.ran]:
+    def prove(self, why: Why, but: Collection[HookedSite] = ()) -> None:
+        """Raise GraftError unless all hooked sites ran; `why` adds to the fact and has a remedy.
+
+        but  those that need not
+        """
+        if idle := [each for each in self.hooked_sites if not each.ran and each not in but]:
             fact, remedy = why(idle)
             text = f"{counted(idle, len(self.hooked_sites))} never ran in a whole forward{fact}."
             raise GraftError(rules_of(self.record, idle), text, remedy)
 
     @while_traced
+    def _surgery_begin(self) -> bool:
+        """torch.compile begins to trace a forward."""
+        self.traced_in = id(TracingContext.try_get())
+        for hooked in self.hooked_sites:
+            hooked.compiled.now = hooked.compiled_begin.now = False
+        return True
+
+    @while_traced
     def _surgery_check(self) -> bool:
         """Say what torch.compile did not trace: other compiled code may hide it."""
-        self.watcher.unseen([hooked for hooked in self.hooked_sites if not hooked.ran])
+        whole = self.traced_in == id(TracingContext.try_get())  # no break in the graph on the way
+        self.watcher.untraced(whole)
         return True
 
     def gates(self) -> dict[Key, Tensor]:

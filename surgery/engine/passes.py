@@ -25,7 +25,7 @@ class Pass:
     whole     whether this is a forward of the whole model, and is not over
     reading   looks into this forward
     kind      of forward, as the watch knows them
-    blind     a look would have altered the answer of this forward
+    blind     it cannot be looked into, which would alter its answer or have code compiled anew
     """
 
     def __init__(self) -> None:

@@ -107,7 +107,7 @@ def hinders(model: nn.Module) -> bool:
     torch takes no fused path through nn.MultiheadAttention (nor through nn.TransformerEncoder,
     which leaves padding out there) while a mode looks.
     """
-    if not torch.backends.mha.get_fastpath_enabled():  # type: ignore[no-untyped-call]
+    if not torch.backends.mha.get_fastpath_enabled():
         return False
     found = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
     return any(

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import GraftError
 from ..rules import routing
+from ..structure.module_tree import ADDITIONS
 from .features import OPERATE_ON_THE_GRAPH
 from .passes import Passes
 from .streams import Streams
@@ -82,14 +83,29 @@ class Switch(nn.Module):
 class Traced(nn.Module):
     """Whether a site, or its beginning, runs in compiled code, unseen but while it is traced.
 
+    now     since a forward was last begun to be traced
+    inside  in a forward of the model that is not compiled as a whole
+
     One for each, and keys without paths: or blocks that are alike would be compiled one by one.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.ran = False
+        self.ran, self.now, self.inside = False, False, False
 
     @while_traced
     def _surgery_traced(self) -> bool:
-        self.ran = True
+        self.ran = self.now = True
+        self.inside |= _runs_eagerly()
         return True
+
+
+def _runs_eagerly() -> bool:
+    """Whether an operated model is called by Python around the compiled code that is traced."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self") if frame.f_code is CALL else None
+        if isinstance(module, nn.Module) and ADDITIONS in {**module._modules, **vars(module)}:
+            return True
+        frame = frame.f_back
+    return False

@@ -209,6 +209,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
         )
     check_state(model, "state_dict(model)", READING, DISABLED)
     operated(model, "state_dict(model)")  # what is merged is not what was trained
+    check_watched(done[name], "state_dict(model)")
     if lost := lost_module(model, done[name]):
         raise OperationError(
             "state_dict(model)",
@@ -216,7 +217,6 @@ def _operation(model: nn.Module, name: str) -> Operation:
             "operated (SyncBatchNorm?): what was trained or grafted there is not known any more.",
             "Convert the model first, and apply the rules then.",
         )
-    check_watched(done[name], "state_dict(model)")
     return done[name]
 
 

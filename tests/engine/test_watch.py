@@ -353,3 +353,112 @@ def test_where_no_look_is_taken_idle_sites_are_told_all_the_same() -> None:
     model.round = True
     with torch.no_grad(), pytest.warns(UserWarning, match=r"\(head\) did not run"):
         model(X, PADDING)
+
+
+def dropping(layer: Any, x: Tensor) -> Tensor:
+    return x if torch.rand(()) < 0.5 else layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", [by_forward, fused])
+def test_dropped_layers_once_seen_hide_nothing_later(way: Any) -> None:
+    torch.manual_seed(0)
+    model = operated("layers.*" if way is by_forward else "layers.*.proj").train()
+    model.way = dropping
+    with silence():
+        for _ in range(20):
+            model(X).sum().backward()
+    model.way = lambda layer, x: x if torch.rand(()) < 0.5 else way(layer, x)
+    with pytest.raises(GraftError, match="as before: the model reads"):
+        for _ in range(8):
+            model(X)
+
+
+@pytest.mark.parametrize("way", [by_forward, fused])
+def test_some_layers_gone_round_while_others_are_dropped_are_found_in_time(way: Any) -> None:
+    torch.manual_seed(0)
+    model = operated("layers.*" if way is by_forward else "layers.*.proj").train()
+    model.way = dropping
+    for _ in range(20):
+        model(X)
+    broken = model.layers[0]
+    model.way = lambda layer, x: way(layer, x) if layer is broken else dropping(layer, x)
+    with pytest.raises(GraftError, match=r"layers\.0.*: the model reads"):
+        for _ in range(60):
+            model(X)
+
+
+def test_skipped_wholly_in_one_kind_of_forward_is_looked_at_again() -> None:
+    """Ever more seldom, as long as it is skipped; and one day the model goes round it."""
+    model = operated().eval()
+    model(X)
+    model.way = left_out
+    with silence():
+        for _ in range(3):
+            model(X.repeat(1, 4, 1))
+    model.way = fused
+    with pytest.raises(GraftError, match="as before: the model reads"):
+        for _ in range(8):
+            model(X.repeat(1, 4, 1))
+
+
+def compiled(module: Any) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def test_a_model_once_compiled_is_watched_when_it_is_called_itself() -> None:
+    model = operated("layers.*")
+    with torch.no_grad():
+        compiled(model)(X)
+    model(X).sum().backward()
+    model.way = by_forward
+    with pytest.warns(UserWarning, match="3 of 3 sites"):
+        model(X)
+    with pytest.raises(GraftError, match="the model reads"):
+        model(X)
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_what_is_compiled_elsewhere_hides_no_site(ran: bool) -> None:
+    model = operated("layers.*")
+    model.head.compile(backend="eager")
+    if ran:
+        with silence():
+            model(X)
+    model.way = by_forward
+    told: Any = (
+        pytest.warns(UserWarning, match="3 of 3 sites")
+        if ran
+        else pytest.raises(GraftError, match="3 of 3 sites.*never ran")
+    )
+    with told:
+        model(X)
+
+
+@pytest.mark.parametrize("where", ["layers.*", "layers.*.proj"])
+def test_sites_in_compiled_layers_are_not_taken_for_idle(where: str) -> None:
+    model = operated(where)
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    with silence():
+        for x in (X, X.repeat(1, 3, 1)):
+            model.train()(x).sum().backward()
+            with torch.no_grad():
+                model.eval()(x)
+    surgery.state_dict(model)
+
+
+def test_sites_in_a_compiled_function_are_not_taken_for_idle() -> None:
+    model = operated()
+    run = compiled(lambda layer, x: layer(x))
+    model.way = lambda layer, x: run(layer, x)
+    with silence():
+        for _ in range(3):
+            model(X).sum().backward()
+
+
+def test_a_compiled_forward_that_goes_round_the_hooks_is_told() -> None:
+    model = operated("layers.*")
+    model(X)
+    model.way = by_forward
+    with pytest.warns(UserWarning, match="3 of 3 sites"):
+        compiled(model)(X)
