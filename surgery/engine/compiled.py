@@ -7,30 +7,34 @@ from torch import _C, nn
 from .hooks import HookedSite
 
 
-def hidden(model: nn.Module, sites: list[HookedSite]) -> list[HookedSite]:
-    """Those that may run unseen in a forward whose own hooks are seen."""
+def hidden(
+    model: nn.Module, hooked_sites: list[HookedSite], idle: list[HookedSite]
+) -> list[HookedSite]:
+    """Those of the idle sites that may have run unseen in a forward whose own hooks are seen."""
     if is_under_compile():
-        return sites
+        return idle
     inside = {
         id(part)
         for module in model.modules()
         if _is_compiled(module, module is model)
         for part in module.modules()
     }
+    traced = _traced_inside(hooked_sites)
     return [
-        each
-        for each in sites
-        if inside & {id(each.entry), id(each.exit)}
-        or each.compiled.inside
-        or each.compiled_begin.inside
+        each for each in idle if each.like in traced or inside & {id(each.entry), id(each.exit)}
     ]
+
+
+def _traced_inside(sites: list[HookedSite]) -> set[str]:
+    """Of sites that are alike one is traced, and the others may run the same compiled code."""
+    return {each.like for each in sites if each.compiled.inside or each.compiled_begin.inside}
 
 
 def holds_compiled(model: nn.Module, sites: list[HookedSite]) -> bool:
     """Whether something in an eager forward of the model is compiled, or all of it may be."""
     return (
         is_under_compile()
-        or any(each.compiled.inside or each.compiled_begin.inside for each in sites)
+        or bool(_traced_inside(sites))
         or any(_is_compiled(module, module is model) for module in model.modules())
     )
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._guards import TracingContext
 
 from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
@@ -107,7 +106,7 @@ class Operation(Switch):
         self.journal, self.merge_journal = Journal(), Journal()
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
         self.read_besides: set[str] = set()
-        self.watcher, self.traced_in = Watch(self), 0
+        self.watcher, self.traced_anew = Watch(self), False
         self.known: list[KnownModule] = []
         self.adopted: list[tuple[nn.Module, str]] = []
         self.start = MissingStart(self, self.journal)
@@ -215,7 +214,7 @@ class Operation(Switch):
     @while_traced
     def _surgery_begin(self) -> bool:
         """torch.compile begins to trace a forward."""
-        self.traced_in = id(TracingContext.try_get())
+        self.traced_anew = True
         for hooked in self.hooked_sites:
             hooked.compiled.now = hooked.compiled_begin.now = False
         return True
@@ -223,8 +222,8 @@ class Operation(Switch):
     @while_traced
     def _surgery_check(self) -> bool:
         """Say what torch.compile did not trace: other compiled code may hide it."""
-        whole = self.traced_in == id(TracingContext.try_get())  # no break in the graph on the way
-        self.watcher.untraced(whole)
+        self.watcher.untraced(self.traced_anew)
+        self.traced_anew = False
         return True
 
     def gates(self) -> dict[Key, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -20,6 +21,7 @@ from .streams import Streams
 
 Balance: TypeAlias = "routing.Coefficient | None"
 CALL = nn.Module._call_impl.__code__
+COMPILED = os.path.join("_dynamo", "eval_frame.py")  # whose frames run what torch.compile gave
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -96,16 +98,18 @@ class Traced(nn.Module):
     @while_traced
     def _surgery_traced(self) -> bool:
         self.ran = self.now = True
-        self.inside |= _runs_eagerly()
+        self.inside |= _is_inside()
         return True
 
 
-def _runs_eagerly() -> bool:
-    """Whether an operated model is called by Python around the compiled code that is traced."""
+def _is_inside() -> bool:
+    """Whether torch.compile was given less than the operated model, which Python itself calls."""
     frame: FrameType | None = sys._getframe(1)
+    compiled = False
     while frame is not None:
+        compiled = compiled or frame.f_code.co_filename.endswith(COMPILED)
         module = frame.f_locals.get("self") if frame.f_code is CALL else None
         if isinstance(module, nn.Module) and ADDITIONS in {**module._modules, **vars(module)}:
-            return True
+            return compiled
         frame = frame.f_back
     return False

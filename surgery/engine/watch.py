@@ -192,6 +192,7 @@ class Watch:
         """Tell apart, among idle sites, what is skipped from what is gone round."""
         self.note(reading)
         self._check_there(idle)
+        idle = self._without_hidden(idle)
         if reading.cut_off and self.model.training and torch.is_grad_enabled():
             cut = [each for each in self.operation.hooked_sites if each.path in reading.cut_off]
             fact = f"can get no gradient: {reading.why_cut_off()}"
@@ -224,6 +225,12 @@ class Watch:
         training, waiting = self.model.training, self.forwards <= PATIENCE
         return training and waiting and hooked not in self._without_like(idle)
 
+    def _without_hidden(self, idle: list[HookedSite]) -> list[HookedSite]:
+        """The idle sites without those that compiled code may hide, which are told of once."""
+        may_hide = hidden(self.model, self.operation.hooked_sites, idle) if idle else []
+        self.unseen(may_hide)
+        return [each for each in idle if each not in may_hide]
+
     def _without_like(self, idle: list[HookedSite]) -> list[HookedSite]:
         """Those of the idle sites that no site like them ran instead of."""
         sites = self.operation.hooked_sites
@@ -245,9 +252,7 @@ class Watch:
             return
         self._check_there([*told, *new])
         self.suspects |= {hooked.path for hooked in (*told, *new, *again)}
-        if unseen := hidden(self.model, told):
-            self.unseen(unseen)
-        told = [each for each in told if each not in unseen]
+        told = self._without_hidden(told)
         if kept.blind:
             self._demand(told, [])
         self._warn(told, kept.blind)
@@ -284,16 +289,18 @@ class Watch:
                 "Put the modules back, or revert, convert the model, and apply the rules then.",
             )
 
-    def untraced(self, whole: bool) -> None:
-        """torch.compile has traced a forward, without a break in its graph or with some."""
+    def untraced(self, anew: bool) -> None:
+        """torch.compile has traced the end of a forward; and its beginning, if anew."""
         sites = self.operation.hooked_sites
         self.unseen([hooked for hooked in sites if not hooked.ran])
-        if whole and (gone := self._without_like([s for s in sites if not s.traced_now])):
+        if anew and (gone := self._without_like([s for s in sites if not s.traced_now])):
             self._warn(gone, blind=True)
 
     def unseen(self, idle: list[HookedSite]) -> None:
         """Compiled code may hide that they ran."""
-        if new := [each for each in idle if not each.ran and each.path not in self.warned]:
+        traced = {each.like for each in self.operation.hooked_sites if each.compiled.ran}
+        idle = [each for each in idle if each.like not in traced and not each.ran]
+        if new := [each for each in idle if each.path not in self.warned]:
             self.warned |= {hooked.path for hooked in new}
             warnings.warn(
                 f"{self._counted(new)} were not seen to run, though compiled code may hide it: "
