@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Hashable, Iterator
+from types import NoneType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._inputs import tensors_in
 from .._text import first_few
 from ..errors import GraftError, OperationError
 from .compiled import hidden, holds_compiled
@@ -342,14 +344,28 @@ def _is_power(n: int) -> bool:
 
 
 def _kind(module: nn.Module, args: Any, kwargs: Any) -> Hashable:
-    """What may decide on the way that a forward takes: modes, and sizes by powers of two."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    plain = [tensor for tensor in tensors if not tensor.is_nested]  # which alone have sizes
-    sizes = tuple(tuple((int(n) - 1).bit_length() for n in tensor.shape) for tensor in plain)
+    """What may decide on the way that a forward takes: modes, and sizes by powers of two.
+
+    Of what objects hold, too: caches, that let a model leave out what it has computed before.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    sizes = tuple(_size(tensor) for tensor in tensors if not tensor.is_nested)
+    objects = [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]
+    held = frozenset(_size(t) for t in tensors_in(objects) if not t.is_nested) if objects else None
+    flags = tuple(leaf for leaf in leaves if leaf is None or isinstance(leaf, bool))
     device = tensors[0].device.type if tensors else "cpu"
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     names = tuple(sorted(kwargs or ()))
-    return module.training, torch.is_grad_enabled(), autocast, names, sizes
+    return module.training, torch.is_grad_enabled(), autocast, names, sizes, held, flags
+
+
+PLAIN = (Tensor, int, float, str, NoneType)
+
+
+def _size(tensor: Tensor) -> tuple[int, ...]:
+    """That by powers of two."""
+    return tuple((int(n) - 1).bit_length() for n in tensor.shape)
 
 
 def check_watched(operation: Watched, call: str) -> None:
@@ -392,14 +408,32 @@ def _unhooked(operation: Watched) -> list[HookedSite]:
 
 
 def _warn_untrained(operation: Watched, call: str) -> None:
-    """Gradients came to something, and parts never ran: another method than forward was called."""
-    never = [each for each in operation.hooked_sites if not each.ran]
-    parts = [action.part for hooked in never for action in hooked.actions]
-    trained = [p for p in operation.model[0].parameters() if p.grad is not None]
-    if trained and never and all(p.grad is None for part in parts for p in part.parameters()):
-        warnings.warn(
-            f"{call}: {counted(never, len(operation.hooked_sites))} never ran, though something "
-            "else was trained: the model was run by another method than forward, which reads their "
-            "weights without calling them, or does not come to them.",
-            stacklevel=4,
-        )
+    """Something else was trained, and parts were not: the model was run round their hooks."""
+    sites = operation.hooked_sites
+    parts = set(map(id, _parts_of(sites)))
+    model = operation.model[0]
+    trained = any(p.grad is not None for p in model.parameters() if id(p) not in parts)
+    never = [hooked for hooked in sites if not hooked.ran]
+    if trained and never and _is_untrained(never):
+        fact = f"{counted(never, len(sites))} never ran"
+    elif trained and _is_untrained(sites):
+        fact = f"no gradient came to any part at {counted(sites, len(sites))}"
+    else:
+        return
+    warnings.warn(
+        f"{call}: {fact}, though something else was trained: the model was run by another method "
+        "than forward, or layers by theirs (checkpoint(layer.forward, x)), which goes round the "
+        "hooks that run the parts.",
+        stacklevel=4,
+    )
+
+
+def _is_untrained(sites: list[HookedSite]) -> bool:
+    """Whether parts there ask for gradients, and got none."""
+    asking = [p for p in _parts_of(sites) if p.requires_grad]
+    return bool(asking) and all(p.grad is None for p in asking)
+
+
+def _parts_of(sites: list[HookedSite]) -> list[nn.Parameter]:
+    actions = [action for hooked in sites for action in hooked.actions]
+    return [p for action in actions for p in action.part.parameters()]

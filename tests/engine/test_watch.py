@@ -469,3 +469,60 @@ def test_a_compiled_forward_that_goes_round_the_hooks_is_told() -> None:
     model.way = by_forward
     with pytest.warns(UserWarning, match="3 of 3 sites"):
         compiled(model)(X)
+
+
+def test_trained_round_the_hooks_by_another_method_is_told() -> None:
+    """It ran once, and was then trained by a method that calls the layers' forward, or its own."""
+    model = operated("layers.*")
+    model(X)
+    model.way = by_forward
+    model.forward(X).sum().backward()
+    for call in (surgery.report, surgery.state_dict):
+        with pytest.warns(UserWarning, match="no gradient came to any part at 3 of 3 sites"):
+            call(model)
+    model.zero_grad()
+    model.way = called
+    model(X).sum().backward()
+    with silence():
+        surgery.state_dict(model)
+        surgery.report(model)
+
+
+@pytest.mark.parametrize("why", ["frozen", "zeroed", "one is idle"])
+def test_parts_without_gradients_by_design_are_silent(why: str) -> None:
+    model = operated("layers.*").train()
+    model(X)
+    if why == "frozen":
+        model.surgery.requires_grad_(False)
+    if why == "one is idle":
+        model.way, model.only = left_out, range(1)
+    model(X).sum().backward()
+    if why == "zeroed":
+        model.zero_grad(set_to_none=True)
+    with silence():
+        surgery.state_dict(model)
+
+
+def test_cached_steps_that_call_less_are_silent() -> None:
+    """What an encoder gave is kept: cross-attention reads no keys anew from the second step on."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.keys: list[Tensor] = []
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, cache: Cache) -> Tensor:
+            if not cache.keys:
+                cache.keys.append(self.k(x))
+            return self.head(self.q(x) @ cache.keys[0].mT @ x)  # type: ignore[no-any-return]
+
+    model = surgery.apply(Decoder(), at("{q,k}", lora(rank=2))).eval()
+    with torch.no_grad(), silence():
+        for _ in range(3):
+            cache = Cache()
+            for _ in range(6):
+                model(X, cache)
