@@ -133,7 +133,8 @@ def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
     if not read:
         return "", (
             f"{here} the model does not come to them. Give an example that does, or a "
-            "narrower place: & ~where(...); or a module that is called."
+            "narrower place: & ~where(...). Where layers are dropped at random, "
+            "apply(..., example=x) proves it without; what need not run is optional=True."
         )
     paths = [hooked.path for hooked in read]
     holders = dict.fromkeys(path.rpartition("(" if "(" in path else ".")[0] for path in paths)

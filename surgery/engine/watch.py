@@ -70,7 +70,7 @@ class Watch:
     skipped   places of which the model is known to skip some, by the mode: dropped layers, experts
     gone      places of which it is known to skip all, by the kind of forward
     gone_for  for how many forwards it has skipped all of them
-    rested    sites that it skipped when it was last looked
+    rested    sites that it was seen to skip
     times     in how many forwards it has skipped some
     suspects  sites that did not run in a forward that was not looked into
     bypassed  sites that the model went round when it was last looked, and how
@@ -218,14 +218,25 @@ class Watch:
         """Raise GraftError where sites never ran that should have by now."""
         never = [hooked for hooked in idle if not hooked.ran]
         self.forwards += bool(never)
-        if all(each not in read and self._may_come(each, idle) for each in never):
-            return
-        self.operation.prove(lambda _: why_idle(read, "In this forward"))
+        spared = [each for each in self.spared(idle, read) if self._may_come(each)]
+        if needed := [each for each in never if each not in spared]:
+            others = [each for each in self.operation.hooked_sites if each not in needed]
+            self.operation.prove(lambda _: why_idle(read, "In this forward"), others)
 
-    def _may_come(self, hooked: HookedSite, idle: list[HookedSite]) -> bool:
-        """Whether a site that never ran may be dropped at random: others like it ran."""
-        training, waiting = self.model.training, self.forwards <= PATIENCE
-        return training and waiting and hooked not in self._without_like(idle)
+    def spared(self, idle: list[HookedSite], read: list[HookedSite]) -> list[HookedSite]:
+        """Idle sites that need not run in one forward: others like them ran (experts, heads)."""
+        alone = self._without_like(idle)
+        return [each for each in idle if each not in read and (each.optional or each not in alone)]
+
+    def _may_come(self, hooked: HookedSite) -> bool:
+        """Whether a spared site that never ran may do so later; in training not for ever.
+
+        But where others like it run at times, as experts do, or it need not be of use.
+        """
+        if hooked.optional or not self.model.training or self.forwards <= PATIENCE:
+            return True
+        alike = [each for each in self.operation.hooked_sites if each.like == hooked.like]
+        return any(each.ran and each.path in self.rested for each in alike)
 
     def _without_hidden(self, idle: list[HookedSite]) -> list[HookedSite]:
         """The idle sites without those that compiled code may hide, which are told of once."""
@@ -248,7 +259,12 @@ class Watch:
         known = [each for each in gone if (each.like, kept.kind) in self.gone]
         told = [each for each in gone if each not in known]
         some = [each for each in idle if each not in gone]
-        new = [each for each in some if not each.ran or (each.like, mode) not in self.skipped]
+        waits = self.forwards <= PATIENCE
+        new = [
+            each
+            for each in some
+            if (waits and not each.ran) or (each.like, mode) not in self.skipped
+        ]
         again = self._again(known, some)
         if not (told or new or again):
             return
@@ -256,7 +272,7 @@ class Watch:
         self.suspects |= {hooked.path for hooked in (*told, *new, *again)}
         told = self._without_hidden(told)
         if kept.blind:
-            self._demand(told, [])
+            self._demand(self._without_hidden(idle), [])
         self._warn(told, kept.blind)
 
     def _again(self, known: list[HookedSite], some: list[HookedSite]) -> list[HookedSite]:
@@ -413,7 +429,8 @@ def _warn_untrained(operation: Watched, call: str) -> None:
     parts = set(map(id, _parts_of(sites)))
     model = operation.model[0]
     trained = any(p.grad is not None for p in model.parameters() if id(p) not in parts)
-    never = [hooked for hooked in sites if not hooked.ran]
+    running = {hooked.like for hooked in sites if hooked.ran}
+    never = [each for each in sites if not (each.optional or each.like in running)]
     if trained and never and _is_untrained(never):
         fact = f"{counted(never, len(sites))} never ran"
     elif trained and _is_untrained(sites):

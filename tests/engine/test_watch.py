@@ -526,3 +526,62 @@ def test_cached_steps_that_call_less_are_silent() -> None:
             cache = Cache()
             for _ in range(6):
                 model(X, cache)
+
+
+class Experts(nn.Module):
+    """Each sample goes to one of its experts, the one that `choice` says."""
+
+    def __init__(self, kind: Any = nn.ModuleList) -> None:
+        super().__init__()
+        layers = [Layer() for _ in range(4)]
+        named = {"a": layers[0], "b": layers[1], "c": layers[2], "d": layers[3]}
+        self.experts = kind(layers if kind is nn.ModuleList else named)
+        self.head, self.way = nn.Linear(8, 3), called
+
+    def forward(self, x: Tensor, choice: list[int]) -> Tensor:
+        experts: list[Any] = list(self.experts.children())
+        return self.head(sum(self.way(experts[i], x) for i in choice))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
+@pytest.mark.parametrize("proved", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_experts_that_get_no_token_are_no_fault(kind: Any, proved: bool, training: bool) -> None:
+    rules = [at("experts.*.proj", lora(rank=2)), at("head", unfreeze)]
+    model = surgery.apply(Experts(kind), rules, example=(X, [1]) if proved else None)
+    assert ("the example does not reach" in str(surgery.report(model))) is proved
+    model.train(training)
+    with silence():
+        for k in range(200):
+            model(X, [k % 3]).sum().backward()
+            surgery.state_dict(model)
+
+
+@pytest.mark.parametrize("proved", [False, True])
+def test_experts_whose_weights_are_read_are_gone_round(proved: bool) -> None:
+    model = Experts()
+    broken = model.experts[2]
+    model.way = lambda layer, x: (fused if layer is broken else called)(layer, x)
+    rules, x = at("experts.*.proj", lora(rank=2)), (X, [1, 2])
+    with pytest.raises(GraftError, match=r"experts\.2\.proj.* never ran.*reads"):
+        surgery.apply(model, rules, example=x if proved else None).eval()(*x)
+
+
+@pytest.mark.parametrize("proved", [False, True])
+def test_an_optional_rule_need_not_run(proved: bool) -> None:
+    rules = [at("layers.*.proj", lora(rank=2)), at("aside", lora(rank=2), optional=True)]
+    model: Any = Net()
+    model.aside = nn.Linear(8, 8)
+    surgery.apply(model, rules, example=X if proved else None)
+    with silence():
+        for _ in range(80):
+            model(X).sum().backward()
+        model.eval()(X)
+
+
+def test_what_never_runs_is_not_told_to_be_called() -> None:
+    model: Any = Net()
+    model.aside = nn.Linear(8, 8)
+    with pytest.raises(GraftError, match=r"(?s)does not come to them.*optional=True") as told:
+        surgery.apply(model, at("aside", lora(rank=2)), example=X)
+    assert "module that is called" not in str(told.value)
