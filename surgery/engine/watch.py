@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Hashable, Iterator
-from types import NoneType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from .._inputs import tensors_in
 from .._text import first_few
-from ..errors import GraftError, OperationError
+from ..errors import GraftError
 from .compiled import hidden, holds_compiled
 from .hooks import HookedSite
-from .journal import Hook, Journal, owner_of
+from .journal import Journal
+from .kinds import kind_of
 from .passes import Key, Pass, Passes
 from .reading import USE_OTHER_CHECKPOINTS, Reading, hinders, why_idle
 from .streams import Streams, is_recomputing
@@ -126,7 +124,7 @@ class Watch:
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted
             kept.reading.end()
-        kept.kind, kept.reading = (self._has_memory(), _kind(module, args, kwargs)), None
+        kept.kind, kept.reading = (self._has_memory(), kind_of(module, args, kwargs)), None
         kept.blind = False
         known = kept.kind in self.looked or len(self.looked) >= KINDS
         wanted = self.operation.hooked_sites and (self.suspects or not known)
@@ -357,100 +355,3 @@ def rules_of(record: Record, sites: list[HookedSite]) -> str:
 def _is_power(n: int) -> bool:
     """Whether it is 1, 2, 4, 8 and so on."""
     return n & (n - 1) == 0 < n
-
-
-def _kind(module: nn.Module, args: Any, kwargs: Any) -> Hashable:
-    """What may decide on the way that a forward takes: modes, and sizes by powers of two.
-
-    Of what objects hold, too: caches, that let a model leave out what it has computed before.
-    """
-    leaves = pytree.tree_leaves((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    sizes = tuple(_size(tensor) for tensor in tensors if not tensor.is_nested)
-    objects = [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]
-    held = frozenset(_size(t) for t in tensors_in(objects) if not t.is_nested) if objects else None
-    flags = tuple(leaf for leaf in leaves if leaf is None or isinstance(leaf, bool))
-    device = tensors[0].device.type if tensors else "cpu"
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    names = tuple(sorted(kwargs or ()))
-    return module.training, torch.is_grad_enabled(), autocast, names, sizes, held, flags
-
-
-PLAIN = (Tensor, int, float, str, NoneType)
-
-
-def _size(tensor: Tensor) -> tuple[int, ...]:
-    """That by powers of two."""
-    return tuple((int(n) - 1).bit_length() for n in tensor.shape)
-
-
-def check_watched(operation: Watched, call: str) -> None:
-    """Raise OperationError where parts can be seen not to count any more; warn where none ran.
-
-    Before a call that relies on them: a module was replaced, or our hooks are gone from it, or the
-    last forwards went round it.
-    """
-    watch: Watch = operation.watcher
-    if lost := watch.lost(operation.hooked_sites):
-        fact = "stand at modules that are no longer in the model (replaced since it was operated)"
-    elif lost := _unhooked(operation):
-        fact = "have lost their hooks"
-    elif lost := [each for each in operation.hooked_sites if each.path in watch.bypassed]:
-        fact = f"did not run in the last forward{watch.bypassed[lost[0].path]}"
-    else:
-        _warn_untrained(operation, call)
-        return
-    raise OperationError(
-        call,
-        f"{counted(lost, len(operation.hooked_sites))} {fact}: what was added there counts for "
-        "nothing.",
-        "Convert or change the model first, and apply the rules then.",
-    )
-
-
-def _unhooked(operation: Watched) -> list[HookedSite]:
-    """Sites from whose modules our hooks were taken."""
-    hooks = [entry for entry in operation.journal.entries if isinstance(entry, Hook)]
-    gone = {
-        id(entry.owner)
-        for entry in hooks
-        if not any(
-            owner_of(hook) is entry.owner
-            for table in (entry.module._forward_pre_hooks, entry.module._forward_hooks)
-            for hook in table.values()
-        )
-    }
-    return [hooked for hooked in operation.hooked_sites if id(hooked) in gone]
-
-
-def _warn_untrained(operation: Watched, call: str) -> None:
-    """Something else was trained, and parts were not: the model was run round their hooks."""
-    sites = operation.hooked_sites
-    parts = set(map(id, _parts_of(sites)))
-    model = operation.model[0]
-    trained = any(p.grad is not None for p in model.parameters() if id(p) not in parts)
-    running = {hooked.like for hooked in sites if hooked.ran}
-    never = [each for each in sites if not (each.optional or each.like in running)]
-    if trained and never and _is_untrained(never):
-        fact = f"{counted(never, len(sites))} never ran"
-    elif trained and _is_untrained(sites):
-        fact = f"no gradient came to any part at {counted(sites, len(sites))}"
-    else:
-        return
-    warnings.warn(
-        f"{call}: {fact}, though something else was trained: the model was run by another method "
-        "than forward, or layers by theirs (checkpoint(layer.forward, x)), which goes round the "
-        "hooks that run the parts.",
-        stacklevel=4,
-    )
-
-
-def _is_untrained(sites: list[HookedSite]) -> bool:
-    """Whether parts there ask for gradients, and got none."""
-    asking = [p for p in _parts_of(sites) if p.requires_grad]
-    return bool(asking) and all(p.grad is None for p in asking)
-
-
-def _parts_of(sites: list[HookedSite]) -> list[nn.Parameter]:
-    actions = [action for hooked in sites for action in hooked.actions]
-    return [p for action in actions for p in action.part.parameters()]

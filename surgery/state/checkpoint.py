@@ -27,7 +27,7 @@ from ..engine.trained import (
     parameters_of,
     trained_of,
 )
-from ..engine.watch import check_watched
+from ..engine.watched import check_watched
 from ..errors import FileError, OperationError
 from ..rules.rule import Rules
 from ..structure.layers import named_modules
