@@ -16,6 +16,7 @@ from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
+from ..structure.path import generalise
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass
@@ -30,11 +31,15 @@ class HookedSite:
     enters, leaves  whether anything acts on the input, on the output
     remembers       whether the input is kept for parts that run beside the site
     listeners       (j, insertions, i): action i of another site hears what action j gives
+    like            its path, but for what tells those apart that a container lists
+    optional        its rules say that it need not be of use
     extent          where the entry begins and the exit ends, in the order of the walk
     """
 
     def __init__(self, switch: Switch, site: Site, actions: list[Action]) -> None:
         self.switch, self.path, self.actions = switch, site.path, actions
+        self.like = _like(site)
+        self.optional = all(action.optional for action in actions)
         self.entry, self.exit = site.entry.module, site.exit.module
         self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
         self.width, self.out = site.shape.width, site.shape.out
@@ -71,6 +76,11 @@ class HookedSite:
         """As if it had never run."""
         self.switch.seen -= self.marks
         self.compiled.ran = self.compiled_begin.ran = False
+
+    @property
+    def traced_now(self) -> bool:
+        """Whether all of it was met since a forward was last begun to be traced."""
+        return self.compiled.now and (self.compiled_begin.now or not self.begin_mark)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "traced": Pass()}
@@ -315,6 +325,19 @@ class HookedSite:
             f"it returned {got} where {want} is needed.",
             remedy,
         )
+
+
+def _like(site: Site) -> str:
+    """Layers, experts, heads of tasks have this in common: one may run without another."""
+    named = {
+        each.path: f"{each.parent.path}.*"
+        for each in (site.entry, *site.entry.above())
+        if each.parent is not None and isinstance(each.parent.module, nn.ModuleDict)
+    }
+    path = site.path
+    for own, general in sorted(named.items(), reverse=True):  # the innermost first
+        path = general.lstrip(".") + path[len(own) :] if path.startswith(own) else path
+    return generalise(path)
 
 
 def _stretch(site: Site) -> list[Site]:

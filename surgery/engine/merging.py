@@ -18,7 +18,7 @@ from .journal import completed
 from .operation import Operation, additions_of
 from .plain import Followed, check_kept, let_go, make_plain
 from .trained import check_undoable
-from .watch import check_watched
+from .watched import check_watched
 
 Model = TypeVar("Model", bound=nn.Module)
 # The share of a change that rounding may take without a word. Measured on ViTs (LoRA, SSF and

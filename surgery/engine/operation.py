@@ -6,9 +6,9 @@ through its journal; undoing it, after a fault or on request, is one and the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from .summary import Record
 from .switch import Balance, Switch, while_traced
 from .tokens import Action
 from .watch import Watch, counted, rules_of
+
+Why: TypeAlias = Callable[[list[HookedSite]], tuple[str, str]]
 
 
 class Additions(StateGuard):
@@ -106,7 +108,7 @@ class Operation(Switch):
         self.journal, self.merge_journal = Journal(), Journal()
         self.model: list[nn.Module] = []  # in a list, so that it is no child of ours
         self.read_besides: set[str] = set()
-        self.watcher = Watch(self)
+        self.watcher, self.traced_anew = Watch(self), False
         self.known: list[KnownModule] = []
         self.adopted: list[tuple[nn.Module, str]] = []
         self.frozen = Frozen()
@@ -204,17 +206,29 @@ class Operation(Switch):
         self.journal.hook(model, self.watcher.leave)
         self.journal.hook(model, self.watcher.end, always_call=True)
 
-    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None:
-        """Raise GraftError unless all hooked sites ran; `why` adds to the fact and has a remedy."""
-        if idle := [hooked for hooked in self.hooked_sites if not hooked.ran]:
+    def prove(self, why: Why, but: Collection[HookedSite] = ()) -> None:
+        """Raise GraftError unless all hooked sites ran; `why` adds to the fact and has a remedy.
+
+        but  those that need not
+        """
+        if idle := [each for each in self.hooked_sites if not each.ran and each not in but]:
             fact, remedy = why(idle)
             text = f"{counted(idle, len(self.hooked_sites))} never ran in a whole forward{fact}."
             raise GraftError(rules_of(self.record, idle), text, remedy)
 
     @while_traced
+    def _surgery_begin(self) -> bool:
+        """torch.compile begins to trace a forward."""
+        self.traced_anew = True
+        for hooked in self.hooked_sites:
+            hooked.compiled.now = hooked.compiled_begin.now = False
+        return True
+
+    @while_traced
     def _surgery_check(self) -> bool:
         """Say what torch.compile did not trace: other compiled code may hide it."""
-        self.watcher.unseen([hooked for hooked in self.hooked_sites if not hooked.ran])
+        self.watcher.untraced(self.traced_anew)
+        self.traced_anew = False
         return True
 
     def gates(self) -> dict[Key, Tensor]:

@@ -25,12 +25,14 @@ class Pass:
     whole     whether this is a forward of the whole model, and is not over
     reading   looks into this forward
     kind      of forward, as the watch knows them
+    blind     it cannot be looked into, which would alter its answer or have code compiled anew
     """
 
     def __init__(self) -> None:
         self.whole = False
         self.reading: Any = None
         self.kind: Any = None
+        self.blind = False
         self.gates: dict[Key, Tensor] = {}
         self.compiled: dict[Key, weakref.ref[Tensor]] = {}
         self.begin()

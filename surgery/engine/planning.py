@@ -240,10 +240,7 @@ class Plan:
         for p in self.placements:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():
-            actions = [
-                Action(p.edit.place, parts[p.key], p.edit.scale, self.tokens.get(p, Tokens(0)))
-                for p in there
-            ]
+            actions = [self._action(p, parts[p.key]) for p in there]
             operation.join(there[0].place, actions)
         hooked_sites = dict(zip(spots, operation.hooked_sites, strict=True))
         for p, source in self.heard_from.items():
@@ -253,6 +250,10 @@ class Plan:
             )
         operation.watch(self.model, modules)
         return maps
+
+    def _action(self, p: Placement, part: nn.Module) -> Action:
+        tokens = self.tokens.get(p, Tokens(0))
+        return Action(p.edit.place, part, p.edit.scale, tokens, p.rule.optional)
 
     def _train_targets(self, operation: Operation) -> Iterator[TrainTarget]:
         """What is to be trained: each part, and each module that a rule unfreezes."""

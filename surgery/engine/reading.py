@@ -101,6 +101,24 @@ class Reading(TorchFunctionMode):
             torch._C._push_on_torch_function_stack(mode)
 
 
+def hinders(model: nn.Module) -> bool:
+    """Whether a forward that is looked into may answer otherwise than one that is not.
+
+    torch takes no fused path through nn.MultiheadAttention (nor through nn.TransformerEncoder,
+    which leaves padding out there) while a mode looks.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        return False
+    found = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return any(
+        m.batch_first
+        and m.num_heads % 2 == 0
+        and not m.training
+        and not (torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters()))
+        for m in found
+    )
+
+
 USE_OTHER_CHECKPOINTS = (
     "Use checkpointing with use_reentrant=False, or let the inputs ask for a gradient "
     "(Hugging Face: model.enable_input_require_grads())."
@@ -115,7 +133,8 @@ def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
     if not read:
         return "", (
             f"{here} the model does not come to them. Give an example that does, or a "
-            "narrower place: & ~where(...); or a module that is called."
+            "narrower place: & ~where(...). Where layers are dropped at random, "
+            "apply(..., example=x) proves it without; what need not run is optional=True."
         )
     paths = [hooked.path for hooked in read]
     holders = dict.fromkeys(path.rpartition("(" if "(" in path else ".")[0] for path in paths)

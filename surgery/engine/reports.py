@@ -22,7 +22,7 @@ from .conditions import check_example
 from .operation import additions_of, check_operable
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
-from .watch import check_watched
+from .watched import check_watched
 
 ASK = "by order; anatomy(model, example) runs a forward to see"
 

@@ -46,6 +46,7 @@ class Action(NamedTuple):
     place   "before" acts on the input, "after" on the output, "beside" on the input for the
             output, "instead" in place of the module; "into" puts tokens into the input, "among"
             takes them out of the output too
+    optional  its rule says that it need not be of use
     scale   what is added is `scale` times what the part gives; None: it replaces what it was given
     """
 
@@ -53,6 +54,7 @@ class Action(NamedTuple):
     part: nn.Module
     scale: float | None
     tokens: Tokens = Tokens(0)
+    optional: bool = False
 
 
 ENTERING = ("before", "into", "among")  # what acts on the input

@@ -59,11 +59,12 @@ def verify(
         with preserved(model, modes=True, buffers=True), torch.compiler.set_stance("force_eager"):
             model.eval()
             with torch.no_grad():
-                answer, _ = _proved(operation, run)
+                answer, _, _ = _proved(operation, run)
             _check_rows(operation, example)
             with torch.enable_grad():
-                notes = _check_gradients(*_proved(operation, run), targets)
-            operation.record["notes"] += notes
+                after, reading, spared = _proved(operation, run)
+                notes = _check_gradients(after, reading, _without(spared, targets))
+            operation.record["notes"] += [*_unreached(spared), *notes]
             with torch.no_grad():
                 _check_start(operation, run, answer)
             _check_training(model, operation, run)
@@ -85,21 +86,33 @@ def _runner(model: nn.Module, example: Any) -> Run:
     return run
 
 
-def _proved(operation: Operation, run: Run) -> tuple[Any, Reading]:
-    """The answer of a forward in which every hooked site ran, and what it read."""
+def _proved(operation: Operation, run: Run) -> tuple[Any, Reading, list[HookedSite]]:
+    """The answer of a forward, what it read, and the sites that did not run and need not.
+
+    Raises GraftError where others did not run.
+    """
     for hooked in operation.hooked_sites:
         hooked.unsee()
     with Reading(operation.hooked_sites) as reading:
         answer = run()
     operation.watcher.note(reading)
-    operation.prove(lambda idle: _reason(operation, idle, reading))
-    return answer, reading
+    idle = [hooked for hooked in operation.hooked_sites if not hooked.ran]
+    read = [hooked for hooked in idle if reading.instead_of(hooked, operation.model[0])]
+    spared = operation.watcher.spared(idle, read)
+    operation.prove(lambda _: why_idle(read, "With this example"), spared)
+    return answer, reading, spared
 
 
-def _reason(operation: Operation, idle: list[HookedSite], reading: Reading) -> tuple[str, str]:
-    model = operation.model[0]
-    read = [hooked for hooked in idle if reading.instead_of(hooked, model)]
-    return why_idle(read, "With this example")
+def _unreached(spared: list[HookedSite]) -> list[str]:
+    paths = first_few(hooked.path for hooked in spared)
+    return [f"the example does not reach {paths}"] if spared else []
+
+
+def _without(spared: list[HookedSite], targets: Iterable[TrainTarget]) -> list[TrainTarget]:
+    """The targets without the parts at sites that need not run."""
+    parts = [action.part for hooked in spared for action in hooked.actions]
+    theirs = {id(p) for part in parts for p in part.parameters()}
+    return [t for t in targets if not t.trained or {id(p) for _, p in t.tensors} - theirs]
 
 
 def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
@@ -231,8 +244,9 @@ def _check_start(operation: Operation, run: Run, answer: Any) -> None:
         return
     operation.enabled = False
     try:
-        base = run()
-        differs = _apart(answer, base) and not _apart(run(), base)  # the model itself may differ
+        with Reading(()):  # as the answer came: it keeps torch from paths that answer otherwise
+            base, again = run(), run()
+        differs = _apart(answer, base) and not _apart(again, base)  # the model itself may differ
     finally:
         operation.enabled = True
     if differs:

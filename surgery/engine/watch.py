@@ -8,20 +8,20 @@ calling it, by a fused kernel, say.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._text import first_few
-from ..errors import GraftError, OperationError
-from ..structure.path import generalise
+from ..errors import GraftError
+from .compiled import hidden, holds_compiled
 from .hooks import HookedSite
-from .journal import Hook, Journal, owner_of
+from .journal import Journal
+from .kinds import kind_of
 from .passes import Key, Pass, Passes
-from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
+from .reading import USE_OTHER_CHECKPOINTS, Reading, hinders, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
 
@@ -45,13 +45,19 @@ class Watched(Protocol):
 
     watcher: Any
 
+    def _surgery_begin(self) -> bool: ...
+
     def _surgery_check(self) -> bool: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 
     def compiled_gates(self) -> dict[Key, Tensor]: ...
 
-    def prove(self, why: Callable[[list[HookedSite]], tuple[str, str]]) -> None: ...
+    def prove(
+        self,
+        why: Callable[[list[HookedSite]], tuple[str, str]],
+        but: Collection[HookedSite] = (),
+    ) -> None: ...
 
 
 class Watch:
@@ -59,7 +65,11 @@ class Watch:
 
     resting   whether it looks away: the proof by example looks for itself
     looked    the kinds of forwards that were looked into
-    skipped   places that the model is known to skip, by the mode: layers that are dropped at random
+    skipped   places of which the model is known to skip some, by the mode: dropped layers, experts
+    gone      places of which it is known to skip all, by the kind of forward
+    gone_for  for how many forwards it has skipped all of them
+    rested    sites that it was seen to skip
+    times     in how many forwards it has skipped some
     suspects  sites that did not run in a forward that was not looked into
     bypassed  sites that the model went round when it was last looked, and how
     tables    where the parameters of parts are kept
@@ -69,13 +79,23 @@ class Watch:
         self.operation, self.resting, self.forwards = operation, False, 0  # in vain for some site
         self.looked: set[Hashable] = set()
         self.skipped: set[tuple[str, bool]] = set()
+        self.gone: set[tuple[str, Hashable]] = set()
+        self.gone_for: dict[str, int] = {}
+        self.rested: set[str] = set()
+        self.times = 0
         self.suspects: set[str] = set()
         self.warned: set[str] = set()
         self.bypassed: dict[str, str] = {}
         self.tables: list[dict[str, nn.Parameter | None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "looked": set(), "tables": []}  # copies are looked into again
+        """Copies are looked into again."""
+        return {
+            **self.__dict__,
+            "looked": set(),
+            "gone": set(),
+            "tables": [],
+        }  # copies are looked into again
 
     @property
     def model(self) -> nn.Module:
@@ -92,6 +112,8 @@ class Watch:
         if not self.operation.enabled:
             return
         if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
+                self.operation._surgery_begin()
             if any(hooked.inserts for hooked in self.operation.hooked_sites):
                 self.operation.streams.mine().begin()
             return
@@ -102,11 +124,14 @@ class Watch:
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted
             kept.reading.end()
-        kept.kind, kept.reading = (self._has_memory(), _kind(module, args, kwargs)), None
+        kept.kind, kept.reading = (self._has_memory(), kind_of(module, args, kwargs)), None
+        kept.blind = False
         known = kept.kind in self.looked or len(self.looked) >= KINDS
-        if self.resting:
+        wanted = self.operation.hooked_sites and (self.suspects or not known)
+        if self.resting or not wanted or is_recomputing():  # a checkpoint stops half way
             return
-        if (self.suspects or not known) and self._can_look():
+        kept.blind = hinders(self.model) or holds_compiled(self.model, self.operation.hooked_sites)
+        if not kept.blind:
             kept.reading = Reading(self.operation.hooked_sites)
             kept.reading.__enter__()
 
@@ -153,68 +178,123 @@ class Watch:
         if self.bypassed:
             at_rest = {hooked.path for hooked in idle}
             self.bypassed = {path: how for path, how in self.bypassed.items() if path in at_rest}
-        if reading is None and not idle:
-            return
-        if idle and self._may_be_compiled():
-            self.unseen(idle)
-        elif reading is not None:
-            self._look(idle, reading)
-            self.looked.add(kept.kind)
+        if not idle:
+            self.gone_for.clear()
+        if reading is not None:
+            self._look(kept, idle, reading)
             self.suspects.clear()
-        else:
-            self._suspect(idle)
+        elif idle:
+            self._suspect(kept, idle)
+        if reading is not None or kept.blind:
+            self.looked.add(kept.kind)
 
-    def _look(self, idle: list[HookedSite], reading: Reading) -> None:
+    def _look(self, kept: Pass, idle: list[HookedSite], reading: Reading) -> None:
         """Tell apart, among idle sites, what is skipped from what is gone round."""
         self.note(reading)
         self._check_there(idle)
+        idle = self._without_hidden(idle)
         if reading.cut_off and self.model.training and torch.is_grad_enabled():
             cut = [each for each in self.operation.hooked_sites if each.path in reading.cut_off]
             fact = f"can get no gradient: {reading.why_cut_off()}"
             raise self.error(cut, fact, USE_OTHER_CHECKPOINTS)
         read = [hooked for hooked in idle if reading.instead_of(hooked, self.model)]
-        fact, remedy = why_idle(read, "In this forward")
-        self.bypassed |= {hooked.path: fact for hooked in read}
-        self.forwards += any(not hooked.ran for hooked in idle)
-        if not all(hooked.ran or self._may_come(hooked, idle) for hooked in idle):
-            self.operation.prove(lambda _: (fact, remedy))
+        self.bypassed |= {hooked.path: why_idle(read, "")[0] for hooked in read}
+        self._demand(idle, read)
         if read:
+            fact, remedy = why_idle(read, "In this forward")
             raise self.error(read, f"did not run in this forward, as before{fact}.", remedy)
-        self.skipped |= {(generalise(hooked.path), self.model.training) for hooked in idle}
+        self.rested |= {hooked.path for hooked in idle}
+        self.skipped |= {(hooked.like, self.model.training) for hooked in idle}
+        self.gone |= {(hooked.like, kept.kind) for hooked in self._without_like(idle)}
 
     def note(self, reading: Reading) -> None:
         """Keep which weights were read besides calling what they stand at."""
         sites = self.operation.hooked_sites
         self.operation.read_besides |= {s.path for s in sites if reading.besides_its_own(s)}
 
-    def _may_come(self, hooked: HookedSite, idle: list[HookedSite]) -> bool:
-        """Whether a site that never ran may be dropped at random: others like it ran."""
-        like = generalise(hooked.path)
-        others = [each for each in self.operation.hooked_sites if generalise(each.path) == like]
-        training, waiting = self.model.training, self.forwards <= PATIENCE
-        return training and waiting and any(each not in idle for each in others)
+    def _demand(self, idle: list[HookedSite], read: list[HookedSite]) -> None:
+        """Raise GraftError where sites never ran that should have by now."""
+        never = [hooked for hooked in idle if not hooked.ran]
+        self.forwards += bool(never)
+        spared = [each for each in self.spared(idle, read) if self._may_come(each)]
+        if needed := [each for each in never if each not in spared]:
+            others = [each for each in self.operation.hooked_sites if each not in needed]
+            self.operation.prove(lambda _: why_idle(read, "In this forward"), others)
 
-    def _suspect(self, idle: list[HookedSite]) -> None:
+    def spared(self, idle: list[HookedSite], read: list[HookedSite]) -> list[HookedSite]:
+        """Idle sites that need not run in one forward: others like them ran (experts, heads)."""
+        alone = self._without_like(idle)
+        return [each for each in idle if each not in read and (each.optional or each not in alone)]
+
+    def _may_come(self, hooked: HookedSite) -> bool:
+        """Whether a spared site that never ran may do so later; in training not for ever.
+
+        But where others like it run at times, as experts do, or it need not be of use.
+        """
+        if hooked.optional or not self.model.training or self.forwards <= PATIENCE:
+            return True
+        alike = [each for each in self.operation.hooked_sites if each.like == hooked.like]
+        return any(each.ran and each.path in self.rested for each in alike)
+
+    def _without_hidden(self, idle: list[HookedSite]) -> list[HookedSite]:
+        """The idle sites without those that compiled code may hide, which are told of once."""
+        may_hide = hidden(self.model, self.operation.hooked_sites, idle) if idle else []
+        self.unseen(may_hide)
+        return [each for each in idle if each not in may_hide]
+
+    def _without_like(self, idle: list[HookedSite]) -> list[HookedSite]:
+        """Those of the idle sites that no site like them ran instead of."""
+        sites = self.operation.hooked_sites
+        running = {each.like for each in sites} - {each.like for each in idle}
+        if len(idle) < len(sites):
+            at_rest = {hooked.path for hooked in idle}
+            running = {each.like for each in sites if each.path not in at_rest}
+        return [each for each in idle if each.like not in running]
+
+    def _suspect(self, kept: Pass, idle: list[HookedSite]) -> None:
         """Sites did not run in a forward that was not looked into."""
-        mode = self.model.training
-        self.suspects |= {each.path for each in idle if not each.ran}
-        idle = [each for each in idle if (generalise(each.path), mode) not in self.skipped]
-        if not idle:
+        gone, mode = self._without_like(idle), self.model.training
+        known = [each for each in gone if (each.like, kept.kind) in self.gone]
+        told = [each for each in gone if each not in known]
+        some = [each for each in idle if each not in gone]
+        waits = self.forwards <= PATIENCE
+        new = [
+            each
+            for each in some
+            if (waits and not each.ran) or (each.like, mode) not in self.skipped
+        ]
+        again = self._again(known, some)
+        if not (told or new or again):
             return
-        self._check_there(idle)
-        self.suspects |= {hooked.path for hooked in idle}
-        running = {
-            generalise(each.path) for each in self.operation.hooked_sites if each not in idle
-        }
-        # where some of many like layers did not run, the next forward tells whether one is dropped
-        gone = [each for each in idle if generalise(each.path) not in running]
-        if new := [each for each in gone if each.path not in self.warned]:
-            self.warned |= {hooked.path for hooked in new}
-            warnings.warn(
-                f"{self._counted(new)} did not run in this forward, though they ran before: what "
-                "was added there counts for nothing in it. The next forward is looked into.",
-                stacklevel=2,
-            )
+        self._check_there([*told, *new])
+        self.suspects |= {hooked.path for hooked in (*told, *new, *again)}
+        told = self._without_hidden(told)
+        if kept.blind:
+            self._demand(self._without_hidden(idle), [])
+        self._warn(told, kept.blind)
+
+    def _again(self, known: list[HookedSite], some: list[HookedSite]) -> list[HookedSite]:
+        """Sites that are skipped are looked at again, ever more seldom: they may be read now."""
+        self.times += bool(some)
+        likes = {hooked.like for hooked in known}
+        self.gone_for = {like: self.gone_for.get(like, 0) + 1 for like in likes}
+        again = [each for each in known if _is_power(self.gone_for[each.like])]
+        return again + (some if _is_power(self.times) else [])
+
+    def _warn(self, gone: list[HookedSite], blind: bool) -> None:
+        """Say that sites do not run any more, unless one may be dropped and the next will tell."""
+        new = [each for each in gone if each.path not in self.warned and each.ran]
+        if not blind and self.model.training:  # all of few layers may be dropped
+            new = [each for each in new if (each.like, True) not in self.skipped]
+        if not new:
+            return
+        self.warned |= {hooked.path for hooked in new}
+        warnings.warn(
+            f"{self._counted(new)} did not run in this forward, though they ran before: what "
+            "was added there counts for nothing in it."
+            + ("" if blind else " The next forward is looked into."),
+            stacklevel=2,
+        )
 
     def _check_there(self, idle: list[HookedSite]) -> None:
         if lost := self.lost(idle):
@@ -225,9 +305,18 @@ class Watch:
                 "Put the modules back, or revert, convert the model, and apply the rules then.",
             )
 
+    def untraced(self, anew: bool) -> None:
+        """torch.compile has traced the end of a forward; and its beginning, if anew."""
+        sites = self.operation.hooked_sites
+        self.unseen([hooked for hooked in sites if not hooked.ran])
+        if anew and (gone := self._without_like([s for s in sites if not s.traced_now])):
+            self._warn(gone, blind=True)
+
     def unseen(self, idle: list[HookedSite]) -> None:
         """Compiled code may hide that they ran."""
-        if new := [each for each in idle if not each.ran and each.path not in self.warned]:
+        traced = {each.like for each in self.operation.hooked_sites if each.compiled.ran}
+        idle = [each for each in idle if each.like not in traced and not each.ran]
+        if new := [each for each in idle if each.path not in self.warned]:
             self.warned |= {hooked.path for hooked in new}
             warnings.warn(
                 f"{self._counted(new)} were not seen to run, though compiled code may hide it: "
@@ -250,13 +339,6 @@ class Watch:
     def _counted(self, sites: list[HookedSite]) -> str:
         return counted(sites, len(self.operation.hooked_sites))
 
-    def _can_look(self) -> bool:
-        """Compiled code would be compiled anew for it, and a checkpoint stops half way."""
-        return not (is_recomputing() or self._may_be_compiled())
-
-    def _may_be_compiled(self) -> bool:
-        return is_compiled(self.operation)
-
 
 def counted(sites: list[HookedSite], of: int) -> str:
     """Some of the sites, in words."""
@@ -270,77 +352,6 @@ def rules_of(record: Record, sites: list[HookedSite]) -> str:
     return ", ".join(row["rule"] for row in rows if paths.intersection(row["paths"]))
 
 
-def is_compiled(operation: Watched) -> bool:
-    """Whether sites, or modules of the model, may run in compiled code."""
-    return any(hooked.compiled.ran for hooked in operation.hooked_sites) or any(
-        module._compiled_call_impl is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-        or "_orig_mod" in module._modules
-        for module in operation.model[0].modules()
-    )
-
-
-def _kind(module: nn.Module, args: Any, kwargs: Any) -> Hashable:
-    """What may decide on the way that a forward takes: modes, and sizes by powers of two."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    plain = [tensor for tensor in tensors if not tensor.is_nested]  # which alone have sizes
-    sizes = tuple(tuple((int(n) - 1).bit_length() for n in tensor.shape) for tensor in plain)
-    device = tensors[0].device.type if tensors else "cpu"
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    names = tuple(sorted(kwargs or ()))
-    return module.training, torch.is_grad_enabled(), autocast, names, sizes
-
-
-def check_watched(operation: Watched, call: str) -> None:
-    """Raise OperationError where parts can be seen not to count any more; warn where none ran.
-
-    Before a call that relies on them: a module was replaced, or our hooks are gone from it, or the
-    last forwards went round it.
-    """
-    watch: Watch = operation.watcher
-    if lost := watch.lost(operation.hooked_sites):
-        fact = "stand at modules that are no longer in the model (replaced since it was operated)"
-    elif lost := _unhooked(operation):
-        fact = "have lost their hooks"
-    elif lost := [each for each in operation.hooked_sites if each.path in watch.bypassed]:
-        fact = f"did not run in the last forward{watch.bypassed[lost[0].path]}"
-    else:
-        _warn_untrained(operation, call)
-        return
-    raise OperationError(
-        call,
-        f"{counted(lost, len(operation.hooked_sites))} {fact}: what was added there counts for "
-        "nothing.",
-        "Convert or change the model first, and apply the rules then.",
-    )
-
-
-def _unhooked(operation: Watched) -> list[HookedSite]:
-    """Sites from whose modules our hooks were taken."""
-    hooks = [entry for entry in operation.journal.entries if isinstance(entry, Hook)]
-    gone = {
-        id(entry.owner)
-        for entry in hooks
-        if not any(
-            owner_of(hook) is entry.owner
-            for table in (entry.module._forward_pre_hooks, entry.module._forward_hooks)
-            for hook in table.values()
-        )
-    }
-    return [hooked for hooked in operation.hooked_sites if id(hooked) in gone]
-
-
-def _warn_untrained(operation: Watched, call: str) -> None:
-    """Gradients came to something, and parts never ran: another method than forward was called."""
-    if is_compiled(operation):
-        return
-    never = [hooked for hooked in operation.hooked_sites if not hooked.ran]
-    parts = [action.part for hooked in never for action in hooked.actions]
-    trained = [p for p in operation.model[0].parameters() if p.grad is not None]
-    if trained and never and all(p.grad is None for part in parts for p in part.parameters()):
-        warnings.warn(
-            f"{call}: {counted(never, len(operation.hooked_sites))} never ran, though something "
-            "else was trained: the model was run by another method than forward, which reads their "
-            "weights without calling them, or does not come to them.",
-            stacklevel=4,
-        )
+def _is_power(n: int) -> bool:
+    """Whether it is 1, 2, 4, 8 and so on."""
+    return n & (n - 1) == 0 < n

@@ -32,7 +32,7 @@ from ..engine.trained import (
     parameters_of,
     trained_of,
 )
-from ..engine.watch import check_watched
+from ..engine.watched import check_watched
 from ..errors import FileError, OperationError
 from ..rules.rule import Rules
 from ..structure.layers import named_modules
@@ -227,6 +227,7 @@ def _operation(model: nn.Module, name: str) -> Operation:
         )
     check_state(model, "state_dict(model)", READING, DISABLED)
     operated(model, "state_dict(model)")  # what is merged is not what was trained
+    check_watched(done[name], "state_dict(model)")
     if lost := lost_module(model, done[name]):
         raise OperationError(
             "state_dict(model)",
@@ -234,7 +235,6 @@ def _operation(model: nn.Module, name: str) -> Operation:
             "operated (SyncBatchNorm?): what was trained or grafted there is not known any more.",
             "Convert the model first, and apply the rules then.",
         )
-    check_watched(done[name], "state_dict(model)")
     return done[name]
 
 
