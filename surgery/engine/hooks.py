@@ -16,6 +16,7 @@ from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
+from .caches import check_caches, given_beside
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass
@@ -115,6 +116,8 @@ class HookedSite:
     def _entered(self, args: Any, kwargs: Any) -> Any:
         """The arguments with what the actions make of the input."""
         first, put = input_of(args, kwargs, self)
+        if self.inserts and (beside := given_beside((*args, *kwargs.values()))):
+            self.switch.passes.mine().caches[self.path] = beside
         x = first
         for i, action in reversed(list(enumerate(self.actions))):
             if action.place == "before":
@@ -134,6 +137,10 @@ class HookedSite:
         """
         kwargs, output = given if len(given) == 2 else ({}, *given)
         self.switch.mark(self.path, self.compiled)
+        if self.inserts and not torch.compiler.is_compiling():
+            beside = self.switch.passes.mine().caches.pop(self.path, None)
+            if beside is not None:
+                check_caches(beside, output, self.path)
         if not (self.leaves and self.active()):
             return None
         y, put = first_tensor(output, self.path)
