@@ -21,8 +21,9 @@ from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass
 from .streams import Between
-from .switch import Switch, Traced
+from .switch import Switch
 from .tokens import ENTERING, Action, Insertions
+from .tracing import Traced
 
 
 class HookedSite:
@@ -158,7 +159,7 @@ class HookedSite:
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
         kept, streams = self.switch.passes.mine(), self.switch.streams
-        whole = self.tokens.insert(kept, streams.mine(), i, action, x, given, others)
+        whole = self.tokens.insert(kept, streams, i, action, x, given, others)
         if action.place == "among":
             streams.know(whole, streams.mine().opened())
         return whole
@@ -181,7 +182,7 @@ class HookedSite:
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
         """Let action i hear what action j of another site gives."""
-        self.tokens.hears[i] = source.path, source.actions[j].part
+        self.tokens.listen(i, source.path, source.actions[j].part)
         source.listeners.append((j, self.tokens, i))
 
     def _remembered(self, i: int) -> Tensor:
@@ -253,8 +254,9 @@ class HookedSite:
 
     def _tell(self, listener: Insertions, k: int, out: Tensor) -> None:
         if torch.compiler.is_compiling():
-            listener.traced[k] = out
+            listener.tell(k, out)
         else:
+            listener.traced.pop(k, None)
             self.switch.passes.mine().heard[listener.path, k] = out
 
     def _run(self, action: Action, x: Tensor, width: int) -> Any:

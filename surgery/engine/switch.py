@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import FrameType
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 import torch.fx
@@ -16,20 +15,10 @@ from ..rules import routing
 from .features import OPERATE_ON_THE_GRAPH
 from .passes import Passes
 from .streams import Streams
+from .tracing import Traced
 
 Balance: TypeAlias = "routing.Coefficient | None"
 CALL = nn.Module._call_impl.__code__
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def while_traced(method: Method) -> Method:
-    """A method that torch.compile calls once, while it traces; of a module, with constants.
-
-    (As torch.compiler.assume_constant_result, which would import torch's whole compiler. torch
-    keeps what the method returns as a global of its name in the module of the model.)
-    """
-    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return method
 
 
 class Switch(nn.Module):
@@ -78,18 +67,3 @@ class Switch(nn.Module):
                 raise GraftError(f"the graft at {mark}", fact, OPERATE_ON_THE_GRAPH)
             frame = frame.f_back
 
-
-class Traced(nn.Module):
-    """Whether a site, or its beginning, runs in compiled code, unseen but while it is traced.
-
-    One for each, and keys without paths: or blocks that are alike would be compiled one by one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran = False
-
-    @while_traced
-    def _surgery_traced(self) -> bool:
-        self.ran = True
-        return True
