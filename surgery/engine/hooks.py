@@ -23,7 +23,7 @@ from .passes import Key, Pass
 from .streams import Between
 from .switch import Switch
 from .tokens import ENTERING, Action, Insertions
-from .tracing import Traced
+from .tracing import Traced, apart
 
 
 class HookedSite:
@@ -55,7 +55,7 @@ class HookedSite:
         self.inserts = any(action.place in ("into", "among") for action in actions)
         self.tokens = Insertions(self.path, switch.name)
         among = any(action.place == "among" for action in actions)
-        self.stretch = _stretch(site) if among else []
+        self.stretches, self.stretch = among, _stretch(site) if among else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
@@ -97,6 +97,12 @@ class HookedSite:
         _nest(hooks, first=True)
         _nest(self.exit._forward_hooks, first=False)
 
+    def _is_apart(self, leaving: bool) -> bool:
+        """Whether this is compiled code, and goes on with what was left outside of it."""
+        if not (self.inserts and torch.compiler.is_compiling() and self.switch.is_on()):
+            return False
+        return not self.tokens.is_here(self.switch.streams, leaving)
+
     def encloses(self, other: HookedSite) -> bool:
         """Whether its tokens are in throughout another site, and beyond it."""
         (a, b), (c, d) = self.extent, other.extent
@@ -107,6 +113,8 @@ class HookedSite:
 
         Tools that copy modules register it anew in torch's plain form, without keyword arguments.
         """
+        if self._is_apart(leaving=False):
+            return apart(self.enter, module, args, kwargs)
         if self.begin_mark:
             self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
@@ -136,6 +144,8 @@ class HookedSite:
 
         given  keyword arguments and output; the output alone in torch's plain form
         """
+        if self.stretches and self._is_apart(leaving=True):
+            return apart(self.leave, module, args, *given)
         kwargs, output = given if len(given) == 2 else ({}, *given)
         self.switch.mark(self.path, self.compiled)
         if self.inserts and not torch.compiler.is_compiling():
@@ -158,8 +168,8 @@ class HookedSite:
     def _put_in(
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
-        kept, streams = self.switch.passes.mine(), self.switch.streams
-        whole = self.tokens.insert(kept, streams, i, action, x, given, others)
+        passes, streams = self.switch.passes, self.switch.streams
+        whole = self.tokens.insert(passes, streams, i, action, x, given, others)
         if action.place == "among":
             streams.know(whole, streams.mine().opened())
         return whole

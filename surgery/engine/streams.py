@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import GraftError
 from .features import first_tensor, input_of
 from .passes import ByThread
-from .tracing import Here
+from .tracing import Here, apart
 
 Place: TypeAlias = tuple[str, str, int]  # an operation, a site, the number of an action there
 REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
@@ -161,18 +161,10 @@ class Streams(ByThread[Stream]):
             super().mine().running = True
         self.mine().begin()
 
-    def beginning(self, path: str) -> Stream:
-        """Mine, to put tokens in. Compiled code does not go on with what others have left."""
+    def beginning(self) -> Stream:
+        """Mine, to put tokens in."""
         if torch.compiler.is_compiling():
-            if self.traced.holds:
-                self.here.check(path)
             self.here.note()
-        return self.mine()
-
-    def going_on(self, path: str) -> Stream:
-        """Mine, to take tokens out; compiled code those that it put in itself."""
-        if torch.compiler.is_compiling():
-            self.here.check(path)
         return self.mine()
 
     def check_alone(self, path: str) -> None:
@@ -232,8 +224,8 @@ class Between:
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
         """Forward hook: what comes out are the model's own tokens."""
-        if torch.compiler.is_compiling() and self.on():
-            self.here.check(self.path)
+        if torch.compiler.is_compiling() and self.on() and not self.here.noted():
+            return apart(self.leave, module, args, *given)
         stream = self.streams.mine()
         opened = stream.opened()
         if not opened or not self.on() or _in_reentrant_checkpoint():
@@ -249,9 +241,9 @@ class Between:
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook: what was set aside is put in again."""
         if torch.compiler.is_compiling() and self.on():
+            if self.inner and not self.streams.here.noted():
+                return apart(self.enter, module, args, kwargs)
             self.here.note()
-            if self.inner:
-                self.streams.here.check(self.path)
         stream, again = self.streams.mine(), is_recomputing()
         if not self.on() or not (again or (self.inner and stream.aside is not None)):
             return None

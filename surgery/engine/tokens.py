@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
-from .passes import Pass
+from .passes import Passes
 from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
 from .tracing import Here
 
@@ -89,9 +89,16 @@ class Insertions:
         self.traced[i] = out
         self.told[i].note()
 
+    def is_here(self, streams: Streams, leaving: bool) -> bool:
+        """Whether compiled code has all that it goes on with: what is heard, what is in."""
+        if leaving:
+            return streams.here.noted()
+        told = all(here.noted() for here in self.told.values())
+        return told and (not streams.traced.holds or streams.here.noted())
+
     def insert(
         self,
-        kept: Pass,
+        passes: Passes,
         streams: Streams,
         i: int,
         action: Action,
@@ -105,7 +112,7 @@ class Insertions:
         """
         action.tokens.check(x, others, self.path)
         rows = action.tokens.rows(x)
-        heard = [self._hear(kept, streams, i, action, given)] if i in self.hears else []
+        heard = [self._hear(passes, streams, i, action, given)] if i in self.hears else []
         new = action.part(rows, *heard)
         shape = new.shape if isinstance(new, Tensor) else ()
         if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
@@ -114,9 +121,9 @@ class Insertions:
                 f"it returned {tuple(shape) or type(new).__name__} where new tokens are needed.",
                 f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
             )
-        place, stream = self._place(i), streams.beginning(self.path)
+        place, stream = self._place(i), streams.beginning()
         if place in stream.opened() and not is_recomputing():
-            if kept.whole:
+            if passes.mine().whole:
                 raise self._unmatched("its beginning ran again before its end")
             stream.begin()  # the last one, of a part of the model alone, never came to its end
         stream.inserted.pop(place, None)
@@ -126,7 +133,7 @@ class Insertions:
 
     def take_out(self, streams: Streams, i: int, tokens: Tokens, y: Tensor) -> Tensor:
         """What comes out, without the tokens that action i put in."""
-        place, stream = self._place(i), streams.going_on(self.path)
+        place, stream = self._place(i), streams.mine()
         inserted = stream.inserted.get(place)
         if inserted is None and is_recomputing():  # of a forward in another thread
             inserted = next((s.inserted[place] for s in streams.all() if place in s.inserted), None)
@@ -146,11 +153,11 @@ class Insertions:
     def _place(self, i: int) -> Place:
         return self.operation, self.path, i
 
-    def _heard(self, kept: Pass, streams: Streams, i: int) -> Tensor | None:
+    def _heard(self, passes: Passes, streams: Streams, i: int) -> Tensor | None:
         """What was told last in this forward, whoever told it."""
         if torch.compiler.is_compiling():
-            self.told[i].check(self.path)
             return self.traced.get(i)
+        kept = passes.mine()
         if i in self.traced:  # compiled code told it, of another block, and later
             kept.heard[self.path, i] = self.traced.pop(i)
             streams.check_alone(self.path)
@@ -164,15 +171,14 @@ class Insertions:
         )
 
     def _hear(
-        self, kept: Pass, streams: Streams, i: int, action: Action, given: Tensor
+        self, passes: Passes, streams: Streams, i: int, action: Action, given: Tensor
     ) -> Tensor:
         """What the part that action i hears gave in this forward.
 
         A checkpoint that runs again gives the same input, and is answered as it was then.
         """
-        compiling = torch.compiler.is_compiling()
-        earlier = {} if compiling or not is_recomputing() else self.answered.get(given, {})
-        heard = earlier[i] if i in earlier else self._heard(kept, streams, i)
+        earlier = self.answered.get(given, {}) if is_recomputing() else {}
+        heard = earlier[i] if i in earlier else self._heard(passes, streams, i)
         path, part = self.hears[i]
         if heard is None:
             raise GraftError(
@@ -189,6 +195,6 @@ class Insertions:
                 "which would silently be missing.",
                 "Use checkpointing with use_reentrant=False.",
             )
-        if not compiling:
+        if not torch.compiler.is_compiling():
             self.answered[given] = {**self.answered.get(given, {}), i: heard}
         return action.tokens.rows(heard) if heard.dim() == 3 else heard

@@ -9,11 +9,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch._guards import TracingContext
-
-from ..errors import GraftError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -67,22 +64,26 @@ class Here(nn.Module):
         """It is done now."""
         self._surgery_note()
 
-    def check(self, path: str) -> None:
-        """Raise GraftError where it was not done in this trace: torch then runs this uncompiled.
-
-        (With fullgraph=True it cannot.)
-        """
-        if not self._surgery_noted():
-            raise elsewhere(path)
+    def noted(self) -> bool:
+        """Whether it was done in the trace that asks."""
+        return self._surgery_noted()
 
 
-def elsewhere(path: str) -> GraftError:
-    """That compiled code would need what was left outside of it."""
-    return GraftError(
-        f"the graft at {path or 'the model'}",
-        "it is compiled apart from blocks before it, whose tokens it needs.",
-        "Compile the model as a whole, or without fullgraph=True.",
-    )
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """What it gives, uncompiled: torch.compile breaks its graph here.
+
+    (As torch.compiler.disable, which would import torch's whole compiler.)
+    """
+    import torch._dynamo
+
+    return torch._dynamo.disable(function)(*args)
+
+
+apart._torchdynamo_disable = True  # type: ignore[attr-defined]
+apart._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "surgery puts tokens in here, or hears a part, and what it goes on with was left outside of "
+    "this compiled code, by other blocks: compile the model as a whole, or without fullgraph=True"
+)
 
 
 def _trace() -> Any:
