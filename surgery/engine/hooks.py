@@ -96,6 +96,8 @@ class HookedSite:
             journal.hook(self.exit, self.leave, with_kwargs=True)
         _nest(hooks, first=True)
         _nest(self.exit._forward_hooks, first=False)
+        if self.stretches:
+            _before_others(self.exit._forward_hooks)
 
     def _is_apart(self, leaving: bool) -> bool:
         """Whether this is compiled code, and goes on with what was left outside of it."""
@@ -189,6 +191,7 @@ class HookedSite:
                 journal.hook(block.module, new.leave, with_kwargs=True)
             for key in owners_of(after, Between):  # behind all that acts inside of the block
                 after[key] = after.pop(key)
+            _before_others(after)
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
         """Let action i hear what action j of another site gives."""
@@ -365,6 +368,22 @@ def _nest(hooks: dict[int, Any], first: bool) -> None:
     ours, nested = {key for key, _ in order}, iter(order)
     for key in [next(nested)[0] if key in ours else key for key in hooks]:  # others keep theirs
         hooks[key] = hooks.pop(key)
+
+
+def _before_others(hooks: Any) -> None:
+    """Take tokens out before hooks of others see them; parts that act on the output stay behind."""
+    ours = [key for key in hooks if _is_ours(hooks[key])]
+    sites = owners_of(hooks, HookedSite).values()
+    if all(action.place not in ("after", "beside") for s in sites for action in s.actions):
+        for key in reversed(ours):
+            hooks.move_to_end(key, last=False)
+    else:
+        for key in ours:
+            hooks.move_to_end(key)
+
+
+def _is_ours(hook: Any) -> bool:
+    return type(owner_of(hook)).__module__.startswith(f"{__package__}.")
 
 
 def is_replaced(module: nn.Module) -> bool:

@@ -154,3 +154,18 @@ def test_blocks_compiled_one_by_one_answer_as_plain_ones(name: str, which: list[
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model as a whole"):
         model(x)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["vpt_shallow", "vpt_deep", "adapterx"])
+def test_hooks_that_stood_there_before_see_the_models_own_tokens(name: str) -> None:
+    model, seen = tiny_vit(depth=3), list[int]()
+    for each in model.blocks:
+        each.register_forward_hook(lambda _, args, y: seen.append(y.shape[1]))
+    model(images())
+    want = list(seen)
+    seen.clear()
+    surgery.apply(model, name)
+    model(images())
+    assert seen == want
+    surgery.revert(model)
+    assert [len(each._forward_hooks) for each in model.blocks] == [1, 1, 1]
