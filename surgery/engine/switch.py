@@ -66,4 +66,3 @@ class Switch(nn.Module):
                 )
                 raise GraftError(f"the graft at {mark}", fact, OPERATE_ON_THE_GRAPH)
             frame = frame.f_back
-

@@ -518,7 +518,7 @@ def test_a_cache_that_is_filled_refuses_them(place: Any, room: int) -> None:
     with torch.no_grad():
         assert torch.allclose(model(x, cache, context), model(x, context=context), atol=1e-6)
         model(x, Cached(room), context)
-        with pytest.raises(GraftError, match="already holds keys(.|\n)*use_cache=False"):
+        with pytest.raises(GraftError, match=r"already holds keys(.|\n)*use_cache=False"):
             model(x[:, :1], cache, context)
         model(x, Cached(room), context)
 

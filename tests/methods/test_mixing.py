@@ -164,3 +164,9 @@ def test_words_are_told_from_patches_before_any_forward(make: Callable[[], Any])
     for call_ in (surgery.plan, surgery.apply):
         with pytest.raises(surgery.RuleError, match=r"those are words \(of .*(wte|embed)"):
             call_(model, "convpass")
+
+
+def test_prompts_made_of_others_say_so_where_nothing_tells_what_tokens_are() -> None:
+    assert "is_causal=True" in str(surgery.plan(Causal(), "adapterx"))
+    assert "is_causal=True" not in str(surgery.plan(Causal(), "vpt_shallow"))
+    assert "is_causal=True" not in str(surgery.plan(models.tiny_vit(), "adapterx"))
