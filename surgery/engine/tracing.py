@@ -76,7 +76,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     """
     import torch._dynamo
 
-    return torch._dynamo.disable(function)(*args)
+    return torch._dynamo.disable(function)(*args)  # type: ignore[no-untyped-call]
 
 
 apart._torchdynamo_disable = True  # type: ignore[attr-defined]
