@@ -16,7 +16,8 @@ from ..errors import GraftError
 
 OPERATE_ON_THE_GRAPH = (
     "Make the graph first, of the base (create_feature_extractor, symbolic_trace), and operate on "
-    "that: surgery.apply(graph, rules)."
+    "that: surgery.apply(graph, rules). A graph has no blocks: rules there stand at its modules "
+    "(linear layers, norms, feed-forward layers)."
 )
 
 

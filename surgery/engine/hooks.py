@@ -17,12 +17,14 @@ from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
 from ..structure.path import generalise
+from .caches import check_caches, given_beside
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass
 from .streams import Between
-from .switch import Switch, Traced
+from .switch import Switch
 from .tokens import ENTERING, Action, Insertions
+from .tracing import Traced, apart
 
 
 class HookedSite:
@@ -58,7 +60,7 @@ class HookedSite:
         self.inserts = any(action.place in ("into", "among") for action in actions)
         self.tokens = Insertions(self.path, switch.name)
         among = any(action.place == "among" for action in actions)
-        self.stretch = _stretch(site) if among else []
+        self.stretches, self.stretch = among, _stretch(site) if among else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
@@ -104,6 +106,14 @@ class HookedSite:
             journal.hook(self.exit, self.leave, with_kwargs=True)
         _nest(hooks, first=True)
         _nest(self.exit._forward_hooks, first=False)
+        if self.stretches:
+            _before_others(self.exit._forward_hooks)
+
+    def _is_apart(self, leaving: bool) -> bool:
+        """Whether this is compiled code, and goes on with what was left outside of it."""
+        if not (self.inserts and torch.compiler.is_compiling() and self.switch.is_on()):
+            return False
+        return not self.tokens.is_here(self.switch.streams, leaving)
 
     def encloses(self, other: HookedSite) -> bool:
         """Whether its tokens are in throughout another site, and beyond it."""
@@ -115,6 +125,8 @@ class HookedSite:
 
         Tools that copy modules register it anew in torch's plain form, without keyword arguments.
         """
+        if self._is_apart(leaving=False):
+            return apart(self.enter, module, args, kwargs)
         if self.begin_mark:
             self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
@@ -125,6 +137,8 @@ class HookedSite:
     def _entered(self, args: Any, kwargs: Any) -> Any:
         """The arguments with what the actions make of the input."""
         first, put = input_of(args, kwargs, self)
+        if self.inserts and (beside := given_beside((*args, *kwargs.values()))):
+            self.switch.passes.mine().caches[self.path] = beside
         x = first
         for i, action in reversed(list(enumerate(self.actions))):
             if action.place == "before":
@@ -142,8 +156,14 @@ class HookedSite:
 
         given  keyword arguments and output; the output alone in torch's plain form
         """
+        if self.stretches and self._is_apart(leaving=True):
+            return apart(self.leave, module, args, *given)
         kwargs, output = given if len(given) == 2 else ({}, *given)
         self.switch.mark(self.path, self.compiled)
+        if self.inserts and not torch.compiler.is_compiling():
+            beside = self.switch.passes.mine().caches.pop(self.path, None)
+            if beside is not None:
+                check_caches(beside, output, self.path)
         if not (self.leaves and self.active()):
             return None
         y, put = first_tensor(output, self.path)
@@ -160,8 +180,8 @@ class HookedSite:
     def _put_in(
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
-        kept, streams = self.switch.passes.mine(), self.switch.streams
-        whole = self.tokens.insert(kept, streams.mine(), i, action, x, given, others)
+        passes, streams = self.switch.passes, self.switch.streams
+        whole = self.tokens.insert(passes, streams, i, action, x, given, others)
         if action.place == "among":
             streams.know(whole, streams.mine().opened())
         return whole
@@ -181,10 +201,11 @@ class HookedSite:
                 journal.hook(block.module, new.leave, with_kwargs=True)
             for key in owners_of(after, Between):  # behind all that acts inside of the block
                 after[key] = after.pop(key)
+            _before_others(after)
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
         """Let action i hear what action j of another site gives."""
-        self.tokens.hears[i] = source.path, source.actions[j].part
+        self.tokens.listen(i, source.path, source.actions[j].part)
         source.listeners.append((j, self.tokens, i))
 
     def _remembered(self, i: int) -> Tensor:
@@ -256,8 +277,9 @@ class HookedSite:
 
     def _tell(self, listener: Insertions, k: int, out: Tensor) -> None:
         if torch.compiler.is_compiling():
-            listener.traced[k] = out
+            listener.tell(k, out)
         else:
+            listener.traced.pop(k, None)
             self.switch.passes.mine().heard[listener.path, k] = out
 
     def _run(self, action: Action, x: Tensor, width: int) -> Any:
@@ -369,6 +391,22 @@ def _nest(hooks: dict[int, Any], first: bool) -> None:
     ours, nested = {key for key, _ in order}, iter(order)
     for key in [next(nested)[0] if key in ours else key for key in hooks]:  # others keep theirs
         hooks[key] = hooks.pop(key)
+
+
+def _before_others(hooks: Any) -> None:
+    """Take tokens out before hooks of others see them; parts that act on the output stay behind."""
+    ours = [key for key in hooks if _is_ours(hooks[key])]
+    sites = owners_of(hooks, HookedSite).values()
+    if all(action.place not in ("after", "beside") for s in sites for action in s.actions):
+        for key in reversed(ours):
+            hooks.move_to_end(key, last=False)
+    else:
+        for key in ours:
+            hooks.move_to_end(key)
+
+
+def _is_ours(hook: Any) -> bool:
+    return type(owner_of(hook)).__module__.startswith(f"{__package__}.")
 
 
 def is_replaced(module: nn.Module) -> bool:

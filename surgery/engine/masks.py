@@ -33,7 +33,8 @@ class MaskCheck:
         if not self.switch.enabled or self.switch.merged:
             return None
         for name, value in given:
-            if value is not x and _hides(name, value) and not self._is_window(x):
+            hides = _hides(name, value) or _hides_by_value(x, value)
+            if value is not x and hides and not self._is_window(x):
                 raise GraftError(
                     f"the graft at {self.patches.path}",
                     f"it lets tokens hear others, and {name} hides some from others.",
@@ -64,6 +65,18 @@ class MaskCheck:
         """Whether a mask is of windows that were cut from a shifted map (Swin)."""
         seen = None if x is None else self.patches.seen(x)
         return seen is not None and x is not None and seen.samples not in x.shape[:2]
+
+
+def _hides_by_value(x: Tensor | None, value: Any) -> bool:
+    """Whether numbers for each token have the lowest there is among them, whatever their name."""
+    if x is None or not isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return False
+    if not (value.is_floating_point() and value.numel()) or value.is_meta or value.dim() < 2:
+        return False
+    if value.shape[-1] not in x.shape[:-1]:
+        return False
+    low, high = value.min().item(), value.max().item()
+    return bool(low <= torch.finfo(value.dtype).min < high)
 
 
 def _hides(name: str, value: Any) -> bool:

@@ -27,6 +27,10 @@ from .switch import Switch
 
 GUESSED = "no 2-D convolution tells how tokens lie: they are taken as a square map, row by row"
 LAST = "patches are taken to be the last tokens, row by row: example= shows whether they are"
+UNMASKED = (
+    "its tokens are made of all others: where attention is causal (is_causal=True), later ones "
+    "would reach those before them; example= shows whether they do"
+)
 NOT_A_MAP = {
     "words": "words (of {}): the next would reach those before it, and padding the others",
     "line": "pieces of a sequence or a cloud ({} is a 1-D convolution), no map of patches",
@@ -58,6 +62,8 @@ def check_mixing(
             )
         if reads and getattr(part, "note", None) is None:
             part.note = LAST if told.kind else GUESSED  # type: ignore[assignment]
+        elif not (joined or told.kind) and getattr(part, "note", None) is None:
+            part.note = UNMASKED  # type: ignore[assignment]
 
 
 def attach(

@@ -23,8 +23,9 @@ from .passes import Key
 from .start import MissingStart
 from .states import StateGuard
 from .summary import Record
-from .switch import Balance, Switch, while_traced
+from .switch import Balance, Switch
 from .tokens import Action
+from .tracing import while_traced
 from .watch import Watch, counted, rules_of
 
 Why: TypeAlias = Callable[[list[HookedSite]], tuple[str, str]]

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from .caches import Given
+
 Kept = TypeVar("Kept")
 Key: TypeAlias = tuple[str, int]  # the path of a site, the number of an action there
 
@@ -20,6 +22,7 @@ class Pass:
     inputs    of sites whose parts run beside them, until their end
     gates     of the parts that route
     heard     what the parts gave that an action hears
+    caches    what sites that insert tokens were given beside them, until their end
     ran       the marks of what was called
     compiled  gates that compiled code had left when this forward ran: they are of an earlier one
     whole     whether this is a forward of the whole model, and is not over
@@ -41,6 +44,7 @@ class Pass:
         """Nothing is left of an earlier forward, but the gates."""
         self.inputs: dict[Key, Tensor] = {}
         self.heard: dict[Key, Tensor] = {}
+        self.caches: dict[str, Given] = {}
         self.ran: set[str] = set()
 
     def knew(self, key: Key, gates: Tensor) -> bool:

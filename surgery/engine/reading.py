@@ -16,8 +16,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from .._text import first_few
 from ..errors import GraftError
 from .hooks import HookedSite
-from .switch import CALL
 from .tokens import Insertions
+from .tracing import CALL
 
 CHECKPOINT = CheckpointFunction.forward.__code__  # of reentrant checkpoints
 OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights

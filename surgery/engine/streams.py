@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import GraftError
 from .features import first_tensor, input_of
 from .passes import ByThread
+from .tracing import Here, apart
 
 Place: TypeAlias = tuple[str, str, int]  # an operation, a site, the number of an action there
 REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
@@ -97,12 +98,14 @@ def _is_made_for(numbers: set[int], other: Tensor, batch: int, width: int) -> bo
 class Stream:
     """What was put into the tokens of one forward, the first first.
 
-    aside  the tokens with all that is in them, between two blocks
-    again  that of checkpoints which run again in this thread, and may stop half way
+    aside    the tokens with all that is in them, between two blocks
+    running  whether a forward of the whole model goes on
+    again    that of checkpoints which run again in this thread, and may stop half way
     """
 
     def __init__(self) -> None:
         self.again: Stream | None = None
+        self.running = False
         self.begin()
 
     def begin(self) -> None:
@@ -113,6 +116,11 @@ class Stream:
     def opened(self) -> dict[Place, Inserted]:
         """What is in, in the order in which it was put in."""
         return {place: each for place, each in self.inserted.items() if each.open}
+
+    @property
+    def holds(self) -> bool:
+        """Whether something is in."""
+        return self.aside is not None or any(each.open for each in self.inserted.values())
 
 
 class SetAside(NamedTuple):
@@ -128,6 +136,7 @@ class Streams(ByThread[Stream]):
 
     aside  what was set aside, by what was given on: checkpoints come back to it
     known  what is among tokens, where other than the model's own are
+    here   whether compiled code that asks has put in itself what is in
     """
 
     def make(self) -> Stream:
@@ -135,14 +144,51 @@ class Streams(ByThread[Stream]):
 
     def mine(self) -> Stream:
         stream = super().mine()
+        if stream is not self.traced and self.traced.holds:
+            self._take_over(stream)
         if not is_recomputing():
             return stream
         if stream.again is None:
             stream.again = Stream()
         return stream.again
 
+    def begin(self) -> None:
+        """A forward of the whole model begins."""
+        if torch.compiler.is_compiling():
+            self.here.note()
+        else:
+            self.traced.begin()
+            super().mine().running = True
+        self.mine().begin()
+
+    def beginning(self) -> Stream:
+        """Mine, to put tokens in."""
+        if torch.compiler.is_compiling():
+            self.here.note()
+        return self.mine()
+
+    def check_alone(self, path: str) -> None:
+        """Raise GraftError where it is not known whose forward compiled code has told of."""
+        running = [stream for stream in self.all() if stream.running]
+        if len(running) > 1:
+            raise GraftError(
+                f"the graft at {path or 'the model'}",
+                "blocks are compiled one by one, and several threads run them at once: whose "
+                "tokens these are is not known.",
+                "Compile the model as a whole, or run it in one thread.",
+            )
+
+    def _take_over(self, stream: Stream) -> None:
+        """What compiled code has left, of some block."""
+        inserted, aside = self.traced.inserted, self.traced.aside
+        self.traced.begin()
+        self.check_alone("")
+        stream.inserted.update(inserted)
+        stream.aside = stream.aside if aside is None else aside
+
     def forget(self) -> None:
         super().forget()
+        self.here = Here()
         self.aside: Any = WeakTensorKeyDictionary()
         self.known: Any = WeakTensorKeyDictionary()
 
@@ -174,9 +220,12 @@ class Between:
     ) -> None:
         self.streams, self.path, self.names, self.on = streams, path, names, on
         self.inner = False
+        self.here = Here()
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
         """Forward hook: what comes out are the model's own tokens."""
+        if torch.compiler.is_compiling() and self.on() and not self.here.noted():
+            return apart(self.leave, module, args, *given)
         stream = self.streams.mine()
         opened = stream.opened()
         if not opened or not self.on() or _in_reentrant_checkpoint():
@@ -191,6 +240,10 @@ class Between:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook: what was set aside is put in again."""
+        if torch.compiler.is_compiling() and self.on():
+            if self.inner and not self.streams.here.noted():
+                return apart(self.enter, module, args, kwargs)
+            self.here.note()
         stream, again = self.streams.mine(), is_recomputing()
         if not self.on() or not (again or (self.inner and stream.aside is not None)):
             return None

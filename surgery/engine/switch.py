@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
 from types import FrameType
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 import torch.fx
@@ -14,25 +12,12 @@ from torch import nn
 
 from ..errors import GraftError
 from ..rules import routing
-from ..structure.module_tree import ADDITIONS
 from .features import OPERATE_ON_THE_GRAPH
 from .passes import Passes
 from .streams import Streams
+from .tracing import CALL, Traced
 
 Balance: TypeAlias = "routing.Coefficient | None"
-CALL = nn.Module._call_impl.__code__
-COMPILED = os.path.join("_dynamo", "eval_frame.py")  # whose frames run what torch.compile gave
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def while_traced(method: Method) -> Method:
-    """A method that torch.compile calls once, while it traces; of a module, with constants.
-
-    (As torch.compiler.assume_constant_result, which would import torch's whole compiler. torch
-    keeps what the method returns as a global of its name in the module of the model.)
-    """
-    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return method
 
 
 class Switch(nn.Module):
@@ -80,36 +65,3 @@ class Switch(nn.Module):
                 )
                 raise GraftError(f"the graft at {mark}", fact, OPERATE_ON_THE_GRAPH)
             frame = frame.f_back
-
-
-class Traced(nn.Module):
-    """Whether a site, or its beginning, runs in compiled code, unseen but while it is traced.
-
-    now     since a forward was last begun to be traced
-    inside  in a forward of the model that is not compiled as a whole
-
-    One for each, and keys without paths: or blocks that are alike would be compiled one by one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran, self.now, self.inside = False, False, False
-
-    @while_traced
-    def _surgery_traced(self) -> bool:
-        self.ran = self.now = True
-        self.inside |= _is_inside()
-        return True
-
-
-def _is_inside() -> bool:
-    """Whether torch.compile was given less than the operated model, which Python itself calls."""
-    frame: FrameType | None = sys._getframe(1)
-    compiled = False
-    while frame is not None:
-        compiled = compiled or frame.f_code.co_filename.endswith(COMPILED)
-        module = frame.f_locals.get("self") if frame.f_code is CALL else None
-        if isinstance(module, nn.Module) and ADDITIONS in {**module._modules, **vars(module)}:
-            return compiled
-        frame = frame.f_back
-    return False

@@ -10,8 +10,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
-from .passes import Pass
+from .passes import Passes
 from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
+from .tracing import Here
 
 
 def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:
@@ -69,7 +70,8 @@ class Insertions:
     def __init__(self, path: str, operation: str) -> None:
         self.path, self.operation = path, operation
         self.hears: dict[int, tuple[str, nn.Module]] = {}
-        self.traced: dict[int, Tensor] = {}  # what was heard in compiled code
+        self.traced: dict[int, Tensor] = {}  # what compiled code told
+        self.told: dict[int, Here] = {}
         self.answered: Any = WeakTensorKeyDictionary()  # what was heard for an input
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,12 +79,29 @@ class Insertions:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], state["operation"])  # type: ignore[misc]
-        self.hears = state["hears"]
+        for i, (path, part) in state["hears"].items():
+            self.listen(i, path, part)
+
+    def listen(self, i: int, path: str, part: nn.Module) -> None:
+        """Action i hears a part, which is at `path`."""
+        self.hears[i], self.told[i] = (path, part), Here()
+
+    def tell(self, i: int, out: Tensor) -> None:
+        """In compiled code, what action i hears."""
+        self.traced[i] = out
+        self.told[i].note()
+
+    def is_here(self, streams: Streams, leaving: bool) -> bool:
+        """Whether compiled code has all that it goes on with: what is heard, what is in."""
+        if leaving:
+            return streams.here.noted()
+        told = all(here.noted() for here in self.told.values())
+        return told and (not streams.traced.holds or streams.here.noted())
 
     def insert(
         self,
-        kept: Pass,
-        stream: Stream,
+        passes: Passes,
+        streams: Streams,
         i: int,
         action: Action,
         x: Tensor,
@@ -95,7 +114,7 @@ class Insertions:
         """
         action.tokens.check(x, others, self.path)
         rows = action.tokens.rows(x)
-        heard = [self._hear(kept, i, action, given)] if i in self.hears else []
+        heard = [self._hear(passes, streams, i, action, given)] if i in self.hears else []
         new = action.part(rows, *heard)
         shape = new.shape if isinstance(new, Tensor) else ()
         if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
@@ -104,9 +123,9 @@ class Insertions:
                 f"it returned {tuple(shape) or type(new).__name__} where new tokens are needed.",
                 f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
             )
-        place = self._place(i)
+        place, stream = self._place(i), streams.beginning()
         if place in stream.opened() and not is_recomputing():
-            if kept.whole:
+            if passes.mine().whole:
                 raise self._unmatched("its beginning ran again before its end")
             stream.begin()  # the last one, of a part of the model alone, never came to its end
         stream.inserted.pop(place, None)
@@ -136,9 +155,15 @@ class Insertions:
     def _place(self, i: int) -> Place:
         return self.operation, self.path, i
 
-    def _heard(self, kept: Pass, i: int) -> Tensor | None:
-        compiling = torch.compiler.is_compiling()
-        return self.traced.get(i) if compiling else kept.heard.get((self.path, i))
+    def _heard(self, passes: Passes, streams: Streams, i: int) -> Tensor | None:
+        """What was told last in this forward, whoever told it."""
+        if torch.compiler.is_compiling():
+            return self.traced.get(i)
+        kept = passes.mine()
+        if i in self.traced:  # compiled code told it, of another block, and later
+            kept.heard[self.path, i] = self.traced.pop(i)
+            streams.check_alone(self.path)
+        return kept.heard.get((self.path, i))
 
     def _unmatched(self, fact: str) -> GraftError:
         return GraftError(
@@ -147,14 +172,15 @@ class Insertions:
             "Put it on blocks one by one: at(block, insert(...)).",
         )
 
-    def _hear(self, kept: Pass, i: int, action: Action, given: Tensor) -> Tensor:
+    def _hear(
+        self, passes: Passes, streams: Streams, i: int, action: Action, given: Tensor
+    ) -> Tensor:
         """What the part that action i hears gave in this forward.
 
         A checkpoint that runs again gives the same input, and is answered as it was then.
         """
-        compiling = torch.compiler.is_compiling()
-        earlier = {} if compiling or not is_recomputing() else self.answered.get(given, {})
-        heard: Tensor | None = earlier.get(i, self._heard(kept, i))
+        earlier = self.answered.get(given, {}) if is_recomputing() else {}
+        heard = earlier[i] if i in earlier else self._heard(passes, streams, i)
         path, part = self.hears[i]
         if heard is None:
             raise GraftError(
@@ -171,6 +197,6 @@ class Insertions:
                 "which would silently be missing.",
                 "Use checkpointing with use_reentrant=False.",
             )
-        if not compiling:
+        if not torch.compiler.is_compiling():
             self.answered[given] = {**self.answered.get(given, {}), i: heard}
         return action.tokens.rows(heard) if heard.dim() == 3 else heard

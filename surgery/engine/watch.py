@@ -115,10 +115,11 @@ class Watch:
             if torch.compiler.is_dynamo_compiling():
                 self.operation._surgery_begin()
             if any(hooked.inserts for hooked in self.operation.hooked_sites):
-                self.operation.streams.mine().begin()
+                self.operation.streams.begin()
             return
         self.operation.passes.begin(self.operation.compiled_gates())
-        self.operation.streams.mine().begin()
+        self.operation.streams.begin()
+        self._tell_anew()
         if self.operation.merged or torch._C._get_tracing_state() is not None:
             return
         kept = self.operation.passes.mine()
@@ -135,6 +136,12 @@ class Watch:
             kept.reading = Reading(self.operation.hooked_sites)
             kept.reading.__enter__()
 
+    def _tell_anew(self) -> None:
+        """Forget what compiled code has told."""
+        for hooked in self.operation.hooked_sites:
+            if hooked.tokens.traced:
+                hooked.tokens.traced.clear()
+
     def _has_memory(self) -> bool:
         """Whether all parts have values here; libraries that offload keep some elsewhere."""
         if not self.tables:
@@ -149,6 +156,9 @@ class Watch:
         for hooked in self.operation.hooked_sites if stream.opened() else ():
             if error := hooked.tokens.left_in(stream):
                 raise error
+        if torch.compiler.is_compiling():
+            self._tell_anew()
+            stream.begin()
         if torch.compiler.is_dynamo_compiling():
             self.operation._surgery_check()
             return None
@@ -168,7 +178,8 @@ class Watch:
             reading.end()
         if kept.whole:
             kept.whole, kept.inputs = False, {}
-            self.operation.streams.mine().aside = None
+            stream = self.operation.streams.mine()
+            stream.aside, stream.running = None, False
 
     # what is made of it --------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -131,3 +132,40 @@ def test_nothing_of_a_forward_is_kept_for_ever(gradients: bool) -> None:
         model.surgery.default.passes.mine().begin()
         gc.collect()
         assert len(streams.known) == len(streams.aside) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*not seen to run")
+@pytest.mark.parametrize("which", [[1], [0, 1, 2]])
+@pytest.mark.parametrize("name", ["adapterx", "vpt_shallow"])
+def test_blocks_compiled_one_by_one_answer_as_plain_ones(name: str, which: list[int]) -> None:
+    torch._dynamo.reset()
+    model = stirred(tiny_vit(depth=3), name)
+    model.eval()
+    other, x = copy.deepcopy(model), images()
+    with torch.no_grad():
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn_like(x))  # leaves nothing
+    for i in which:
+        model.blocks[i].compile(backend="eager")
+    for sample in (x, torch.randn_like(x)):
+        assert torch.allclose(model(sample), other(sample), atol=1e-5)
+    torch._dynamo.reset()
+    for each in model.blocks:
+        each.compile(backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model as a whole"):
+        model(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["vpt_shallow", "vpt_deep", "adapterx"])
+def test_hooks_that_stood_there_before_see_the_models_own_tokens(name: str) -> None:
+    model, seen = tiny_vit(depth=3), list[int]()
+    for each in model.blocks:
+        each.register_forward_hook(lambda _, args, y: seen.append(y.shape[1]))
+    model(images())
+    want = list(seen)
+    seen.clear()
+    surgery.apply(model, name)
+    model(images())
+    assert seen == want
+    surgery.revert(model)
+    assert [len(each._forward_hooks) for each in model.blocks] == [1, 1, 1]

@@ -467,3 +467,71 @@ class Rotated(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         return x + self.lin(x) + rope.mean()
+
+
+class Cached:
+    """A cache of keys, one entry a layer; `room` of a fixed length, or growing."""
+
+    def __init__(self, room: int = 0) -> None:
+        self.layers: dict[int, Tensor] = {}
+        self.room, self.filled = room, [0, 0]
+
+    def update(self, i: int, x: Tensor) -> Tensor:
+        if not self.room:
+            old = [self.layers[i]] if i in self.layers else []
+            self.layers[i] = torch.cat([*old, x], 1)
+            return self.layers[i]
+        if i not in self.layers:
+            self.layers[i] = x.new_zeros(len(x), self.room, x.shape[-1])
+        first, self.filled[i] = self.filled[i], self.filled[i] + x.shape[1]
+        self.layers[i][:, first : self.filled[i]] = x
+        return self.layers[i][:, : self.filled[i]]
+
+
+class Step(nn.Module):
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self.proj, self.i = nn.Linear(4, 4), i
+
+    def forward(self, x: Tensor, past: Any = None, context: Any = None) -> Any:
+        keys = x if past is None else past.update(self.i, x)
+        return x + self.proj(keys).mean(1, keepdim=True)
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Step(i) for i in range(2))
+
+    def forward(self, x: Tensor, past: Any = None, context: Any = None) -> Tensor:
+        for each in self.blocks:
+            x = each(x, past, context)
+        return x
+
+
+@pytest.mark.parametrize("room", [0, 20])
+@pytest.mark.parametrize("place", [at("blocks.*", insert(Ones)), at("blocks.1", insert(Ones))])
+def test_a_cache_that_is_filled_refuses_them(place: Any, room: int) -> None:
+    model, x = Steps(), torch.randn(2, 3, 4)
+    surgery.apply(model, place)
+    cache, context = Cached(room), {"text": (torch.randn(2, 3, 4), torch.randn(2, 9, 4))}
+    with torch.no_grad():
+        assert torch.allclose(model(x, cache, context), model(x, context=context), atol=1e-6)
+        model(x, Cached(room), context)
+        with pytest.raises(GraftError, match=r"already holds keys(.|\n)*use_cache=False"):
+            model(x[:, :1], cache, context)
+        model(x, Cached(room), context)
+
+
+def test_a_decoder_generates_alike_without_a_cache_and_is_refused_with_one() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    surgery.apply(model, "vpt_deep")
+    ids = torch.randint(3, 50, (2, 6))
+    with pytest.raises(GraftError, match="use_cache=False"):
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)

@@ -24,9 +24,10 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+        return self.proj(y[:, 0])
 
 
 class CausalBlock(nn.Module):
@@ -36,24 +37,28 @@ class CausalBlock(nn.Module):
         self.attn = CausalAttention()
         self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
 
 
 class Causal(nn.Module):
     """Of numbers, not of words: nothing in its structure tells that it is causal."""
 
-    def __init__(self) -> None:
+    def __init__(self, lowest: float | None = None) -> None:
         super().__init__()
+        self.lowest = lowest
         self.embed, self.head = nn.Linear(5, 24), nn.Linear(24, 4)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 24))
         self.blocks = nn.ModuleList(CausalBlock() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x) + self.cls_token
+        n, bias = x.shape[1], None
+        if self.lowest is not None:
+            bias = torch.full((n, n), self.lowest).triu(1)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, bias)
         return self.head(x)
 
 
@@ -70,6 +75,16 @@ def llama() -> tuple[nn.Module, Any, Any]:
 def causal() -> tuple[nn.Module, Any, Any]:
     x = torch.randn(2, 9, 5)
     return Causal(), x, _other(x)
+
+
+def biased() -> tuple[nn.Module, Any, Any]:
+    x = torch.randn(2, 9, 5)
+    return Causal(-torch.inf), x, _other(x)
+
+
+def lowest() -> tuple[nn.Module, Any, Any]:
+    x = torch.randn(2, 9, 5)
+    return Causal(torch.finfo(torch.float32).min), x, _other(x)
 
 
 def bert() -> tuple[nn.Module, Any, Any]:
@@ -97,7 +112,7 @@ def _other(tokens: Tensor) -> Tensor:
     return other
 
 
-MASKED = [gpt2, llama, causal, bert, encoder, causal_encoder]
+MASKED = [gpt2, llama, causal, biased, lowest, bert, encoder, causal_encoder]
 
 
 def earlier(model: nn.Module, inputs: Any) -> Tensor:
@@ -149,3 +164,9 @@ def test_words_are_told_from_patches_before_any_forward(make: Callable[[], Any])
     for call_ in (surgery.plan, surgery.apply):
         with pytest.raises(surgery.RuleError, match=r"those are words \(of .*(wte|embed)"):
             call_(model, "convpass")
+
+
+def test_prompts_made_of_others_say_so_where_nothing_tells_what_tokens_are() -> None:
+    assert "is_causal=True" in str(surgery.plan(Causal(), "adapterx"))
+    assert "is_causal=True" not in str(surgery.plan(Causal(), "vpt_shallow"))
+    assert "is_causal=True" not in str(surgery.plan(models.tiny_vit(), "adapterx"))
