@@ -45,21 +45,20 @@ class HookedSite:
         self.entry, self.exit = site.entry.module, site.exit.module
         self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
         self.width, self.out = site.shape.width, site.shape.out
-        entering = (i for i, action in enumerate(actions) if action.place in ENTERING)
-        first = next(entering, len(actions))
-        besides = [i for i, action in enumerate(actions) if action.place == "beside"]
+        places = [action.place for action in actions]
+        first = next((i for i, place in enumerate(places) if place in ENTERING), len(places))
+        besides = [i for i, place in enumerate(places) if place == "beside"]
         self.remembers = bool(besides) and (site.is_span or first < besides[-1])
         self.enters = first < len(actions)
-        self.leaves = any(action.place in ("after", "beside", "among") for action in actions)
-        self.replacement = next(
-            (action.part for action in actions if action.place == "instead"), None
-        )
+        self.leaves = not {"after", "beside", "among"}.isdisjoint(places)
+        replaces = "instead" in places
+        self.replacement = actions[places.index("instead")].part if replaces else None
         self.was_forward = self.entry.__dict__.get("forward")
         self.names = declared(getattr(type(self.entry), "forward", None))
         self.listeners: list[tuple[int, Insertions, int]] = []
-        self.inserts = any(action.place in ("into", "among") for action in actions)
+        self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
-        among = any(action.place == "among" for action in actions)
+        among = "among" in places
         self.stretches, self.stretch = among, _stretch(site) if among else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""

@@ -21,13 +21,18 @@ def kind_of(module: nn.Module, args: Any, kwargs: Any) -> Hashable:
     leaves = pytree.tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     sizes = tuple(_size(tensor) for tensor in tensors if not tensor.is_nested)
-    objects = [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]
-    held = frozenset(_size(t) for t in tensors_in(objects) if not t.is_nested) if objects else None
     flags = tuple(leaf for leaf in leaves if leaf is None or isinstance(leaf, bool))
     device = tensors[0].device.type if tensors else "cpu"
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     names = tuple(sorted(kwargs or ()))
-    return module.training, torch.is_grad_enabled(), autocast, names, sizes, held, flags
+    return module.training, torch.is_grad_enabled(), autocast, names, sizes, _held(leaves), flags
+
+
+def _held(leaves: list[Any]) -> Hashable:
+    """The sizes of tensors that objects hold."""
+    objects = [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]
+    tensors = tensors_in(objects) if objects else ()
+    return frozenset(_size(tensor) for tensor in tensors if not tensor.is_nested)
 
 
 PLAIN = (Tensor, int, float, str, NoneType)

@@ -19,7 +19,7 @@ from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated
 from .conditions import check_example
-from .operation import additions_of, check_operable
+from .operation import Operation, additions_of, check_operable
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
 from .watched import check_watched
@@ -85,19 +85,25 @@ def report(model: nn.Module) -> Table:
     notes: list[str] = []
     counted: set[int] = set()
     for operation in done:
-        if not operation.merged:
-            check_watched(operation, "report(model)")
-        parts = {key: part for key, part in operation._modules.items() if part is not None}
-        places = [p for p in trained_of(model, operation) if id(p.tensor) not in counted]
-        counted.update(id(place.tensor) for place in places)
-        unfrozen = sum(p.tensor.numel() for p in places if p.tensor.requires_grad)
-        table = summary(operation.record, parts, base, "", unfrozen)
-        if beyond := [p.path for p in beyond_rules(model, operation) if p.tensor.requires_grad]:
-            table.notes.insert(0, f"note: trained without a rule: {first_few(beyond)}")
+        table = _done_by(operation, model, base, counted)
         prefix = f"{operation.name}: " if len(done) > 1 else ""
         rows += table.rows
         notes += [prefix + note for note in table.notes]
     return Table(f"Report on {type(model).__name__}", table.columns, rows, notes)
+
+
+def _done_by(operation: Operation, model: nn.Module, base: int, counted: set[int]) -> Table:
+    """What one operation did; what it trains is counted unless an earlier one's count has it."""
+    if not operation.merged:
+        check_watched(operation, "report(model)")
+    parts = {key: part for key, part in operation._modules.items() if part is not None}
+    places = [p for p in trained_of(model, operation) if id(p.tensor) not in counted]
+    counted.update(id(place.tensor) for place in places)
+    unfrozen = sum(p.tensor.numel() for p in places if p.tensor.requires_grad)
+    table = summary(operation.record, parts, base, "", unfrozen)
+    if beyond := [p.path for p in beyond_rules(model, operation) if p.tensor.requires_grad]:
+        table.notes.insert(0, f"note: trained without a rule: {first_few(beyond)}")
+    return table
 
 
 def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: str = "") -> Path:

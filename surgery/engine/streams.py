@@ -240,10 +240,8 @@ class Between:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook: what was set aside is put in again."""
-        if torch.compiler.is_compiling() and self.on():
-            if self.inner and not self.streams.here.noted():
-                return apart(self.enter, module, args, kwargs)
-            self.here.note()
+        if torch.compiler.is_compiling() and self.on() and not self._goes_on():
+            return apart(self.enter, module, args, kwargs)
         stream, again = self.streams.mine(), is_recomputing()
         if not self.on() or not (again or (self.inner and stream.aside is not None)):
             return None
@@ -259,6 +257,13 @@ class Between:
                 self.streams.know(whole, stream.opened())
         given = put(whole)
         return given[0] if kwargs is None else given
+
+    def _goes_on(self) -> bool:
+        """Whether compiled code goes on with what it left itself, which it then does from here."""
+        if self.inner and not self.streams.here.noted():
+            return False
+        self.here.note()
+        return True
 
     def _begun_anew(self, stream: Stream) -> None:
         """A checkpoint runs again from here, on what nobody was given between blocks."""

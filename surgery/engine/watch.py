@@ -112,10 +112,7 @@ class Watch:
         if not self.operation.enabled:
             return
         if torch.compiler.is_compiling():
-            if torch.compiler.is_dynamo_compiling():
-                self.operation._surgery_begin()
-            if any(hooked.inserts for hooked in self.operation.hooked_sites):
-                self.operation.streams.begin()
+            self._begin_traced()
             return
         self.operation.passes.begin(self.operation.compiled_gates())
         self.operation.streams.begin()
@@ -135,6 +132,13 @@ class Watch:
         if not kept.blind:
             kept.reading = Reading(self.operation.hooked_sites)
             kept.reading.__enter__()
+
+    def _begin_traced(self) -> None:
+        """The same where the forward is compiled."""
+        if torch.compiler.is_dynamo_compiling():
+            self.operation._surgery_begin()
+        if any(hooked.inserts for hooked in self.operation.hooked_sites):
+            self.operation.streams.begin()
 
     def _tell_anew(self) -> None:
         """Forget what compiled code has told."""
@@ -264,16 +268,11 @@ class Watch:
 
     def _suspect(self, kept: Pass, idle: list[HookedSite]) -> None:
         """Sites did not run in a forward that was not looked into."""
-        gone, mode = self._without_like(idle), self.model.training
+        gone = self._without_like(idle)
         known = [each for each in gone if (each.like, kept.kind) in self.gone]
         told = [each for each in gone if each not in known]
         some = [each for each in idle if each not in gone]
-        waits = self.forwards <= PATIENCE
-        new = [
-            each
-            for each in some
-            if (waits and not each.ran) or (each.like, mode) not in self.skipped
-        ]
+        new = [each for each in some if self._is_new(each)]
         again = self._again(known, some)
         if not (told or new or again):
             return
@@ -283,6 +282,11 @@ class Watch:
         if kept.blind:
             self._demand(self._without_hidden(idle), [])
         self._warn(told, kept.blind)
+
+    def _is_new(self, hooked: HookedSite) -> bool:
+        """Whether it is not known yet that the model skips it."""
+        waits = self.forwards <= PATIENCE and not hooked.ran
+        return waits or (hooked.like, self.model.training) not in self.skipped
 
     def _again(self, known: list[HookedSite], some: list[HookedSite]) -> list[HookedSite]:
         """Sites that are skipped are looked at again, ever more seldom: they may be read now."""
