@@ -15,7 +15,7 @@ from ..rules.affine import Affine, affine
 from ..structure.layers import CONVS, forward_of
 from ..structure.memory import Memory, own_form
 from .hooks import HookedSite, is_replaced
-from .journal import owner_of, owners_of
+from .journal import owner_of
 from .merge_targets import MergeTarget, merge_target
 from .obstacles import tensor_of
 from .tokens import Action
@@ -78,7 +78,6 @@ def folded(
     here, memory = {id(module) for module in model.modules()}, Memory(model)
     targets = {hooked: _target(hooked, here) for hooked in hooked_sites}
     for hooked, target in targets.items():
-        _check_hooks(hooked, hooked_sites)
         _check_memory(hooked, target.module.weight, "weight", memory)
         if hooked.path in (read_besides or ()):
             raise _refused(hooked, "weight", ": the model reads it without calling the module")
@@ -186,18 +185,6 @@ COMPUTED = (
     ("weight_mask", "prune.remove"),
     ("weight_u", "remove_spectral_norm"),
 )  # what torch.nn.utils leaves beside a weight, and what takes it off
-
-
-def _check_hooks(hooked: HookedSite, hooked_sites: list[HookedSite]) -> None:
-    """Raise OperationError where parts of an operation on another root act in between."""
-    tables = (hooked.entry._forward_pre_hooks, hooked.entry._forward_hooks)
-    owners = [owner for hooks in tables for owner in owners_of(hooks, HookedSite).values()]
-    if any(all(owner is not own for own in hooked_sites) for owner in owners):
-        raise OperationError(
-            f"merge(model) at {hooked.path}",
-            f"{_kinds(hooked)} stands where a module above or below this model was operated, too.",
-            "Merge, or revert, the one that was operated last first.",
-        )
 
 
 def acting_between(hooked: HookedSite) -> bool:
