@@ -267,7 +267,7 @@ def test_a_merged_weight_that_was_quantised_since_is_told_by_unmerge() -> None:
     kept = model.one.weight
     model.one.weight = nn.Parameter(Packed(torch.randn(8, 8)), requires_grad=False)
     for call in (surgery.unmerge, surgery.revert):
-        with pytest.raises(OperationError, match="one.weight is a Packed now"):
+        with pytest.raises(OperationError, match=r"one\.weight is a Packed now"):
             call(model)
     model.one.weight = kept
     surgery.unmerge(model)
