@@ -157,7 +157,7 @@ def no_match_is_an_error() -> None:
 
 
 def no_match_of_one_name_is_an_error() -> None:
-    """Law 2, of each address that a rule writes: the one without a match is named."""
+    """Law 2: of each address that a rule writes: the one without a match is named."""
     model = tiny_vit()
     before = surgery.fingerprint(model)
     for where in ("blocks.*.{mlp,attnn}", ffn | surgery.where("blocks.*.attnn")):
