@@ -51,6 +51,8 @@ class Watched(Protocol):
 
     def modules(self) -> Iterator[nn.Module]: ...
 
+    def is_on(self) -> bool: ...
+
     def compiled_gates(self) -> dict[Key, Tensor]: ...
 
     def prove(
@@ -103,7 +105,7 @@ class Watch:
 
     @property
     def _on(self) -> bool:
-        return self.operation.enabled and not self.operation.merged
+        return self.operation.is_on()
 
     # hooks ---------------------------------------------------------------------------------------
 
@@ -260,10 +262,8 @@ class Watch:
     def _without_like(self, idle: list[HookedSite]) -> list[HookedSite]:
         """Those of the idle sites that no site like them ran instead of."""
         sites = self.operation.hooked_sites
-        running = {each.like for each in sites} - {each.like for each in idle}
-        if len(idle) < len(sites):
-            at_rest = {hooked.path for hooked in idle}
-            running = {each.like for each in sites if each.path not in at_rest}
+        at_rest = {hooked.path for hooked in idle}
+        running = {each.like for each in sites if each.path not in at_rest}
         return [each for each in idle if each.like not in running]
 
     def _suspect(self, kept: Pass, idle: list[HookedSite]) -> None:
