@@ -53,7 +53,7 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
     rows: list[tuple[object, ...]] = []
     roles, feeds = roles_of(tree), _feeds(tree)
     if example is not None:
-        makes = operands(tree, dataflow).items()
+        makes = operands(tree).items()
         feeds |= {site: ", ".join(w for w in OPERANDS if w in words) for site, words in makes}
     for role in ROLES:
         rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]

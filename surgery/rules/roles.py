@@ -47,14 +47,13 @@ class Operand(Role):
     def select(self, tree: Tree) -> Selected:
         if not roles_of(tree)["qkv"]:  # as of any role that the model lacks
             return {}
-        dataflow = dataflow_of(tree)
-        if dataflow is None:
+        if dataflow_of(tree) is None:
             raise RuleError(
                 f"at({self.name}, ...)",
                 "the module tree does not tell queries, keys and values apart.",
                 "Give apply(..., example=inputs), and a forward tells; or use an address, or qkv.",
             )
-        words = operands(tree, dataflow)
+        words = operands(tree)
         return {site: {} for site in words if words[site] == {self.name}}
 
 

@@ -351,6 +351,20 @@ def _step_by_step(a: str, b: str) -> list[tuple[str, str]]:
 # as sites
 
 
+def seen_by_forward(trace: Trace, sites: list[Site]) -> list[Site]:
+    """Those of these networks that a forward shows too."""
+    ffns = traced_ffns(trace)
+    return [site for site in sites if any(_covers(site, ffn) for ffn in ffns)]
+
+
+def _covers(site: Site, ffn: TracedFFN) -> bool:
+    return _is_in(ffn.entry, site.entry.path) and _is_in(ffn.exit, site.exit.path)
+
+
+def _is_in(path: str, holder: str) -> bool:
+    return f"{path}.".startswith(f"{holder}.") or not holder
+
+
 def find_traced_ffns(trace: Trace, projections: Projections, ffns: FFNs) -> FFNs:
     """The networks that modules alone do not show: no activation among them, experts in one matrix.
 

@@ -1,0 +1,325 @@
+"""The attentions of a model: by the module tree, and, where there is an example, as a forward tells.
+
+A forward wins: what it shows to mix tokens by data is attention wherever it stands, and what the
+tree takes for one and mixes nothing by data (a convolution module, an embedder of conditions) is
+none. What did not run is as the tree says.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from .attention_traced import (
+    KERNELS,
+    PRODUCTS,
+    RECURRENT,
+    TORCH,
+    TracedAttention,
+    torch_attentions,
+    traced_attentions,
+)
+from .layers import NARROWEST, is_list, is_torch_attention, linear_shape
+from .module_tree import Projections, Site, span
+from .trace import Op, Trace, names
+
+BY_DATA = KERNELS | RECURRENT | names("softmax softmin cumsum cumprod grid_sample") | {TORCH}
+JOINED = names("stack cat")
+MANY = 5  # pieces that are put together step by step: a recurrence
+
+
+class Attention(NamedTuple):
+    """One attention.
+
+    site   where it is: a module, or the span from its first projection to its last; None where it
+           is no place of its own
+    qkv    the projections of what enters
+    proj   those of what comes out
+    words  which of query, key and value each of qkv makes, where a forward told
+    """
+
+    site: Site | None
+    qkv: list[Site]
+    proj: list[Site]
+    words: dict[Site, set[str]]
+
+
+# by the tree -------------------------------------------------------------------------------------
+
+
+def attentions_by_tree(
+    projections: Projections, ffns: Sequence[Site], taken: set[Site], blocks: Iterable[Site]
+) -> list[Attention]:
+    """What else projects features in a block, branch by branch.
+
+    taken  the projections of feed-forward networks
+    """
+    sites = projections.tree.sites
+    shared = {s for ffn in ffns for s in (*sites[ffn.order : ffn.end], *ffn.entry.above())}
+    rest = {s for s in projections.all if s not in taken}
+    found = (attn for block in blocks for attn in _beside(block, shared, rest, projections))
+    return [_by_tree(attn, projections, ffns) for attn in dict.fromkeys(found)]
+
+
+def _beside(
+    block: Site, shared: set[Site], rest: set[Site], projections: Projections
+) -> Iterator[Site]:
+    """The smallest modules that hold what else projects in a block.
+
+    shared  the sites that have something in common with an FFN
+    """
+    todo = [block]
+    while todo:
+        site = todo.pop()
+        layers = [s for s in projections.below(site) if s in rest]
+        if not layers:
+            continue
+        if site in shared or site is block or is_list(site.module):
+            todo += reversed(site.children)
+        elif len(layers) > 1 or is_torch_attention(layers[0].module):
+            yield _smallest(site, layers)
+
+
+def _by_tree(attn: Site, projections: Projections, ffns: Sequence[Site]) -> Attention:
+    of_coordinates = set(coordinates(attn, projections))
+    layers = [s for s in projections.below(attn) if s not in of_coordinates]
+    output = _output(attn, layers or projections.below(attn), ffns)
+    proj = [] if is_torch_attention(output.module) else [output]
+    return Attention(attn, [s for s in layers if s is not output], proj, {})
+
+
+def _output(attn: Site, layers: list[Site], ffns: Sequence[Site]) -> Site:
+    """The output projection: the last that gives as many features as the FFN beside it takes.
+
+    (Phi-3 registers it first.)
+    """
+    near = ffns[min(bisect_left(ffns, attn.order, key=lambda f: f.order), len(ffns) - 1)]
+    ends = [s for s in layers if s.out == near.width]
+    return (ends or layers)[-1]
+
+
+def coordinates(attn: Site, projections: Projections) -> list[Site]:
+    """The projections of an attention that take coordinates, no features (Swin V2, ConViT)."""
+    layers = projections.below(attn)
+    narrow = {s for s in layers if (shape := linear_shape(s.module)) and shape.width < NARROWEST}
+    small = {s.parent for s in narrow} - {attn}
+    return [s for s in layers if s in narrow or s.parent in small]
+
+
+def _smallest(site: Site, layers: list[Site]) -> Site:
+    """The smallest module in a site that holds all of these."""
+    for child in site.children:
+        if child.order <= layers[0].order and layers[-1].order < child.end:
+            return _smallest(child, layers)
+    return site
+
+
+# by a forward ------------------------------------------------------------------------------------
+
+
+def attentions_by_forward(
+    trace: Trace, projections: Projections, ffns: Sequence[Site], sure: Sequence[Site]
+) -> list[Attention]:
+    """What a forward shows to mix tokens by data, in the order of the walk.
+
+    ffns, sure  the feed-forward networks, and those that the forward shows to be ones
+    """
+    found = _Found(projections, ffns, sure)
+    for attention in traced_attentions(trace):
+        found.add(attention)
+    groups = found.grouped()
+    attentions = [found.attention(group, groups) for group in groups]
+    known = {a.site for a in attentions}
+    called = (found.site(call.module) for call in torch_attentions(trace))
+    own = [site for site in dict.fromkeys(called) if site and site not in known]
+    attentions += [Attention(s, [], [], {}) for s in own if is_torch_attention(s.module)]
+    return sorted(attentions, key=_order)
+
+
+def _order(attention: Attention) -> int:
+    sites = [attention.site] if attention.site else [*attention.qkv, *attention.proj]
+    return min(site.order for site in sites if site)
+
+
+class _Group(NamedTuple):
+    """An attention as all of its runs show it: projections, and what holds weights of its own."""
+
+    holder: Site | None
+    makers: dict[Site, set[str]]
+    inner: dict[Site, None]
+    proj: dict[Site, None]
+    soft: bool
+
+
+class _Found:
+    """Puts what was traced into the tree."""
+
+    def __init__(
+        self, projections: Projections, ffns: Sequence[Site], sure: Sequence[Site]
+    ) -> None:
+        self.projections, self.ffns, self.sure = projections, ffns, sure
+        self.by_module = {id(s.module): s for s in projections.tree.sites}
+        self.projects = set(projections.all)
+        self.groups: list[_Group] = []
+
+    def site(self, module: nn.Module | None) -> Site | None:
+        return self.by_module.get(id(module))
+
+    def add(self, attention: TracedAttention) -> None:
+        makers: dict[Site, set[str]] = {}
+        for word in ("query", "key", "value"):
+            for maker in getattr(attention, word):
+                site = self.site(maker.owner)
+                if site is None:
+                    continue
+                if not attention.scored and _lies_in_any(site, self.ffns):
+                    return  # experts, weighed by their router
+                if _lies_in_any(site, self.sure):
+                    continue
+                makers.setdefault(site, set()).add(word)
+        calls = [self.site(call.module) for call in attention.op.stack()]
+        holder = self._holder([s for s in calls if s], list(makers))
+        if not makers or not self._is_one(attention, makers, holder):
+            return
+        inner = (self.site(m.owner) for each in attention.inner.values() for m in each)
+        proj = (self.site(linear.owner) for linear in attention.proj)
+        self.groups.append(
+            _Group(
+                holder,
+                makers,
+                dict.fromkeys(s for s in inner if s),
+                dict.fromkeys(s for s in proj if s and not _lies_in_any(s, self.sure)),
+                attention.soft,
+            )
+        )
+
+    def _is_one(
+        self, attention: TracedAttention, makers: dict[Site, set[str]], holder: Site | None
+    ) -> bool:
+        """Whether it is an attention, and no other product of features.
+
+        Weights that one projection makes weigh what a projection in the same module makes (VOLO);
+        a context of positions does not (GCNet). Without a softmax all stand in one module.
+        """
+        if attention.scored and attention.soft:
+            return True
+        if attention.scored:
+            return holder is not None and self._is_own(holder)
+        of_value = [s for s, words in makers.items() if "value" in words]
+        inside = all(holder and holder.order <= s.order < holder.end for s in makers)
+        return bool(of_value) and inside and holder is not None and self._is_own(holder)
+
+    def _holder(self, calls: list[Site], makers: list[Site]) -> Site | None:
+        """The innermost module that ran which holds all that made what entered, or some of it."""
+        for least in (len(makers), 1):
+            for site in calls:
+                if site in makers or sum(_lies_in(s, site) for s in makers) >= max(least, 1):
+                    return site
+        return None
+
+    def _is_own(self, site: Site) -> bool:
+        """Whether a module holds no feed-forward network."""
+        return not any(site.order <= ffn.order < site.end for ffn in self.sure)
+
+    def grouped(self) -> list[_Group]:
+        """What several runs, or several products in one module, show of one attention."""
+        grouped: list[_Group] = []
+        for group in self.groups:
+            for other in grouped:
+                if other.holder is group.holder and set(other.makers) & set(group.makers):
+                    for site, words in group.makers.items():
+                        other.makers.setdefault(site, set()).update(words)
+                    other.inner.update(group.inner)
+                    other.proj.update(group.proj)
+                    break
+            else:
+                grouped.append(group)
+        return grouped
+
+    def attention(self, group: _Group, groups: list[_Group]) -> Attention:
+        others = {s for other in groups if other is not group for s in other.makers}
+        others -= set(group.makers)
+        qkv = [s for s in group.makers if s in self.projects]
+        site = self._place(group, qkv, others)
+        if site is not None and not site.is_span:  # low-rank queries: what they are made of
+            qkv += [s for s in group.inner if s in self.projects and _lies_in(s, site)]
+        qkv = sorted(dict.fromkeys(qkv), key=lambda s: s.order)
+        proj = sorted((s for s in group.proj if s in self.projects), key=lambda s: s.order)
+        words = {s: group.makers[s] for s in qkv if s in group.makers}
+        return Attention(site, qkv, [s for s in proj if s not in qkv], words)
+
+    def _place(self, group: _Group, qkv: list[Site], others: set[Site]) -> Site | None:
+        """The smallest module of its own; else the span of its projections."""
+        holder = group.holder
+        if holder is not None and self._is_free(holder, others):
+            outside = [s for s in group.proj if not _lies_in(s, holder)]
+            wider = next((s for s in holder.above() if all(_lies_in(p, s) for p in outside)), None)
+            if outside and wider is not None and self._is_free(wider, others):
+                return wider  # BERT's output stands beside it
+            return holder
+        ends = [*qkv, *group.proj]
+        first, last = min(ends, key=_first, default=None), max(ends, key=_first, default=None)
+        proj = [s for s in group.proj if s in self.projects]
+        if first is None or last is None or first is last or last not in proj:
+            return None
+        return span(first, last)
+
+    def _is_free(self, site: Site, others: set[Site]) -> bool:
+        """Whether it holds neither a feed-forward network nor what makes another attention."""
+        return self._is_own(site) and not any(_lies_in(s, site) for s in others)
+
+
+def _first(site: Site) -> int:
+    return site.order
+
+
+def _lies_in(site: Site, around: Site) -> bool:
+    return around.order <= site.order < around.end
+
+
+def _lies_in_any(site: Site, places: Iterable[Site]) -> bool:
+    return any(_lies_in(site, place) for place in places)
+
+
+# both --------------------------------------------------------------------------------------------
+
+
+def corrected(
+    by_tree: list[Attention],
+    by_forward: list[Attention],
+    trace: Trace,
+    projections: Projections,
+) -> list[Attention]:
+    """The attentions of the tree, as a forward corrects them."""
+    seen = {s for a in by_forward for s in (*a.qkv, *a.proj)} | {a.site for a in by_forward}
+    ran = _ran(trace)
+    kept = []
+    for attention in by_tree:
+        site = attention.site
+        if site is None or site in seen or seen & set(projections.below(site)):
+            continue
+        if id(site.module) not in ran or _mixes_by_data(ran[id(site.module)]):
+            kept.append(attention)
+    return sorted([*by_forward, *kept], key=_order)
+
+
+def _ran(trace: Trace) -> dict[int, list[Op]]:
+    """The operations that ran in each module, by its id."""
+    ran: dict[int, list[Op]] = {id(call.module): [] for call in trace.calls}
+    for op in trace.ops:
+        for call in op.stack():
+            ran[id(call.module)].append(op)
+    return ran
+
+
+def _mixes_by_data(ops: list[Op]) -> bool:
+    """Whether these may mix tokens by what they are, or step by step (RWKV's loop)."""
+    if any(op.name in BY_DATA or (op.name in JOINED and len(op.features) >= MANY) for op in ops):
+        return True
+    if sum(op.name == "setitem" for op in ops) >= MANY:
+        return True
+    products = (op for op in ops if op.name in PRODUCTS or op.name == "_opaque")
+    return any(len(op.features) > 1 for op in products)
