@@ -23,7 +23,7 @@ from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
-from .decided import Decided, modules_of
+from .decided import Decided, modules_of, roles_told
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
@@ -89,6 +89,7 @@ class Plan:
         for rule in self.rules if decided is None else ():  # a file's were checked when it was made
             check_written(rule, self.tree)
         if self.decided:
+            self.decided.tell(self.tree)
             self.decided.check_edits(self.rules, self.tree)
         self.matches = [(rule, self._match(i, rule)) for i, rule in enumerate(self.rules)]
         self.placements = [
@@ -183,6 +184,7 @@ class Plan:
             data=_data(self.rules),
             notes=notes,
             modules=self._decided_on,
+            roles=roles_told(self.tree, self.rules),
         )
 
     def __str__(self) -> str:

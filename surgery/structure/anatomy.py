@@ -20,7 +20,7 @@ from .dataflow import OPERANDS, dataflow_of, shape_in
 from .ends import Ends
 from .ffn import find_ffns
 from .ffn_traced import find_traced_ffns, seen_by_forward
-from .layers import is_conv, is_list, is_norm, is_spatial_conv, linear_shape
+from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_shape
 from .module_tree import Projections, Site, Tree, element, holders, stretch
 from .path import generalise
 from .trace import Trace
@@ -28,7 +28,33 @@ from .trace import Trace
 
 def roles_of(tree: Tree) -> dict[str, list[Site]]:
     """The sites of every role, in the order of the walk; worked out once for a tree."""
-    return _anatomy(tree).roles
+    roles = _anatomy(tree).roles
+    return {**roles, **tree.memo["told"]} if "told" in tree.memo else roles
+
+
+def tell_roles(tree: Tree, roles: dict[str, list[Site]]) -> None:
+    """Take these roles as a forward told them elsewhere."""
+    tree.memo["told"] = roles
+
+
+def told_roles(tree: Tree) -> dict[str, list[Site]]:
+    """The roles that a forward tells otherwise than the modules alone do, elsewhere or here.
+
+    With an example, and operands too: the query, key and value of attentions.
+    """
+    if dataflow_of(tree) is not None and "told here" not in tree.memo:
+        of_modules, makes = roles_of(Tree(tree.model)), operands(tree)
+        told = {word: [s for s in makes if makes[s] == {word}] for word in OPERANDS}
+        for name, sites in roles_of(tree).items():
+            if _described(sites) != _described(of_modules[name]):
+                told[name] = sites
+        tree.memo["told here"] = told
+    found: dict[str, list[Site]] = tree.memo.get("told here", tree.memo.get("told", {}))
+    return found
+
+
+def _described(sites: list[Site]) -> list[tuple[str, Shape]]:
+    return [(site.path, site.shape) for site in sites]
 
 
 def operands(tree: Tree) -> dict[Site, set[str]]:

@@ -1,4 +1,4 @@
-"""The attentions of a model: by the module tree, and, where there is an example, as a forward tells.
+"""The attentions of a model: by the module tree, and as a forward tells where there is an example.
 
 A forward wins: what it shows to mix tokens by data is attention wherever it stands, and what the
 tree takes for one and mixes nothing by data (a convolution module, an embedder of conditions) is
