@@ -17,7 +17,6 @@ from ..structure.layers import Shape
 from ..structure.module_tree import Site, Tree
 from ..structure.places import site_at
 
-
 RolesTold: TypeAlias = dict[str, list[tuple[str, int, int, int]]]  # path, width, out, axis
 
 
