@@ -16,6 +16,7 @@ from .attention import (
     coordinates,
     corrected,
 )
+from .attention_traced import traced_attentions
 from .dataflow import OPERANDS, dataflow_of, shape_in
 from .ends import Ends
 from .ffn import find_ffns
@@ -109,6 +110,7 @@ class _Anatomy:
         dataflow = dataflow_of(tree)
         self.trace = dataflow.trace if dataflow else None
         by_forward = self._read_forward(self.trace) if self.trace else []
+        self.attending = [s for a in by_forward for s in (*a.qkv, *([a.site] if a.site else []))]
         self.rest = {s for s in self.projections.all if s not in self.ffns.projections}
         self.blocks = _unique(self._block(ffn) for ffn in self.ffns.sites)
         self.attentions = attentions_by_tree(
@@ -122,15 +124,20 @@ class _Anatomy:
         self.roles = self._roles()
 
     def _read_forward(self, trace: Trace) -> list[Attention]:
-        """The attentions that a forward shows; what is one is no network (Reformer's)."""
+        """The attentions that a forward shows; and no network is what it shows to be none.
+
+        One of an attention (Reformer's), or two layers of which the first does not feed the last
+        (CrossViT's, around an attention).
+        """
         if not self.ffns.sites:  # TODO merged
             self.ffns = find_traced_ffns(trace, self.projections, self.ffns)
         sure = seen_by_forward(trace, self.ffns.sites)
-        found = attentions_by_forward(trace, self.projections, self.ffns.sites, sure)
+        mixing = traced_attentions(trace)
+        found = attentions_by_forward(trace, mixing, self.projections, self.ffns.sites, sure)
         theirs = {s for a in found for s in (*a.qkv, *a.proj)}
-        for site in set(self.ffns.sites) - set(sure):
-            layers = set(self.projections.below(site)) & self.ffns.projections
-            if layers & theirs:
+        for site in [s for s in self.ffns.sites if s not in sure]:
+            layers = [s for s in self.projections.below(site) if s in self.ffns.projections]
+            if theirs & set(layers) or _are_apart(layers, mixing.feeding):
                 self.ffns.sites.remove(site)
                 self.ffns.projections.difference_update(layers)
         return found
@@ -151,7 +158,8 @@ class _Anatomy:
 
     def _roles(self) -> dict[str, list[Site]]:
         layers = [self._layers(ffn) for ffn in self.ffns.sites]
-        ends = Ends(self.projections, self.blocks, self.trace)
+        theirs = {s for a in self.attentions for s in (*a.qkv, *a.proj)}
+        ends = Ends(self.projections, self.blocks, self.trace, theirs)
         return {
             "ffn": self.ffns.sites,
             "block": self.blocks,
@@ -192,6 +200,9 @@ class _Anatomy:
         return [*elements, *called, ffn][0]
 
     def _also_projects(self, site: Site) -> bool:
+        """Whether it attends: projects otherwise, or a forward shows it, in a list of parts."""
+        if is_list(site.module) and any(site.order <= s.order < site.end for s in self.attending):
+            return True  # (LeViT's and CvT's 1x1 convolutions)
         return any(s in self.rest and not is_conv(s.module) for s in self.projections.below(site))
 
     def _first_of(self, last: Site) -> Site | None:
@@ -229,6 +240,12 @@ class _Anatomy:
 
     def _are_in_blocks(self, site: Site) -> bool:
         return any(b.order <= site.order < b.exit.end for b in self.blocks)
+
+
+def _are_apart(layers: list[Site], feeding: dict[int, set[int]]) -> bool:
+    """Whether none of some layers feeds the last, and something else does."""
+    feeders = feeding.get(id(layers[-1].module), set()) if len(layers) > 1 else set()
+    return bool(feeders) and not feeders & {id(layer.module) for layer in layers}
 
 
 def _makes_thirds(attention: Attention) -> bool:

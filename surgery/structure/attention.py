@@ -18,9 +18,9 @@ from .attention_traced import (
     PRODUCTS,
     RECURRENT,
     TORCH,
+    Mixing,
     TracedAttention,
     torch_attentions,
-    traced_attentions,
 )
 from .layers import NARROWEST, is_list, is_torch_attention, linear_shape
 from .module_tree import Projections, Site, span
@@ -121,14 +121,18 @@ def _smallest(site: Site, layers: list[Site]) -> Site:
 
 
 def attentions_by_forward(
-    trace: Trace, projections: Projections, ffns: Sequence[Site], sure: Sequence[Site]
+    trace: Trace,
+    mixing: Mixing,
+    projections: Projections,
+    ffns: Sequence[Site],
+    sure: Sequence[Site],
 ) -> list[Attention]:
     """What a forward shows to mix tokens by data, in the order of the walk.
 
     ffns, sure  the feed-forward networks, and those that the forward shows to be ones
     """
     found = _Found(projections, ffns, sure)
-    for attention in traced_attentions(trace):
+    for attention in mixing.attentions:
         found.add(attention)
     groups = found.grouped()
     attentions = [found.attention(group, groups) for group in groups]
@@ -151,7 +155,6 @@ class _Group(NamedTuple):
     makers: dict[Site, set[str]]
     inner: dict[Site, None]
     proj: dict[Site, None]
-    soft: bool
 
 
 class _Found:
@@ -169,17 +172,7 @@ class _Found:
         return self.by_module.get(id(module))
 
     def add(self, attention: TracedAttention) -> None:
-        makers: dict[Site, set[str]] = {}
-        for word in ("query", "key", "value"):
-            for maker in getattr(attention, word):
-                site = self.site(maker.owner)
-                if site is None:
-                    continue
-                if not attention.scored and _lies_in_any(site, self.ffns):
-                    return  # experts, weighed by their router
-                if _lies_in_any(site, self.sure):
-                    continue
-                makers.setdefault(site, set()).add(word)
+        makers = self._makers(attention)
         calls = [self.site(call.module) for call in attention.op.stack()]
         holder = self._holder([s for s in calls if s], list(makers))
         if not makers or not self._is_one(attention, makers, holder):
@@ -192,9 +185,21 @@ class _Found:
                 makers,
                 dict.fromkeys(s for s in inner if s),
                 dict.fromkeys(s for s in proj if s and not _lies_in_any(s, self.sure)),
-                attention.soft,
             )
         )
+
+    def _makers(self, attention: TracedAttention) -> dict[Site, set[str]]:
+        """What made what entered; nothing where it is experts, weighed by their router."""
+        makers: dict[Site, set[str]] = {}
+        for word in ("query", "key", "value"):
+            for site in map(self.site, (maker.owner for maker in getattr(attention, word))):
+                if site and not attention.scored and _lies_in_any(site, self.ffns):
+                    return {}
+                if site and not _lies_in_any(site, self.sure):
+                    makers.setdefault(site, set()).add(word)
+        stream = {self.site(maker.owner) for maker in attention.stream}
+        own = {s: words for s, words in makers.items() if s not in stream}
+        return own or makers  # what came unprojected is of the stream, and no query (RvT)
 
     def _is_one(
         self, attention: TracedAttention, makers: dict[Site, set[str]], holder: Site | None
@@ -207,10 +212,10 @@ class _Found:
         if attention.scored and attention.soft:
             return True
         if attention.scored:
-            return holder is not None and self._is_own(holder)
+            return holder is not None and not _holds_any(holder, self.ffns)
         of_value = [s for s, words in makers.items() if "value" in words]
         inside = all(holder and holder.order <= s.order < holder.end for s in makers)
-        return bool(of_value) and inside and holder is not None and self._is_own(holder)
+        return bool(of_value and inside and holder and not _holds_any(holder, self.ffns))
 
     def _holder(self, calls: list[Site], makers: list[Site]) -> Site | None:
         """The innermost module that ran which holds all that made what entered, or some of it."""
@@ -219,10 +224,6 @@ class _Found:
                 if site in makers or sum(_lies_in(s, site) for s in makers) >= max(least, 1):
                     return site
         return None
-
-    def _is_own(self, site: Site) -> bool:
-        """Whether a module holds no feed-forward network."""
-        return not any(site.order <= ffn.order < site.end for ffn in self.sure)
 
     def grouped(self) -> list[_Group]:
         """What several runs, or several products in one module, show of one attention."""
@@ -269,7 +270,7 @@ class _Found:
 
     def _is_free(self, site: Site, others: set[Site]) -> bool:
         """Whether it holds neither a feed-forward network nor what makes another attention."""
-        return self._is_own(site) and not any(_lies_in(s, site) for s in others)
+        return not _holds_any(site, self.sure) and not _holds_any(site, others)
 
 
 def _first(site: Site) -> int:
@@ -278,6 +279,10 @@ def _first(site: Site) -> int:
 
 def _lies_in(site: Site, around: Site) -> bool:
     return around.order <= site.order < around.end
+
+
+def _holds_any(site: Site, places: Iterable[Site]) -> bool:
+    return any(_lies_in(place, site) for place in places)
 
 
 def _lies_in_any(site: Site, places: Iterable[Site]) -> bool:

@@ -48,6 +48,7 @@ class TracedAttention:
     query, key, value  the makers of what entered; those of both where it does not show which
     proj             the projections of what came out, none or several
     inner            for a maker, those of what it was itself made of
+    stream           the makers of what the result, or another, is added to: what was not projected
     soft, scored     whether a softmax makes weights; whether scores are made of two things
     """
 
@@ -60,6 +61,7 @@ class TracedAttention:
     scored: bool
     proj: list[LinearOp] = field(default_factory=list)
     inner: dict[Op, list[Maker]] = field(default_factory=dict)
+    stream: list[Maker] = field(default_factory=list)
 
     @property
     def makers(self) -> list[Maker]:
@@ -124,15 +126,24 @@ class _Core(NamedTuple):
         return self.query | self.key | self.value
 
 
-def traced_attentions(trace: Trace) -> list[TracedAttention]:
-    """The attentions of a traced forward, in the order in which they ran, as often as they did.
+class Mixing(NamedTuple):
+    """What a forward shows of attention, and of projections.
 
-    Not those of nn.MultiheadAttention, which is one operation: `torch_attentions`.
+    attentions  in the order in which they ran, as often as they did; not those of
+                nn.MultiheadAttention, which is one operation: `torch_attentions`
+    feeding     by the id of a module that projects, those of what made its input, nearest upstream
     """
+
+    attentions: list[TracedAttention]
+    feeding: dict[int, set[int]]
+
+
+def traced_attentions(trace: Trace) -> Mixing:
+    """Read a traced forward, from the first operation to the last."""
     reader = _Reader()
     for op in trace.ops:
         reader.read(op)
-    return list(reader.attentions())
+    return Mixing(list(reader.attentions()), reader.feeding())
 
 
 def torch_attentions(trace: Trace) -> list[Call]:
@@ -147,6 +158,7 @@ class _Reader:
         self.states: dict[Value, _State] = {}
         self.makers: list[Maker] = []
         self.inner: dict[Op, Bits] = {}
+        self.streams: Bits = 0
         self.cores: dict[int, _Core] = {}  # by the number of its bit
         self.absorbed: set[int] = set()  # those that are part of another
 
@@ -280,6 +292,7 @@ class _Reader:
         for a in given:
             for b in given:
                 if self._is_residual(a, b):
+                    self.streams |= a.near
                     return self._made(Maker(op, None, None), a.behind | b.behind)
         return self._passed_on(op, given)
 
@@ -317,7 +330,16 @@ class _Reader:
             )
             for maker in found.makers:
                 found.inner[maker.op] = self._named(self.inner.get(maker.op, 0))
+            found.stream = self._named(core.operands & self.streams)
             yield found
+
+    def feeding(self) -> dict[int, set[int]]:
+        feeding: dict[int, set[int]] = {}
+        for maker in self.makers:
+            if maker.linear is not None:
+                makers = self._named(self.inner.get(maker.op, 0))
+                feeding.setdefault(id(maker.owner), set()).update(id(m.owner) for m in makers)
+        return feeding
 
     def _expanded(self, bits: Bits) -> list[Maker]:
         return [maker for maker in self._named(bits) if maker.owner is not None]

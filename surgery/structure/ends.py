@@ -6,7 +6,7 @@ blocks give and feeds none, whatever is registered first, and what never runs is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -21,8 +21,14 @@ EMBEDS = (*CONVS, nn.Linear, nn.Embedding)
 class Ends:
     """The sites before and after the blocks of a model."""
 
-    def __init__(self, projections: Projections, blocks: list[Site], trace: Trace | None) -> None:
-        self.projections, self.blocks = projections, blocks
+    def __init__(
+        self,
+        projections: Projections,
+        blocks: list[Site],
+        trace: Trace | None,
+        attending: Collection[Site] = (),
+    ) -> None:
+        self.projections, self.blocks, self.attending = projections, blocks, attending
         self.tree = projections.tree
         self.flow = _Flow(trace, blocks, self.tree.sites) if trace and blocks else None
 
@@ -55,13 +61,20 @@ class Ends:
     def _late(self) -> list[Site]:
         """The projections after the last block, in the order in which they run."""
         if self.flow:
-            return [s for s in self.flow.after if linear_shape(s.module)]
+            late = (s for s in self.flow.after if linear_shape(s.module))
+            return [s for s in late if s not in self.attending and not self._in_stage(s)]
         end = max(block.end for block in self.blocks)
         return [s for s in self.projections.all if s.order >= end and linear_shape(s.module)]
 
+    def _in_stage(self, site: Site) -> bool:
+        """Whether it lies in an element of a container that holds blocks too (MobileViT's)."""
+        around = [s for s in (site, *site.above()) if s.is_element and s.parent and s.parent.parent]
+        return any(s.order <= b.order < s.end for s in around for b in self.blocks)
+
     def _statistics(self, first: Site) -> list[Site]:
         if self.flow:
-            return [s for s in self.flow.after if keeps_statistics(s.module)]
+            late = (s for s in self.flow.after if keeps_statistics(s.module))
+            return [s for s in late if not self._in_stage(s)]
         later = (s for s in self.tree.sites if first.order < s.order)
         return [s for s in later if keeps_statistics(s.module)]
 
