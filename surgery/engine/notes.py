@@ -11,7 +11,7 @@ from ..rules.edits import Trained
 from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
-from ..structure.anatomy import roles_of, told_roles
+from ..structure.anatomy import roles_of, told_roles, unprojected
 from ..structure.dataflow import OPERANDS, dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
@@ -24,6 +24,9 @@ Matches = Sequence[tuple[Rule, Collection[Site]]]
 
 def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None) -> Iterator[str]:
     """Whether a forward told what feeds what, here or when a file was made, or modules alone."""
+    if {"qkv", *OPERANDS} & set(_asked(matches)) and (other := unprojected(tree)):
+        paths = places([site.path for site in other])
+        yield f"queries, keys or values that no projection makes, or none that is called: {paths}"
     if asked:
         yield "what feeds what was read off a forward on the example"
         yield from _corrections(matches, tree)

@@ -67,6 +67,11 @@ def operands(tree: Tree) -> dict[Site, set[str]]:
     return {site: words[site] for site in roles_of(tree)["qkv"] if site in words}
 
 
+def unprojected(tree: Tree) -> list[Site]:
+    """What makes queries, keys or values and is no projection that is called."""
+    return _unique(site for a in _anatomy(tree).attentions for site in a.other)
+
+
 def instead_of_ffns(tree: Tree) -> str:
     """Why a model has no feed-forward network: what it is made of, in words."""
     anatomy = _anatomy(tree)
@@ -155,11 +160,15 @@ class _Anatomy:
                 site.read_shape(leave_out=spatial)
             if self.trace and (shape := shape_in(self.trace, site)):
                 site._shape = shape
+        for a in self.attentions:
+            if a.site and not a.proj and _makes_thirds(a):  # of which one is mixed, and comes out
+                a.site._shape = Shape(a.qkv[0].width, a.qkv[0].width, a.qkv[0].axis)
 
     def _roles(self) -> dict[str, list[Site]]:
         layers = [self._layers(ffn) for ffn in self.ffns.sites]
         theirs = {s for a in self.attentions for s in (*a.qkv, *a.proj)}
-        ends = Ends(self.projections, self.blocks, self.trace, theirs)
+        around = self.blocks or (self.attns if self.trace else [])
+        ends = Ends(self.projections, around, self.trace, theirs)
         return {
             "ffn": self.ffns.sites,
             "block": self.blocks,

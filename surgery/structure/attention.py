@@ -22,7 +22,7 @@ from .attention_traced import (
     TracedAttention,
     torch_attentions,
 )
-from .layers import NARROWEST, is_list, is_torch_attention, linear_shape
+from .layers import NARROWEST, is_conv, is_list, is_torch_attention, linear_shape
 from .module_tree import Projections, Site, span
 from .trace import Op, Trace, names
 
@@ -39,12 +39,15 @@ class Attention(NamedTuple):
     qkv    the projections of what enters
     proj   those of what comes out
     words  which of query, key and value each of qkv makes, where a forward told
+    other  what makes them too, and is no projection that is called: a convolution over positions
+           or with strides, a module that multiplies with weights of its own
     """
 
     site: Site | None
     qkv: list[Site]
     proj: list[Site]
     words: dict[Site, set[str]]
+    other: list[Site]
 
 
 # by the tree -------------------------------------------------------------------------------------
@@ -67,11 +70,13 @@ def attentions_by_tree(
 def _beside(
     block: Site, shared: set[Site], rest: set[Site], projections: Projections
 ) -> Iterator[Site]:
-    """The smallest modules that hold what else projects in a block.
+    """The smallest modules that hold what else projects in a block; else its own projections.
 
     shared  the sites that have something in common with an FFN
     """
-    todo = [block]
+    todo = [block] if not block.is_span else _between(block)
+    loose: list[Site] = []
+    found = False
     while todo:
         site = todo.pop()
         layers = [s for s in projections.below(site) if s in rest]
@@ -79,16 +84,48 @@ def _beside(
             continue
         if site in shared or site is block or is_list(site.module):
             todo += reversed(site.children)
+        elif _is_whole(site, layers):
+            yield site
+            found = True
         elif len(layers) > 1 or is_torch_attention(layers[0].module):
             yield _smallest(site, layers)
+            found = True
+        elif site is layers[0] and not is_conv(site.module):
+            loose.append(site)
+    if not found and _are_attention(loose):  # all flat in the block
+        yield span(loose[0], loose[-1])
+
+
+def _between(block: Site) -> list[Site]:
+    """The elements of a span of them, last first."""
+    siblings = block.entry.parent.children if block.entry.parent else []
+    return [s for s in siblings if block.order <= s.order < block.exit.end][::-1]
+
+
+def _is_whole(site: Site, layers: list[Site]) -> bool:
+    """Whether a module's one projection makes all of an attention, d -> 3 d (T2T-ViT)."""
+    one = layers[0]
+    return len(layers) == 1 and site is not one and one.out == 3 * one.width
+
+
+def _are_attention(loose: list[Site]) -> bool:
+    """Whether projections side by side may be d -> 3 d, then d -> d; or three and one more."""
+    if len(loose) < 2 or loose[0].parent is not loose[-1].parent:
+        return False
+    return loose[0].out == 3 * loose[-1].out or len(loose) > 3
 
 
 def _by_tree(attn: Site, projections: Projections, ffns: Sequence[Site]) -> Attention:
     of_coordinates = set(coordinates(attn, projections))
     layers = [s for s in projections.below(attn) if s not in of_coordinates]
+    if attn.is_span:
+        layers = [s for s in layers if s.parent is attn.entry.parent]
+    if _is_whole(attn, layers):
+        return Attention(attn, layers, [], {}, [])
     output = _output(attn, layers or projections.below(attn), ffns)
     proj = [] if is_torch_attention(output.module) else [output]
-    return Attention(attn, [s for s in layers if s is not output], proj, {})
+    other = [attn] if is_torch_attention(attn.module) else []
+    return Attention(attn, [s for s in layers if s is not output], proj, {}, other)
 
 
 def _output(attn: Site, layers: list[Site], ffns: Sequence[Site]) -> Site:
@@ -139,7 +176,7 @@ def attentions_by_forward(
     known = {a.site for a in attentions}
     called = (found.site(call.module) for call in torch_attentions(trace))
     own = [site for site in dict.fromkeys(called) if site and site not in known]
-    attentions += [Attention(s, [], [], {}) for s in own if is_torch_attention(s.module)]
+    attentions += [Attention(s, [], [], {}, [s]) for s in own if is_torch_attention(s.module)]
     return sorted(attentions, key=_order)
 
 
@@ -149,9 +186,12 @@ def _order(attention: Attention) -> int:
 
 
 class _Group(NamedTuple):
-    """An attention as all of its runs show it: projections, and what holds weights of its own."""
+    """An attention as all of its runs show it: projections, and what holds weights of its own.
 
-    holder: Site | None
+    calls  the modules in which it ran, innermost first
+    """
+
+    calls: list[Site]
     makers: dict[Site, set[str]]
     inner: dict[Site, None]
     proj: dict[Site, None]
@@ -173,15 +213,15 @@ class _Found:
 
     def add(self, attention: TracedAttention) -> None:
         makers = self._makers(attention)
-        calls = [self.site(call.module) for call in attention.op.stack()]
-        holder = self._holder([s for s in calls if s], list(makers))
-        if not makers or not self._is_one(attention, makers, holder):
+        found = (self.site(call.module) for call in attention.op.stack())
+        calls = [s for s in found if s and _holds_any(s, makers)]
+        if not makers or not self._is_one(attention, makers, calls):
             return
         inner = (self.site(m.owner) for each in attention.inner.values() for m in each)
         proj = (self.site(linear.owner) for linear in attention.proj)
         self.groups.append(
             _Group(
-                holder,
+                calls,
                 makers,
                 dict.fromkeys(s for s in inner if s),
                 dict.fromkeys(s for s in proj if s and not _lies_in_any(s, self.sure)),
@@ -202,7 +242,7 @@ class _Found:
         return own or makers  # what came unprojected is of the stream, and no query (RvT)
 
     def _is_one(
-        self, attention: TracedAttention, makers: dict[Site, set[str]], holder: Site | None
+        self, attention: TracedAttention, makers: dict[Site, set[str]], calls: list[Site]
     ) -> bool:
         """Whether it is an attention, and no other product of features.
 
@@ -211,26 +251,18 @@ class _Found:
         """
         if attention.scored and attention.soft:
             return True
-        if attention.scored:
-            return holder is not None and not _holds_any(holder, self.ffns)
-        of_value = [s for s, words in makers.items() if "value" in words]
-        inside = all(holder and holder.order <= s.order < holder.end for s in makers)
-        return bool(of_value and inside and holder and not _holds_any(holder, self.ffns))
-
-    def _holder(self, calls: list[Site], makers: list[Site]) -> Site | None:
-        """The innermost module that ran which holds all that made what entered, or some of it."""
-        for least in (len(makers), 1):
-            for site in calls:
-                if site in makers or sum(_lies_in(s, site) for s in makers) >= max(least, 1):
-                    return site
-        return None
+        whole = [s for s in calls if all(_lies_in(maker, s) for maker in makers)]
+        if not whole or _holds_any(whole[0], self.ffns):
+            return False
+        inside = attention.op.call is not None and whole[0] is self.site(attention.op.call.module)
+        return attention.scored or (inside and any("value" in words for words in makers.values()))
 
     def grouped(self) -> list[_Group]:
         """What several runs, or several products in one module, show of one attention."""
         grouped: list[_Group] = []
         for group in self.groups:
             for other in grouped:
-                if other.holder is group.holder and set(other.makers) & set(group.makers):
+                if other.calls[:1] == group.calls[:1] and set(other.makers) & set(group.makers):
                     for site, words in group.makers.items():
                         other.makers.setdefault(site, set()).update(words)
                     other.inner.update(group.inner)
@@ -244,29 +276,30 @@ class _Found:
         others = {s for other in groups if other is not group for s in other.makers}
         others -= set(group.makers)
         qkv = [s for s in group.makers if s in self.projects]
-        site = self._place(group, qkv, others)
+        other = [s for s in group.makers if s not in self.projects]
+        site = self._place(group, others)
         if site is not None and not site.is_span:  # low-rank queries: what they are made of
             qkv += [s for s in group.inner if s in self.projects and _lies_in(s, site)]
-        qkv = sorted(dict.fromkeys(qkv), key=lambda s: s.order)
-        proj = sorted((s for s in group.proj if s in self.projects), key=lambda s: s.order)
+        qkv = sorted(dict.fromkeys(qkv), key=_first)
+        proj = sorted((s for s in group.proj if s in self.projects), key=_first)
         words = {s: group.makers[s] for s in qkv if s in group.makers}
-        return Attention(site, qkv, [s for s in proj if s not in qkv], words)
+        return Attention(site, qkv, [s for s in proj if s not in qkv], words, other)
 
-    def _place(self, group: _Group, qkv: list[Site], others: set[Site]) -> Site | None:
-        """The smallest module of its own; else the span of its projections."""
-        holder = group.holder
-        if holder is not None and self._is_free(holder, others):
+    def _place(self, group: _Group, others: set[Site]) -> Site | None:
+        """The module of its own that holds most of it; else the span of its projections."""
+        makers = list(group.makers)
+        free = [s for s in group.calls if self._is_free(s, others)]
+        if free:
+            holder = max(free, key=lambda s: sum(_lies_in(m, s) for m in makers))
             outside = [s for s in group.proj if not _lies_in(s, holder)]
             wider = next((s for s in holder.above() if all(_lies_in(p, s) for p in outside)), None)
             if outside and wider is not None and self._is_free(wider, others):
                 return wider  # BERT's output stands beside it
             return holder
-        ends = [*qkv, *group.proj]
-        first, last = min(ends, key=_first, default=None), max(ends, key=_first, default=None)
-        proj = [s for s in group.proj if s in self.projects]
-        if first is None or last is None or first is last or last not in proj:
-            return None
-        return span(first, last)
+        near = [s for s in makers if group.calls and _lies_in(s, group.calls[0])]
+        ends = sorted([*near, *group.proj], key=_first)
+        projects = bool(ends) and ends[-1] in group.proj and ends[-1] in self.projects
+        return span(ends[0], ends[-1]) if projects and len(ends) > 1 else None
 
     def _is_free(self, site: Site, others: set[Site]) -> bool:
         """Whether it holds neither a feed-forward network nor what makes another attention."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .linear_ops import LinearOp, is_depthwise, linear_op
-from .trace import CONV_OPS, SCALES, SUMS, Call, Op, Trace, Value, names
+from .trace import CONV_OPS, MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
 
 PRODUCTS = names("matmul rmatmul bmm mm baddbmm einsum")
 KERNELS = names("scaled_dot_product_attention flex_attention")
@@ -24,6 +24,7 @@ TORCH = "multi_head_attention_forward"
 JOINS = names("cat concat concatenate hstack vstack")
 SUMMED = names("sum mean")
 RECURRENT = names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell")
+GATES = names("sigmoid hardsigmoid tanh hardtanh")
 DIVIDES = names("div true_divide divide")
 
 Bits = int  # a set of operations: the n-th bit for the n-th that makes features of its own
@@ -99,6 +100,7 @@ class _State:
     cores         the attentions whose result it is, not projected yet
     scores        where it is scores or weights, of what
     pair          where it is an elementwise product, of what
+    gate          whether it is squeezed between two numbers, to multiply something
     """
 
     near: Bits
@@ -106,6 +108,7 @@ class _State:
     cores: frozenset[int] = frozenset()
     scores: _Scores | None = None
     pair: tuple[Bits, Bits] | None = None
+    gate: bool = False
 
 
 _NOTHING = _State(0, 0)
@@ -305,7 +308,8 @@ class _Reader:
     # what passes on ----------------------------------------------------------------------------
 
     def _passed_on(self, op: Op, given: list[_State]) -> _State:
-        near = reduce(or_, (state.near for state in given))
+        gated = [state for state in given if not state.gate] or given
+        near = reduce(or_, (state.near for state in gated))
         behind = reduce(or_, (state.behind for state in given))
         cores = frozenset().union(*(state.cores for state in given))
         if op.name in JOINS and not all(state.cores for state in given):
@@ -315,9 +319,10 @@ class _Reader:
         if op.name == "softmax" or (op.name == "exp" and made):
             made = replace_soft(made, near)
         pair = given[0].pair if len(given) == 1 else None
+        gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
         if op.name in SUMMED and pair and not cores:  # a product written out, (q * k).sum(-1)
             return _State(near, behind, scores=_Scores(*pair))
-        return _State(near, behind, cores, made, pair)
+        return _State(near, behind, cores, made, pair, gate)
 
     # the end -----------------------------------------------------------------------------------
 
