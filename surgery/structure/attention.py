@@ -15,7 +15,6 @@ from torch import nn
 
 from .attention_traced import (
     KERNELS,
-    PRODUCTS,
     RECURRENT,
     TORCH,
     Mixing,
@@ -26,7 +25,7 @@ from .layers import NARROWEST, is_conv, is_list, is_torch_attention, linear_shap
 from .module_tree import Projections, Site, span
 from .trace import Op, Trace, names
 
-BY_DATA = KERNELS | RECURRENT | names("softmax softmin cumsum cumprod grid_sample") | {TORCH}
+BY_DATA = KERNELS | RECURRENT | names("cumsum cumprod grid_sample") | {TORCH}
 JOINED = names("stack cat")
 MANY = 5  # pieces that are put together step by step: a recurrence
 
@@ -354,10 +353,12 @@ def _ran(trace: Trace) -> dict[int, list[Op]]:
 
 
 def _mixes_by_data(ops: list[Op]) -> bool:
-    """Whether these may mix tokens by what they are, or step by step (RWKV's loop)."""
+    """Whether these may mix tokens by data in a way that `attention_traced` does not read.
+
+    Step by step (RWKV's loop, scans), where others are sampled (Deformable DETR), in a kernel.
+    """
     if any(op.name in BY_DATA or (op.name in JOINED and len(op.features) >= MANY) for op in ops):
         return True
-    if sum(op.name == "setitem" for op in ops) >= MANY:
+    if any(op.name == "_opaque" and len(op.features) > 1 for op in ops):
         return True
-    products = (op for op in ops if op.name in PRODUCTS or op.name == "_opaque")
-    return any(len(op.features) > 1 for op in products)
+    return sum(op.name == "setitem" for op in ops) >= MANY

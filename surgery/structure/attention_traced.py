@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from math import prod
 from operator import or_
 from typing import NamedTuple
 
@@ -256,16 +257,26 @@ class _Reader:
         """Features times features: a gate; weights, summed up later; or scores, written out."""
         a, b = given[:2]
         weights, other = (a, b) if a.scores else (b, a)
-        if weights.scores and weights.scores.soft and not other.scores and not other.cores:
-            two = weights.scores.query != weights.scores.key and weights.scores.key
-            if two and other.near & ~weights.behind:
-                scores = weights.scores
-                value = self._opened(other)
-                behind = a.behind | b.behind
-                return self._core(op, scores.query, scores.key, value, True, behind)
+        scores = weights.scores
+        if scores and scores.soft and not other.scores and not other.cores:
+            both = 0 if scores.key else self._chased(weights.near)
+            query, key = (both, both) if both else scores[:2]
+            if key and other.near & ~weights.behind:
+                behind, value = a.behind | b.behind, self._opened(other)
+                return self._core(op, query, key, value, True, behind)
         state = self._passed_on(op, given)
+        if scores and not other.scores and _widens(op, 0 if weights is a else 1):
+            state = replace(state, scores=None)  # they weigh something that is no value (SKNet)
         differ = a.near != b.near and not (a.scores or b.scores)
         return replace(state, pair=(a.near, b.near)) if differ else state
+
+    def _chased(self, near: Bits) -> Bits:
+        """What a network of scores is given, where it is of two things (Point Transformer's)."""
+        makers = self._named(near)
+        while len(makers) == 1 and makers[0].linear is not None:
+            near = self.inner.get(makers[0].op, 0)
+            makers = self._named(near)
+        return near if sum(maker.linear is not None for maker in makers) > 1 else 0
 
     def _core(
         self, op: Op, query: Bits, key: Bits, value: Bits, soft: bool, behind: Bits
@@ -375,6 +386,11 @@ def _holder_of_weight(op: Op) -> nn.Module | None:
 def _is_kernel(op: Op, given: list[_State]) -> bool:
     """Whether a kernel that shows nothing of itself is given three features, made apart."""
     return op.name == "_opaque" and len({state.near for state in given}) > 2
+
+
+def _widens(op: Op, place: int) -> bool:
+    """Whether a product has more numbers than one of its features has."""
+    return prod(op.outputs[0].shape) > prod(op.features[place].shape)
 
 
 def _contracts(op: Op) -> bool:
