@@ -43,11 +43,13 @@ def test_nothing_is_called_what_it_was_and_all_runs_as_before() -> None:
     model, x = Pair(), torch.randn(2, 8)
     before = model(x)
     other = renamed(copy.deepcopy(model))
-    assert other(x).equal(before) and copy.deepcopy(other)(x).equal(before)
+    assert other(x).equal(before)
+    assert copy.deepcopy(other)(x).equal(before)
     words = {word for name, _ in other.named_modules() for word in name.split(".")}
     words |= {name for m in other.modules() for name in (*m._parameters, *vars(m))}
     kept = words & {"up", "down", "scale", "gamma", "width", "runs", "list", "dict", "shift"}
-    assert not kept and {"one", "0", "weight", "in_features"} <= words
+    assert not kept
+    assert {"one", "0", "weight", "in_features"} <= words
     assert {type(m).__name__ for m in other.modules()} & {"Scale", "Pair"} == set()
     assert len({type(m) for m in other.modules() if isinstance(m, Scale)}) == 1
 
@@ -57,9 +59,10 @@ def test_old_names_lead_nowhere_but_inside_the_model() -> None:
     with pytest.raises(AttributeError):
         _ = model.up
     with pytest.raises(AttributeError):
-        renamed(nn.Sequential(Scale(8)))[0].gamma
+        _ = renamed(nn.Sequential(Scale(8)))[0].gamma
     model(torch.randn(2, 8))
-    assert vars(model)[type(model)._new_names["runs"]] == 1 and "runs" not in vars(model)
+    assert vars(model)[type(model)._new_names["runs"]] == 1
+    assert "runs" not in vars(model)
 
 
 def test_the_seed_decides() -> None:
