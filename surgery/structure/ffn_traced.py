@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from .dataflow import is_sum, norm_before
 from .experts import is_routed
-from .ffn import FFNs, whole_or_span, widens
+from .ffn import FFNs, whole_or_span
+from .ffn_widths import widens
 from .layers import NARROWEST, Shape, is_list
 from .linear_ops import LinearOp, is_depthwise, linear_op
 from .module_tree import Projections, Site, span
@@ -378,4 +379,4 @@ def _site_of(ffn: TracedFFN, by_path: dict[str, Site], projections: Projections)
         return owner
     between = span(entry, exit)
     alone = projections.below(owner) == projections.below(between) and not is_list(owner.module)
-    return whole_or_span(owner, entry, exit) if alone else between
+    return whole_or_span(owner, [entry, exit]) if alone else between
