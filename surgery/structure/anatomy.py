@@ -14,7 +14,7 @@ from torch import nn
 
 from .dataflow import Dataflow, dataflow_of
 from .ffn import find_ffns
-from .ffn_traced import find_traced_ffns
+from .ffn_merged import find_traced_ffns
 from .layers import (
     CONVS,
     NARROWEST,
@@ -85,7 +85,7 @@ class _Anatomy:
         self.projections = Projections(tree)
         self.ffns = find_ffns(self.projections)
         dataflow = dataflow_of(tree)
-        if dataflow and not self.ffns.sites:
+        if dataflow:
             self.ffns = find_traced_ffns(dataflow.trace, self.projections, self.ffns)
         self.rest = {s for s in self.projections.all if s not in self.ffns.projections}
         self.blocks = _unique(self._block(ffn) for ffn in self.ffns.sites)

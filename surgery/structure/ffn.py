@@ -56,7 +56,7 @@ def find_ffns(projections: Projections) -> FFNs:
         ffns.projections.difference_update(projections.below(site))
     ffns.sites.extend(s for s in ffns.gates if _is_narrow(s, projections, ffns.sites))
     sites = expert_layers(ffns.sites, projections, ffns.projections)
-    sites = [s for s in sites if _is_placed(s, projections) and not _grows(s, projections)]
+    sites = [s for s in sites if is_placed(s, projections) and not _grows(s, projections)]
     return ffns._replace(sites=sorted(sites, key=lambda s: s.order))
 
 
@@ -320,7 +320,7 @@ def _attends_or_acts(holder: Site) -> bool:
 # places ---------------------------------------------------------------------------------------
 
 
-def _is_placed(site: Site, projections: Projections) -> bool:
+def is_placed(site: Site, projections: Projections) -> bool:
     """Whether it is part of a block: an element of a container, or beside attention and a norm.
 
     (SigLIP's pooling and Perceiver have such a block in no list; GroupViT's projector is none.)
