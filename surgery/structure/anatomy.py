@@ -20,7 +20,7 @@ from .attention_traced import traced_attentions
 from .dataflow import OPERANDS, dataflow_of, shape_in
 from .ends import Ends
 from .ffn import find_ffns
-from .ffn_traced import find_traced_ffns, seen_by_forward
+from .ffn_merged import find_traced_ffns
 from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_shape
 from .module_tree import Projections, Site, Tree, element, holders, stretch
 from .path import generalise
@@ -134,9 +134,8 @@ class _Anatomy:
         One of an attention (Reformer's), or two layers of which the first does not feed the last
         (CrossViT's, around an attention).
         """
-        if not self.ffns.sites:  # TODO merged
-            self.ffns = find_traced_ffns(trace, self.projections, self.ffns)
-        sure = seen_by_forward(trace, self.ffns.sites)
+        self.ffns = find_traced_ffns(trace, self.projections, self.ffns)
+        sure = self.ffns.seen
         mixing = traced_attentions(trace)
         found = attentions_by_forward(trace, mixing, self.projections, self.ffns.sites, sure)
         theirs = {s for a in found for s in (*a.qkv, *a.proj)}
@@ -206,7 +205,8 @@ class _Anatomy:
             if first := self._first_of(site):
                 return stretch(first, site)
         called = [s for s in holders(ffn) if not is_list(s.module)]
-        return [*elements, *called, ffn][0]
+        alone = [s for s in called if s.parent and self._also_projects(s)]  # Perceiver IO's first
+        return [*elements, *alone, *called, ffn][0]
 
     def _also_projects(self, site: Site) -> bool:
         """Whether it attends: projects otherwise, or a forward shows it, in a list of parts."""
