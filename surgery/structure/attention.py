@@ -8,7 +8,7 @@ none. What did not run is as the tree says.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -161,7 +161,7 @@ def attentions_by_forward(
     mixing: Mixing,
     projections: Projections,
     ffns: Sequence[Site],
-    sure: Sequence[Site],
+    sure: Collection[Site],
 ) -> list[Attention]:
     """What a forward shows to mix tokens by data, in the order of the walk.
 
@@ -200,7 +200,7 @@ class _Found:
     """Puts what was traced into the tree."""
 
     def __init__(
-        self, projections: Projections, ffns: Sequence[Site], sure: Sequence[Site]
+        self, projections: Projections, ffns: Sequence[Site], sure: Collection[Site]
     ) -> None:
         self.projections, self.ffns, self.sure = projections, ffns, sure
         self.by_module = {id(s.module): s for s in projections.tree.sites}
