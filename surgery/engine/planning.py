@@ -280,11 +280,14 @@ class Plan:
         """What is to be trained: each part, and each module that a rule unfreezes."""
         rows = zip(operation.record["rows"], self.rules, strict=True)
         rules = {key: rule for row, rule in rows for key in row["keys"]}
+        inserting = {p.key for p in self.placements if isinstance(p.edit, Insert)}
         for key, part in operation.named_children():
             tensors: list[tuple[str, Tensor]] = [
                 (f"{key}.{name}", tensor) for name, tensor in part.named_parameters()
             ]
-            yield TrainTarget(rules[key].short, tensors)
+            rule = rules[key]
+            inserted = key in inserting
+            yield TrainTarget(rule.short, tensors, inserted=inserted, spared=rule.optional)
         for rule, sites in self.matches:
             for edit, site in product(unfreezing_edits(rule), sites):
                 tensors = [
