@@ -65,27 +65,26 @@ def gradients(
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
     """No tensor has a gradient, nor what is called when one comes; all have them again then."""
-    leaves = [t for t in (*model.parameters(), *model.buffers()) if t.requires_grad]
-    kept = [(leaf, leaf.grad, _called_after(leaf)) for leaf in leaves if leaf.is_leaf]
+    leaves = [t for t in (*model.parameters(), *model.buffers()) if t.requires_grad and t.is_leaf]
+    kept = [(leaf, leaf.grad) for leaf in leaves]
+    hooks = [(table, dict(table)) for leaf in leaves if (table := _called_after(leaf))]
     try:
-        for leaf, _, _ in kept:
+        for leaf, _ in kept:
             leaf.grad = None
-            _set_called_after(leaf, None)
+        for table, _ in hooks:
+            table.clear()
         yield
     finally:
-        for leaf, gradient, called in kept:
+        for leaf, gradient in kept:
             leaf.grad = gradient
-            _set_called_after(leaf, called)
+        for table, called in hooks:
+            table.update(called)
 
 
-def _called_after(leaf: Any) -> Any:
-    return leaf._post_accumulate_grad_hooks
-
-
-def _set_called_after(leaf: Any, hooks: Any) -> None:
-    """Optimisers may step as a gradient comes (`register_post_accumulate_grad_hook`)."""
-    if leaf._post_accumulate_grad_hooks is not hooks:
-        leaf._post_accumulate_grad_hooks = hooks
+def _called_after(leaf: Any) -> dict[int, Any] | None:
+    """What is called when a gradient has come: optimisers may step there."""
+    called: dict[int, Any] | None = leaf._post_accumulate_grad_hooks
+    return called
 
 
 def is_zero(gradient: Tensor | None) -> bool:

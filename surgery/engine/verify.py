@@ -19,7 +19,7 @@ from ..errors import GraftError
 from .gradients import carrying, moved, reached
 from .hooks import HookedSite
 from .operation import Operation
-from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
+from .reading import Reading, why_idle
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -229,18 +229,15 @@ def _moves_nothing(targets: list[TrainTarget]) -> GraftError:
 def _lost(targets: list[TrainTarget], outputs: list[Tensor], reading: Reading) -> GraftError:
     """The error of a gradient that never comes."""
     rules, names = ", ".join(dict.fromkeys(t.rule for t in targets)), first_few(_names(targets))
+    if reading.cut_off and (outputs or not reading.is_of_checkpoints):
+        fact, remedy = reading.why_cut_off()
+        return GraftError(rules, f"no gradient comes from the output to {names}: {fact}", remedy)
     if not outputs:
         return GraftError(
             rules,
             f"the output carries no gradient at all, so none would come to {names}.",
             "The model runs under torch.no_grad(), or under reentrant checkpointing with an input "
             "that needs no gradient (use_reentrant=False), or gives no floating numbers.",
-        )
-    if reading.cut_off:
-        return GraftError(
-            rules,
-            f"no gradient comes from the output to {names}: {reading.why_cut_off()}",
-            USE_OTHER_CHECKPOINTS,
         )
     return GraftError(
         rules,
