@@ -15,11 +15,12 @@ from .. import _rng
 from .._inputs import call, copied, tensors_in
 from .._preserve import preserved
 from .._text import first_few
-from ..errors import GraftError
+from ..errors import GraftError, SurgeryError
 from .gradients import carrying, moved, reached
 from .hooks import HookedSite
 from .operation import Operation
 from .reading import Reading, why_idle
+from .token_errors import because_of_tokens
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -55,7 +56,7 @@ def verify(
 
     Runs the model on copies of the example, in eval mode, each time with the same random numbers:
     without gradients, with them, and, where all parts say that they start at zero, without parts.
-    Errors of the model itself pass through.
+    Errors of the model itself pass through, but for those that come of tokens put in.
     """
     run = _runner(model, example)
     operation.watcher.resting = True
@@ -99,13 +100,25 @@ def _proved(operation: Operation, run: Run) -> tuple[Any, Reading, list[HookedSi
     for hooked in operation.hooked_sites:
         hooked.unsee()
     with Reading(operation.hooked_sites) as reading:
-        answer = run()
+        answer = _answer(operation, run)
     operation.watcher.note(reading)
     idle = [hooked for hooked in operation.hooked_sites if not hooked.ran]
     read = [hooked for hooked in idle if reading.instead_of(hooked, operation.model[0])]
     spared = operation.watcher.spared(idle, read)
     operation.prove(lambda _: why_idle(read, "With this example"), spared)
     return answer, reading, spared
+
+
+def _answer(operation: Operation, run: Run) -> Any:
+    """The answer of a forward, or an error that says why tokens cannot be put in."""
+    try:
+        return run()
+    except SurgeryError:
+        raise
+    except Exception as error:
+        if told := because_of_tokens(error, operation, run):
+            raise told from error
+        raise
 
 
 def _unreached(spared: list[HookedSite]) -> list[str]:
@@ -130,7 +143,7 @@ def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
         model.train()
         try:
             with Reading(operation.hooked_sites) as reading:
-                run()
+                _answer(operation, run)
         except Exception as error:
             if _is_ours(error):
                 raise
