@@ -1,44 +1,63 @@
-"""A model's own error, raised for the tokens that were put in: told as what it is, and where."""
+"""A model's own error in the proof, which it does not raise otherwise: told as what it is.
+
+It comes of tokens that were put in; or the model takes a path that cannot be looked into.
+"""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from ..errors import GraftError
+from ..errors import GraftError, SurgeryError
 from ..structure.module_tree import ADDITIONS
 from .operation import Operation
 from .reading import Reading
 from .streams import Inserted
 
+Run: TypeAlias = Callable[[], Any]
 
-def because_of_tokens(
-    error: Exception, operation: Operation, run: Callable[[], Any]
-) -> GraftError | None:
-    """What to raise instead of an error in a forward; None where it comes without tokens too.
+
+def ours(error: Exception, operation: Operation, run: Run) -> SurgeryError | None:
+    """What to raise instead of an error in a forward; None where it comes without surgery too."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    if _runs_without_parts(operation, run):
+        return _of_tokens(error, operation)
+    try:
+        with torch.no_grad():
+            run()
+    except SurgeryError as told:  # what the parts say, where the model comes to them
+        return told
+    except Exception:
+        return None
+    return GraftError(
+        "apply(..., example=...)",
+        f"{_raised_by(error, operation.model[0])} takes a fused path with this example (nested "
+        f"tensors), and none where it is looked into: {_told(error)}",
+        "Give an example without padding; or none, and the first forward tells what did not run.",
+    )
+
+
+def _of_tokens(error: Exception, operation: Operation) -> GraftError | None:
+    """What fixes the number of tokens, where some were put in.
 
     (Tables of positions, relative or rotary; sizes that are kept as numbers; linears over tokens,
     as of Mixer and Linformer; windows.)
     """
     stream = operation.streams.mine()
     inserted = list((stream.opened() or stream.inserted).items())
-    if (
-        not inserted
-        or isinstance(error, torch.OutOfMemoryError)
-        or not _runs_without(operation, run)
-    ):
+    if not inserted:
         return None
     (_, path, _), last = inserted[-1]
-    told = " ".join(str(error).split())
     return GraftError(
         f"insert(...) at {path or 'the model'}",
         f"{last.total} tokens a sample come, {_new(inserted)} of them inserted, and "
         f"{_raised_by(error, operation.model[0])} is made for another number: "
-        f"{type(error).__name__}: {told:.200}",
+        f"{_told(error)}",
         "Use a method that adds no tokens.",
     )
 
@@ -47,7 +66,12 @@ def _new(inserted: list[tuple[Any, Inserted]]) -> int:
     return sum(each.new for _, each in inserted)
 
 
-def _runs_without(operation: Operation, run: Callable[[], Any]) -> bool:
+def _told(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text:.200}"
+
+
+def _runs_without_parts(operation: Operation, run: Run) -> bool:
     """Whether the model takes the example where parts are off."""
     operation.enabled = False
     try:

@@ -20,7 +20,7 @@ from .gradients import carrying, moved, reached
 from .hooks import HookedSite
 from .operation import Operation
 from .reading import Reading, why_idle
-from .token_errors import because_of_tokens
+from .token_errors import ours
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -99,8 +99,7 @@ def _proved(operation: Operation, run: Run) -> tuple[Any, Reading, list[HookedSi
     """
     for hooked in operation.hooked_sites:
         hooked.unsee()
-    with Reading(operation.hooked_sites) as reading:
-        answer = _answer(operation, run)
+    answer, reading = _answer(operation, run)
     operation.watcher.note(reading)
     idle = [hooked for hooked in operation.hooked_sites if not hooked.ran]
     read = [hooked for hooked in idle if reading.instead_of(hooked, operation.model[0])]
@@ -109,14 +108,16 @@ def _proved(operation: Operation, run: Run) -> tuple[Any, Reading, list[HookedSi
     return answer, reading, spared
 
 
-def _answer(operation: Operation, run: Run) -> Any:
-    """The answer of a forward, or an error that says why tokens cannot be put in."""
+def _answer(operation: Operation, run: Run) -> tuple[Any, Reading]:
+    """The answer of a forward, and what it read. Tells a model's error of what surgery makes it."""
+    reading = Reading(operation.hooked_sites)
     try:
-        return run()
+        with reading:
+            return run(), reading
     except SurgeryError:
         raise
     except Exception as error:
-        if told := because_of_tokens(error, operation, run):
+        if told := ours(error, operation, run):
             raise told from error
         raise
 
@@ -142,8 +143,7 @@ def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
     with preserved(model, modes=True, buffers=True), torch.enable_grad():
         model.train()
         try:
-            with Reading(operation.hooked_sites) as reading:
-                _answer(operation, run)
+            _, reading = _answer(operation, run)
         except Exception as error:
             if _is_ours(error):
                 raise
