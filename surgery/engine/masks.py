@@ -32,6 +32,12 @@ class MaskCheck:
             return self._probed(probe, x, args, kwargs)
         if not self.switch.enabled or self.switch.merged:
             return None
+        if x is not None and x.is_nested:
+            raise GraftError(
+                f"the graft at {self.patches.path}",
+                "it lets tokens hear others, and was given a nested tensor.",
+                "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
+            )
         for name, value in given:
             hides = _hides(name, value) or _hides_by_value(x, value)
             if value is not x and hides and not self._is_window(x):

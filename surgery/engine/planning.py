@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .._preserve import preserved
+from .._text import first_few
 from ..errors import FileError, RuleError
 from ..rules.edits import Insert, Joined
 from ..rules.expression import encode
 from ..rules.rule import Rule, Rules
-from ..rules.selector import Selector
 from ..structure.dataflow import attach_dataflow
 from ..structure.layers import keeps_statistics
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
 from .decided import Decided, modules_of, roles_told
+from .hearing import guessed, sources_of
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
@@ -99,10 +100,10 @@ class Plan:
             if isinstance(edit, Joined)
             for site, captures in sites.items()
         ]
+        self._leave_out(sources_of(self.placements, self.tree, self.decided))
         check_conflicts(self.placements)
         check_called(self.placements)
         self.tokens = tokens_of(self.placements, self.tree)
-        self.heard_from = heard_from(self.placements, self.tree)
         self.names = PartNames(self.tree)
         name_all(self.placements, self.names)
         self.unfrozen, self._left = unfrozen_by(self.matches, decided is None)
@@ -118,6 +119,20 @@ class Plan:
         """The sites of a rule: as a forward decided for its file, or as they are found here."""
         known = self.decided.find(number, rule, self.tree) if self.decided else None
         return match_rule(rule, self.tree) if known is None else known
+
+    def _leave_out(self, sources: Mapping[Placement, list[Placement]]) -> None:
+        """Keep what each place hears, and join nothing where there is nothing to hear."""
+        self.heard_from = {p: those[0] for p, those in sources.items() if those}
+        self.unheard = [p for p, those in sources.items() if not those]
+        self.guessed = guessed(sources, self.tree)
+        if not self.unheard:
+            return
+        self.placements = [p for p in self.placements if p not in self.unheard]
+        left = {(p.rule, p.place) for p in self.placements}
+        deaf = {(p.rule, p.place) for p in self.unheard if not unfreezing_edits(p.rule)} - left
+        for number, (rule, sites) in enumerate(self.matches):
+            some = {site: found for site, found in sites.items() if (rule, site) not in deaf}
+            self.matches[number] = rule, some
 
     @property
     def sites(self) -> list[Site]:
@@ -174,6 +189,12 @@ class Plan:
         notes = [*how_found(self.matches, self.tree, self.dataflow.asked, self.decided)]
         if any(isinstance(p.edit, Insert) and not p.edit.keep for p in self.heard_from):
             notes.append("no token is made of what is heard last: tokens are taken out before it")
+        if self.unheard:
+            first = first_few(p.place.entry.path for p in self.unheard)
+            notes.append(f"nothing is heard before {first}: no token is put in there")
+        if self.guessed:
+            told = [f"{self.heard_from[p].place.path} ({p.site.path})" for p in self.guessed]
+            notes.append(f"heard is the last in each block, {told[0]}: example=inputs shows which")
         notes += frozen_norms(s.path for s, frozen in statistics(self.tree, trained) if frozen)
         notes += self._left
         notes += frozen_head(self.matches, self.tree, trained) if self.placements else ()
@@ -261,11 +282,14 @@ class Plan:
         """What is to be trained: each part, and each module that a rule unfreezes."""
         rows = zip(operation.record["rows"], self.rules, strict=True)
         rules = {key: rule for row, rule in rows for key in row["keys"]}
+        inserting = {p.key for p in self.placements if isinstance(p.edit, Insert)}
         for key, part in operation.named_children():
             tensors: list[tuple[str, Tensor]] = [
                 (f"{key}.{name}", tensor) for name, tensor in part.named_parameters()
             ]
-            yield TrainTarget(rules[key].short, tensors)
+            rule = rules[key]
+            inserted = key in inserting
+            yield TrainTarget(rule.short, tensors, inserted=inserted, spared=rule.optional)
         for rule, sites in self.matches:
             for edit, site in product(unfreezing_edits(rule), sites):
                 tensors = [
@@ -364,29 +388,3 @@ def tokens_of(placements: list[Placement], tree: Tree) -> dict[Placement, Tokens
     """How each place is given tokens that an edit inserts there."""
     edits = [(p, p.edit) for p in placements if isinstance(p.edit, Insert)]
     return {p: tokens_at(p.place, tree, edit.after, p.rule.short) for p, edit in edits}
-
-
-def heard_from(placements: list[Placement], tree: Tree) -> dict[Placement, Placement]:
-    """For each place that hears a part, the last before it that is joined where it listens."""
-    listening = [(p, p.edit.hears) for p in placements if isinstance(p.edit, Insert)]
-    return {p: _source(p, heard, placements, tree) for p, heard in listening if heard}
-
-
-def _source(p: Placement, heard: Selector, placements: list[Placement], tree: Tree) -> Placement:
-    """What it hears: the last of its own tower, where there are several. Raises RuleError."""
-    sites, beginning = heard.find(tree), p.place.entry.order
-    sources = [
-        other
-        for other in placements
-        if other.edit.can_be_heard and other.place in sites and other.place.exit.end <= beginning
-    ]
-    if p.place.entry.is_element:
-        tower = p.place.entry.parent
-        sources = [other for other in sources if tower in set(other.place.entry.above())]
-    if not sources:
-        raise RuleError(
-            p.rule.short,
-            f"before {p.site.path} no rule joins a part at {heard!r} that it could hear.",
-            "Join one there, or leave the first places out: block[1:].",
-        )
-    return max(reversed(sources), key=lambda other: other.place.exit.order)

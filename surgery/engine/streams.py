@@ -57,6 +57,12 @@ class Tokens(NamedTuple):
 
     def check(self, x: Tensor, others: list[Tensor], path: str) -> None:
         """Raise GraftError where x are no tokens, or the site is given what fits their number."""
+        if x.is_nested:
+            raise GraftError(
+                f"insert(...) at {path or 'the model'}",
+                "it was given a nested tensor, and tokens are put into tensors of one shape.",
+                "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
+            )
         if x.dim() != 3:
             raise GraftError(
                 f"insert(...) at {path or 'the model'}",
