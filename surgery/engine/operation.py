@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
+from ..structure.stretches import Stretch
 from .frozen import Frozen
 from .hooks import HookedSite, routes
 from .journal import Journal, owner_of
@@ -181,9 +182,9 @@ class Operation(Switch):
             training = not frozen and any(model.training for model in self.model)
             self.journal.set(norm, "training", training)
 
-    def join(self, site: Site, actions: list[Action]) -> None:
-        """Hook `actions` to `site`."""
-        self.hooked_sites.append(HookedSite(self, site, actions))
+    def join(self, site: Site, actions: list[Action], stretch: Stretch | None = None) -> None:
+        """Hook `actions` to `site`; `stretch`: what it is in a forward, where nobody calls it."""
+        self.hooked_sites.append(HookedSite(self, site, actions, stretch))
         self.hooked_sites[-1].join(self.journal)
 
     def watch(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:

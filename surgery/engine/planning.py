@@ -29,13 +29,14 @@ from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
 from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_model, operations
-from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all
+from .placement import PartNames, Placement, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
 from .switch import Balance
 from .tokens import Action, tokens_at
 from .trained import adopt
+from .uncalled import Stretches, check_called, stretches_of
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
@@ -99,8 +100,9 @@ class Plan:
             for site, captures in sites.items()
         ]
         check_conflicts(self.placements)
-        check_called(self.placements)
-        self.tokens = tokens_of(self.placements, self.tree)
+        self.stretches = stretches_of(self.placements, self.tree)
+        check_called(self.placements, self.stretches)
+        self.tokens = tokens_of(self.placements, self.tree, self.stretches)
         self.heard_from = heard_from(self.placements, self.tree)
         self.names = PartNames(self.tree)
         name_all(self.placements, self.names)
@@ -241,7 +243,7 @@ class Plan:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():
             actions = [self._action(p, parts[p.key]) for p in there]
-            operation.join(there[0].place, actions)
+            operation.join(there[0].place, actions, self.stretches.get(there[0].spot))
         hooked_sites = dict(zip(spots, operation.hooked_sites, strict=True))
         for p, source in self.heard_from.items():
             mine, theirs = spots[p.spot], spots[source.spot]
@@ -358,10 +360,15 @@ def _is_trained(norm: Site, trained: Collection[int]) -> bool:
     return bool(nearest) and all(id(p) in trained for p in nearest)
 
 
-def tokens_of(placements: list[Placement], tree: Tree) -> dict[Placement, Tokens]:
+def tokens_of(
+    placements: list[Placement], tree: Tree, stretches: Stretches
+) -> dict[Placement, Tokens]:
     """How each place is given tokens that an edit inserts there."""
     edits = [(p, p.edit) for p in placements if isinstance(p.edit, Insert)]
-    return {p: tokens_at(p.place, tree, edit.after, p.rule.short) for p, edit in edits}
+    return {
+        p: tokens_at(p.place, tree, edit.after, p.rule.short, stretches.get(p.spot))
+        for p, edit in edits
+    }
 
 
 def heard_from(placements: list[Placement], tree: Tree) -> dict[Placement, Placement]:
