@@ -7,7 +7,7 @@ it carries a note of what is to be done with the value, until the last of them h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,28 +19,38 @@ from ..structure.trace import op_name
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of
 
-Extent = tuple[int, int]
+
+class Site(Protocol):
+    """What acts at the ends of a stretch: on the value that it takes, and that which it gives."""
+
+    path: str
+    extent: tuple[int, int]
+
+    def begin(self, x: Tensor) -> Tensor: ...
+
+    def end(self, y: Tensor) -> Tensor: ...
+
+    def active(self) -> bool: ...
 
 
 class EndHook:
     """Hooks of one end of a stretch: what a site makes of the value there is put in its place.
 
     entering  whether the stretch begins with the value
-    extent    of the stretch, in the order of the walk
-    act       makes of the value what is to be there instead
     """
 
-    def __init__(
-        self, path: str, end: End, extent: Extent, act: Callable[[Tensor], Tensor], entering: bool
-    ) -> None:
-        self.path, self.end, self.extent, self.act = path, end, extent, act
-        self.entering = entering
+    def __init__(self, site: Site, end: End, entering: bool) -> None:
+        self.site, self.end, self.entering, self.path = site, end, entering, site.path
         self.names = declared(getattr(type(end.module), "forward", None))
+
+    def act(self, value: Tensor) -> Tensor:
+        """What is to be there instead."""
+        return self.site.begin(value) if self.entering else self.site.end(value)
 
     @property
     def rank(self) -> tuple[bool, int]:
         """Stretches end before others begin; the inner ends first, and begins last."""
-        length = self.extent[1] - self.extent[0]
+        length = self.site.extent[1] - self.site.extent[0]
         return self.entering, -length if self.entering else length
 
     def join(self, journal: Journal) -> None:
@@ -58,6 +68,8 @@ class EndHook:
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
         """Forward hook of what gives the value, or gives of what it is made."""
+        if self.end.ops and not self.site.active():
+            return None
         y, put = first_tensor(given[-1], self.path)
         return put(noted(y, self) if self.end.ops else self.act(y))
 
@@ -89,7 +101,7 @@ class Noted(Tensor):
             if note.ops[0] == name or carries(name)
         ]
         if due := [note.hook for note in notes if not note.ops]:
-            return _done(result, func, due)
+            return _done(result, (*args, *(kwargs or {}).values()), due)
         return _with(result, notes)
 
 
@@ -100,45 +112,41 @@ def noted(y: Tensor, hook: EndHook) -> Tensor:
 
 
 def _with(y: Tensor, notes: list[Note]) -> Tensor:
-    if not notes:
+    if not (notes or isinstance(y, Noted)):
         return y
-    whole = y.as_subclass(Noted)
+    whole = y if isinstance(y, Noted) else y.as_subclass(Noted)
     whole.notes = tuple(notes)
     return whole
 
 
-def _done(value: Tensor, func: Any, due: list[EndHook]) -> Tensor:
-    """The value, as the sites that end or begin there make it."""
-    name = getattr(func, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
+def _done(value: Tensor, given: tuple[Any, ...], due: list[EndHook]) -> Tensor:
+    """The value, as the sites that end or begin there make it, of what an operation was given."""
+    if any(value is each for each in given):
         raise GraftError(
-            f"the graft at {due[0].path}",
-            f"the model writes into a tensor there, x.{name}(...), and nothing can be put in its "
-            "place.",
-            "Let the model make a new one there: x = x + y in place of x += y.",
+            f"the graft at {due[0].path or 'the model'}",
+            "the model writes its sum into a tensor there (x += y, x.add_(y)), and nothing can be "
+            "put in the place of that.",
+            "Let the model make a new one there: x = x + y.",
         )
-    for hook in in_order(due):
+    for hook in sorted(due, key=lambda hook: hook.rank):
         value = hook.act(value)
     return value
 
 
-def in_order(hooks: list[EndHook]) -> list[EndHook]:
-    """Those that meet one value in the order in which they act; first joined, first told here."""
-    ends = [hook for hook in hooks if not hook.entering]
-    begins = [hook for hook in reversed(hooks) if hook.entering]
-    return sorted([*ends, *begins], key=lambda hook: hook.rank)
-
-
 def settle(hooks: Any, owns: Callable[[Any], bool], first: bool) -> None:
-    """Order the hooks of one module that are ours: ends of stretches first, or else last."""
+    """Order the hooks of one module that are ours: ends of stretches first, or else last.
+
+    Of two that begin there the later joined is the outer, as with hooks on modules of their own.
+    """
     owners = {key: owner_of(hook) for key, hook in hooks.items()}
-    ours = [key for key, owner in owners.items() if owns(owner) or isinstance(owner, EndHook)]
-    ends = [key for key in ours if isinstance(owners[key], EndHook)]
+    ends = sorted(key for key, owner in owners.items() if isinstance(owner, EndHook))
+    others = [key for key, owner in owners.items() if owns(owner)]
     if not ends:
         return
-    key_of = {id(owners[key]): key for key in ends}
-    sorted_ends = [key_of[id(hook)] for hook in in_order([owners[key] for key in ends])]
-    others = [key for key in ours if key not in ends]
-    order = iter([*sorted_ends, *others] if first else [*others, *sorted_ends])
+    joined = [key for key in ends if not owners[key].entering]
+    joined += [key for key in reversed(ends) if owners[key].entering]
+    in_order = sorted(joined, key=lambda key: owners[key].rank)
+    order = iter([*in_order, *others] if first else [*others, *in_order])
+    ours = {*ends, *others}
     for key in [next(order) if key in ours else key for key in list(hooks)]:
         hooks[key] = hooks.pop(key)

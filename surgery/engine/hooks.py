@@ -79,8 +79,8 @@ class HookedSite:
 
     def _ends(self, stretch: Stretch) -> list[EndHook]:
         """Where the values are met that a stretch takes and gives."""
-        begin = EndHook(self.path, stretch.entry, self.extent, self.begin, entering=True)
-        end = EndHook(self.path, stretch.exit, self.extent, self.end, entering=False)
+        begin = EndHook(self, stretch.entry, entering=True)
+        end = EndHook(self, stretch.exit, entering=False)
         return [begin, end] if self.enters or self.remembers else [end]
 
     @property

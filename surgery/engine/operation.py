@@ -6,7 +6,8 @@ through its journal; undoing it, after a fault or on request, is one and the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -284,6 +285,18 @@ def operations(model: nn.Module) -> list[Operation]:
     """All operations on a model, oldest first."""
     additions = additions_of(model)
     return additions.operations if additions else []
+
+
+@contextmanager
+def without_parts(model: nn.Module) -> Iterator[None]:
+    """While it lasts no part of the model runs: rules are matched against the base."""
+    journal = Journal()
+    try:
+        for operation in operations(model):
+            journal.set(operation, "enabled", False)
+        yield
+    finally:
+        journal.undo()
 
 
 def _host(model: nn.Module) -> nn.Module:

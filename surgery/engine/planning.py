@@ -28,7 +28,7 @@ from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
 from .notes import frozen_head, frozen_norms, how_found
-from .operation import Operation, check_model, operations
+from .operation import Operation, check_model, operations, without_parts
 from .placement import PartNames, Placement, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .streams import Tokens
@@ -85,7 +85,7 @@ class Plan:
         self.rules = flatten_rules(rules)
         check_example(model, example, f"a plan for {type(model).__name__}")
         self.tree = Tree(model)
-        self.dataflow = attach_dataflow(self.tree, example)
+        self.dataflow = attach_dataflow(self.tree, example, lambda: without_parts(model))
         self.decided = decided if example is None else None
         for rule in self.rules if decided is None else ():  # a file's were checked when it was made
             check_written(rule, self.tree)

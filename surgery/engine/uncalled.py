@@ -13,6 +13,7 @@ from ..structure.module_tree import Site, Tree
 from ..structure.stretches import Stretch, is_called, is_met, stretch_of
 from .placement import Placement
 
+EXAMPLE = "Give example=inputs: a forward may tell what it takes and what it gives. Or put"
 Stretches: TypeAlias = dict[tuple[int, int], Stretch]  # by the spot of their placements
 
 
@@ -23,29 +24,30 @@ def stretches_of(placements: list[Placement], tree: Tree) -> Stretches:
     """
     dataflow = dataflow_of(tree)
     places = {p.spot: p for p in placements if dataflow and p.edit.place != "instead"}
-    return {
-        spot: _stretch(p, dataflow)
-        for spot, p in places.items()
-        if dataflow and _needs_values(p, dataflow)
-    }
+    found = {spot: _stretch(p, dataflow) for spot, p in places.items() if dataflow}
+    return {spot: stretch for spot, stretch in found.items() if stretch}
 
 
-def _needs_values(p: Placement, dataflow: Dataflow) -> bool:
-    """Whether nobody calls a place; or what reads the input of a span is not its entry alone.
-
-    (Attentions and feed-forward networks in turn, whose residual sums are the list's owner's.)
-    """
-    if not is_called(p.place):
-        return True
-    inserts = p.edit.place in ("into", "among")
-    return inserts and p.place.is_span and dataflow.asked and not is_met(dataflow.trace, p.place)
-
-
-def _stretch(p: Placement, dataflow: Dataflow) -> Stretch:
+def _stretch(p: Placement, dataflow: Dataflow) -> Stretch | None:
+    """What it is, where nobody calls it; None where hooks on its modules do."""
+    called = is_called(p.place)
+    if called and not _adds_up_outside(p, dataflow):
+        return None
     try:
         return stretch_of(dataflow.trace, p.place)
     except LookupError as error:
+        if called:
+            return None
         raise _uncalled(p, p.place.entry, f": {error.args[0]}", "") from None
+
+
+def _adds_up_outside(p: Placement, dataflow: Dataflow) -> bool:
+    """Whether tokens would miss a residual sum, which is that of whoever calls its modules.
+
+    (Attentions and feed-forward networks in turn.)
+    """
+    inserts = p.edit.place in ("into", "among")
+    return inserts and p.place.is_span and dataflow.asked and not is_met(dataflow.trace, p.place)
 
 
 def check_called(placements: list[Placement], stretches: Stretches) -> None:
@@ -56,9 +58,7 @@ def check_called(placements: list[Placement], stretches: Stretches) -> None:
             if _reads_its_projection(parent) and end.steps[-1].name == "out_proj":
                 raise _unread(p, end)
             if p.spot not in stretches and forward_of(end.module) is nn.Module.forward:
-                example = "Give apply(..., example=inputs): a forward may tell what it runs from, "
-                example += "and to. Or put"
-                raise _uncalled(p, end, "", "" if p.edit.place == "instead" else example)
+                raise _uncalled(p, end, "", "" if p.edit.place == "instead" else EXAMPLE)
 
 
 def _uncalled(p: Placement, end: Site, why: str, example: str) -> RuleError:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .dataflow import is_sum
 from .layers import forward_of
 from .module_tree import Site
 from .trace import MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, is_cheap, names, upstream
@@ -52,10 +53,10 @@ def is_called(site: Site) -> bool:
 
 
 def is_met(trace: Trace, site: Site) -> bool:
-    """Whether hooks on a site's own ends meet all that reads its input (or it did not run)."""
+    """Whether no residual sum reads what a site takes outside of the module it begins with."""
     calls = trace.calls_of(site.entry.module)
-    uses = [op for call in calls for v in call.inputs[:1] for op in v.uses]
-    return all(any(call in calls for call in op.stack()) for op in uses)
+    sums = [op for call in calls for v in call.inputs[:1] for op in v.uses if is_sum(op)]
+    return all(any(call in calls for call in op.stack()) for op in sums)
 
 
 def stretch_of(trace: Trace, site: Site) -> Stretch:
