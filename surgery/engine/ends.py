@@ -15,9 +15,17 @@ from torch.utils import _pytree as pytree
 
 from ..errors import GraftError
 from ..structure.stretches import End, carries
-from ..structure.trace import op_name
+from ..structure.trace import MOVES, SCALES, SUMS, op_name
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of
+
+NAMES = {  # of what sums, scales and moves features: compiled code cannot work them out
+    func: op_name(func)
+    for space in (torch, Tensor, nn.functional)
+    for name in sorted(SUMS | SCALES | MOVES)
+    for spelt in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__")
+    if (func := getattr(space, spelt, None)) is not None
+}
 
 
 class Site(Protocol):
@@ -92,7 +100,7 @@ class Noted(Tensor):
             result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor):
             return result
-        name = op_name(func)
+        name = NAMES.get(func) or ("" if torch.compiler.is_compiling() else op_name(func))
         notes = [
             Note(note.hook, note.ops[1:]) if note.ops[0] == name else note
             for value in pytree.tree_leaves((args, kwargs))
@@ -101,8 +109,8 @@ class Noted(Tensor):
             if note.ops[0] == name or carries(name)
         ]
         if due := [note.hook for note in notes if not note.ops]:
-            return _done(result, (*args, *(kwargs or {}).values()), due)
-        return _with(result, notes)
+            result = _done(result, (*args, *(kwargs or {}).values()), due)
+        return _with(result, [note for note in notes if note.ops])
 
 
 def noted(y: Tensor, hook: EndHook) -> Tensor:
@@ -114,9 +122,20 @@ def noted(y: Tensor, hook: EndHook) -> Tensor:
 def _with(y: Tensor, notes: list[Note]) -> Tensor:
     if not (notes or isinstance(y, Noted)):
         return y
+    if type(y) not in (Tensor, nn.Parameter, Noted):
+        raise _unfollowed(y, notes[0].hook)
     whole = y if isinstance(y, Noted) else y.as_subclass(Noted)
     whole.notes = tuple(notes)
     return whole
+
+
+def _unfollowed(y: Tensor, hook: EndHook) -> GraftError:
+    return GraftError(
+        f"the graft at {hook.path or 'the model'}",
+        f"what becomes of the output of a {type(hook.end.module).__name__} there, in sums that no "
+        f"module makes, cannot be followed in a {type(y).__name__}.",
+        "Export with torch.export.export(..., strict=True), or run it on plain tensors.",
+    )
 
 
 def _done(value: Tensor, given: tuple[Any, ...], due: list[EndHook]) -> Tensor:

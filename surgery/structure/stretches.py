@@ -7,7 +7,7 @@ calls of modules around it these can be met.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import nn
 from .dataflow import is_sum
 from .layers import forward_of
 from .module_tree import Site
-from .trace import MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, is_cheap, names, upstream
+from .trace import MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, is_cheap, names
 
 FAR = 8  # operations from the output of a module to a value that they make, at most
 
@@ -118,7 +118,9 @@ class _Run:
                 reading = self._reading_inside(taken, given)
                 if reading is None:
                     return taken, given
-                why = f"{reading.name} reads a value that lies inside of it, or at its beginning"
+                where = self.trace.path(reading.call.module) if reading.call else ""
+                why = f"{reading.name} in {where or 'the model'} reads a value that lies inside of "
+                why += "it, or at its beginning"
             given = self._next(given)
         raise LookupError(why)
 
@@ -138,13 +140,14 @@ class _Run:
     def _taken(self, given: Value, made: set[Value]) -> Value | None:
         """The residual stream where the stretch begins, of which it makes the value that it gives.
 
-        Of all that the stretch takes it is what comes to `given` by sums, scales and norms alone;
-        or else the only features that are alike.
+        Of all that the stretch takes it is what comes to `given` by sums, scales and norms alone:
+        features, or else what is made of weights (CaiT's class tokens, which hear the others as
+        something given besides). Without a residual sum it is the only features that are alike.
         """
-        edge = {v for v in _above([given], made) if v not in made and v.is_feature}
-        alike = [v for v in edge if _alike(v, given)]
-        stream = [v for v in upstream([given], _passes) if v in alike]
-        found = stream or alike
+        alike = [v for v in _above([given], made) if v not in made and _alike(v, given)]
+        features = [v for v in alike if v.is_feature]
+        stream = [v for v in _above([given], made, _passes) if v in alike]
+        found = [v for v in stream if v in features] or stream or features
         return found[0] if len(found) == 1 else None
 
     def _reading_inside(self, taken: Value, given: Value) -> Op | None:
@@ -200,13 +203,19 @@ def _below(trace: Trace, values: Iterable[Value]) -> set[Value]:
     return found
 
 
-def _above(values: Iterable[Value], within: set[Value]) -> Iterator[Value]:
-    """All of a set that values are made of, they themselves, and what comes to those from it."""
-    todo, seen = list(values), set(values)
+def _above(
+    values: list[Value], within: set[Value], through: Callable[[Op], bool] = lambda op: True
+) -> Iterator[Value]:
+    """All of a set that values are made of, they themselves, and what comes into it from outside.
+
+    through  the operations by which alone
+    """
+    todo, seen = [*values], {*values}
     for value in todo:
         yield value
-        for source in value.op.inputs if value in within and value.op else ():
-            if source not in seen:
+        op = value.op if value in within else None
+        for source in op.inputs if op and through(op) else ():
+            if source.floats and source not in seen:
                 seen.add(source)
                 todo.append(source)
 
