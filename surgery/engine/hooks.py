@@ -17,7 +17,9 @@ from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
 from ..structure.path import generalise
+from ..structure.stretches import Stretch
 from .caches import check_caches, given_beside
+from .ends import EndHook, settle
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass
@@ -36,19 +38,25 @@ class HookedSite:
     like            its path, but for what tells those apart that a container lists
     optional        its rules say that it need not be of use
     extent          where the entry begins and the exit ends, in the order of the walk
+    entry, exit     the modules with the hooks: its own, or where the values of a stretch are met
     """
 
-    def __init__(self, switch: Switch, site: Site, actions: list[Action]) -> None:
+    def __init__(
+        self, switch: Switch, site: Site, actions: list[Action], stretch: Stretch | None = None
+    ) -> None:
         self.switch, self.path, self.actions = switch, site.path, actions
         self.like = _like(site)
         self.optional = all(action.optional for action in actions)
         self.entry, self.exit = site.entry.module, site.exit.module
+        if stretch:
+            self.entry, self.exit = stretch.entry.module, stretch.exit.module
+        in_two = bool(stretch) or site.is_span
         self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
         self.width, self.out = site.shape.width, site.shape.out
         places = [action.place for action in actions]
         first = next((i for i, place in enumerate(places) if place in ENTERING), len(places))
         besides = [i for i, place in enumerate(places) if place == "beside"]
-        self.remembers = bool(besides) and (site.is_span or first < besides[-1])
+        self.remembers = bool(besides) and (in_two or first < besides[-1])
         self.enters = first < len(actions)
         self.leaves = not {"after", "beside", "among"}.isdisjoint(places)
         replaces = "instead" in places
@@ -59,13 +67,21 @@ class HookedSite:
         self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
         among = "among" in places
-        self.stretches, self.stretch = among, _stretch(site) if among else []
+        self.stretches = among and not stretch
+        self.stretch = _stretch(site) if self.stretches else []
         self.extent = site.entry.order, site.exit.end
-        self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
+        self.begin_mark = f"{self.path}, its beginning" if in_two and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
 
         self.compiled, self.compiled_begin = Traced(), Traced()
         self.traced = Pass()  # what compiled code keeps, by the number of an action alone
+        self.ends = self._ends(stretch) if stretch else []
+
+    def _ends(self, stretch: Stretch) -> list[EndHook]:
+        """Where the values are met that a stretch takes and gives."""
+        begin = EndHook(self, stretch.entry, entering=True)
+        end = EndHook(self, stretch.exit, entering=False)
+        return [begin, end] if self.enters or self.remembers else [end]
 
     @property
     def ran(self) -> bool:
@@ -88,6 +104,15 @@ class HookedSite:
 
     def join(self, journal: Journal) -> None:
         """Hook into the site; inputs meet the last rule first, and what holds others before all."""
+        for end in self.ends:
+            end.join(journal)
+        if not self.ends:
+            self._join(journal)
+        for module in {self.entry, self.exit}:
+            settle(module._forward_pre_hooks, _is_site, first=True)
+            settle(module._forward_hooks, _is_site, first=False)
+
+    def _join(self, journal: Journal) -> None:
         replaces = self.replacement is not None
         hooks = self.entry._forward_pre_hooks
         earlier = owners_of(hooks, HookedSite)
@@ -175,6 +200,16 @@ class HookedSite:
                 x = self._remembered(i) if self.remembers else input_of(args, kwargs, self)[0]
                 y = self._act(i, action, x, y)
         return put(y)
+
+    def begin(self, x: Tensor) -> Tensor:
+        """What the actions make of the value that a stretch takes."""
+        given = self.enter(self.entry, (x,))
+        return x if given is None else given[0]
+
+    def end(self, y: Tensor) -> Tensor:
+        """What the actions make of the value that a stretch gives."""
+        given = self.leave(self.exit, (y,), y)
+        return y if given is None else given
 
     def _put_in(
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
@@ -402,6 +437,10 @@ def _before_others(hooks: Any) -> None:
     else:
         for key in ours:
             hooks.move_to_end(key)
+
+
+def _is_site(owner: Any) -> bool:
+    return isinstance(owner, HookedSite)
 
 
 def _is_ours(hook: Any) -> bool:

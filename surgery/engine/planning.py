@@ -29,14 +29,15 @@ from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
 from .notes import frozen_head, frozen_norms, how_found
-from .operation import Operation, check_model, operations
-from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all
+from .operation import Operation, check_model, operations, without_parts
+from .placement import PartNames, Placement, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
 from .switch import Balance
 from .tokens import Action, tokens_at
 from .trained import adopt
+from .uncalled import Stretches, check_called, stretches_of
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
@@ -85,7 +86,7 @@ class Plan:
         self.rules = flatten_rules(rules)
         check_example(model, example, f"a plan for {type(model).__name__}")
         self.tree = Tree(model)
-        self.dataflow = attach_dataflow(self.tree, example)
+        self.dataflow = attach_dataflow(self.tree, example, lambda: without_parts(model))
         self.decided = decided if example is None else None
         for rule in self.rules if decided is None else ():  # a file's were checked when it was made
             check_written(rule, self.tree)
@@ -102,8 +103,9 @@ class Plan:
         ]
         self._leave_out(sources_of(self.placements, self.tree, self.decided))
         check_conflicts(self.placements)
-        check_called(self.placements)
-        self.tokens = tokens_of(self.placements, self.tree)
+        self.stretches = stretches_of(self.placements, self.tree)
+        check_called(self.placements, self.stretches)
+        self.tokens = tokens_of(self.placements, self.tree, self.stretches)
         self.names = PartNames(self.tree)
         name_all(self.placements, self.names)
         self.unfrozen, self._left = unfrozen_by(self.matches, decided is None)
@@ -264,7 +266,7 @@ class Plan:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():
             actions = [self._action(p, parts[p.key]) for p in there]
-            operation.join(there[0].place, actions)
+            operation.join(there[0].place, actions, self.stretches.get(there[0].spot))
         hooked_sites = dict(zip(spots, operation.hooked_sites, strict=True))
         for p, source in self.heard_from.items():
             mine, theirs = spots[p.spot], spots[source.spot]
@@ -384,7 +386,12 @@ def _is_trained(norm: Site, trained: Collection[int]) -> bool:
     return bool(nearest) and all(id(p) in trained for p in nearest)
 
 
-def tokens_of(placements: list[Placement], tree: Tree) -> dict[Placement, Tokens]:
+def tokens_of(
+    placements: list[Placement], tree: Tree, stretches: Stretches
+) -> dict[Placement, Tokens]:
     """How each place is given tokens that an edit inserts there."""
     edits = [(p, p.edit) for p in placements if isinstance(p.edit, Insert)]
-    return {p: tokens_at(p.place, tree, edit.after, p.rule.short) for p, edit in edits}
+    return {
+        p: tokens_at(p.place, tree, edit.after, p.rule.short, stretches.get(p.spot))
+        for p, edit in edits
+    }

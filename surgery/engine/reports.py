@@ -19,7 +19,7 @@ from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated
 from .conditions import check_example
-from .operation import Operation, additions_of, check_operable
+from .operation import Operation, additions_of, check_operable, without_parts
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
 from .watched import check_watched
@@ -49,7 +49,7 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
     check_operable(model)
     check_example(model, example, "anatomy(model, example)")
     tree = Tree(model)
-    dataflow = attach_dataflow(tree, example)
+    dataflow = attach_dataflow(tree, example, lambda: without_parts(model))
     rows: list[tuple[object, ...]] = []
     roles, feeds = roles_of(tree), _feeds(tree)
     if example is not None:

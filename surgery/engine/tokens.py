@@ -10,13 +10,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
+from ..structure.stretches import Stretch
 from .passes import Passes
 from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
 from .tracing import Here
 
 
-def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:
-    """How tokens are put in at a site. Raises RuleError where their number is fixed there."""
+def tokens_at(
+    site: Site, tree: Tree, after: int, rule: str, stretch: Stretch | None = None
+) -> Tokens:
+    """How tokens are put in at a site. Raises RuleError where their number is fixed there.
+
+    stretch  what it is in a forward, where nobody calls it
+    """
     within = [s.module for s in tree.sites[site.entry.order : site.exit.end]]
     table = next(filter(None, map(_table, within)), None)
     if site.axis != -1 or table:
@@ -28,7 +34,10 @@ def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:
             "Use a method that adds no tokens.",
         )
     attentions = [m for m in within if isinstance(m, nn.MultiheadAttention)]
-    return Tokens(after, 0 if any(not m.batch_first for m in attentions) else 1)
+    tokens = Tokens(after, 0 if any(not m.batch_first for m in attentions) else 1)
+    if stretch and (misfit := tokens.misfit(stretch.shape, stretch.beside)):
+        raise RuleError(rule, f"{site.path}: {misfit[0]}", misfit[1])
+    return tokens
 
 
 def _table(module: nn.Module) -> str | None:

@@ -5,9 +5,10 @@ The module tree tells neither: it keeps the order in which modules were made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -17,21 +18,23 @@ from .trace import NORM_AXES, SUMS, Op, Trace, Value, is_cheap, upstream
 from .trace import trace as run
 
 OPERANDS = ("query", "key", "value")
+Around: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
 class Dataflow:
     """Says what feeds a site, as one forward of the model on `example` shows it.
 
-    The forward is run when first asked; `asked` says whether it was.
+    The forward is run when first asked, in a context of `around`; `asked` says whether it was.
     """
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self.model, self.example, self.asked = model, example, False
+    def __init__(self, model: nn.Module, example: Any, around: Around = nullcontext) -> None:
+        self.model, self.example, self.asked, self.around = model, example, False, around
 
     @cached_property
     def trace(self) -> Trace:
         self.asked = True
-        return run(self.model, self.example)
+        with self.around():
+            return run(self.model, self.example)
 
     def __call__(self, site: Site, norms: Sequence[Site], whole: bool) -> Site | None:
         """The one of `norms` that feeds the site, without a residual sum between; None: none does.
@@ -62,9 +65,9 @@ class Dataflow:
         return bool(inputs & outputs)
 
 
-def attach_dataflow(tree: Tree, example: Any) -> Dataflow:
+def attach_dataflow(tree: Tree, example: Any, around: Around = nullcontext) -> Dataflow:
     """Let a forward on the example, where there is one, decide what feeds what in this tree."""
-    dataflow = Dataflow(tree.model, example)
+    dataflow = Dataflow(tree.model, example, around)
     if example is not None:
         tree.memo["dataflow"] = dataflow
     return dataflow
