@@ -23,9 +23,9 @@ from .ends import EndHook, settle
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass
-from .streams import Between
+from .streams import Between, Inserted
 from .switch import Switch
-from .tokens import ENTERING, Action, Insertions
+from .tokens import ENTERING, Action, Fits, Insertions
 from .tracing import Traced, apart
 
 
@@ -76,6 +76,9 @@ class HookedSite:
         self.compiled, self.compiled_begin = Traced(), Traced()
         self.traced = Pass()  # what compiled code keeps, by the number of an action alone
         self.ends = self._ends(stretch) if stretch else []
+        called = stretch.modules if stretch and self.inserts else []
+        self.fits = [Fits(self.path, each, self.opened) for each in called]
+        self.called = called
 
     def _ends(self, stretch: Stretch) -> list[EndHook]:
         """Where the values are met that a stretch takes and gives."""
@@ -108,6 +111,8 @@ class HookedSite:
             end.join(journal)
         if not self.ends:
             self._join(journal)
+        for module, fits in zip(self.called, self.fits, strict=True):
+            journal.hook(module, fits.enter, before=True, with_kwargs=True)
         for module in {self.entry, self.exit}:
             settle(module._forward_pre_hooks, _is_site, first=True)
             settle(module._forward_hooks, _is_site, first=False)
@@ -200,6 +205,10 @@ class HookedSite:
                 x = self._remembered(i) if self.remembers else input_of(args, kwargs, self)[0]
                 y = self._act(i, action, x, y)
         return put(y)
+
+    def opened(self) -> list[Inserted]:
+        """The tokens that are among those of the model now."""
+        return [*self.switch.streams.mine().opened().values()]
 
     def begin(self, x: Tensor) -> Tensor:
         """What the actions make of the value that a stretch takes."""

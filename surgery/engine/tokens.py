@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
 from ..structure.stretches import Stretch
+from .features import declared, input_of
 from .passes import Passes
 from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
 from .tracing import Here
@@ -68,6 +71,28 @@ class Action(NamedTuple):
 
 
 ENTERING = ("before", "into", "among")  # what acts on the input
+
+
+class Fits:
+    """A hook on what is called in a stretch that nobody calls, of which no hook sees all."""
+
+    def __init__(self, path: str, module: nn.Module, opened: Callable[[], list[Inserted]]) -> None:
+        self.path, self.opened = path, opened
+        self.names = declared(getattr(type(module), "forward", None))
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        """Forward pre-hook. Raises GraftError where it is given what fits the model's tokens."""
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        opened = self.opened() if len(tensors) > 1 else []
+        if not opened:
+            return
+        x, _ = input_of(args, kwargs or {}, self)
+        axis, shape = opened[0].tokens.axis, [*x.shape]
+        if x.dim() == 3:
+            shape[axis] -= sum(each.new for each in opened)
+            others = [t.shape for t in tensors if t is not x]
+            if misfit := opened[0].tokens.misfit(tuple(shape), others):
+                raise GraftError(f"insert(...) at {self.path}", *misfit)
 
 
 class Insertions:

@@ -36,14 +36,16 @@ class End(NamedTuple):
 class Stretch(NamedTuple):
     """Where the value is met that a stretch takes, and that which it gives.
 
-    shape   of what it takes
-    beside  the shapes of what it is given besides: masks, positions, other features
+    shape    of what it takes
+    beside   the shapes of what it is given besides: masks, positions, other features
+    modules  those that are called in it, the outermost
     """
 
     entry: End
     exit: End
     shape: tuple[int, ...]
     beside: list[tuple[int, ...]]
+    modules: list[nn.Module]
 
 
 def is_called(site: Site) -> bool:
@@ -64,7 +66,9 @@ def stretch_of(trace: Trace, site: Site) -> Stretch:
     run = _Run(trace, site)
     taken, given = run.bounds
     early = trace.calls[: trace.calls.index(run.members[0])]
-    return Stretch(_met(trace, taken, early), _met(trace, given, ()), taken.shape, run.beside)
+    ends = _met(trace, taken, early), _met(trace, given, ())
+    modules = [member.module for member in run.members]
+    return Stretch(*ends, taken.shape, run.beside, modules)
 
 
 def carries(name: str) -> bool:

@@ -492,6 +492,34 @@ def test_what_is_made_for_the_number_of_tokens_is_refused() -> None:
     assert "a tensor (6, 1) that is made for 6 tokens" in refused(placed)
 
 
+def test_a_mask_that_comes_later_is_refused_where_it_comes() -> None:
+    class Masked(Model):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = self.inp(x)
+            for e in self.layers:
+                x = x + e[0](x, mask=mask)  # type: ignore[index]
+                x = x + e[1](x)  # type: ignore[index]
+            return self.head(x)  # type: ignore[no-any-return]
+
+    for rules in ("vpt_deep", "adapterx"):
+        model = fresh(Masked)
+        surgery.apply(model, rules, example=inputs())
+        assert torch.isfinite(model(inputs())).all()
+        told = str(raised(GraftError, lambda m=model: m(inputs(), torch.zeros(6, 6))))
+        assert "a tensor (6, 6) that is made for 6 tokens" in told
+        assert torch.isfinite(model(inputs())).all()
+        copied = copy.deepcopy(model)
+        assert "made for 6" in str(
+            raised(GraftError, lambda m=copied: m(inputs(), torch.ones(6, 6)))
+        )
+
+
+@pytest.mark.parametrize("rules", ["daptx", "idpt"])
+def test_tokens_may_stay_in(rules: str) -> None:
+    model, want = twins(Pooled, rules)
+    assert_alike(grads(model), grads(want))
+
+
 def test_what_reads_inside_is_refused() -> None:
     def looking(e: Any, x: Tensor) -> Tensor:
         x = e[0](x) + x
