@@ -32,6 +32,10 @@ class MaskCheck:
             return self._probed(probe, x, args, kwargs)
         if not self.switch.enabled or self.switch.merged:
             return None
+        self._check(x, given)
+        return None
+
+    def _check(self, x: Tensor | None, given: list[tuple[str, Any]]) -> None:
         if x is not None and x.is_nested:
             raise GraftError(
                 f"the graft at {self.patches.path}",
@@ -47,7 +51,6 @@ class MaskCheck:
                     "Use parts that take each token alone (adapter, lora), or give the model "
                     "inputs without padding and without a causal mask.",
                 )
-        return None
 
     def _probed(self, probe: Probe, x: Tensor, args: Any, kwargs: Any) -> Any:
         """Show what came to a block, and put what comes of that in its place."""

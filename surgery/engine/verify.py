@@ -193,8 +193,7 @@ def _check_gradients(
     """
     outputs = carrying(answer)
     graph = reached(outputs)
-    wanted = list({id(t): t for target in targets for t in target.trained.values()}.values())
-    moving = moved(model, wanted, run, answer) if outputs else set()
+    moving = moved(model, _wanted(targets), run, answer) if outputs else set()
     come = graph.tensors | (moving or set())
     missed = [target for target in targets if target.is_missed(come)]
     shown = graph.whole or moving is not None
@@ -202,13 +201,26 @@ def _check_gradients(
         raise _lost(needed, outputs, reading)
     if not (outputs and shown):  # what the graph hides may have come
         return []
-    idle = missed if moving is None else [t for t in targets if t.is_missed(moving)]
+    notes = [f"no gradient comes to {first_few(_names(missed))} with this example"]
+    zero = [] if moving is None else _zero(targets, moving, missed)
+    zeros = [f"the gradient that comes to {first_few(_names(zero))} is zero with this example"]
+    return [*(notes if missed else ()), *(zeros if zero else ())]
+
+
+def _wanted(targets: list[TrainTarget]) -> list[Tensor]:
+    """Of what is to be trained, each tensor once."""
+    return list({id(t): t for target in targets for t in target.trained.values()}.values())
+
+
+def _zero(
+    targets: list[TrainTarget], moving: set[int], missed: list[TrainTarget]
+) -> list[TrainTarget]:
+    """Those that a gradient of zeros comes to. Raises GraftError where one of them is an error."""
+    idle = [target for target in targets if target.is_missed(moving)]
     zero = [target for target in idle if target not in missed]
     if dead := [target for target in zero if _is_dead(target, targets, idle)]:
         raise _moves_nothing(dead)
-    notes = [f"no gradient comes to {first_few(_names(missed))} with this example"]
-    zeros = [f"the gradient that comes to {first_few(_names(zero))} is zero with this example"]
-    return [*(notes if missed else ()), *(zeros if zero else ())]
+    return zero
 
 
 def _is_dead(target: TrainTarget, targets: list[TrainTarget], idle: list[TrainTarget]) -> bool:
