@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import surgery
 from surgery import append, at, block, insert, parallel, prepend, replace, unfreeze, until
+from surgery.engine.ends import Noted
 from surgery.errors import FileError, GraftError, RuleError, SurgeryError
 from surgery.parts import adapter, prompt
 from tests.laws import checks as laws
@@ -155,6 +156,17 @@ class Pooled(Model):
         return self.head(x.mean(1) + x[:, 0])  # type: ignore[no-any-return]
 
 
+class Dropping(Model):
+    """What comes to the first block is handed on as it is, but in training."""
+
+    def __init__(self, kind: type[Uncalled], step: Step = plain, depth: int = 3) -> None:
+        super().__init__(kind, step, depth)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.drop(self.inp(x))))  # type: ignore[no-any-return]
+
+
 class Inner(Model):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
@@ -174,7 +186,7 @@ class Holding(nn.Module):
 
 
 Build = Callable[..., nn.Module]
-BUILDS: list[Build] = [Model, Pooled, Holding]
+BUILDS: list[Build] = [Model, Dropping, Pooled, Holding]
 RULES = ["vpt_deep", "vpt_shallow", "adapterx"]
 
 
@@ -253,18 +265,15 @@ def test_an_element_that_is_called_may_leave_its_sum_to_the_owner() -> None:
 
     class Whole(Turns):
         def run(self, x: Tensor) -> Tensor:
-            for a, b in ((0, 1), (2, 3)):
-                x = torch.cat([x[:, :1], self.rows.expand(len(x), -1, -1), x[:, 1:]], 1)
-                x = x + self.layers[a](x)
-                x = x + self.layers[b](x)
-                x = torch.cat([x[:, :1], x[:, 1 + len(self.rows) :]], 1)
-            return x
+            x = torch.cat([x[:, :1], self.rows.expand(len(x), -1, -1), x[:, 1:]], 1)
+            x = super().run(x)
+            return torch.cat([x[:, :1], x[:, 1 + len(self.rows) :]], 1)
 
     torch.manual_seed(0)
     model = Turns(None).eval()
-    spans = [at(until(f"layers.{i}", f"layers.{i + 1}"), shared_prompt) for i in (0, 2)]
+    new = at(until("layers.0", "layers.3"), insert(prompt(tokens=3)))
     norms = at(surgery.nearest(surgery.norm, before=surgery.ffn), unfreeze)
-    surgery.apply(model, [*spans, norms], example=inputs())
+    surgery.apply(model, [new, norms], example=inputs())
     laws.stir_parts(model)
     torch.manual_seed(0)
     want: Any = Whole(None).eval()
@@ -272,7 +281,26 @@ def test_an_element_that_is_called_may_leave_its_sum_to_the_owner() -> None:
     torch.testing.assert_close(model(inputs()), want(inputs()))
 
 
-shared_prompt = insert(surgery.shared(prompt(tokens=3)))
+def test_a_module_that_takes_or_gives_the_value_is_hooked_and_no_note_is_made() -> None:
+    model = fresh(Holding)
+    surgery.apply(model, "vpt_shallow", example=inputs())
+    given: list[type] = []
+    last: Any = model.get_submodule("inner.layers.2.1")
+    last.register_forward_hook(lambda module, args, y: given.append(type(y)))
+    model(inputs())
+    assert given == [Tensor]
+
+
+def test_no_note_is_made_while_parts_are_off() -> None:
+    model = fresh(Pooled)
+    surgery.apply(model, "vpt_deep", example=inputs())
+    given: list[type] = []
+    last: Any = model.get_submodule("layers.2.1")
+    last.register_forward_hook(lambda module, args, y: given.append(type(y)))
+    model(inputs())
+    with surgery.disabled(model), torch.no_grad():
+        model(inputs())
+    assert given == [Noted, Tensor]
 
 
 @pytest.mark.parametrize("edit", [parallel, append, prepend], ids=lambda e: e.__name__)
