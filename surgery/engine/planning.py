@@ -19,7 +19,7 @@ from ..rules.edits import Insert, Joined
 from ..rules.expression import encode
 from ..rules.rule import Rule, Rules
 from ..structure.dataflow import attach_dataflow
-from ..structure.layers import keeps_statistics
+from ..structure.layers import keeps_statistics, named_modules, own_parameters
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
@@ -247,7 +247,7 @@ class Plan:
 
     @no_collection()
     def _execute(self, operation: Operation) -> list[PatchMap]:
-        modules = [site.module for site in self.tree.sites]
+        modules = [module for _, module in named_modules(self.model)]
         adopt(self.model)  # what was trained by hand until now is of the operation before
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
@@ -302,7 +302,7 @@ class Plan:
                 yield TrainTarget(rule.short, tensors, rule.optional)
 
     def _base(self) -> list[nn.Parameter]:
-        return [p for site in self.tree.sites for p in site.module.parameters(recurse=False)]
+        return [p for _, module in named_modules(self.model) for p in own_parameters(module)]
 
     def _trained_before(self) -> set[int]:
         """Ids of the base parameters that earlier operations left trained."""

@@ -22,11 +22,15 @@ KERNELS = names("scaled_dot_product_attention multi_head_attention_forward lstm 
 
 
 class _Seen(NamedTuple):
-    """A network that ran: its site, its projections, and the features that it read."""
+    """A network that ran: its site, its projections, and the features that it read.
+
+    spreads  whether a depthwise convolution over positions lies in between
+    """
 
     site: Site
     layers: frozenset[Site]
     sources: set[Value]
+    spreads: bool
 
 
 def find_traced_ffns(trace: Trace, projections: Projections, ffns: FFNs) -> FFNs:
@@ -54,7 +58,7 @@ class _Merge:
         wrong = {s for ran, sites in met for s in sites if not self._is_within(ran, s)}
         kept = [s for s in self.told.sites if s not in wrong]
         apart = [(ran, bool(sites)) for ran, sites in met if wrong.issuperset(sites)]
-        placed = [ran for ran, better in apart if better or self._is_placed(ran.site, kept)]
+        placed = [ran for ran, better in apart if better or self._is_placed(ran, kept)]
         added = placed if kept or placed else [ran for ran, _ in apart]
         gone = {layer for layer, s in self.owners.items() if s in wrong}
         taken = (self.told.projections - gone).union(*(ran.layers for ran in added))
@@ -72,7 +76,7 @@ class _Merge:
                 site._shape = Shape(ffn.width, ffn.out, ffn.axis)
                 ran = {self.by_path[path] for path in ffn.layers}
                 layers = frozenset(ran.intersection(self.projections.elements))
-                seen[site.path] = _Seen(site, layers, sources)
+                seen[site.path] = _Seen(site, layers, sources, ffn.spreads)
         return list(seen.values())
 
     def _site_of(self, ffn: TracedFFN) -> Site | None:
@@ -113,17 +117,20 @@ class _Merge:
         """Whether a site holds all of it. (Of w1, w2, w3 the span from w1 to w2 does not.)"""
         return ran.layers.issubset(self.projections.below(site)) or _lies_in(ran.site, site)
 
-    def _is_placed(self, site: Site, kept: list[Site]) -> bool:
+    def _is_placed(self, ran: _Seen, kept: list[Site]) -> bool:
         """Whether a network lies in a block: an element that mixes tokens, or holds another one.
 
         Or in one of several that are alike, where another does (x-transformers lists attentions
-        and networks in turn).
+        and networks in turn). What convolves over positions beside a network is none: a Conformer's
+        convolutions, RecurrentGemma's recurrence.
         """
+        site, others = ran.site, [other.order for other in kept]
         if not site.is_element and element(site) is None:
             return is_placed(site, self.projections)
         around = [s for holder in (site, *holders(site)) for s in _block_and_list(holder)]
-        marks = sorted([*self.mixing, *(other.order for other in kept)])
-        return any(bisect_left(marks, s.order) < bisect_left(marks, s.end) for s in around)
+        if any(_has(s, others) for s in around):
+            return not ran.spreads
+        return any(_has(s, self.mixing) for s in around)
 
     @cached_property
     def mixing(self) -> list[int]:
@@ -136,6 +143,7 @@ class _Merge:
     def _with_experts(self, kept: list[Site], added: list[_Seen], taken: set[Site]) -> list[Site]:
         """All sites, the experts that modules do not show made one for each of their layers."""
         experts = [ran.site for ran in added if self._is_expert(ran)]
+        experts += [s for s in kept if _has_stacks(s)] if added else []
         twins = [twin for expert in experts for twin in self._twins(expert)]
         taken.update(layer for twin in twins for layer in self.projections.below(twin))
         layers = expert_layers(experts, self.projections, taken)
@@ -147,8 +155,7 @@ class _Merge:
         twins = self._twins(ran.site)
         beside = any(ran.sources & self.sources.get(twin, set()) for twin in twins)
         idle = any(not self.trace.calls_of(twin.module) for twin in twins)
-        stacks = any(expert_stacks(s.module) for s in (ran.site, *ran.site.below()))
-        return beside or idle or stacks
+        return beside or idle or _has_stacks(ran.site)
 
     def _twins(self, site: Site) -> list[Site]:
         """The other elements of a list whose projections are of the same widths."""
@@ -161,8 +168,17 @@ class _Merge:
         return [linear_shape(s.module) for s in self.projections.below(site)]
 
 
+def _has(site: Site, orders: list[int]) -> bool:
+    """Whether one of these numbers of the walk lies in a site."""
+    return bisect_left(orders, site.order) < bisect_left(orders, site.end)
+
+
 def _lies_in(site: Site, other: Site) -> bool:
     return other.order <= site.order and site.end <= other.end
+
+
+def _has_stacks(site: Site) -> bool:
+    return not site.is_span and any(expert_stacks(s.module) for s in (site, *site.below()))
 
 
 def _block_and_list(holder: Site) -> list[Site]:

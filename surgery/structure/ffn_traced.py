@@ -42,6 +42,7 @@ class TracedFFN:
     width, hidden  features in and between
     out            features that it gives: fewer than it takes where it reads two tensors joined
     layers         the modules of its projections, the last of them the exit
+    spreads        whether a depthwise convolution over positions lies in between
     gated          whether one half of what goes between multiplies the other
     axis           where features lie: -1 last, 1 after the batch
     kind           "ffn"; "inverted bottleneck" (convolutions with a wider depthwise one between);
@@ -66,6 +67,7 @@ class TracedFFN:
     direct: bool
     out: int
     layers: tuple[str, ...]
+    spreads: bool
     calls: int = 1
 
 
@@ -149,6 +151,7 @@ def _described(trace: Trace, middle: _Middle, down: LinearOp, total: Op) -> Trac
         direct=direct,
         out=down.out,
         layers=(*(trace.path(each.owner) for each in middle.ups), exit),
+        spreads=middle.spreads,
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from .norms import tried_as_norm
 
@@ -46,6 +46,16 @@ def linear_shape(module: nn.Module) -> Shape | None:
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that a module itself holds, without those below it."""
     return [p for p in module._parameters.values() if p is not None]
+
+
+def held_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Its own parameters by name, those too of which its parametrizations make its weights."""
+    if isinstance(module, ParametrizationList):
+        return  # what it makes is a weight of the module that holds it
+    made = module._modules.get("parametrizations")
+    lists = made.children() if made is not None and is_parametrized(module) else ()
+    for each in (module, *lists):
+        yield from ((name, p) for name, p in each._parameters.items() if p is not None)
 
 
 def named_children(module: nn.Module) -> dict[str, nn.Module]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 WIDEST = 1 << 16  # features that a norm without vectors may have been made for
-MANY = 8  # numbers: a sign or a mask holds fewer, and so do the statistics of colours
+MANY = 8  # numbers that a result holds: a sign, or a mask, holds fewer
+COLOURS = 3  # of an image, whose statistics the input is scaled by
 
 
 class Normed(NamedTuple):
@@ -157,9 +158,9 @@ def _forgets_scale(twin: nn.Module, x: Tensor, other: Tensor) -> bool:
 def _is_frozen(module: nn.Module, x: Tensor) -> bool:
     """Whether it shifts and scales by statistics that are kept for good (DETR's frozen norm).
 
-    A few numbers are those of colours, which the input is scaled by.
+    Not by those of colours, which the input is scaled by.
     """
-    kept = [b for b in module._buffers.values() if b is not None and b.numel() >= MANY]
+    kept = [b for b in module._buffers.values() if b is not None and b.numel() > COLOURS]
     if len(kept) < 2 or any(p is not None for p in module._parameters.values()):
         return False
     twin = _twin(module)

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from .._inputs import call, copied
 from .._preserve import preserved
 from ..errors import OperationError
+from .layers import held_weights
 
 
 class Value:
@@ -230,9 +231,8 @@ class _Recorder(TorchFunctionMode):
         self.handles: list[RemovableHandle] = []
         self.writes: dict[int, Value] = {}  # by storage, the last that was written into it
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self._know_weight(module, name, parameter)
+            for name, parameter in held_weights(module):
+                self._know_weight(module, name, parameter)
 
     def _know_weight(self, module: nn.Module, name: str, parameter: torch.Tensor) -> None:
         if id(parameter) not in self.weights:

@@ -13,9 +13,12 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import surgery
 from surgery.structure.anatomy import roles_of
+from surgery.structure.dataflow import attach_dataflow
+from surgery.structure.ffn_traced import traced_ffns
 from surgery.structure.layers import Shape, is_norm, norm_shape, shape_of
 from surgery.structure.module_tree import Tree
-from tests.structure.renaming import renamed
+from surgery.structure.trace import trace
+from tests.structure.renaming import originals, renamed
 
 D = 16
 
@@ -339,21 +342,40 @@ class UnitRows(nn.Module):
         return nn.functional.normalize(weight, dim=-1)
 
 
-def unit(linear: nn.Module) -> nn.Module:
-    nn.utils.parametrize.register_parametrization(linear, "weight", UnitRows())
-    return linear
-
-
-def test_what_makes_weights_is_no_place():
-    positions = weight_norm(nn.Conv1d(D, D, 3, padding=1), dim=2)
+def parametrized() -> nn.Module:
     blocks = [Block(nn.LayerNorm(D), nn.LayerNorm(D), Attention(), mlp()) for _ in range(2)]
     for block in blocks:
-        unit(block.attn.qkv), unit(block.mlp[0]), unit(block.mlp[2])
-    model = nn.Sequential(*blocks)
-    model.insert(0, positions)
+        for linear in (block.attn.qkv, block.mlp[0], block.mlp[2]):
+            nn.utils.parametrize.register_parametrization(linear, "weight", UnitRows())
+    return nn.Sequential(weight_norm(nn.Linear(D, D)), *blocks).eval()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_makes_weights_is_no_place(told):
+    model = renamed(parametrized())
     tree = Tree(model)
+    attach_dataflow(tree, torch.randn(2, 5, D) if told else None)
     assert [s.path for s in tree.sites if "parametrizations" in s.path] == []
     roles = roles_of(tree)
-    assert [s.path for s in roles["norm"]] == ["1.norm1", "1.norm2", "2.norm1", "2.norm2"]
-    assert [s.path for s in roles["ffn"]] == ["1.mlp", "2.mlp"]
-    assert [s.path for s in roles["qkv"]] == ["1.attn.qkv", "2.attn.qkv"]
+    assert originals(roles["norm"]) == ["1.norm1", "1.norm2", "2.norm1", "2.norm2"]
+    assert originals(roles["ffn"]) == ["1.mlp", "2.mlp"]
+    assert originals(roles["fc1"]) == ["1.mlp.0", "2.mlp.0"]
+    assert originals(roles["qkv"]) == ["1.attn.qkv", "2.attn.qkv"]
+
+
+def test_a_forward_tells_whose_weights_were_made():
+    found = trace(parametrized(), torch.randn(2, 5, D))
+    assert [ffn.layers for ffn in traced_ffns(found)] == [
+        ("1.mlp.0", "1.mlp.2"),
+        ("2.mlp.0", "2.mlp.2"),
+    ]
+
+
+@pytest.mark.parametrize("rules", ["ssf", "adaptformer", "adapterx_ffn", "lora"])
+def test_rules_run_on_parametrized_modules(rules):
+    model, x = parametrized(), torch.randn(2, 5, D)
+    before = model(x)
+    surgery.apply(model, rules, example=x)
+    assert model(x).shape == x.shape
+    surgery.revert(model)
+    assert torch.equal(model(x), before)
