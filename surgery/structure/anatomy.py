@@ -185,7 +185,8 @@ class _Anatomy:
     def _layers(self, ffn: Site) -> tuple[list[Site], list[Site]]:
         """The linear layers of a feed-forward network: what widens (and gates), what narrows."""
         layers = [s for s in self.projections.below(ffn) if linear_shape(s.module)]
-        fc2 = [s for i, s in enumerate(layers) if i and s.out == ffn.out]
+        narrows = [s for s in layers if s.out == ffn.out != s.width != ffn.width]
+        fc2 = narrows or [s for i, s in enumerate(layers) if i and s.out == ffn.out]
         hidden = {s.width for s in fc2}
         reading = [s for s in layers if s not in fc2 and s.width == ffn.width]
         return [s for s in reading if s.out in hidden or s.out // 2 in hidden], fc2

@@ -313,3 +313,19 @@ def test_rules_run_there(name: str, rules: str) -> None:
         torch.testing.assert_close(model(x), before)
     surgery.revert(model)
     assert torch.equal(model(x), before)
+
+
+def test_layers_are_told_apart_wherever_they_are_registered() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.gate, self.up = nn.Linear(H, D), nn.Linear(D, H), nn.Linear(D, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    model = nn.Sequential(Block(Backwards()), Block(Backwards()))
+    for example in (None, torch.randn(TOKENS)):
+        found = read(model, example)
+        assert found["fc1"] == ["0.ff.gate", "0.ff.up", "1.ff.gate", "1.ff.up"]
+        assert found["fc2"] == ["0.ff.down", "1.ff.down"]
