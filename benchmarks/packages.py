@@ -336,7 +336,7 @@ def outcome(row: dict[str, Any], rule: str) -> str:
         return "runs" if _may(rule, told) else "accepted though it cannot be right"
     if not came.startswith("refused"):
         return "wrong" if not came.startswith("partial") else "partial"
-    idle = "idle" in told and "no gradient" in came
+    idle = "idle" in told and "gradient" in came
     known = (reason := told.get("refuses", "").partition(";")[0]) and reason in came
     plain = _must(rule, told) and not idle and not known
     return "refused though plain" if plain else "rightly refused"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-Built = tuple[nn.Module, Tensor]
+Built = tuple[nn.Module, Any]
 
 
 def _pictures(size: int = 32, number: int = 2) -> Tensor:
@@ -440,3 +442,39 @@ def scalable_vit() -> Built:
         reduction_factor=(2, 1), window_size=(4, None), iwsa_dim_key=8, iwsa_dim_value=8,
         ssa_dim_value=8,
     ), _pictures(64)  # fmt: skip
+
+
+def na_vit() -> Built:
+    """NaViT: pictures of several sizes in one row, a mask that keeps them apart, a pooler that reads them.
+
+    ffn: transformer.layers.*.1
+    qkv: transformer.layers.*.0.to_{q,kv} attn_pool.to_{q,kv}
+    proj: transformer.layers.*.0.to_out.0 attn_pool.to_out.0
+    head: mlp_head
+    prompts: no; a mask for every pair of tokens
+    """
+    from vit_pytorch.na_vit import NaViT
+
+    model = NaViT(
+        image_size=32, patch_size=8, num_classes=5, dim=32, depth=2, heads=2, dim_head=16,
+        mlp_dim=64,
+    )  # fmt: skip
+    return model, ([[torch.randn(3, 32, 32), torch.randn(3, 16, 32)], [torch.randn(3, 24, 32)]],)
+
+
+def na_vit_nested() -> Built:
+    """NaViT over nested tensors.
+
+    ffn: transformer.layers.*.1
+    qkv: transformer.layers.*.0.to_{queries,keys,values} attn_pool.to_{queries,keys,values}
+    proj: transformer.layers.*.0.to_out attn_pool.to_out
+    head: mlp_head
+    prompts: no; nested tensors, whose rows differ in length
+    """
+    from vit_pytorch.na_vit_nested_tensor import NaViT
+
+    model = NaViT(
+        image_size=32, patch_size=8, num_classes=5, dim=32, depth=2, heads=2, dim_head=16,
+        mlp_dim=64,
+    )  # fmt: skip
+    return model, ([torch.randn(3, 32, 32), torch.randn(3, 16, 32)],)
