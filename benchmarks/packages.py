@@ -38,9 +38,9 @@ LIMIT = 180  # seconds for a model
 
 
 def truth(builder: Callable[..., Any]) -> dict[str, str]:
-    """What a builder's docstring tells, by role."""
-    lines = (inspect.getdoc(builder) or "").splitlines()
-    found = [re.fullmatch(r"(\w+): *(.*)", line) for line in lines]
+    """What a builder's docstring tells, by role; a line that is set in goes on with the last."""
+    text = re.sub(r"\n +", " ", inspect.getdoc(builder) or "")
+    found = [re.fullmatch(r"(\w+): *(.*)", line) for line in text.splitlines()]
     return {match[1]: match[2] for match in found if match}
 
 
@@ -75,6 +75,8 @@ def _owner(modules: dict[str, nn.Module], name: str) -> int:
 
 def _projects(module: nn.Module) -> bool:
     """Whether a module has a matrix of its own, and looks nothing up in it."""
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        return True
     own = [p for p in module._parameters.values() if p is not None]
     return not isinstance(module, nn.Embedding) and any(_is_matrix(p) for p in own)
 
@@ -232,7 +234,9 @@ def _without_gradient(model: nn.Module, example: Any) -> list[str]:
         made = [t for t in tensors_in(call(model, example)) if t.requires_grad]
         if not made:
             return ["no output has a gradient"]
-        torch.stack([(t.float() * torch.randn_like(t.float())).sum() for t in made]).sum().backward()
+        torch.stack(
+            [(t.float() * torch.randn_like(t.float())).sum() for t in made]
+        ).sum().backward()
     parts: dict[str, bool] = {}
     for name, p in model.get_submodule("surgery").named_parameters():
         part = ".".join(name.split(".")[:2])
@@ -346,12 +350,17 @@ def _may(rule: str, told: dict[str, str]) -> bool:
     return not (rule in ("vpt_deep", "adapterx") and told.get("prompts", "").startswith("no"))
 
 
+def _needed(told: dict[str, str], role: str) -> bool:
+    """Whether the model has a role for certain."""
+    return any(not address.endswith("?") for address in addresses(told.get(role, "-")))
+
+
 def _must(rule: str, told: dict[str, str]) -> bool:
     if rule in ("vpt_deep", "adapterx"):
         plain = told.get("prompts", "").startswith("yes")
-        return plain and (rule == "vpt_deep" or bool(addresses(told.get("ffn", "-"))))
+        return plain and (rule == "vpt_deep" or _needed(told, "ffn"))
     needs = {"lora": ("qkv",), "ssf": (), "arc": ("qkv", "ffn")}.get(rule, ("ffn",))
-    return all(addresses(told.get(role, "-")) for role in needs)
+    return all(_needed(told, role) for role in needs)
 
 
 def page(rows: list[dict[str, Any]]) -> str:

@@ -19,5 +19,7 @@ def image() -> Built:
     """
     from axial_attention import AxialImageTransformer
 
-    model = AxialImageTransformer(dim=32, depth=2, heads=2, reversible=False, axial_pos_emb_shape=(6, 6))
+    model = AxialImageTransformer(
+        dim=32, depth=2, heads=2, reversible=False, axial_pos_emb_shape=(6, 6)
+    )
     return model, torch.randn(2, 32, 6, 6)

@@ -9,10 +9,12 @@ Built = tuple[nn.Module, Tensor]
 
 
 def decoder() -> Built:
-    """A block-recurrent decoder: its first layer also reads a state, and writes it by attention of its own.
+    """A block-recurrent decoder: its first layer also reads a state, and writes it by attention of
+    its own.
 
     ffn: layers.*.1
-    qkv: layers.*.0.to_{q,kv} layers.*.0.state_container.{q_to_state,q_from_state,state_to_q,state_to_kv}
+    qkv: layers.*.0.to_{q,kv}
+        layers.*.0.state_container.{q_to_state,q_from_state,state_to_q,state_to_kv}
     proj: layers.*.0.to_out layers.*.0.state_container.to_state_out
     head: to_logits
     prompts: no; rotary positions and a mask of so many words, keys and values are handed out

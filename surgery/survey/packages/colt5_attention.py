@@ -19,7 +19,8 @@ def _block() -> nn.Module:
 
 
 def blocks() -> Built:
-    """CoLT5: a narrow network and local attention for all tokens, wide ones for those that a router picks.
+    """CoLT5: a narrow network and local attention for all tokens, wide ones for those that a router
+    picks.
 
     ffn: *.conditional_ff.{light_ff,heavy_ff}
     qkv: *.conditional_attn.light_attn.to_qkv *.conditional_attn.heavy_attn.to_{q,kv}

@@ -58,10 +58,12 @@ def pixart() -> Built:
 
 
 def flux() -> Built:
-    """Flux: joint attention of words and picture, then blocks whose attention and network end in one matrix.
+    """Flux: joint attention of words and picture, then blocks whose attention and network end in
+    one matrix.
 
     ffn: transformer_blocks.*.{ff,ff_context}
-    qkv: transformer_blocks.*.attn.{to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj} single_transformer_blocks.*.attn.to_{q,k,v}
+    qkv: transformer_blocks.*.attn.{to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj}
+        single_transformer_blocks.*.attn.to_{q,k,v}
     proj: transformer_blocks.*.attn.{to_out.0,to_add_out} single_transformer_blocks.*.proj_out?
     head: proj_out norm_out.linear?
     prompts: no; rotary positions, made once for all tokens
@@ -112,8 +114,10 @@ def auraflow() -> Built:
     """AuraFlow: joint blocks, then single ones over words and picture together; gated networks.
 
     ffn: joint_transformer_blocks.*.{ff,ff_context} single_transformer_blocks.*.ff
-    qkv: joint_transformer_blocks.*.attn.{to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj} single_transformer_blocks.*.attn.to_{q,k,v}
-    proj: joint_transformer_blocks.*.attn.{to_out.0,to_add_out} single_transformer_blocks.*.attn.to_out.0
+    qkv: joint_transformer_blocks.*.attn.{to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj}
+        single_transformer_blocks.*.attn.to_{q,k,v}
+    proj: joint_transformer_blocks.*.attn.{to_out.0,to_add_out}
+        single_transformer_blocks.*.attn.to_out.0
     head: proj_out norm_out.linear?
     prompts: some; two streams, then one that is cut by number at the end
     """
@@ -131,9 +135,12 @@ def auraflow() -> Built:
 def unet() -> Built:
     """Stable Diffusion's U-Net: transformers among convolutions.
 
-    ffn: {down,up}_blocks.*.attentions.*.transformer_blocks.*.ff mid_block.attentions.*.transformer_blocks.*.ff
-    qkv: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.to_{q,k,v} mid_block.attentions.*.transformer_blocks.*.{attn1,attn2}.to_{q,k,v}
-    proj: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.to_out.0 mid_block.attentions.*.transformer_blocks.*.{attn1,attn2}.to_out.0
+    ffn: {down,up}_blocks.*.attentions.*.transformer_blocks.*.ff
+        mid_block.attentions.*.transformer_blocks.*.ff
+    qkv: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.to_{q,k,v}
+        mid_block.attentions.*.transformer_blocks.*.{attn1,attn2}.to_{q,k,v}
+    proj: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.to_out.0
+        mid_block.attentions.*.transformer_blocks.*.{attn1,attn2}.to_out.0
     head: any
     prompts: some; transformer_blocks.* are called on plain tokens, one or few between two maps
     """
@@ -165,7 +172,10 @@ def wan() -> Built:
     )  # fmt: skip
     video = torch.randn(2, 4, 2, 8, 8)
     words = torch.randn(2, 5, 16)
-    return model, {**_example(encoder_hidden_states=words, timestep=_times()), "hidden_states": video}
+    return model, {
+        **_example(encoder_hidden_states=words, timestep=_times()),
+        "hidden_states": video,
+    }
 
 
 def ltx_video() -> Built:
@@ -196,7 +206,8 @@ def ltx_video() -> Built:
 
 
 def lumina2() -> Built:
-    """Lumina 2: refiners of noise and of words, then both in one; gated networks with the gate behind.
+    """Lumina 2: refiners of noise and of words, then both in one; gated networks with the gate
+    behind.
 
     ffn: {noise_refiner,context_refiner,layers}.*.feed_forward
     qkv: {noise_refiner,context_refiner,layers}.*.attn.to_{q,k,v}
@@ -252,7 +263,10 @@ def cogvideox() -> Built:
         sample_frames=5, max_text_seq_length=5,
     )  # fmt: skip
     video, words = torch.randn(2, 2, 4, 8, 8), torch.randn(2, 5, 24)
-    return model, {**_example(encoder_hidden_states=words, timestep=_times()), "hidden_states": video}
+    return model, {
+        **_example(encoder_hidden_states=words, timestep=_times()),
+        "hidden_states": video,
+    }
 
 
 def prior() -> Built:

@@ -19,5 +19,7 @@ def encoder() -> Built:
     """
     from h_transformer_1d import HTransformer1D
 
-    model = HTransformer1D(num_tokens=50, dim=32, depth=2, max_seq_len=16, heads=2, dim_head=16, block_size=4)
+    model = HTransformer1D(
+        num_tokens=50, dim=32, depth=2, max_seq_len=16, heads=2, dim_head=16, block_size=4
+    )
     return model, torch.randint(0, 50, (2, 16))

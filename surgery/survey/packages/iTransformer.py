@@ -27,7 +27,8 @@ def inverted() -> Built:
 
 
 def inverted_2d() -> Built:
-    """iTransformer of two dimensions: a gated loop and attention over time, then attention over series.
+    """iTransformer of two dimensions: a gated loop and attention over time, then attention over
+    series.
 
     ffn: layers.*.{1,2}.ff
     qkv: layers.*.{1,2}.attn.to_qkv.0 layers.*.0.to_qkva.0?

@@ -11,7 +11,8 @@ Built = tuple[nn.Module, tuple[dict[str, Any]]]
 
 
 def loftr() -> Built:
-    """LoFTR: attention by a kernel, of one picture and of both in turn; networks that read a token and its message.
+    """LoFTR: attention by a kernel, of one picture and of both in turn; networks that read a token
+    and its message.
 
     ffn: {loftr_coarse,loftr_fine}.layers.*.mlp
     qkv: {loftr_coarse,loftr_fine}.layers.*.{q,k,v}_proj

@@ -25,7 +25,8 @@ def language_model() -> Built:
 
 
 def reversible() -> Built:
-    """Linformer with reversible layers: an autograd function, whose backward runs where its input needs it.
+    """Linformer with reversible layers: an autograd function, whose backward runs where its input
+    needs it.
 
     ffn: linformer.net.blocks.*.g.net.fn
     qkv: linformer.net.blocks.*.f.net.fn.to_{q,k,v}

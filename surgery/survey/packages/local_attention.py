@@ -20,7 +20,8 @@ def language_model() -> Built:
     from local_attention import LocalTransformer
 
     model = LocalTransformer(
-        num_tokens=50, max_seq_len=16, dim=32, depth=2, heads=2, dim_head=16, local_attn_window_size=4,
+        num_tokens=50, max_seq_len=16, dim=32, depth=2, heads=2, dim_head=16,
+        local_attn_window_size=4,
         num_residual_streams=1,
     )  # fmt: skip
     return model, torch.randint(0, 50, (2, 16))

@@ -9,13 +9,15 @@ Built = tuple[nn.Module, Tensor | tuple[Tensor, ...]]
 
 
 def vit() -> Built:
-    """ViT of volumes; hidden states are handed out; network registered before attention, output before qkv.
+    """ViT of volumes; hidden states are handed out; network registered before attention, output
+    before qkv.
 
     ffn: blocks.*.mlp
     qkv: blocks.*.attn.qkv
     proj: blocks.*.attn.out_proj
     head: classification_head
     prompts: yes; blocks.* are called
+    refuses: never ran; norm_cross_attn is not called
     """
     from monai.networks.nets import ViT
 
@@ -34,6 +36,7 @@ def unetr() -> Built:
     proj: vit.blocks.*.attn.out_proj
     head: out decoder*? encoder*?
     prompts: some; hidden states that are handed out are folded to maps
+    refuses: never ran; norm_cross_attn is not called
     """
     from monai.networks.nets import UNETR
 
@@ -70,6 +73,7 @@ def autoencoder() -> Built:
     proj: blocks.*.attn.out_proj
     head: any
     prompts: yes; blocks.* are called
+    refuses: never ran; norm_cross_attn is not called
     """
     from monai.networks.nets import ViTAutoEnc
 
@@ -84,8 +88,11 @@ def restormer() -> Built:
     """Restormer: attention among channels of maps, networks with a depthwise convolution between.
 
     ffn: {encoder,decoder}_levels.*.*.ffn? {latent,refinement}.*.ffn?
-    qkv: {encoder,decoder}_levels.*.*.attn.qkv.conv {latent,refinement}.*.attn.qkv.conv {encoder,decoder}_levels.*.*.attn.qkv_dwconv.conv? {latent,refinement}.*.attn.qkv_dwconv.conv?
-    proj: {encoder,decoder}_levels.*.*.attn.project_out.conv {latent,refinement}.*.attn.project_out.conv
+    qkv: {encoder,decoder}_levels.*.*.attn.qkv.conv {latent,refinement}.*.attn.qkv.conv
+        {encoder,decoder}_levels.*.*.attn.qkv_dwconv.conv?
+        {latent,refinement}.*.attn.qkv_dwconv.conv?
+    proj: {encoder,decoder}_levels.*.*.attn.project_out.conv
+        {latent,refinement}.*.attn.project_out.conv
     head: any
     prompts: no; maps
     """
@@ -106,6 +113,7 @@ def decoder_only() -> Built:
     proj: blocks.*.attn.out_proj
     head: to_logits
     prompts: some; words behind a causal mask
+    refuses: never ran; norm_cross_attn is not called
     """
     from monai.networks.nets import DecoderOnlyTransformer
 
@@ -118,9 +126,12 @@ def decoder_only() -> Built:
 def diffusion_unet() -> Built:
     """A U-Net with transformers, whose output projection and network come before the queries.
 
-    ffn: {down,up}_blocks.*.attentions.*.transformer_blocks.*.ff middle_block.attention.transformer_blocks.*.ff
-    qkv: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.to_{q,k,v} middle_block.attention.transformer_blocks.*.{attn1,attn2}.to_{q,k,v}
-    proj: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.out_proj middle_block.attention.transformer_blocks.*.{attn1,attn2}.out_proj
+    ffn: {down,up}_blocks.*.attentions.*.transformer_blocks.*.ff
+        middle_block.attention.transformer_blocks.*.ff
+    qkv: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.to_{q,k,v}
+        middle_block.attention.transformer_blocks.*.{attn1,attn2}.to_{q,k,v}
+    proj: {down,up}_blocks.*.attentions.*.transformer_blocks.*.{attn1,attn2}.out_proj
+        middle_block.attention.transformer_blocks.*.{attn1,attn2}.out_proj
     head: any
     prompts: some; transformer_blocks.* are called on plain tokens, one between two maps
     """

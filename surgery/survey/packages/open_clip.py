@@ -29,7 +29,8 @@ def clip() -> Built:
 
 
 def coca() -> Built:
-    """CoCa: a pooler of six queries, a decoder whose cross-attention blocks are a list of their own.
+    """CoCa: a pooler of six queries, a decoder whose cross-attention blocks are a list of their
+    own.
 
     ffn: {visual,text}.transformer.resblocks.*.mlp text_decoder.{resblocks,cross_attn}.*.mlp
     qkv: -
@@ -47,14 +48,15 @@ def coca() -> Built:
         context_length=12, vocab_size=50, width=24, heads=2, layers=2, embed_cls=True,
         output_tokens=True,
     )  # fmt: skip
-    both = MultimodalCfg(
-        context_length=12, vocab_size=50, width=24, heads=2, layers=2, mlp_ratio=2
-    )
-    return CoCa(24, multimodal_cfg=both, text_cfg=text, vision_cfg=vision), _pair()
+    both = MultimodalCfg(context_length=12, vocab_size=50, width=24, heads=2, layers=2, mlp_ratio=2)
+    model = CoCa(24, multimodal_cfg=both, text_cfg=text, vision_cfg=vision)
+    nn.init.normal_(model.text_decoder.text_projection)  # it is left as memory was
+    return model, _pair()
 
 
 def own_attention() -> Built:
-    """CLIP whose picture tower has an attention of its own, with a parameter for queries, keys and values.
+    """CLIP whose picture tower has an attention of its own, with a parameter for queries, keys and
+    values.
 
     ffn: {visual.transformer,transformer}.resblocks.*.mlp
     qkv: -

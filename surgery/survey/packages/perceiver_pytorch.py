@@ -30,8 +30,10 @@ def perceiver_io() -> Built:
     """Perceiver IO: one block that reads the input, blocks among latents, queries that read them.
 
     ffn: cross_attend_block.cross_ff.fn layers.*.self_attns.*.1.fn
-    qkv: cross_attend_block.cross_attn.fn.to_{q,kv} layers.*.self_attns.*.0.fn.to_{q,kv} decoder_cross_attn.fn.to_{q,kv}
-    proj: cross_attend_block.cross_attn.fn.to_out layers.*.self_attns.*.0.fn.to_out decoder_cross_attn.fn.to_out
+    qkv: cross_attend_block.cross_attn.fn.to_{q,kv} layers.*.self_attns.*.0.fn.to_{q,kv}
+        decoder_cross_attn.fn.to_{q,kv}
+    proj: cross_attend_block.cross_attn.fn.to_out layers.*.self_attns.*.0.fn.to_out
+        decoder_cross_attn.fn.to_out
     head: to_logits
     prompts: yes; among the latents: cross_attend_block and layers.* are called
     """
@@ -48,8 +50,11 @@ def perceiver_lm() -> Built:
     """Perceiver IO over words.
 
     ffn: perceiver_io.cross_attend_block.cross_ff.fn perceiver_io.layers.*.self_attns.*.1.fn
-    qkv: perceiver_io.cross_attend_block.cross_attn.fn.to_{q,kv} perceiver_io.layers.*.self_attns.*.0.fn.to_{q,kv} perceiver_io.decoder_cross_attn.fn.to_{q,kv}
-    proj: perceiver_io.cross_attend_block.cross_attn.fn.to_out perceiver_io.layers.*.self_attns.*.0.fn.to_out perceiver_io.decoder_cross_attn.fn.to_out
+    qkv: perceiver_io.cross_attend_block.cross_attn.fn.to_{q,kv}
+        perceiver_io.layers.*.self_attns.*.0.fn.to_{q,kv}
+        perceiver_io.decoder_cross_attn.fn.to_{q,kv}
+    proj: perceiver_io.cross_attend_block.cross_attn.fn.to_out
+        perceiver_io.layers.*.self_attns.*.0.fn.to_out perceiver_io.decoder_cross_attn.fn.to_out
     head: perceiver_io.to_logits
     prompts: yes; among the latents: cross_attend_block and layers.* are called
     """

@@ -35,7 +35,8 @@ def language_model() -> Built:
     from performer_pytorch import PerformerLM
 
     model = PerformerLM(
-        num_tokens=50, max_seq_len=16, dim=32, depth=2, heads=2, dim_head=16, generalized_attention=True,
+        num_tokens=50, max_seq_len=16, dim=32, depth=2, heads=2, dim_head=16,
+        generalized_attention=True,
         rotary_position_emb=False,
     )  # fmt: skip
     return model, torch.randint(0, 50, (2, 16))

@@ -21,7 +21,8 @@ def language_model() -> Built:
     from reformer_pytorch import ReformerLM
 
     model = ReformerLM(
-        num_tokens=50, dim=32, depth=2, max_seq_len=16, heads=2, dim_head=16, bucket_size=4, n_hashes=2,
+        num_tokens=50, dim=32, depth=2, max_seq_len=16, heads=2, dim_head=16, bucket_size=4,
+        n_hashes=2,
         ff_chunks=1,
     )  # fmt: skip
     return model, torch.randint(0, 50, (2, 16))

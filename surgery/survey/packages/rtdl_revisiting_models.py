@@ -9,7 +9,8 @@ Built = tuple[nn.Module, tuple[Tensor, Tensor]]
 
 
 def ft_transformer() -> Built:
-    """FT-Transformer: blocks are ModuleDicts in a loop; the last block has one query, the class token.
+    """FT-Transformer: blocks are ModuleDicts in a loop; the last block has one query, the class
+    token.
 
     ffn: backbone.blocks.*.ffn
     qkv: backbone.blocks.*.attention.W_{q,k,v}

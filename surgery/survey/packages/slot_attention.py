@@ -9,7 +9,8 @@ Built = tuple[nn.Module, Tensor]
 
 
 def slots() -> Built:
-    """Slot attention: a softmax over slots, a GRU instead of an output projection, run again and again.
+    """Slot attention: a softmax over slots, a GRU instead of an output projection, run again and
+    again.
 
     ffn: mlp
     qkv: to_{q,k,v}

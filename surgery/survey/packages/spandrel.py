@@ -30,7 +30,8 @@ def swinir() -> Built:
 
 
 def hat() -> Built:
-    """HAT: windows beside channel attention by pooling; a block of overlapping windows with all in one module.
+    """HAT: windows beside channel attention by pooling; a block of overlapping windows with all in
+    one module.
 
     ffn: layers.*.residual_group.blocks.*.mlp layers.*.residual_group.overlap_attn.mlp
     qkv: layers.*.residual_group.blocks.*.attn.qkv layers.*.residual_group.overlap_attn.qkv
@@ -48,7 +49,8 @@ def hat() -> Built:
 
 
 def dat() -> Built:
-    """DAT: attention in windows, then among channels; networks with a depthwise convolution for a gate.
+    """DAT: attention in windows, then among channels; networks with a depthwise convolution for a
+    gate.
 
     ffn: layers.*.blocks.*.ffn
     qkv: layers.*.blocks.*.attn.qkv
@@ -59,7 +61,8 @@ def dat() -> Built:
     from spandrel.architectures.DAT import DAT
 
     model = DAT(
-        img_size=16, embed_dim=24, split_size=[4, 4], depth=[2, 2], num_heads=[2, 2], expansion_factor=2.0,
+        img_size=16, embed_dim=24, split_size=[4, 4], depth=[2, 2], num_heads=[2, 2],
+        expansion_factor=2.0,
     )  # fmt: skip
     return model, _picture()
 
@@ -103,15 +106,18 @@ def craft() -> Built:
     """CRAFT: windows with all in one module, then attention among channels to high frequencies.
 
     ffn: layers.*.residual_group.srwa_blocks.*.mlp layers.*.residual_group.hf_blocks.*.ffn?
-    qkv: layers.*.residual_group.srwa_blocks.*.qkv layers.*.residual_group.hf_blocks.*.attn.{q,kv} layers.*.residual_group.hf_blocks.*.attn.{q_dwconv,kv_dwconv}?
-    proj: layers.*.residual_group.srwa_blocks.*.proj layers.*.residual_group.hf_blocks.*.attn.project_out
+    qkv: layers.*.residual_group.srwa_blocks.*.qkv layers.*.residual_group.hf_blocks.*.attn.{q,kv}
+        layers.*.residual_group.hf_blocks.*.attn.{q_dwconv,kv_dwconv}?
+    proj: layers.*.residual_group.srwa_blocks.*.proj
+        layers.*.residual_group.hf_blocks.*.attn.project_out
     head: any
     prompts: no; windows of maps
     """
     from spandrel.architectures.CRAFT import CRAFT
 
     model = CRAFT(
-        embed_dim=24, depths=[2, 2], num_heads=[4, 4], window_size=4, split_size_0=2, split_size_1=4,
+        embed_dim=24, depths=[2, 2], num_heads=[4, 4], window_size=4, split_size_0=2,
+        split_size_1=4,
         upscale=2,
     )  # fmt: skip
     return model, _picture()
@@ -140,7 +146,8 @@ def atd() -> Built:
 
     ffn: layers.*.residual_group.layers.*.convffn
     qkv: layers.*.residual_group.layers.*.wqkv layers.*.residual_group.layers.*.attn_atd.{wq,wk,wv}
-    proj: layers.*.residual_group.layers.*.attn_win.proj layers.*.residual_group.layers.*.attn_aca.proj
+    proj: layers.*.residual_group.layers.*.attn_win.proj
+        layers.*.residual_group.layers.*.attn_aca.proj
     head: any
     prompts: no; windows of maps
     """
@@ -154,11 +161,14 @@ def atd() -> Built:
 
 
 def omni_sr() -> Built:
-    """Omni-SR: one nn.Sequential of convolutions, windows, channel attention and gated networks of convolutions.
+    """Omni-SR: one nn.Sequential of convolutions, windows, channel attention and gated networks of
+    convolutions.
 
     ffn: residual_layer.*.residual_layer.*.layer.*.fn?
-    qkv: residual_layer.*.residual_layer.*.layer.*.fn.{to_qkv,qkv} residual_layer.*.residual_layer.*.layer.*.fn.qkv_dwconv?
-    proj: residual_layer.*.residual_layer.*.layer.*.fn.to_out.0 residual_layer.*.residual_layer.*.layer.{5,11}.fn.project_out
+    qkv: residual_layer.*.residual_layer.*.layer.*.fn.{to_qkv,qkv}
+        residual_layer.*.residual_layer.*.layer.*.fn.qkv_dwconv?
+    proj: residual_layer.*.residual_layer.*.layer.*.fn.to_out.0
+        residual_layer.*.residual_layer.*.layer.{5,11}.fn.project_out
     head: any
     prompts: no; windows of maps
     """
@@ -207,9 +217,12 @@ def swin2sr() -> Built:
 def retinexformer() -> Built:
     """Retinexformer: attention among channels, gated by a light map; networks of convolutions.
 
-    ffn: body.*.denoiser.{encoder_layers,decoder_layers}.*.*.blocks.*.*.fn? body.*.denoiser.bottleneck.blocks.*.*.fn?
-    qkv: body.*.denoiser.{encoder_layers,decoder_layers}.*.*.blocks.*.*.to_{q,k,v} body.*.denoiser.bottleneck.blocks.*.*.to_{q,k,v}
-    proj: body.*.denoiser.{encoder_layers,decoder_layers}.*.*.blocks.*.*.proj body.*.denoiser.bottleneck.blocks.*.*.proj
+    ffn: body.*.denoiser.{encoder_layers,decoder_layers}.*.*.blocks.*.*.fn?
+        body.*.denoiser.bottleneck.blocks.*.*.fn?
+    qkv: body.*.denoiser.{encoder_layers,decoder_layers}.*.*.blocks.*.*.to_{q,k,v}
+        body.*.denoiser.bottleneck.blocks.*.*.to_{q,k,v}
+    proj: body.*.denoiser.{encoder_layers,decoder_layers}.*.*.blocks.*.*.proj
+        body.*.denoiser.bottleneck.blocks.*.*.proj
     head: any
     prompts: no; windows of maps
     """

@@ -20,7 +20,8 @@ def swin() -> Built:
     from swin_transformer_pytorch import SwinTransformer
 
     model = SwinTransformer(
-        hidden_dim=16, layers=(2, 2, 2, 2), heads=(2, 2, 4, 4), num_classes=5, head_dim=8, window_size=2,
+        hidden_dim=16, layers=(2, 2, 2, 2), heads=(2, 2, 4, 4), num_classes=5, head_dim=8,
+        window_size=2,
         downscaling_factors=(2, 2, 2, 2),
     )  # fmt: skip
     return model, torch.randn(2, 3, 32, 32)

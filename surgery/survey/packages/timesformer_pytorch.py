@@ -20,7 +20,8 @@ def timesformer() -> Built:
     from timesformer_pytorch import TimeSformer
 
     model = TimeSformer(
-        dim=32, num_frames=4, num_classes=5, image_size=32, patch_size=16, depth=2, heads=2, dim_head=16,
+        dim=32, num_frames=4, num_classes=5, image_size=32, patch_size=16, depth=2, heads=2,
+        dim_head=16,
         rotary_emb=False,
     )  # fmt: skip
     return model, torch.randn(2, 4, 3, 32, 32)

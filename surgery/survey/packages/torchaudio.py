@@ -62,7 +62,8 @@ def wav2vec2() -> Built:
 
 
 def wavlm() -> Built:
-    """WavLM: the first layer's biases of distance, gated, serve all; the weights of an attention that is not called.
+    """WavLM: the first layer's biases of distance, gated, serve all; the weights of an attention
+    that is not called.
 
     ffn: encoder.transformer.layers.*.feed_forward
     qkv: -

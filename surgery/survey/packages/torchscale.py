@@ -11,7 +11,8 @@ Built = tuple[nn.Module, Tensor | dict[str, Any]]
 
 
 def retnet() -> Built:
-    """RetNet: retention, a product of queries and keys that decays; gates beside both; the head registered first.
+    """RetNet: retention, a product of queries and keys that decays; gates beside both; the head
+    registered first.
 
     ffn: layers.*.ffn
     qkv: layers.*.retention.{q,k,v}_proj

@@ -120,10 +120,13 @@ def cross_vit() -> Built:
     """CrossViT: two encoders of two widths whose class tokens read each other's patches.
 
     ffn: multi_scale_encoder.layers.*.{0,1}.layers.*.1
-    qkv: multi_scale_encoder.layers.*.{0,1}.layers.*.0.to_{q,kv} multi_scale_encoder.layers.*.2.layers.*.*.fn.to_{q,kv}
-    proj: multi_scale_encoder.layers.*.{0,1}.layers.*.0.to_out.0 multi_scale_encoder.layers.*.2.layers.*.*.fn.to_out.0
+    qkv: multi_scale_encoder.layers.*.{0,1}.layers.*.0.to_{q,kv}
+        multi_scale_encoder.layers.*.2.layers.*.*.fn.to_{q,kv}
+    proj: multi_scale_encoder.layers.*.{0,1}.layers.*.0.to_out.0
+        multi_scale_encoder.layers.*.2.layers.*.*.fn.to_out.0
     head: sm_mlp_head lg_mlp_head
-    prompts: some; in each encoder's layers.*, its elements are called; not in the cross-attention layers
+    prompts: some; in each encoder's layers.*, its elements are called; not in the cross-attention
+        layers
     """
     from vit_pytorch.cross_vit import CrossViT
 
@@ -190,7 +193,8 @@ def twins_svt() -> Built:
     """Twins-SVT: attention within patches, then to patches shrunk by a convolution.
 
     ffn: layers.*.{1,3}.layers.*.{1,3}.fn
-    qkv: layers.*.{1,3}.layers.*.{0,2}.fn.to_q layers.*.{1,3}.layers.*.0.fn.to_kv layers.*.{1,3}.layers.*.2.fn.to_kv?
+    qkv: layers.*.{1,3}.layers.*.{0,2}.fn.to_q layers.*.{1,3}.layers.*.0.fn.to_kv
+        layers.*.{1,3}.layers.*.2.fn.to_kv?
     proj: layers.*.{1,3}.layers.*.{0,2}.fn.to_out.0
     head: layers.6
     prompts: no; maps
@@ -245,7 +249,8 @@ def mobile_vit() -> Built:
     qkv: trunk.*.1.transformer.layers.*.0.to_qkv
     proj: trunk.*.1.transformer.layers.*.0.to_out.0
     head: to_logits.2 to_logits.0.0?
-    prompts: some; within each transformer's layers.*, a list whose elements are called, if taken out before maps are folded
+    prompts: some; within each transformer's layers.*, a list whose elements are called, if taken
+        out before maps are folded
     """
     from vit_pytorch.mobile_vit import MobileViT
 
@@ -324,7 +329,8 @@ def nvit() -> Built:
 
 
 def jumbo_vit() -> Built:
-    """ViT with a wide class token, cut to tokens for attention, with a network of its own for all layers.
+    """ViT with a wide class token, cut to tokens for attention, with a network of its own for all
+    layers.
 
     ffn: layers.*.1 jumbo_ff.1
     qkv: layers.*.0.to_qkv
@@ -365,7 +371,8 @@ def rvt() -> Built:
     qkv: transformer.layers.*.0.to_q.conv.net.1 transformer.layers.*.0.to_kv
     proj: transformer.layers.*.0.to_out.0
     head: mlp_head
-    idle: transformer.layers.1.0.to_q.conv.net; the head reads the class token, whose query no convolution makes
+    idle: transformer.layers.1.0.to_q.conv.net; the head reads the class token, whose query no
+        convolution makes
     prompts: no; tokens are folded to a square, rotary positions for so many
     """
     from vit_pytorch.rvt import RvT
@@ -427,10 +434,12 @@ def look_vit() -> Built:
 
 
 def scalable_vit() -> Built:
-    """ScalableViT: 1x1 convolutions on maps, keys and values shrunk, the value goes round the softmax too.
+    """ScalableViT: 1x1 convolutions on maps, keys and values shrunk, the value goes round the
+    softmax too.
 
     ffn: layers.*.0.layers.*.{1,3}
-    qkv: layers.*.0.layers.*.{0,4}.to_q layers.*.0.layers.*.4.to_{k,v} layers.*.0.layers.*.0.to_{k,v}?
+    qkv: layers.*.0.layers.*.{0,4}.to_q layers.*.0.layers.*.4.to_{k,v}
+        layers.*.0.layers.*.0.to_{k,v}?
     proj: layers.*.0.layers.*.{0,4}.to_out.0
     head: mlp_head
     prompts: no; maps
@@ -445,7 +454,8 @@ def scalable_vit() -> Built:
 
 
 def na_vit() -> Built:
-    """NaViT: pictures of several sizes in one row, a mask that keeps them apart, a pooler that reads them.
+    """NaViT: pictures of several sizes in one row, a mask that keeps them apart, a pooler that
+    reads them.
 
     ffn: transformer.layers.*.1
     qkv: transformer.layers.*.0.to_{q,kv} attn_pool.to_{q,kv}

@@ -20,7 +20,8 @@ def clip() -> Built:
     from x_clip import CLIP
 
     model = CLIP(
-        dim_text=32, dim_image=48, dim_latent=16, num_text_tokens=50, text_enc_depth=2, text_seq_len=16,
+        dim_text=32, dim_image=48, dim_latent=16, num_text_tokens=50, text_enc_depth=2,
+        text_seq_len=16,
         text_heads=2, text_dim_head=16, visual_enc_depth=2, visual_heads=2, visual_dim_head=16,
         visual_image_size=32, visual_patch_size=8, visual_patch_dropout=0.0,
     )  # fmt: skip

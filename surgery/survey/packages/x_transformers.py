@@ -28,7 +28,8 @@ def decoder() -> Built:
 
 
 def rotary_glu_decoder() -> Built:
-    """A decoder as Llama is: rotary positions, RMSNorm, gated networks, one key and value for all heads.
+    """A decoder as Llama is: rotary positions, RMSNorm, gated networks, one key and value for all
+    heads.
 
     ffn: attn_layers.layers.*.1.ff
     qkv: attn_layers.layers.*.1.to_{q,k,v}
@@ -103,7 +104,8 @@ def encoder_decoder() -> Built:
     from x_transformers import XTransformer
 
     model = XTransformer(
-        dim=32, enc_num_tokens=50, enc_depth=2, enc_heads=2, enc_attn_dim_head=16, enc_max_seq_len=16,
+        dim=32, enc_num_tokens=50, enc_depth=2, enc_heads=2, enc_attn_dim_head=16,
+        enc_max_seq_len=16,
         dec_num_tokens=50, dec_depth=2, dec_heads=2, dec_attn_dim_head=16, dec_max_seq_len=16,
     )  # fmt: skip
     return model, (_words(), _words(9))
