@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ ROLES = ("ffn", "qkv", "proj", "head")
 RULES = ("adapterx_ffn", "lora", "adaptformer", "ssf", "arc", "vpt_deep", "adapterx")
 EXACT = ("adapterx_ffn", "lora", "adaptformer")  # which start as the identity
 LIMIT = 180  # seconds for a model
+Build = Callable[[], tuple[nn.Module, Any]]
 
 # the truth, and the addresses it is told in -----------------------------------------------------
 
@@ -109,7 +110,7 @@ def _sites(model: nn.Module, address: str) -> Iterator[frozenset[int]]:
 # one model -------------------------------------------------------------------------------------
 
 
-def built(build: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
+def built(build: Build) -> tuple[nn.Module, Any]:
     """A model whose gates, scales and last layers are not at zero, as after some training."""
     torch.manual_seed(0)
     model, example = build()
@@ -183,7 +184,7 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return [t.clone() for t in tensors if t.is_floating_point() or t.is_complex()]
 
 
-def tried(build: Callable[[], tuple[nn.Module, Any]], rule: str, told: dict[str, str]) -> str:
+def tried(build: Build, rule: str, told: dict[str, str]) -> str:
     """What comes of a rule set on a fresh model: "runs", or what went wrong."""
     import surgery
 
@@ -246,7 +247,7 @@ def _without_gradient(model: nn.Module, example: Any) -> list[str]:
     return [f"{len(dry)} of {len(parts)} parts without a gradient ({dry[0]})"] if dry else []
 
 
-def _misplaced(build: Callable[[], tuple[nn.Module, Any]], told: dict[str, str]) -> list[str]:
+def _misplaced(build: Build, told: dict[str, str]) -> list[str]:
     """Where lora stands that is no q, k or v, and which it leaves out."""
     import surgery
 
@@ -260,8 +261,8 @@ def _misplaced(build: Callable[[], tuple[nn.Module, Any]], told: dict[str, str])
     return [*words, *([f"partial, without {_listed(missing, names)}"] if missing else [])]
 
 
-def score(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
-    """Roles with an example and without, and what comes of every rule set."""
+def score(build: Build, rules: Sequence[str]) -> dict[str, Any]:
+    """Roles with an example and without, and what comes of each rule set."""
     told = truth(build)
     row: dict[str, Any] = {"truth": told}
     for word, given in (("with", True), ("without", False)):
@@ -272,7 +273,7 @@ def score(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
         except Exception as error:
             row[word] = {r: f"{type(error).__name__}: {str(error)[:200]}" for r in ROLES}
     row["rules"] = {}
-    for rule in RULES:
+    for rule in rules:
         try:
             row["rules"][rule] = tried(build, rule, told)
         except Exception as error:
@@ -283,7 +284,7 @@ def score(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
 # all of them -----------------------------------------------------------------------------------
 
 
-def builders(package: str) -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
+def builders(package: str) -> dict[str, Build]:
     """The functions of a package's file, by name."""
     name = f"builders_of_{package}"
     spec = importlib.util.spec_from_file_location(name, BUILDERS / f"{package}.py")
@@ -295,7 +296,7 @@ def builders(package: str) -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
     return {n: f for n, f in functions.items() if n[0] != "_" and f.__module__ == name}
 
 
-def one_package(package: str, only: str) -> None:
+def one_package(package: str, only: str, rules: Sequence[str]) -> None:
     """Score a package's models, a line of JSON each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -309,18 +310,19 @@ def one_package(package: str, only: str) -> None:
             continue
         signal.alarm(LIMIT)
         try:
-            row = score(build)
+            row = score(build, rules)
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         signal.alarm(0)
         print("ROW " + json.dumps({"package": package, "name": name, **row}), flush=True)
 
 
-def scores(packages: list[str], only: str = "") -> list[dict[str, Any]]:
+def scores(packages: list[str], only: str, rules: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of several packages, each scored in a process of its own."""
     rows: list[dict[str, Any]] = []
     for package in packages:
         command = [sys.executable, "-P", __file__, package, "--here", "--only", only]
+        command += ["--rules", *rules]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
         rows += [json.loads(line) for line in lines]
@@ -335,7 +337,9 @@ def scores(packages: list[str], only: str = "") -> list[dict[str, Any]]:
 
 def outcome(row: dict[str, Any], rule: str) -> str:
     """One word for what came of a rule set, in the light of the truth."""
-    came, told = row["rules"][rule], row["truth"]
+    came, told = row["rules"].get(rule, ""), row["truth"]
+    if not came:
+        return "not tried"
     if came == "runs":
         return "runs" if _may(rule, told) else "accepted though it cannot be right"
     if not came.startswith("refused"):
@@ -406,7 +410,7 @@ def _disagreements(row: dict[str, Any]) -> Iterator[str]:
             if wrong and not (word == "without" and row["with"].get(role) == wrong):
                 yield f"- {role} {word} example: {wrong}"
     for rule in RULES:
-        if outcome(row, rule) not in ("runs", "rightly refused"):
+        if outcome(row, rule) not in ("runs", "rightly refused", "not tried"):
             yield f"- `{rule}` {outcome(row, rule)}: {row['rules'][rule]}"
     if lines := row["truth"].get("prompts"):
         yield f"- prompts by the source: {lines}"
@@ -416,6 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("packages", nargs="*", help="all there are builders for")
     parser.add_argument("--only", default="", help="a pattern of names")
+    parser.add_argument("--rules", nargs="*", default=RULES, help="these rule sets alone")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=None, help="write the rows to this file")
     parser.add_argument("--out", type=Path, default=None, help="write the page to this file")
@@ -423,8 +428,8 @@ def main() -> None:
     files = sorted(p.stem for p in BUILDERS.glob("*.py") if p.stem != "__init__")
     packages = given.packages or files
     if given.here:
-        return one_package(packages[0], given.only)
-    rows = scores(packages, given.only)
+        return one_package(packages[0], given.only, given.rules)
+    rows = scores(packages, given.only, given.rules)
     if given.json:
         given.json.write_text("\n".join(json.dumps(row) for row in rows))
     (given.out.write_text if given.out else print)(page(rows))

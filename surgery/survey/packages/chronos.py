@@ -23,8 +23,9 @@ def bolt() -> Built:
 
     config = T5Config(
         vocab_size=2, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2,
-        num_heads=2, feed_forward_proj="relu", pad_token_id=0, decoder_start_token_id=0,
+        num_heads=2, feed_forward_proj="relu", pad_token_id=0,
     )  # fmt: skip
+    config.decoder_start_token_id = 0
     config.chronos_config = {
         "context_length": 32, "prediction_length": 8, "input_patch_size": 4,
         "input_patch_stride": 4, "quantiles": [0.1, 0.5, 0.9], "use_reg_token": True,

@@ -480,6 +480,7 @@ def na_vit_nested() -> Built:
     proj: transformer.layers.*.0.to_out attn_pool.to_out
     head: mlp_head
     prompts: no; nested tensors, whose rows differ in length
+    refuses: nested tensor; parts take tensors of one shape
     """
     from vit_pytorch.na_vit_nested_tensor import NaViT
 
