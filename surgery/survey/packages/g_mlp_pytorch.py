@@ -11,7 +11,7 @@ Built = tuple[nn.Module, Tensor]
 def gmlp() -> Built:
     """gMLP: what stands between the projections mixes positions, by a matrix and not by data.
 
-    ffn: -
+    ffn: layers.*.fn.fn.fn?
     qkv: -
     proj: -
     head: any
@@ -26,7 +26,7 @@ def gmlp() -> Built:
 def amlp() -> Built:
     """aMLP: the same with a small attention in the gate.
 
-    ffn: -
+    ffn: layers.*.fn.fn.fn?
     qkv: layers.*.fn.fn.fn.attn.to_qkv
     proj: layers.*.fn.fn.fn.attn.to_out
     head: to_logits

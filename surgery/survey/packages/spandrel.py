@@ -136,7 +136,7 @@ def drct() -> Built:
 
     model = DRCT(
         img_size=16, embed_dim=24, depths=(2,), num_heads=(2,), window_size=4, mlp_ratio=2.0,
-        gc=12, upscale=2,
+        gc=12, upscale=2, upsampler="pixelshuffle",
     )  # fmt: skip
     return model, _picture()
 
@@ -205,6 +205,7 @@ def swin2sr() -> Built:
     proj: layers.*.residual_group.blocks.*.attn.proj
     head: any
     prompts: no; windows of maps
+    refuses: without calling; of qkv the model reads the weight
     """
     from spandrel.architectures.Swin2SR import Swin2SR
 

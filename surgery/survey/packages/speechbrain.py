@@ -41,7 +41,7 @@ def conformer() -> Built:
 def branchformer() -> Built:
     """Branchformer: attention beside a gated convolution, one linear for both; no network.
 
-    ffn: -
+    ffn: layers.*.convolution_branch?
     qkv: -
     proj: layers.*.mha_layer.out_proj
     head: -

@@ -66,7 +66,7 @@ def wavlm() -> Built:
     that is not called.
 
     ffn: encoder.transformer.layers.*.feed_forward
-    qkv: -
+    qkv: encoder.transformer.layers.*.attention.attention?
     proj: encoder.transformer.layers.*.attention.attention.out_proj?
     head: aux
     prompts: no; a bias for every pair of tokens, made by the first layer
