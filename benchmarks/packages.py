@@ -4,10 +4,9 @@ The builders in surgery/survey/packages give small models; the docstring of each
 off its source by hand: where the feed-forward networks are, what makes queries, keys and values,
 what projects their result, what the head is, and whether prompts may be put among the tokens.
 
-    python -m benchmarks.packages                      # every package that is installed
-    python -m benchmarks.packages vit_pytorch --only cait --out page.md
-
-Set PYTHONPATH to another tree to judge what that one finds.
+    python -m benchmarks.packages                      # every package that there are builders for
+    python -m benchmarks.packages vit_pytorch --only "cait|pit" --out page.md
+    python -m benchmarks.packages --tree ../other      # what another tree of Surgery finds
 """
 
 from __future__ import annotations
@@ -21,91 +20,20 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .package_page import RULES, page
+from .truths import ROLES, compared, expected, found, listed, names_of, projections_of, truth
+
 BUILDERS = Path(__file__).parents[1] / "surgery/survey/packages"
-ROLES = ("ffn", "qkv", "proj", "head")
-RULES = ("adapterx_ffn", "lora", "adaptformer", "ssf", "arc", "vpt_deep", "adapterx")
 EXACT = ("adapterx_ffn", "lora", "adaptformer")  # which start as the identity
 LIMIT = 180  # seconds for a model
 Build = Callable[[], tuple[nn.Module, Any]]
-
-# the truth, and the addresses it is told in -----------------------------------------------------
-
-
-def truth(builder: Callable[..., Any]) -> dict[str, str]:
-    """What a builder's docstring tells, by role; a line that is set in goes on with the last."""
-    text = re.sub(r"\n +", " ", inspect.getdoc(builder) or "")
-    found = [re.fullmatch(r"(\w+): *(.*)", line) for line in text.splitlines()]
-    return {match[1]: match[2] for match in found if match}
-
-
-def addresses(text: str) -> list[str]:
-    """The addresses of a line; a span holds spaces of its own."""
-    return re.findall(r"(?:\([^()]*\)|[^\s()])+", text) if text != "-" else []
-
-
-def fitting(model: nn.Module, address: str) -> list[str]:
-    """The paths in a model that an address fits."""
-    sides = [re.escape(part) for part in address.split("*")]
-    pattern = r"[^.]+".join(sides).replace(r"\{", "(?:").replace(r"\}", ")").replace(",", "|")
-    paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return [path for path in paths if re.fullmatch(pattern, path)]
-
-
-def projections(model: nn.Module, first: str, last: str) -> frozenset[int]:
-    """What holds matrices from one module's registration to another's, as ids."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    inside = [i for i, n in enumerate(names) if f"{n}.".startswith((f"{first}.", f"{last}."))]
-    if not first:
-        inside = [0, len(names) - 1]
-    span = names[min(inside) : max(inside) + 1]
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return frozenset(_owner(modules, name) for name in span if _projects(modules[name]))
-
-
-def _owner(modules: dict[str, nn.Module], name: str) -> int:
-    """The module, or the layer whose parametrization it is."""
-    return id(modules[name.split(".parametrizations.")[0]])
-
-
-def _projects(module: nn.Module) -> bool:
-    """Whether a module has a matrix of its own, and looks nothing up in it."""
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-        return True
-    own = [p for p in module._parameters.values() if p is not None]
-    return not isinstance(module, nn.Embedding) and any(_is_matrix(p) for p in own)
-
-
-def _is_matrix(p: Tensor) -> bool:
-    return sum(size > 1 for size in p.shape) >= 2
-
-
-def expected(model: nn.Module, text: str) -> tuple[set[frozenset[int]], set[frozenset[int]]]:
-    """The sites that must be found, and those that may be, each as its projections."""
-    must, may = set[frozenset[int]](), set[frozenset[int]]()
-    for address in addresses(text):
-        sites = must if not address.endswith("?") else may
-        sites |= set(_sites(model, address.rstrip("?")))
-    return must, may
-
-
-def _sites(model: nn.Module, address: str) -> Iterator[frozenset[int]]:
-    """Each place that an address fits; (a to b) is a span under every owner before it."""
-    span = re.fullmatch(r"(?:(.+)\.)?\((\S+) to (\S+)\)", address)
-    owners = [""] if not (span and span[1]) else fitting(model, span[1])
-    ends = [(o + "." * bool(o) + span[2], o + "." * bool(o) + span[3]) for o in owners if span]
-    ends = ends or [(path, path) for path in fitting(model, address)]
-    if not ends:
-        raise LookupError(f"{address} fits no module")
-    for first, last in ends:
-        yield projections(model, first, last)
-
 
 # one model -------------------------------------------------------------------------------------
 
@@ -119,54 +47,6 @@ def built(build: Build) -> tuple[nn.Module, Any]:
             if p.is_floating_point() and p.numel() and not p.any():
                 p.normal_(std=0.02)
     return model.eval(), example
-
-
-def found(model: nn.Module, example: Any) -> dict[str, set[frozenset[int]]]:
-    """The sites of every role, each as its projections."""
-    from surgery.structure.anatomy import roles_of
-    from surgery.structure.dataflow import attach_dataflow
-    from surgery.structure.module_tree import Tree
-
-    tree = Tree(model)
-    attach_dataflow(tree, example)
-    roles = roles_of(tree)
-    return {role: {_of_site(model, s) for s in roles[role]} - {frozenset()} for role in ROLES}
-
-
-def _of_site(model: nn.Module, site: Any) -> frozenset[int]:
-    return projections(model, site.entry.path, site.exit.path)
-
-
-def compared(model: nn.Module, told: dict[str, str], sites: dict[str, Any]) -> dict[str, str]:
-    """For every role "" where it is right, or what is too much and what is missing."""
-    names = _names(model)
-    verdicts: dict[str, str] = {}
-    for role in ROLES:
-        if told.get(role, "any") == "any":
-            continue
-        must, may = expected(model, told[role])
-        has = sites[role]
-        if role != "ffn":  # each projection for itself
-            must, may, has = ({frozenset({i}) for s in x for i in s} for x in (must, may, has))
-        extra, missing = has - must - may, must - has
-        words = [f"too much: {_listed(extra, names)}"] * bool(extra)
-        words += [f"missing: {_listed(missing, names)}"] * bool(missing)
-        verdicts[role] = "; ".join(words)
-    return verdicts
-
-
-def _names(model: nn.Module) -> dict[int, str]:
-    return {id(module): name for name, module in model.named_modules()}
-
-
-def _listed(sites: set[frozenset[int]], names: dict[int, str]) -> str:
-    """Sites by the addresses of their projections, numbers as stars."""
-    texts: dict[str, int] = {}
-    for site in sites:
-        paths = sorted(names.get(i, "?") for i in site)
-        text = "+".join(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths[:3])
-        texts[text] = texts.get(text, 0) + 1
-    return ", ".join(f"{text} x{n}" for text, n in sorted(texts.items()))
 
 
 def call(model: nn.Module, example: Any) -> Any:
@@ -253,12 +133,12 @@ def _misplaced(build: Build, told: dict[str, str]) -> list[str]:
 
     model, example = built(build)
     places = surgery.plan(model, "lora", example=example).sites
-    has = {frozenset({i}) for site in places for i in _of_site(model, site)}
+    has = {frozenset({i}) for site in places for i in projections_of(model, site)}
     must, may = expected(model, told.get("qkv", "-"))
     must, may = ({frozenset({i}) for s in x for i in s} for x in (must, may))
-    extra, missing, names = has - must - may, must - has, _names(model)
-    words = [f"wrong places: {_listed(extra, names)}"] * bool(extra)
-    return [*words, *([f"partial, without {_listed(missing, names)}"] if missing else [])]
+    extra, missing, names = has - must - may, must - has, names_of(model)
+    words = [f"wrong places: {listed(extra, names)}"] * bool(extra)
+    return [*words, *([f"partial, without {listed(missing, names)}"] if missing else [])]
 
 
 def score(build: Build, rules: Sequence[str]) -> dict[str, Any]:
@@ -317,12 +197,14 @@ def one_package(package: str, only: str, rules: Sequence[str]) -> None:
         print("ROW " + json.dumps({"package": package, "name": name, **row}), flush=True)
 
 
-def scores(packages: list[str], only: str, rules: Sequence[str]) -> list[dict[str, Any]]:
+def scores(
+    packages: list[str], only: str, rules: Sequence[str], tree: str = ""
+) -> list[dict[str, Any]]:
     """The rows of several packages, each scored in a process of its own."""
     rows: list[dict[str, Any]] = []
     for package in packages:
-        command = [sys.executable, "-P", __file__, package, "--here", "--only", only]
-        command += ["--rules", *rules]
+        command = [sys.executable, "-m", __spec__.name, package, "--here", "--tree", tree]
+        command += ["--only", only, "--rules", *rules]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
         rows += [json.loads(line) for line in lines]
@@ -332,104 +214,25 @@ def scores(packages: list[str], only: str, rules: Sequence[str]) -> list[dict[st
     return rows
 
 
-# the page --------------------------------------------------------------------------------------
-
-
-def outcome(row: dict[str, Any], rule: str) -> str:
-    """One word for what came of a rule set, in the light of the truth."""
-    came, told = row["rules"].get(rule, ""), row["truth"]
-    if not came:
-        return "not tried"
-    if came == "runs":
-        return "runs" if _may(rule, told) else "accepted though it cannot be right"
-    if not came.startswith("refused"):
-        return "wrong" if not came.startswith("partial") else "partial"
-    idle = "idle" in told and "gradient" in came
-    known = (reason := told.get("refuses", "").partition(";")[0]) and reason in came
-    plain = _must(rule, told) and not idle and not known
-    return "refused though plain" if plain else "rightly refused"
-
-
-def _may(rule: str, told: dict[str, str]) -> bool:
-    return not (rule in ("vpt_deep", "adapterx") and told.get("prompts", "").startswith("no"))
-
-
-def _needed(told: dict[str, str], role: str) -> bool:
-    """Whether the model has a role for certain."""
-    return any(not address.endswith("?") for address in addresses(told.get(role, "-")))
-
-
-def _must(rule: str, told: dict[str, str]) -> bool:
-    if rule in ("vpt_deep", "adapterx"):
-        plain = told.get("prompts", "").startswith("yes")
-        return plain and (rule == "vpt_deep" or _needed(told, "ffn"))
-    needs = {"lora": ("qkv",), "ssf": (), "arc": ("qkv", "ffn")}.get(rule, ("ffn",))
-    return all(_needed(told, role) for role in needs)
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    """Counts, a line for each model, and every disagreement in words."""
-    good = [row for row in rows if "error" not in row]
-    text = [f"{len(good)} models of {len({r['package'] for r in good})} packages", ""]
-    for word in ("with", "without"):
-        ffns = sum(not r[word].get("ffn") for r in good)
-        whole = sum(not any(r[word].values()) for r in good)
-        text.append(f"- {word} an example: networks right in {ffns}, all roles in {whole}")
-    words = ("runs", "rightly refused", "refused though plain", "partial", "wrong",
-             "accepted though it cannot be right")  # fmt: skip
-    text += ["", f"| rule set | {' | '.join(words)} |", f"|---|{'---:|' * len(words)}"]
-    for rule in RULES:
-        came = [outcome(row, rule) for row in good]
-        text.append(f"| `{rule}` | {' | '.join(str(came.count(w)) for w in words)} |")
-    text += ["", "| model | roles with | without | " + " | ".join(RULES) + " |"]
-    text += ["|---" * (3 + len(RULES)) + "|", *map(_line, good), "", *_details(rows)]
-    return "\n".join(text) + "\n"
-
-
-def _line(row: dict[str, Any]) -> str:
-    def roles(word: str) -> str:
-        return ", ".join(r for r, wrong in row[word].items() if wrong) or "right"
-
-    cells = [f"{row['package']}.{row['name']}", roles("with"), roles("without")]
-    return "| " + " | ".join([*cells, *(outcome(row, rule) for rule in RULES)]) + " |"
-
-
-def _details(rows: list[dict[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        lines = list(_disagreements(row))
-        if lines:
-            yield from (f"### {row['package']}.{row['name']}", "", *lines, "")
-
-
-def _disagreements(row: dict[str, Any]) -> Iterator[str]:
-    if "error" in row:
-        yield f"- {row['error']}"
-        return
-    for word in ("with", "without"):
-        for role, wrong in row[word].items():
-            if wrong and not (word == "without" and row["with"].get(role) == wrong):
-                yield f"- {role} {word} example: {wrong}"
-    for rule in RULES:
-        if outcome(row, rule) not in ("runs", "rightly refused", "not tried"):
-            yield f"- `{rule}` {outcome(row, rule)}: {row['rules'][rule]}"
-    if lines := row["truth"].get("prompts"):
-        yield f"- prompts by the source: {lines}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("packages", nargs="*", help="all there are builders for")
     parser.add_argument("--only", default="", help="a pattern of names")
     parser.add_argument("--rules", nargs="*", default=RULES, help="these rule sets alone")
+    parser.add_argument("--tree", default="", help="a folder whose surgery is to be judged")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=None, help="write the rows to this file")
     parser.add_argument("--out", type=Path, default=None, help="write the page to this file")
     given = parser.parse_args()
     files = sorted(p.stem for p in BUILDERS.glob("*.py") if p.stem != "__init__")
     packages = given.packages or files
+    if unknown := {*packages} - {*files}:
+        parser.error(f"there are no builders for {', '.join(sorted(unknown))}")
+    if given.tree:
+        sys.path.insert(0, str(Path(given.tree).resolve()))
     if given.here:
         return one_package(packages[0], given.only, given.rules)
-    rows = scores(packages, given.only, given.rules)
+    rows = scores(packages, given.only, given.rules, given.tree)
     if given.json:
         given.json.write_text("\n".join(json.dumps(row) for row in rows))
     (given.out.write_text if given.out else print)(page(rows))

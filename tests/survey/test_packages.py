@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import package_page, truths
 from benchmarks import packages as judge
 from surgery.cli import main
 from surgery.errors import RuleError
@@ -181,11 +182,11 @@ def test_every_builder_tells_what_is_right(package):
     functions = judge.builders(package)
     assert functions
     for name, function in functions.items():
-        told = judge.truth(function)
-        assert {*judge.ROLES, "prompts"} <= set(told), name
+        told = truths.truth(function)
+        assert {*truths.ROLES, "prompts"} <= set(told), name
         assert told["prompts"].partition(";")[0] in ("yes", "some", "no"), name
-        for role in judge.ROLES:
-            assert told[role] == "-" or judge.addresses(told[role]), (name, role)
+        for role in truths.ROLES:
+            assert told[role] == "-" or truths.addresses(told[role]), (name, role)
 
 
 def model() -> nn.Module:
@@ -209,26 +210,26 @@ def test_a_line_that_is_set_in_goes_on_with_the_last():
         head: -
         """
 
-    told = judge.truth(builder)
-    assert judge.addresses(told["ffn"]) == ["a.*", "b.(fc1 to fc2)", "c.{d,e}?"]
-    assert judge.addresses(told["head"]) == []
+    told = truths.truth(builder)
+    assert truths.addresses(told["ffn"]) == ["a.*", "b.(fc1 to fc2)", "c.{d,e}?"]
+    assert truths.addresses(told["head"]) == []
 
 
 def test_addresses_fit_step_by_step():
     net = model()
-    assert judge.fitting(net, "0.layers.*.norm{1,2}")[:2] == [
+    assert truths.fitting(net, "0.layers.*.norm{1,2}")[:2] == [
         "0.layers.0.norm1",
         "0.layers.0.norm2",
     ]
-    assert judge.fitting(net, "0.*.norm1") == []
+    assert truths.fitting(net, "0.*.norm1") == []
     with pytest.raises(LookupError, match=r"0.blocks.\* fits no module"):
-        judge.expected(net, "0.blocks.*")
+        truths.expected(net, "0.blocks.*")
 
 
 def test_what_is_found_is_held_against_the_truth():
     net = model()
-    sites = judge.found(net, torch.randn(2, 5, 16))
-    assert set(judge.compared(net, RIGHT, sites).values()) == {""}
+    sites = truths.found(net, torch.randn(2, 5, 16))
+    assert set(truths.compared(net, RIGHT, sites).values()) == {""}
 
 
 @pytest.mark.parametrize(
@@ -248,8 +249,8 @@ def test_what_is_found_is_held_against_the_truth():
 )
 def test_a_disagreement_is_told(role, told, words):
     net = model()
-    sites = judge.found(net, torch.randn(2, 5, 16))
-    verdict = judge.compared(net, {**RIGHT, role: told}, sites)[role]
+    sites = truths.found(net, torch.randn(2, 5, 16))
+    verdict = truths.compared(net, {**RIGHT, role: told}, sites)[role]
     assert verdict.startswith(words)
     assert bool(verdict) == bool(words)
 
@@ -314,4 +315,22 @@ def test_lora_in_a_wrong_place_is_seen():
     ],
 )
 def test_an_outcome_is_one_word(rule, came, told, word):
-    assert judge.outcome({"rules": {rule: came}, "truth": told}, rule) == word
+    assert package_page.outcome({"rules": {rule: came}, "truth": told}, rule) == word
+
+
+def test_the_page_tells_every_failure_with_its_reason():
+    def row(name, ffn, came):
+        told = {"ffn": "a", "qkv": "-", "prompts": "no; maps | squares"}
+        found = {"with": {"ffn": ffn}, "without": {"ffn": ffn or "missing: b.* x2"}}
+        return {"package": "p", "name": name, "truth": told, **found, "rules": {"vpt_deep": came}}
+
+    good, bad = row("good", "", "refused: no"), row("bad", "too much: a_b.* x1", "RuntimeError: 5")
+    text = package_page.page([good, bad, {"package": "p", "name": "?", "error": "it died"}])
+    assert "2 models of 1 packages:" in text
+    assert "- with an example: networks right in 1, all roles in 1" in text
+    assert "- without an example: networks right in 0, all roles in 0" in text
+    assert "| p.good | right | ffn | not tried |" in text
+    assert "### p.bad\n\n- ffn, with an example: too much: a\\_b.\\* x1" in text
+    assert "- `vpt_deep`, wrong: RuntimeError: 5 (by the source: no; maps \\| squares)" in text
+    assert "### p.?\n\n- it died" in text
+    assert "- **maps \\| squares**: p.good" in text
