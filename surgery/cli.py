@@ -11,7 +11,7 @@ from typing import Any
 from . import anatomy, plan, rulesets
 from ._resolve import INPUTS, MODEL, RULES, build, inputs_of, missing, rules_of
 from .errors import SurgeryError
-from .survey import SOURCES
+from .survey import SOURCES, is_package
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,15 +72,14 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _source(text: str) -> str:
-    if text not in SOURCES:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(SOURCES)}")
+    if text not in SOURCES and not is_package(text):
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(SOURCES)}, package:NAME")
     return text
 
 
 def _survey_arguments(survey: argparse.ArgumentParser) -> None:
-    survey.add_argument(
-        "sources", nargs="*", metavar="SOURCE", type=_source, help=", ".join(SOURCES)
-    )
+    sources = f"{', '.join(SOURCES)}, or package:NAME of a package or a module that builds models"
+    survey.add_argument("sources", nargs="*", metavar="SOURCE", type=_source, help=sources)
     survey.add_argument("--only", default="", help='names or patterns: "vit_*,swin_*"')
     survey.add_argument("--meta", action="store_true", help="read and plan; run nothing")
     survey.add_argument("--seconds", type=number, default=60, help="limit for a model (default 60)")

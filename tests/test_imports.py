@@ -36,6 +36,7 @@ ROOMS = {
     "face": {"", "cli", "_resolve", "__main__", "pytest_plugin"},
 }
 FLOOR = {room: floor for floor, room in enumerate(ROOMS)}
+BUILDERS = "survey.packages"  # one file a package, a folder within its room
 
 
 def name_of(file: Path) -> str:
@@ -50,7 +51,8 @@ def room_of(name: str) -> str | None:
     """The room of a module: its folder, or the one that lists it; None: no room."""
     folder = name.partition(".")[0]
     listed = (room for room, files in ROOMS.items() if name in files)
-    return folder if FILES[name].parent.name == folder else next(listed, None)
+    inside = FILES[name].parent.name == folder or f"{name}.".startswith(f"{BUILDERS}.")
+    return folder if inside else next(listed, None)
 
 
 def imported(name: str, source: str) -> set[str]:
@@ -95,7 +97,7 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
 
 def test_every_file_is_in_a_room_and_every_room_is_listed_once():
     assert {name for name in FILES if room_of(name) not in FLOOR} == set()
-    folders = {f.parent.name for f in FILES.values()} - {"surgery"}
+    folders = {f.parent.name for f in FILES.values()} - {"surgery", FILES[BUILDERS].parent.name}
     assert folders == {room for room, files in ROOMS.items() if not files}
 
 

@@ -100,17 +100,22 @@ class Noted(Tensor):
             result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor):
             return result
-        name = NAMES.get(func) or ("" if torch.compiler.is_compiling() else op_name(func))
-        notes = [
-            Note(note.hook, note.ops[1:]) if note.ops[0] == name else note
-            for value in pytree.tree_leaves((args, kwargs))
-            if isinstance(value, Noted)
-            for note in value.notes
-            if note.ops[0] == name or carries(name)
-        ]
+        name = _name(func)
+        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Noted)]
+        notes = [note for value in given for note in _after(name, value.notes)]
         if due := [note.hook for note in notes if not note.ops]:
             result = _done(result, (*args, *(kwargs or {}).values()), due)
         return _with(result, [note for note in notes if note.ops])
+
+
+def _name(func: Any) -> str:
+    return NAMES.get(func) or ("" if torch.compiler.is_compiling() else op_name(func))
+
+
+def _after(name: str, notes: tuple[Note, ...]) -> list[Note]:
+    """What is still to be done, when an operation of a name has run."""
+    on = [Note(note.hook, note.ops[1:]) for note in notes if note.ops[0] == name]
+    return on + [note for note in notes if note.ops[0] != name and carries(name)]
 
 
 def noted(y: Tensor, hook: EndHook) -> Tensor:

@@ -47,14 +47,12 @@ class HookedSite:
         self.switch, self.path, self.actions = switch, site.path, actions
         self.like = _like(site)
         self.optional = all(action.optional for action in actions)
-        self.entry, self.exit = site.entry.module, site.exit.module
-        if stretch:
-            self.entry, self.exit = stretch.entry.module, stretch.exit.module
-        in_two = bool(stretch) or site.is_span
+        self.entry, self.exit = _hooked(site, stretch)
+        in_two = stretch is not None or site.is_span
         self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
         self.width, self.out = site.shape.width, site.shape.out
         places = [action.place for action in actions]
-        first = next((i for i, place in enumerate(places) if place in ENTERING), len(places))
+        first = _first_entering(places)
         besides = [i for i, place in enumerate(places) if place == "beside"]
         self.remembers = bool(besides) and (in_two or first < besides[-1])
         self.enters = first < len(actions)
@@ -66,8 +64,7 @@ class HookedSite:
         self.listeners: list[tuple[int, Insertions, int]] = []
         self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
-        among = "among" in places
-        self.stretches = among and not stretch
+        self.stretches = "among" in places and stretch is None
         self.stretch = _stretch(site) if self.stretches else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if in_two and self.enters else ""
@@ -75,16 +72,20 @@ class HookedSite:
 
         self.compiled, self.compiled_begin = Traced(), Traced()
         self.traced = Pass()  # what compiled code keeps, by the number of an action alone
-        self.ends = self._ends(stretch) if stretch else []
-        called = stretch.modules if stretch and self.inserts else []
-        self.fits = [Fits(self.path, each, self.opened) for each in called]
-        self.called = called
+        self.ends, self.fits = self._ends(stretch), self._fits(stretch)
 
-    def _ends(self, stretch: Stretch) -> list[EndHook]:
+    def _ends(self, stretch: Stretch | None) -> list[EndHook]:
         """Where the values are met that a stretch takes and gives."""
+        if stretch is None:
+            return []
         begin = EndHook(self, stretch.entry, entering=True)
         end = EndHook(self, stretch.exit, entering=False)
         return [begin, end] if self.enters or self.remembers else [end]
+
+    def _fits(self, stretch: Stretch | None) -> list[Fits]:
+        """What looks at all that a stretch is given, where tokens are put in."""
+        called = stretch.modules if stretch and self.inserts else []
+        return [Fits(self.path, module, self.opened) for module in called]
 
     @property
     def ran(self) -> bool:
@@ -111,8 +112,8 @@ class HookedSite:
             end.join(journal)
         if not self.ends:
             self._join(journal)
-        for module, fits in zip(self.called, self.fits, strict=True):
-            journal.hook(module, fits.enter, before=True, with_kwargs=True)
+        for fits in self.fits:
+            journal.hook(fits.module, fits.enter, before=True, with_kwargs=True)
         for module in {self.entry, self.exit}:
             settle(module._forward_pre_hooks, _is_site, first=True)
             settle(module._forward_hooks, _is_site, first=False)
@@ -390,6 +391,18 @@ class HookedSite:
             f"it returned {got} where {want} is needed.",
             remedy,
         )
+
+
+def _first_entering(places: list[str]) -> int:
+    """The number of the first action on the input; that of all where there is none."""
+    return next((i for i, place in enumerate(places) if place in ENTERING), len(places))
+
+
+def _hooked(site: Site, stretch: Stretch | None) -> tuple[nn.Module, nn.Module]:
+    """The modules that have the hooks of a site."""
+    if stretch is None:
+        return site.entry.module, site.exit.module
+    return stretch.entry.module, stretch.exit.module
 
 
 def _like(site: Site) -> str:

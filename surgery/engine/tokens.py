@@ -77,7 +77,7 @@ class Fits:
     """A hook on what is called in a stretch that nobody calls, of which no hook sees all."""
 
     def __init__(self, path: str, module: nn.Module, opened: Callable[[], list[Inserted]]) -> None:
-        self.path, self.opened = path, opened
+        self.path, self.module, self.opened = path, module, opened
         self.names = declared(getattr(type(module), "forward", None))
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:

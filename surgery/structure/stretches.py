@@ -270,11 +270,11 @@ def _giver(trace: Trace, value: Value, early: Collection[Call]) -> Call | None:
 
     Of calls one in another it is the outer.
     """
-    making = set(value.op.stack()) if value.op else set()
+    making = {*early, *(value.op.stack() if value.op else ())}
     reading = {call for op in value.uses for call in op.stack()}
     calls = [c for c in trace.calls if c.outputs[:1] == [value] and c.outer and _is_once(trace, c)]
-    found = [c for c in calls if c not in reading and (c in making or c in early)]
-    outer = [c for c in found if not any(around in found for around in _around(c))]
+    found = {c: None for c in calls if c in making - reading}
+    outer = [c for c in found if found.keys().isdisjoint(_around(c))]
     return outer[-1] if outer else None
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from ..errors import RuleError
 from . import report, run
+from .builders import is_package
 from .look import Row
 from .run import chosen, rows
 from .zoo import SOURCES, names
 
-__all__ = ["SOURCES", "Row", "chosen", "names", "rows", "survey"]
+__all__ = ["SOURCES", "Row", "chosen", "is_package", "names", "rows", "survey"]
 
 
 def survey(
@@ -26,9 +27,11 @@ def survey(
 ) -> list[Row]:
     """Survey sources under a progress bar; print the counts, write the table to `out`.
 
-    only  comma-separated patterns of names
+    sources  timm, torchvision, transformers; package:NAME of a package or of a module of builders
+    only     comma-separated patterns of names
 
-    Raises ModuleNotFoundError where a source is not installed, RuleError where `only` names none.
+    Raises ModuleNotFoundError where a source is not installed, RuleError where `only` names none,
+    or a package is missing or builds nothing.
     """
     from rich.progress import Progress
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._inputs import call
+
 Inputs = dict[str, Any]
 Guess = Callable[[Any, str, int], Iterator[Any]]
 
@@ -75,10 +77,10 @@ def refusal(model: nn.Module) -> str:
     return next((one_line(error)[:200] for error, _ in attempts if error), "")
 
 
-def forward(model: nn.Module, inputs: Inputs) -> Any:
+def forward(model: nn.Module, inputs: Any) -> Any:
     """One forward, with the same random numbers every time."""
     torch.manual_seed(1)
-    return model(**inputs)
+    return call(model, inputs)
 
 
 def one_line(error: BaseException) -> str:

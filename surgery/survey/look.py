@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..structure.ffn_traced import TracedFFN, traced_ffns
 from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from ..structure.trace import Trace, trace
-from .dummy_inputs import Inputs, forward, one_line
+from .dummy_inputs import forward, one_line
 
 RULES = "adapterx_ffn"
 IDLE = "not run with these inputs"
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     reason: str = ""
 
 
-def read(row: Row, model: nn.Module, example: Inputs | None = None) -> Row:
+def read(row: Row, model: nn.Module, example: Any = None) -> Row:
     """The row with what anatomy and plan say of the model; nothing is changed, or run unasked."""
     tree = Tree(model)
     attach_dataflow(tree, example)
@@ -76,7 +76,7 @@ def read(row: Row, model: nn.Module, example: Inputs | None = None) -> Row:
     return row._replace(status="planned")
 
 
-def operated(row: Row, model: nn.Module, inputs: Inputs, example: Inputs | None = None) -> Row:
+def operated(row: Row, model: nn.Module, inputs: Any, example: Any = None) -> Row:
     """The row with what came of tracing, operating, running and reverting the model for real.
 
     example  for a model whose sites only a forward shows
@@ -122,7 +122,7 @@ def joined(*reasons: str) -> str:
 
 
 def _judged(
-    model: nn.Module, inputs: Inputs, base: list[Tensor], again: list[Tensor]
+    model: nn.Module, inputs: Any, base: list[Tensor], again: list[Tensor]
 ) -> tuple[list[str], list[str]]:
     """What is as it should be and what is wrong: identity at the start, gradients."""
     right: list[str] = []
@@ -143,7 +143,7 @@ def _judged(
     return right, wrong
 
 
-def _went_back(model: nn.Module, inputs: Inputs) -> bool:
+def _went_back(model: nn.Module, inputs: Any) -> bool:
     """Whether a backward from all outputs could be made, and was."""
     with torch.enable_grad():
         outputs = [t for t in tensors_in(forward(model, inputs)) if t.requires_grad]
@@ -153,7 +153,7 @@ def _went_back(model: nn.Module, inputs: Inputs) -> bool:
     return bool(outputs)
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     with torch.no_grad():
         outputs = tensors_in(forward(model, inputs))
         return [t.clone() for t in outputs if t.is_floating_point() or t.is_complex()]
@@ -174,7 +174,7 @@ def _owners(sites: list[Site]) -> tuple[str, ...]:
 # what a forward sees, beside what the structure gave --------------------------------------------
 
 
-def compared(row: Row, model: nn.Module, inputs: Inputs) -> Row:
+def compared(row: Row, model: nn.Module, inputs: Any) -> Row:
     """The row with what one forward shows, beside the sites that the structure gave.
 
     Its `run` says whether the forward agrees; its reason gains whatever only one of the two sees.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .._table import Table
 from .._text import first_few
+from .builders import distribution
 from .look import ALONE, RULES, Row, joined
 
 STATUSES = ("operated", "planned", "refused", "failed")
@@ -25,12 +26,14 @@ HEADINGS = {
     "failed": "failed",
     "operated": "operated, but the forward sees otherwise",
 }
-HOW = (
-    "Each was read on the meta device; of each family the smallest with sites, and the smallest "
-    "without, was built with random weights and run.",
-    "Each is the default config of its type made small, built with random weights and run, where "
-    "that can be done.",
-)
+ONE_BY_ONE = "Each is small, was built with random weights and run."
+HOW = {
+    "timm": "Each was read on the meta device; of each family the smallest with sites, and the "
+    "smallest without, was built with random weights and run.",
+    "transformers": "Each is the default config of its type made small, built with random weights "
+    "and run, where that can be done.",
+}
+HOW["torchvision"] = HOW["timm"]
 LONGEST = 300  # characters of a reason
 OWNERS, MODELS = 4, 6  # named in a cell, and under a reason
 
@@ -61,7 +64,7 @@ def markdown(rows: list[Row], command: str = "") -> str:
     text += [f"With {', '.join(_versions([*sources]))}.", ""]
     text += [*_table(top.columns, top.rows), "", *(f"- {note}" for note in top.notes), ""]
     for source, of_source in sources.items():
-        table = _types(of_source) if source == "transformers" else _families(of_source)
+        table = _families(of_source) if _by_families(source) else _types(of_source)
         text += [f"## {source}", "", *_facts(of_source), "", *table, "", *_exceptions(of_source)]
     return "\n".join(text).rstrip() + "\n"
 
@@ -73,9 +76,14 @@ def _by_source(rows: list[Row]) -> dict[str, list[Row]]:
     return sources
 
 
+def _by_families(source: str) -> bool:
+    """Whether a source's models come in families, of which the smallest were run."""
+    return source in ("timm", "torchvision")
+
+
 def _versions(sources: list[str]) -> list[str]:
     versions = []
-    for name in ("torch", *sources):
+    for name in dict.fromkeys(("torch", *map(distribution, sources))):
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -93,7 +101,7 @@ def _facts(rows: list[Row]) -> list[str]:
     how = f"those of {alone} models by a forward alone, the rest" if alone else "all found"
     return [
         f"{len(rows):,} models, {len(sites):,} of them with feed-forward networks: "
-        f"{sum(sites):,} sites, {how} by structure. {HOW[rows[0].source == 'transformers']}",
+        f"{sum(sites):,} sites, {how} by structure. {HOW.get(rows[0].source, ONE_BY_ONE)}",
         "",
         f"A forward of {len(ran):,} of them ({without:,} without sites) was traced, which finds "
         f"feed-forward networks by what feeds what: it agrees on {len(agree):,}, and sees "
@@ -139,7 +147,7 @@ def _exceptions(rows: list[Row]) -> list[str]:
         text += [f"### {source}: {heading} ({len(odd)})", ""]
         text += [f"- **{_names(heading, names)}**: {_safe(why)}" for why, names in reasons.items()]
         text += [""]
-    return text or [f"### {source}: exceptions", "", "None."]
+    return text or [f"### {source}: exceptions", "", "None.", ""]
 
 
 def _by_heading(rows: list[Row]) -> dict[str, list[Row]]:
@@ -153,7 +161,7 @@ def _by_heading(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _called(row: Row) -> str:
     """The name that an exception goes by: of its family, where that has no site and is no type."""
-    alone = row.source == "transformers" or row.sites or not row.family
+    alone = not _by_families(row.source) or row.sites or not row.family
     return row.name if alone else row.family
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from . import zoo
-from .dummy_inputs import Inputs, feed, one_line, refusal, unfed
+from .builders import built
+from .dummy_inputs import feed, one_line, refusal, unfed
 from .look import Row, compared, joined, operated, read
 
 LIMIT = 60  # seconds for a model
@@ -42,7 +43,7 @@ def rows(
 ) -> list[Row]:
     """Survey the models of a source, in the order of their names.
 
-    source    timm, torchvision, transformers, or a module whose functions build models
+    source    timm, torchvision, transformers, package:NAME, or a module that builds models
     names     all of them where there is None
     real      run as well: every transformers type, the smallest of each other family
     progress  is called with each row as it comes, and with the number of all before the first
@@ -81,12 +82,13 @@ def row_of(source: str, name: str, real: bool) -> Row:
             return row
         model = zoo.real(source, name)
         return _tried(row, model, zoo.picture(source, model))
-    model, inputs = zoo.from_module(source, name)
+    torch.manual_seed(0)
+    model, example = built(source, name)
     row = read(row, model)
-    return _tried(row, model, inputs) if real else row
+    return _tried(row, model, feed(model) if example is None else example) if real else row
 
 
-def _tried(row: Row, model: nn.Module, inputs: Inputs) -> Row:
+def _tried(row: Row, model: nn.Module, inputs: Any) -> Row:
     """The row of a model that was run, where it has a plan; what goes wrong keeps what was read."""
     try:
         if row.status == "planned":

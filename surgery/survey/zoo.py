@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .builders import builders
 from .dummy_inputs import Inputs, feed, unfed
 from .shrink import Shrink, mended, shrunk
 
@@ -30,7 +30,10 @@ MOST = 450_000_000  # parameters of a model that is built for real
 
 
 def names(source: str) -> list[str]:
-    """Every model of a source. Raises ModuleNotFoundError where it is not installed."""
+    """Every model of a source.
+
+    Raises ModuleNotFoundError where it is not installed, RuleError where it builds nothing.
+    """
     if source == "timm":
         import timm
 
@@ -41,8 +44,7 @@ def names(source: str) -> list[str]:
         return list(torchvision.models.list_models())
     if source == "transformers":
         return model_types()
-    module = importlib.import_module(source)
-    return [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == source]
+    return list(builders(source))
 
 
 def sketch(source: str, name: str) -> nn.Module:
@@ -87,12 +89,6 @@ def picture(source: str, model: nn.Module) -> Inputs:
             name: torch.randn(1, 3, 128, 128, generator=generator) for name in (main, more[0])
         }
     return inputs
-
-
-def from_module(source: str, name: str) -> tuple[nn.Module, Inputs]:
-    """What a function of a module gives: a model and its inputs by name."""
-    model, inputs = getattr(importlib.import_module(source), name)()
-    return model, inputs
 
 
 def model_types() -> list[str]:

@@ -185,8 +185,15 @@ class Holding(nn.Module):
         return self.head(self.inner(x).mean(1))  # type: ignore[no-any-return]
 
 
+class Bare(Holding):
+    """No module gives what comes to the blocks: the one that takes it is hooked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.repeat(1, 1, 4)).mean(1))  # type: ignore[no-any-return]
+
+
 Build = Callable[..., nn.Module]
-BUILDS: list[Build] = [Model, Dropping, Pooled, Holding]
+BUILDS: list[Build] = [Model, Dropping, Pooled, Holding, Bare]
 RULES = ["vpt_deep", "vpt_shallow", "adapterx"]
 
 
