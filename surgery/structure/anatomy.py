@@ -141,7 +141,8 @@ class _Anatomy:
         theirs = {s for a in found for s in (*a.qkv, *a.proj)}
         for site in [s for s in self.ffns.sites if s not in sure]:
             layers = [s for s in self.projections.below(site) if s in self.ffns.projections]
-            if theirs & set(layers) or _are_apart(layers, mixing.feeding):
+            alone = element(site) is None and _ran(layers, mixing.feeding)  # embeds a time, say
+            if alone or theirs & set(layers) or _are_apart(layers, mixing.feeding):
                 self.ffns.sites.remove(site)
                 self.ffns.projections.difference_update(layers)
         return found
@@ -250,6 +251,10 @@ class _Anatomy:
 
     def _are_in_blocks(self, site: Site) -> bool:
         return any(b.order <= site.order < b.exit.end for b in self.blocks)
+
+
+def _ran(layers: list[Site], feeding: dict[int, set[int]]) -> bool:
+    return bool(layers) and id(layers[-1].module) in feeding
 
 
 def _are_apart(layers: list[Site], feeding: dict[int, set[int]]) -> bool:

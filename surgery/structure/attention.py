@@ -251,7 +251,8 @@ class _Found:
         if attention.scored and attention.soft:
             return True
         whole = [s for s in calls if all(_lies_in(maker, s) for maker in makers)]
-        if not whole or _holds_any(whole[0], self.ffns):
+        beside = attention.scored and len({maker.parent for maker in makers}) == 1  # LoFTR's
+        if not whole or not (beside or not _holds_any(whole[0], self.ffns)):
             return False
         inside = attention.op.call is not None and whole[0] is self.site(attention.op.call.module)
         return attention.scored or (inside and any("value" in words for words in makers.values()))

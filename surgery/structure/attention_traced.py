@@ -301,11 +301,9 @@ class _Reader:
     # sums --------------------------------------------------------------------------------------
 
     def _sum(self, op: Op, given: list[_State]) -> _State:
-        if any(state.scores for state in given):  # of scores, and biases that features make
-            return self._passed_on(op, given)
         for a in given:
             for b in given:
-                if self._is_residual(a, b):
+                if not a.scores and self._is_residual(a, b):
                     self.streams |= a.near
                     return self._made(Maker(op, None, None), a.behind | b.behind)
         return self._passed_on(op, given)
@@ -331,8 +329,9 @@ class _Reader:
             made = replace_soft(made, near)
         pair = given[0].pair if len(given) == 1 else None
         gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
-        if op.name in SUMMED and pair and not cores:  # a product written out, (q * k).sum(-1)
-            return _State(near, behind, scores=_Scores(*pair))
+        if op.name in SUMMED and len(given) == 1 and not cores:
+            # a product written out, (q * k).sum(-1); or what weights have pooled (Enformer)
+            return _State(near, behind, scores=_Scores(*pair) if pair else None)
         return _State(near, behind, cores, made, pair, gate)
 
     # the end -----------------------------------------------------------------------------------
