@@ -6,6 +6,8 @@ it carries a note of what is to be done with the value, until the last of them h
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +28,7 @@ NAMES = {  # of what sums, scales and moves features: compiled code cannot work 
     for spelt in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__")
     if (func := getattr(space, spelt, None)) is not None
 }
+AUGMENTED = range(13, 26)  # what BINARY_OP does where it is written x += y (Python 3.11 and later)
 
 
 class Site(Protocol):
@@ -96,14 +99,16 @@ class Noted(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor):
-            return result
         name = _name(func)
         given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Noted)]
         notes = [note for value in given for note in _after(name, value.notes)]
-        if due := [note.hook for note in notes if not note.ops]:
+        due = [note.hook for note in notes if not note.ops]
+        with torch._C.DisableTorchFunctionSubclass():
+            run = _in_a_copy(func) if due and _is_augmented() else func
+            result = run(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor):
+            return result
+        if due:
             result = _done(result, (*args, *(kwargs or {}).values()), due)
         return _with(result, [note for note in notes if note.ops])
 
@@ -143,14 +148,34 @@ def _unfollowed(y: Tensor, hook: EndHook) -> GraftError:
     )
 
 
+def _is_augmented() -> bool:
+    """Whether what runs was written x += y: what it gives takes the place of x, whatever it is.
+
+    (torch says add_ for x.add_(y) too, where what it gives may be dropped.)
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_code.co_name == "__torch_function__":  # of others, around it
+        frame = frame.f_back
+    code, at = frame.f_code.co_code, frame.f_lasti
+    name = dis.opname[code[at]]
+    return name.startswith("INPLACE_") or (name == "BINARY_OP" and code[at + 1] in AUGMENTED)
+
+
+def _in_a_copy(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What writes into its first argument, written into a copy of it."""
+    return lambda x, *others, **kwargs: func(x.clone(), *others, **kwargs)
+
+
 def _done(value: Tensor, given: tuple[Any, ...], due: list[EndHook]) -> Tensor:
     """The value, as the sites that end or begin there make it, of what an operation was given."""
     if any(value is each for each in given):
         raise GraftError(
             f"the graft at {due[0].path or 'the model'}",
-            "the model writes its sum into a tensor there (x += y, x.add_(y)), and nothing can be "
-            "put in the place of that.",
-            "Let the model make a new one there: x = x + y.",
+            "the model writes its sum into a tensor there (x.add_(y)), and nothing can be put in "
+            "the place of that.",
+            "Let the model make a new one there: x = x + y (x += y will do, if not compiled).",
         )
     for hook in sorted(due, key=lambda hook: hook.rank):
         value = hook.act(value)

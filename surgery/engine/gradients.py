@@ -120,6 +120,24 @@ def _is_filled(p: Tensor) -> bool:
     return plain and not p.is_meta and p.numel() > 0 and not bool(p.count_nonzero())
 
 
+def overwritten(wanted: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Whether no output lets a gradient through, for the model writes over what it needs.
+
+    (Sums written in place, `x += ffn(norm(x))`: norms keep what they were given.)
+    """
+    for output in outputs:
+        try:
+            torch.autograd.grad(
+                output, wanted, torch.ones_like(output), retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                return False
+        else:
+            return False
+    return bool(outputs and wanted)
+
+
 def moved(
     model: nn.Module, wanted: list[Tensor], run: Callable[[], Any], answer: Any
 ) -> set[int] | None:

@@ -7,6 +7,8 @@ from typing import TypeAlias
 from torch import nn
 
 from ..errors import RuleError
+from ..rules.edits import Insert
+from ..rules.roles import block as BLOCK
 from ..structure.dataflow import Dataflow, dataflow_of
 from ..structure.layers import forward_of
 from ..structure.module_tree import Site, Tree
@@ -23,6 +25,8 @@ def stretches_of(placements: list[Placement], tree: Tree) -> Stretches:
     Raises RuleError where a forward does not tell either.
     """
     dataflow = dataflow_of(tree)
+    for p in placements if dataflow is None else ():
+        _check_told(p, tree)
     places = {p.spot: p for p in placements if dataflow and p.edit.place != "instead"}
     found = {spot: _stretch(p, dataflow) for spot, p in places.items() if dataflow}
     return {spot: stretch for spot, stretch in found.items() if stretch}
@@ -48,6 +52,23 @@ def _adds_up_outside(p: Placement, dataflow: Dataflow) -> bool:
     """
     inserts = p.edit.place in ("into", "among")
     return inserts and p.place.is_span and dataflow.asked and not is_met(dataflow.trace, p.place)
+
+
+def _check_told(p: Placement, tree: Tree) -> None:
+    """Raise RuleError where tokens pass sums that whoever calls blocks of several elements makes.
+
+    (Attentions and feed-forward networks in turn.) Within one block alone nothing hears them behind
+    the sum that they miss.
+    """
+    blocks = list(BLOCK.find(tree)) if p.place.is_span and isinstance(p.edit, Insert) else []
+    lists = [block.entry.parent for block in blocks if block.is_span and block.entry.is_element]
+    if p.place.entry.parent in lists and (p.place not in blocks or p.edit.place == "into"):
+        raise RuleError(
+            p.rule.short,
+            f"a block is several elements of a list there, {blocks[0].path}, and only a forward "
+            "tells who adds up what they give: tokens may miss those sums.",
+            "Give example=inputs.",
+        )
 
 
 def check_called(placements: list[Placement], stretches: Stretches) -> None:

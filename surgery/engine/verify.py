@@ -16,7 +16,7 @@ from .._inputs import call, copied, tensors_in
 from .._preserve import preserved
 from .._text import first_few
 from ..errors import GraftError, SurgeryError
-from .gradients import carrying, moved, reached
+from .gradients import carrying, moved, overwritten, reached
 from .hooks import HookedSite
 from .operation import Operation
 from .reading import Reading, why_idle
@@ -193,7 +193,10 @@ def _check_gradients(
     """
     outputs = carrying(answer)
     graph = reached(outputs)
-    moving = moved(model, _wanted(targets), run, answer) if outputs else set()
+    wanted = _wanted(targets)
+    moving = moved(model, wanted, run, answer) if outputs else set()
+    if moving is None and graph.whole and overwritten(wanted, carrying(run())):
+        raise _overwritten(targets)
     come = graph.tensors | (moving or set())
     missed = [target for target in targets if target.is_missed(come)]
     shown = graph.whole or moving is not None
@@ -235,6 +238,16 @@ def _is_dead(target: TrainTarget, targets: list[TrainTarget], idle: list[TrainTa
         return not target.spared or all(each in idle for each in others)
     alike = [each for each in targets if each.trained and each.rule == target.rule]
     return not target.optional and all(each in idle for each in alike)
+
+
+def _overwritten(targets: list[TrainTarget]) -> GraftError:
+    """The error of a backward that finds what it needs changed."""
+    return GraftError(
+        ", ".join(dict.fromkeys(target.rule for target in targets)),
+        "no gradient comes to what they train: the model writes into a tensor that backward needs "
+        "(x += ffn(norm(x)), where the norm keeps x).",
+        "Let the model make a new tensor there: x = x + ffn(norm(x)).",
+    )
 
 
 def _moves_nothing(targets: list[TrainTarget]) -> GraftError:

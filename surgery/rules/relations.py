@@ -123,7 +123,8 @@ class Until(Selection):
 def _last_end(site: Site, ends: list[Site]) -> Site | None:
     """The last end from the site on, in the smallest module around it that holds one."""
     later = [end for end in ends if end.exit.order >= site.exit.order]
-    for holder in (*([] if site.is_element else [site]), *holders(site)):
+    listed = site.entry.is_element  # a block, or one made of several elements of a list
+    for holder in (*([] if listed else [site]), *holders(site)):
         near = [end for end in later if holder.order <= end.order and end.exit.end <= holder.end]
         if near:
             return near[-1]

@@ -249,27 +249,66 @@ def fresh(build: Build = Model, step: Step = plain) -> nn.Module:
     return build(Uncalled, step).eval()
 
 
-def test_what_is_written_in_place_is_refused() -> None:
-    model = fresh(step=in_place)
+def into_the_branch(e: Any, x: Tensor) -> Tensor:
+    y = e[0](x)
+    y += x
+    z = e[1](y)
+    z += y
+    return z  # type: ignore[no-any-return]
+
+
+def scaled_in_place(e: Any, x: Tensor) -> Tensor:
+    x = x + e[0](x)
+    y = e[3](e[1](x))
+    y *= 0.5
+    y += x
+    return y  # type: ignore[no-any-return]
+
+
+def added(e: Any, x: Tensor) -> Tensor:
+    x = x + e[0](x)
+    return e[1](x).add_(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("kind", [into_the_branch, scaled_in_place], ids=lambda k: k.__name__)
+def test_a_sum_may_be_written_in_place(kind: Step, rules: str) -> None:
+    model, want = twins(Pooled, rules, kind)
+    assert_alike(grads(model), grads(want))
+    with torch.no_grad(), torch.device("cpu"):  # a mode of torch's own around every function
+        assert torch.equal(model(inputs()), want(inputs()))
+
+
+def proof(step: Step) -> str:
+    model = fresh(step=step)
     before = laws.fingerprint(model)
     told = raised(GraftError, lambda: surgery.apply(model, "vpt_deep", example=inputs()))
-    assert "writes its sum into a tensor there" in str(told)
     laws.assert_same(before, laws.fingerprint(model), "a proof that failed")
+    return str(told)
+
+
+def test_what_is_written_in_place_is_refused_where_nothing_may_take_its_place() -> None:
+    assert "writes its sum into a tensor there (x.add_(y))" in proof(added)
+
+
+def test_what_writes_over_what_backward_needs_is_refused() -> None:
+    assert "the model writes into a tensor that backward needs" in proof(in_place)
+
+
+class Turns(Model):
+    """Attentions and feed-forward networks in turn, each called."""
+
+    def __init__(self, kind: Any, step: Step = plain) -> None:
+        super().__init__(kind, step, 0)
+        self.layers = nn.ModuleList(f() for _ in range(2) for f in (Attention, ffn))
+
+    def run(self, x: Tensor) -> Tensor:
+        for each in self.layers:
+            x = x + each(x)
+        return x
 
 
 def test_an_element_that_is_called_may_leave_its_sum_to_the_owner() -> None:
-    class Turns(Model):
-        """Attentions and feed-forward networks in turn, each called."""
-
-        def __init__(self, kind: Any, step: Step = plain) -> None:
-            super().__init__(kind, step, 0)
-            self.layers = nn.ModuleList(f() for _ in range(2) for f in (Attention, ffn))
-
-        def run(self, x: Tensor) -> Tensor:
-            for each in self.layers:
-                x = x + each(x)
-            return x
-
     class Whole(Turns):
         def run(self, x: Tensor) -> Tensor:
             x = torch.cat([x[:, :1], self.rows.expand(len(x), -1, -1), x[:, 1:]], 1)
@@ -278,7 +317,7 @@ def test_an_element_that_is_called_may_leave_its_sum_to_the_owner() -> None:
 
     torch.manual_seed(0)
     model = Turns(None).eval()
-    new = at(until("layers.0", "layers.3"), insert(prompt(tokens=3)))
+    new = at(until(block[0], block), insert(prompt(tokens=3)))
     norms = at(surgery.nearest(surgery.norm, before=surgery.ffn), unfreeze)
     surgery.apply(model, [new, norms], example=inputs())
     laws.stir_parts(model)
@@ -286,6 +325,21 @@ def test_an_element_that_is_called_may_leave_its_sum_to_the_owner() -> None:
     want: Any = Whole(None).eval()
     want.rows = next(p for n, p in model.surgery.named_parameters() if n.endswith("tokens"))
     torch.testing.assert_close(model(inputs()), want(inputs()))
+
+
+@pytest.mark.parametrize("rules", ["vpt_shallow", "adapterx", "daptx", "idpt"])
+def test_sums_outside_of_what_is_called_are_told_by_a_forward_alone(
+    rules: str, tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    model, other = Turns(None).eval(), Turns(None).eval()
+    before = laws.fingerprint(model)
+    told = raised(RuleError, lambda: surgery.apply(model, rules))
+    assert "only a forward tells who adds up what they give" in str(told)
+    laws.assert_same(before, laws.fingerprint(model), "a refusal")
+    surgery.apply(model, rules, example=inputs())
+    surgery.save(model, tmp_path / "a.safetensors")
+    raised(SurgeryError, lambda: surgery.load(other, tmp_path / "a.safetensors"))
 
 
 def test_a_module_that_takes_or_gives_the_value_is_hooked_and_no_note_is_made() -> None:
