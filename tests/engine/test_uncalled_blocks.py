@@ -327,9 +327,9 @@ def test_an_element_that_is_called_may_leave_its_sum_to_the_owner() -> None:
     torch.testing.assert_close(model(inputs()), want(inputs()))
 
 
-@pytest.mark.parametrize("rules", ["vpt_shallow", "adapterx", "daptx", "idpt"])
+@pytest.mark.parametrize("rules", ["vpt_shallow", surgery.methods.idpt(k=2, first=0)], ids=str)
 def test_sums_outside_of_what_is_called_are_told_by_a_forward_alone(
-    rules: str, tmp_path: Any
+    rules: Any, tmp_path: Any
 ) -> None:
     torch.manual_seed(0)
     model, other = Turns(None).eval(), Turns(None).eval()
