@@ -73,8 +73,10 @@ class EndHook:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook of what takes the value."""
+        if self.end.ops and not self.site.active():
+            return None
         x, put = input_of(args, kwargs or {}, self)
-        given = put(self.act(x))
+        given = put(self._met(x))
         return given[0] if kwargs is None else given
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
@@ -82,7 +84,11 @@ class EndHook:
         if self.end.ops and not self.site.active():
             return None
         y, put = first_tensor(given[-1], self.path)
-        return put(noted(y, self) if self.end.ops else self.act(y))
+        return put(self._met(y))
+
+    def _met(self, value: Tensor) -> Tensor:
+        """What is given on: what is there instead, or a note of what it is to become."""
+        return noted(value, self) if self.end.ops else self.act(value)
 
 
 class Note(NamedTuple):

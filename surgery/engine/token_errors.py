@@ -49,7 +49,7 @@ def _of_tokens(error: Exception, operation: Operation) -> GraftError | None:
     as of Mixer and Linformer; windows.)
     """
     stream = operation.streams.mine()
-    inserted = list((stream.opened() or stream.inserted).items())
+    inserted = list(stream.opened().items()) or list(stream.inserted.items())[-1:]
     if not inserted:
         return None
     (_, path, _), last = inserted[-1]

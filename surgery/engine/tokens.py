@@ -149,6 +149,8 @@ class Insertions:
         action.tokens.check(x, others, self.path)
         rows = action.tokens.rows(x)
         heard = [self._hear(passes, streams, i, action, given)] if i in self.hears else []
+        if heard and len(heard[0]) != len(rows):
+            raise self._without_samples(i, heard[0], len(rows))
         new = action.part(rows, *heard)
         shape = new.shape if isinstance(new, Tensor) else ()
         if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
@@ -204,6 +206,15 @@ class Insertions:
             f"insert(...) at {self.path or 'the model'}",
             f"{fact}: blocks are shared, or skipped, and tokens would be lost or left in.",
             "Put it on blocks one by one: at(block, insert(...)).",
+        )
+
+    def _without_samples(self, i: int, heard: Tensor, samples: int) -> GraftError:
+        """The error of what is heard in one row for all samples (an FFN of tokens in a row)."""
+        return GraftError(
+            f"the graft at {self.path}",
+            f"it hears {tuple(heard.shape)} from {self.hears[i][0]}, where tokens of {samples} "
+            "samples are needed.",
+            "Write insert(..., hears=) with a place that gives tokens by samples, (b, n, width).",
         )
 
     def _hear(

@@ -42,7 +42,7 @@ def _stretch(p: Placement, dataflow: Dataflow) -> Stretch | None:
     except LookupError as error:
         if called:
             return None
-        raise _uncalled(p, p.place.entry, f": {error.args[0]}", "") from None
+        raise _uncalled(p, p.place.entry, error.args[0], "") from None
 
 
 def _adds_up_outside(p: Placement, dataflow: Dataflow) -> bool:
@@ -83,11 +83,15 @@ def check_called(placements: list[Placement], stretches: Stretches) -> None:
 
 
 def _uncalled(p: Placement, end: Site, why: str, example: str) -> RuleError:
+    """The error of a part that nothing would run; why, where a forward shows no other way."""
     inner = f"{end.path}.*".lstrip(".")
+    fact = "so a part there would never run"
+    if why:
+        fact = f"and a forward on the example does not tell where a part there would act: {why}"
     return RuleError(
         p.rule.short,
         f"{end.path or 'the model'} is a {type(end.module).__name__}, which holds modules and is "
-        f"never called, so a part there would never run{why}.",
+        f"never called, {fact}.",
         f'{example or "Put"} the rule on what it holds: at("{inner}", ...).',
     )
 

@@ -25,7 +25,8 @@ class End(NamedTuple):
     """Where a value is met: as what a module takes, what it gives, or what is made of that.
 
     before  as what it takes
-    ops     the operations that make the value of what the module gives, but those of `carries`
+    ops     the operations that make the value of what the module gives, but those of `carries`;
+            of what the model takes, where no module runs before
     """
 
     module: nn.Module
@@ -152,7 +153,8 @@ class _Run:
         features = [v for v in alike if v.is_feature]
         stream = [v for v in _above([given], made, _passes) if v in alike]
         found = [v for v in stream if v in features] or stream or features
-        return found[0] if len(found) == 1 else None
+        first = {_first(v, alike) for v in found}
+        return first.pop() if len(first) == 1 else None
 
     def _reading_inside(self, taken: Value, given: Value) -> Op | None:
         """What reads, of all between two values, what does not come to the second of them."""
@@ -228,6 +230,15 @@ def _passes(op: Op) -> bool:
     return is_cheap(op) or op.name in NORM_AXES
 
 
+def _first(value: Value, those: list[Value]) -> Value:
+    """The first of some values that another is, scaled or cast (DeepNorm: x * alpha + attn(x))."""
+    first, made = value, value
+    while made.op is not None and carries(made.op.name) and len(made.op.features) == 1:
+        made = made.op.features[0]
+        first = made if made in those else first
+    return first
+
+
 def _alike(a: Value, b: Value) -> bool:
     """Whether two values are of one shape, but for the number of tokens."""
     ends = [(v.shape[0], v.shape[-1], len(v.shape)) if v.shape else () for v in (a, b)]
@@ -250,12 +261,19 @@ def _met(trace: Trace, value: Value, early: Collection[Call]) -> End:
     for made, ops in todo:
         if ops and (giving := _giver(trace, made, trace.calls)) is not None:
             return End(giving.module, ops=ops)
+        if ops and trace.calls[0].inputs[:1] == [made]:  # patches by an einsum, no module before
+            return End(trace.model, before=True, ops=ops)
         if made.op is None or len(made.op.outputs) != 1 or len(ops) == FAR:
             continue
         name = made.op.name
         rest = ops if ops and carries(name) else (name, *ops)
-        todo += [(v, rest) for v in made.op.features if len(v.uses) == 1]
+        todo += [(v, rest) for v in _sources(made.op) if len(v.uses) == 1]
     raise LookupError("no module that is called once gives what it begins or ends with")
+
+
+def _sources(op: Op) -> list[Value]:
+    """What it makes features of: features, or numbers of tokens."""
+    return [value for value in op.inputs if value.weights is None]
 
 
 def _reader(trace: Trace, value: Value) -> Call | None:

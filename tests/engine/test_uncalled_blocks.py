@@ -108,6 +108,11 @@ def normed_after_by_function(e: Any, x: Tensor) -> Tensor:
     return F.normalize(x.lerp(F.normalize(e[1](x), dim=-1), e.scale), dim=-1)
 
 
+def deep_norm(e: Any, x: Tensor) -> Tensor:
+    x = e[2](x * 1.5 + e[0](x))
+    return 1.5 * x + e[1](x)  # type: ignore[no-any-return]
+
+
 def without_residual(e: Any, x: Tensor) -> Tensor:
     return e[1](e[0](x))  # type: ignore[no-any-return]
 
@@ -118,7 +123,7 @@ def checkpointed(e: Any, x: Tensor) -> Tensor:
 
 
 STEPS = [
-    plain, scaled, dropped, side_by_side, summed_first, normed_after,
+    plain, scaled, dropped, side_by_side, summed_first, normed_after, deep_norm,
     normed_by_function, normed_after_by_function, without_residual, checkpointed,
 ]  # fmt: skip
 Step = Callable[[Any, Tensor], Tensor]
@@ -192,8 +197,21 @@ class Bare(Holding):
         return self.head(self.inner(x.repeat(1, 1, 4)).mean(1))  # type: ignore[no-any-return]
 
 
+class Raw(Model):
+    """Nothing but operations makes tokens of what the model takes."""
+
+    def __init__(self, kind: type[Uncalled], step: Step = plain, depth: int = 3) -> None:
+        super().__init__(kind, step, depth)
+        self.weight = nn.Parameter(torch.randn(WIDTH, 8))
+        self.pos = nn.Parameter(torch.randn(1, 6, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).flatten(2).mT @ self.weight.t()
+        return self.head(self.run(x + self.pos).mean(1))  # type: ignore[no-any-return]
+
+
 Build = Callable[..., nn.Module]
-BUILDS: list[Build] = [Model, Dropping, Pooled, Holding, Bare]
+BUILDS: list[Build] = [Model, Dropping, Pooled, Holding, Bare, Raw]
 RULES = ["vpt_deep", "vpt_shallow", "adapterx"]
 
 
@@ -654,7 +672,21 @@ def test_what_runs_several_times_is_refused() -> None:
         def run(self, x: Tensor) -> Tensor:
             return super().run(super().run(x))
 
-    assert "it runs 2 times in one forward" in refused(plain, build=Twice)
+    told = refused(plain, build=Twice)
+    assert "does not tell where a part there would act: it runs 2 times in one forward" in told
+    assert "never run" not in told
+
+
+def test_what_is_heard_must_be_of_samples() -> None:
+    def in_a_row(e: Any, x: Tensor) -> Tensor:
+        x = x + e[0](x)
+        return x + e[1](x.flatten(0, 1)).unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
+
+    model = fresh(step=in_a_row)
+    before = laws.fingerprint(model)
+    told = raised(GraftError, lambda: surgery.apply(model, "adapterx", example=inputs()))
+    assert "it hears (12, 32) from layers.0.1.(1 to 3), where tokens of 2 samples" in str(told)
+    laws.assert_same(before, laws.fingerprint(model), "a proof that failed")
 
 
 def test_two_streams_are_refused() -> None:
