@@ -110,13 +110,24 @@ class Noted(Tensor):
         notes = [note for value in given for note in _after(name, value.notes)]
         due = [note.hook for note in notes if not note.ops]
         with torch._C.DisableTorchFunctionSubclass():
+            versions = [_version(v) for v in given]
             run = _in_a_copy(func) if due and _is_augmented() else func
             result = run(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor):
-            return result
+            if not isinstance(result, Tensor) or _is_untouched(result, given, versions):
+                return result
         if due:
             result = _done(result, (*args, *(kwargs or {}).values()), due)
         return _with(result, [note for note in notes if note.ops])
+
+
+def _version(value: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or value.is_inference() else value._version
+
+
+def _is_untouched(result: Tensor, given: list[Noted], versions: list[int]) -> bool:
+    """Whether it is what was given, and nothing was done to it: `x.flatten(2)` of three axes."""
+    was = zip(given, versions, strict=True)
+    return any(result is value and _version(value) == version for value, version in was)
 
 
 def _name(func: Any) -> str:
