@@ -19,6 +19,7 @@ from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated
 from .conditions import check_example
+from .notes import corrections
 from .operation import Operation, additions_of, check_operable, without_parts
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
@@ -59,6 +60,8 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
         rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]
     source = "by a forward" if dataflow.asked else ASK
     notes = [f"what feeds what: {source}"] if feeds else []
+    if example is not None:
+        notes += corrections((role.name for role in ROLES), tree)
     if not roles["ffn"]:
         notes.append(f"no feed-forward network was found: {instead_of_ffns(tree)}")
     columns = ("role", "address", "sites", "features", "axis", "blocks", "stage", "feeds")
