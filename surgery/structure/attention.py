@@ -22,7 +22,7 @@ from .attention_traced import (
     torch_attentions,
 )
 from .layers import NARROWEST, is_conv, is_list, is_torch_attention, linear_shape
-from .module_tree import Projections, Site, span
+from .module_tree import Projections, Site, elements_of, span
 from .trace import Op, Trace, names
 
 BY_DATA = KERNELS | RECURRENT | names("cumsum cumprod grid_sample") | {TORCH}
@@ -73,7 +73,7 @@ def _beside(
 
     shared  the sites that have something in common with an FFN
     """
-    todo = [block] if not block.is_span else _between(block)
+    todo = elements_of(block)[::-1] if block.is_span else [block]
     loose: list[Site] = []
     found = False
     while todo:
@@ -93,12 +93,6 @@ def _beside(
             loose.append(site)
     if not found and _are_attention(loose):  # all flat in the block
         yield span(loose[0], loose[-1])
-
-
-def _between(block: Site) -> list[Site]:
-    """The elements of a span of them, last first."""
-    siblings = block.entry.parent.children if block.entry.parent else []
-    return [s for s in siblings if block.order <= s.order < block.exit.end][::-1]
 
 
 def _is_whole(site: Site, layers: list[Site]) -> bool:

@@ -159,6 +159,15 @@ def stretch(first: Site, last: Site) -> Site:
     return site
 
 
+def elements_of(site: Site) -> list[Site]:
+    """The children of one module from that which a span begins with to that which it ends with."""
+    parent = site.entry.parent
+    if parent is None or site.exit.parent is not parent:
+        return []
+    first, last = parent.children.index(site.entry), parent.children.index(site.exit)
+    return parent.children[first : last + 1]
+
+
 def element(site: Site) -> Site | None:
     """The nearest element of a container that holds a site."""
     return next((s for s in holders(site) if s.is_element), None)
