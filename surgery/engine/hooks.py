@@ -65,8 +65,7 @@ class HookedSite:
         self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
         self.stretches = "among" in places and stretch is None
-        listed = self.stretches and site.is_span and site.entry.is_element
-        self.stretch = elements_of(site) if listed else []
+        self.stretch = _blocks(site) if self.stretches else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if in_two and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
@@ -362,6 +361,11 @@ def _like(site: Site) -> str:
     for own, general in sorted(named.items(), reverse=True):  # the innermost first
         path = general.lstrip(".") + path[len(own) :] if path.startswith(own) else path
     return generalise(path)
+
+
+def _blocks(site: Site) -> list[Site]:
+    """The blocks of a list from the first that a site begins with to the last that it ends with."""
+    return elements_of(site) if site.is_span and site.entry.is_element else []
 
 
 def _axis(x: Tensor, axis: int, width: int) -> int:

@@ -178,6 +178,12 @@ class _Anatomy:
             "fc2": [s for _, fc2 in layers for s in fc2],
             "head": ends.heads(),
             "embed": ends.embeddings(),
+            **self._projecting(),
+        }
+
+    def _projecting(self) -> dict[str, list[Site]]:
+        """The roles of what projects in attentions."""
+        return {
             "qkv": _unique(s for a in self.attentions for s in a.qkv),
             "proj": _unique(s for a in self.attentions for s in a.proj),
             "fused": _unique(a.qkv[0] for a in self.attentions if _makes_thirds(a)),
@@ -186,8 +192,7 @@ class _Anatomy:
     def _layers(self, ffn: Site) -> tuple[list[Site], list[Site]]:
         """The linear layers of a feed-forward network: what widens (and gates), what narrows."""
         layers = [s for s in self.projections.below(ffn) if linear_shape(s.module)]
-        narrows = [s for s in layers if s.out == ffn.out != s.width != ffn.width]
-        fc2 = narrows or [s for i, s in enumerate(layers) if i and s.out == ffn.out]
+        fc2 = _narrowing(layers, ffn)
         hidden = {s.width for s in fc2}
         reading = [s for s in layers if s not in fc2 and s.width == ffn.width]
         return [s for s in reading if s.out in hidden or s.out // 2 in hidden], fc2
@@ -251,6 +256,12 @@ class _Anatomy:
 
     def _are_in_blocks(self, site: Site) -> bool:
         return any(b.order <= site.order < b.exit.end for b in self.blocks)
+
+
+def _narrowing(layers: list[Site], ffn: Site) -> list[Site]:
+    """Those of the layers of a network that narrow; where d is h, all but the first that give d."""
+    narrows = [s for s in layers if s.out == ffn.out != s.width != ffn.width]
+    return narrows or [s for s in layers[1:] if s.out == ffn.out]
 
 
 def _ran(layers: list[Site], feeding: dict[int, set[int]]) -> bool:

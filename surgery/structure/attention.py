@@ -13,21 +13,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .attention_traced import (
-    KERNELS,
-    RECURRENT,
-    TORCH,
-    Mixing,
-    TracedAttention,
-    torch_attentions,
-)
+from .attention_traced import Mixing, TracedAttention, torch_attentions
 from .layers import NARROWEST, is_conv, is_list, is_torch_attention, linear_shape
+from .mixing_ops import may_mix_unread
 from .module_tree import Projections, Site, elements_of, span
-from .trace import Op, Trace, names
-
-BY_DATA = KERNELS | RECURRENT | names("cumsum cumprod grid_sample") | {TORCH}
-JOINED = names("stack cat")
-MANY = 5  # pieces that are put together step by step: a recurrence
+from .trace import Op, Trace
 
 
 class Attention(NamedTuple):
@@ -83,16 +73,21 @@ def _beside(
             continue
         if site in shared or site is block or is_list(site.module):
             todo += reversed(site.children)
-        elif _is_whole(site, layers):
-            yield site
-            found = True
-        elif len(layers) > 1 or is_torch_attention(layers[0].module):
-            yield _smallest(site, layers)
+        elif attn := _attention_in(site, layers):
+            yield attn
             found = True
         elif site is layers[0] and not is_conv(site.module):
             loose.append(site)
     if not found and _are_attention(loose):  # all flat in the block
         yield span(loose[0], loose[-1])
+
+
+def _attention_in(site: Site, layers: list[Site]) -> Site | None:
+    """The smallest module in a site that may be an attention of these projections."""
+    if _is_whole(site, layers):
+        return site
+    several = len(layers) > 1 or is_torch_attention(layers[0].module)
+    return _smallest(site, layers) if several else None
 
 
 def _is_whole(site: Site, layers: list[Site]) -> bool:
@@ -269,28 +264,24 @@ class _Found:
     def attention(self, group: _Group, groups: list[_Group]) -> Attention:
         others = {s for other in groups if other is not group for s in other.makers}
         others -= set(group.makers)
-        qkv = [s for s in group.makers if s in self.projects]
         other = [s for s in group.makers if s not in self.projects]
         site = self._place(group, others)
+        made_of = set(group.makers)
         if site is not None and not site.is_span:  # low-rank queries: what they are made of
-            qkv += [s for s in group.inner if s in self.projects and _lies_in(s, site)]
-        qkv = sorted(dict.fromkeys(qkv), key=_first)
-        proj = sorted((s for s in group.proj if s in self.projects), key=_first)
+            made_of.update(s for s in group.inner if _lies_in(s, site))
+        qkv = sorted(self.projects & made_of, key=_first)
+        proj = sorted(self.projects.intersection(group.proj).difference(qkv), key=_first)
         words = {s: group.makers[s] for s in qkv if s in group.makers}
-        return Attention(site, qkv, [s for s in proj if s not in qkv], words, other)
+        return Attention(site, qkv, proj, words, other)
 
     def _place(self, group: _Group, others: set[Site]) -> Site | None:
         """The module of its own that holds most of it; else the span of its projections."""
-        makers = list(group.makers)
         free = [s for s in group.calls if self._is_free(s, others)]
         if free:
-            holder = max(free, key=lambda s: sum(_lies_in(m, s) for m in makers))
-            outside = [s for s in group.proj if not _lies_in(s, holder)]
-            wider = next((s for s in holder.above() if all(_lies_in(p, s) for p in outside)), None)
-            if outside and wider is not None and self._is_free(wider, others):
-                return wider  # BERT's output stands beside it
-            return holder
-        near = [s for s in makers if group.calls and _lies_in(s, group.calls[0])]
+            holder = max(free, key=lambda s: sum(_lies_in(m, s) for m in group.makers))
+            wider = _with_output(holder, group)
+            return wider if self._is_free(wider, others) else holder
+        near = [s for s in group.makers if group.calls and _lies_in(s, group.calls[0])]
         ends = sorted([*near, *group.proj], key=_first)
         projects = bool(ends) and ends[-1] in group.proj and ends[-1] in self.projects
         return span(ends[0], ends[-1]) if projects and len(ends) > 1 else None
@@ -298,6 +289,13 @@ class _Found:
     def _is_free(self, site: Site, others: set[Site]) -> bool:
         """Whether it holds neither a feed-forward network nor what makes another attention."""
         return not _holds_any(site, self.sure) and not _holds_any(site, others)
+
+
+def _with_output(holder: Site, group: _Group) -> Site:
+    """The module around another that holds the output projections too (BERT's stand beside it)."""
+    outside = [s for s in group.proj if not _lies_in(s, holder)]
+    around = (s for s in holder.above() if all(_lies_in(p, s) for p in outside))
+    return next(around, holder) if outside else holder
 
 
 def _first(site: Site) -> int:
@@ -333,7 +331,7 @@ def corrected(
         site = attention.site
         if site is None or site in seen or seen & set(projections.below(site)):
             continue
-        if id(site.module) not in ran or _mixes_by_data(ran[id(site.module)]):
+        if id(site.module) not in ran or may_mix_unread(ran[id(site.module)]):
             kept.append(attention)
     return sorted([*by_forward, *kept], key=_order)
 
@@ -345,15 +343,3 @@ def _ran(trace: Trace) -> dict[int, list[Op]]:
         for call in op.stack():
             ran[id(call.module)].append(op)
     return ran
-
-
-def _mixes_by_data(ops: list[Op]) -> bool:
-    """Whether these may mix tokens by data in a way that `attention_traced` does not read.
-
-    Step by step (RWKV's loop, scans), where others are sampled (Deformable DETR), in a kernel.
-    """
-    if any(op.name in BY_DATA or (op.name in JOINED and len(op.features) >= MANY) for op in ops):
-        return True
-    if any(op.name == "_opaque" and len(op.features) > 1 for op in ops):
-        return True
-    return sum(op.name == "setitem" for op in ops) >= MANY
