@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .attention_states import OPERANDS
 from .attention_traced import Mixing, TracedAttention, torch_attentions
 from .layers import NARROWEST, is_conv, is_list, is_torch_attention, linear_shape
 from .mixing_ops import may_mix_unread
@@ -219,7 +220,7 @@ class _Found:
     def _makers(self, attention: TracedAttention) -> dict[Site, set[str]]:
         """What made what entered; nothing where it is experts, weighed by their router."""
         makers: dict[Site, set[str]] = {}
-        for word in ("query", "key", "value"):
+        for word in OPERANDS:
             for site in map(self.site, (maker.owner for maker in getattr(attention, word))):
                 if site and not attention.scored and _lies_in_any(site, self.ffns):
                     return {}

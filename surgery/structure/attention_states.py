@@ -10,6 +10,7 @@ from torch import nn
 from .linear_ops import LinearOp
 from .trace import Op
 
+OPERANDS = ("query", "key", "value")
 Bits = int  # a set of operations: the n-th bit for the n-th that makes features of its own
 
 
@@ -63,7 +64,7 @@ class State:
 
 
 class Core(NamedTuple):
-    """An attention while the trace is read: what entered it, as bits, and the bit of itself."""
+    """An attention while the trace is read: what entered it, as bits; what projects its result."""
 
     op: Op
     query: Bits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -179,6 +179,11 @@ def holders(site: Site) -> list[Site]:
         return list(site.above())
     above = set(site.exit.above())
     return [s for s in site.entry.above() if s in above]
+
+
+def in_order(sites: Iterable[Site]) -> list[Site]:
+    """Sites in the order of the walk, each once."""
+    return sorted(dict.fromkeys(sites), key=lambda s: s.order)
 
 
 def _first_shape(site: Site, leave_out: Collection[Site], backwards: bool = False) -> Shape | None:
