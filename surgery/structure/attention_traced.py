@@ -75,18 +75,21 @@ class _Scores(NamedTuple):
     """What scores are made of, and whether they have been through a softmax.
 
     over_features  whether the product sums over features, and not over tokens; None: unknown
+    heads          sizes that may be the number of heads
     """
 
     query: Bits
     key: Bits
     soft: bool = False
     over_features: bool | None = None
+    heads: frozenset[int] = frozenset()
 
     def join(self, other: _Scores) -> _Scores:
         return self._replace(
             query=self.query | other.query,
             key=self.key | other.key,
             soft=self.soft or other.soft,
+            heads=self.heads | other.heads,
         )
 
 
@@ -165,6 +168,7 @@ class _Reader:
         self.streams: Bits = 0
         self.cores: dict[int, _Core] = {}  # by the number of its bit
         self.absorbed: set[int] = set()  # those that are part of another
+        self.used: set[int] = set()  # those whose result becomes features of something
 
     def read(self, op: Op) -> None:
         outputs = [value for value in op.outputs if value.is_feature]
@@ -187,6 +191,8 @@ class _Reader:
 
     def _after(self, op: Op, given: list[_State]) -> _State:
         behind = reduce(or_, (state.behind for state in given), 0)
+        if linear_op(op) or op.name in RECURRENT | SUMS | CONV_OPS:
+            self.used.update(core for state in given for core in state.cores)
         if linear := linear_op(op):  # of a parameter too, which queries are made of (Perceiver)
             source = linear.input
             return self._projected(op, linear, self._of(source) if source.is_feature else _NOTHING)
@@ -210,8 +216,8 @@ class _Reader:
 
     def _projected(self, op: Op, linear: LinearOp, state: _State) -> _State:
         """What a projection makes; scores go through one over heads, queries through a table."""
-        if state.scores is not None and linear.width == linear.out:  # talking heads, re-attention
-            return state
+        if state.scores is not None and linear.width in state.scores.heads:
+            return state  # talking heads, re-attention
         if self._is_inside(linear, state):  # relative positions: queries times a raw table
             return state
         for core in state.cores:
@@ -239,10 +245,11 @@ class _Reader:
             return _State(a.near | b.near, behind, scores=a.scores.join(b.scores))
         if not a.scores and not b.scores:
             query, key = self._opened(a), self._opened(b)
-            scores = _Scores(query, key, over_features=_sums_over_last(op))
+            heads = frozenset(op.outputs[0].shape[:-2])
+            scores = _Scores(query, key, over_features=_sums_over_last(op), heads=heads)
             return _State(query | key, behind, scores=scores)
         scored, other = (a, b) if a.scores else (b, a)
-        (query, key, soft, over_features), value = scored.scores or _NONE, self._opened(other)
+        (query, key, soft, over_features, _), value = scored.scores or _NONE, self._opened(other)
         if soft or over_features or (over_features is None and scored is a):
             return self._core(op, query, key, value, soft, behind)
         return self._core(op, value, query, key, False, behind)  # keys times values, then queries
@@ -331,14 +338,16 @@ class _Reader:
         gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
         if op.name in SUMMED and len(given) == 1 and not cores:
             # a product written out, (q * k).sum(-1); or what weights have pooled (Enformer)
-            return _State(near, behind, scores=_Scores(*pair) if pair else None)
+            heads = frozenset(op.outputs[0].shape[:-2])
+            return _State(near, behind, scores=_Scores(*pair, heads=heads) if pair else None)
         return _State(near, behind, cores, made, pair, gate)
 
     # the end -----------------------------------------------------------------------------------
 
     def attentions(self) -> Iterator[TracedAttention]:
-        whole = (core for number, core in self.cores.items() if number not in self.absorbed)
-        for core in whole:
+        for number, core in self.cores.items():
+            if number in self.absorbed or not (core.soft or number in self.used):
+                continue  # (DeepSeek's indexer chooses tokens, and mixes none)
             query, key, value = map(self._expanded, (core.query, core.key, core.value))
             found = TracedAttention(
                 core.op, core.op.call, query, key, value, core.soft, bool(core.key), core.proj
