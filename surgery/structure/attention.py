@@ -93,8 +93,7 @@ def _attention_in(site: Site, layers: list[Site]) -> Site | None:
 
 def _is_whole(site: Site, layers: list[Site]) -> bool:
     """Whether a module's one projection makes all of an attention, d -> 3 d (T2T-ViT)."""
-    one = layers[0]
-    return len(layers) == 1 and site is not one and one.out == 3 * one.width
+    return len(layers) == 1 and site is not layers[0] and layers[0].out == 3 * layers[0].width
 
 
 def _are_attention(loose: list[Site]) -> bool:
@@ -186,6 +185,10 @@ class _Group(NamedTuple):
     proj: dict[Site, None]
 
 
+def _overlap(a: _Group, b: _Group) -> bool:
+    return bool(a.makers.keys() & b.makers.keys() or a.proj.keys() & b.proj.keys())
+
+
 class _Found:
     """Puts what was traced into the tree."""
 
@@ -240,19 +243,27 @@ class _Found:
         """
         if attention.scored and attention.soft:
             return True
+        if attention.scored and len(set().union(*makers.values())) < len(OPERANDS):
+            return False  # of three, one is no projection (Gemma 3n's AltUp)
         whole = [s for s in calls if all(_lies_in(maker, s) for maker in makers)]
         beside = attention.scored and len({maker.parent for maker in makers}) == 1  # LoFTR's
         if not whole or not (beside or not _holds_any(whole[0], self.ffns)):
             return False
-        inside = attention.op.call is not None and whole[0] is self.site(attention.op.call.module)
-        return attention.scored or (inside and any("value" in words for words in makers.values()))
+        return attention.scored or self._weighs_value(attention, makers, whole[0])
+
+    def _weighs_value(
+        self, attention: TracedAttention, makers: dict[Site, set[str]], site: Site
+    ) -> bool:
+        """Whether what it weighs is projected, and it ran in a module itself."""
+        inside = attention.op.call is not None and site is self.site(attention.op.call.module)
+        return inside and any("value" in words for words in makers.values())
 
     def grouped(self) -> list[_Group]:
         """What several runs, or several products in one module, show of one attention."""
         grouped: list[_Group] = []
         for group in self.groups:
             for other in grouped:
-                if other.calls[:1] == group.calls[:1] and set(other.makers) & set(group.makers):
+                if other.calls[:1] == group.calls[:1] and _overlap(other, group):
                     for site, words in group.makers.items():
                         other.makers.setdefault(site, set()).update(words)
                     other.inner.update(group.inner)
@@ -263,8 +274,7 @@ class _Found:
         return grouped
 
     def attention(self, group: _Group, groups: list[_Group]) -> Attention:
-        others = {s for other in groups if other is not group for s in other.makers}
-        others -= set(group.makers)
+        others = [other for other in groups if other is not group]
         other = [s for s in group.makers if s not in self.projects]
         site = self._place(group, others)
         made_of = set(group.makers)
@@ -275,21 +285,37 @@ class _Found:
         words = {s: group.makers[s] for s in qkv if s in group.makers}
         return Attention(site, qkv, proj, words, other)
 
-    def _place(self, group: _Group, others: set[Site]) -> Site | None:
+    def _place(self, group: _Group, others: list[_Group]) -> Site | None:
         """The module of its own that holds most of it; else the span of its projections."""
-        free = [s for s in group.calls if self._is_free(s, others)]
+        free = [s for s in group.calls if self._is_free(s, group, others)]
         if free:
             holder = max(free, key=lambda s: sum(_lies_in(m, s) for m in group.makers))
             wider = _with_output(holder, group)
-            return wider if self._is_free(wider, others) else holder
+            return wider if self._is_free(wider, group, others) else holder
         near = [s for s in group.makers if group.calls and _lies_in(s, group.calls[0])]
         ends = sorted([*near, *group.proj], key=_first)
         projects = bool(ends) and ends[-1] in group.proj and ends[-1] in self.projects
         return span(ends[0], ends[-1]) if projects and len(ends) > 1 else None
 
-    def _is_free(self, site: Site, others: set[Site]) -> bool:
-        """Whether it holds neither a feed-forward network nor what makes another attention."""
-        return not _holds_any(site, self.sure) and not _holds_any(site, others)
+    def _is_free(self, site: Site, group: _Group, others: list[_Group]) -> bool:
+        """Whether it holds neither a feed-forward network nor what makes another attention.
+
+        But for one that lies in a module of its own there (DeepSeek's compressor).
+        """
+        if _holds_any(site, self.sure):
+            return False
+        return not any(
+            _holds_any(site, other.makers.keys() - group.makers.keys())
+            and not _is_nested(other, site, group)
+            for other in others
+        )
+
+
+def _is_nested(other: _Group, site: Site, group: _Group) -> bool:
+    """Whether an attention stands in a module inside a site that has nothing of this one."""
+    inner = other.calls[0] if other.calls else site
+    ours = (*group.makers, *group.proj)
+    return inner is not site and _lies_in(inner, site) and not _holds_any(inner, ours)
 
 
 def _with_output(holder: Site, group: _Group) -> Site:

@@ -29,18 +29,21 @@ class Scores(NamedTuple):
     """What scores are made of, and whether they have been through a softmax.
 
     over_features  whether the product sums over features, and not over tokens; None: unknown
+    heads          sizes that may be the number of heads
     """
 
     query: Bits
     key: Bits
     soft: bool = False
     over_features: bool | None = None
+    heads: frozenset[int] = frozenset()
 
     def join(self, other: Scores) -> Scores:
         return self._replace(
             query=self.query | other.query,
             key=self.key | other.key,
             soft=self.soft or other.soft,
+            heads=self.heads | other.heads,
         )
 
 

@@ -93,6 +93,7 @@ class _Reader:
         self.streams: Bits = 0
         self.cores: dict[int, Core] = {}  # by the number of its bit
         self.absorbed: set[int] = set()  # those that are part of another
+        self.used: set[int] = set()  # those whose result becomes features of something
 
     def read(self, op: Op) -> None:
         outputs = [value for value in op.outputs if value.is_feature]
@@ -115,7 +116,10 @@ class _Reader:
 
     def _after(self, op: Op, given: list[State]) -> State:
         behind = reduce(or_, (state.behind for state in given), 0)
-        if linear := linear_op(op):  # of a parameter too, which queries are made of (Perceiver)
+        linear = linear_op(op)
+        if linear or op.name in RECURRENT | SUMS | CONV_OPS:
+            self.used.update(core for state in given for core in state.cores)
+        if linear:  # of a parameter too, which queries are made of (Perceiver)
             state = self._of(linear.input) if linear.input.is_feature else State(0, 0)
             return self._projected(op, linear, state)
         if (maker := _maker(op, given)) is not None:
@@ -139,8 +143,8 @@ class _Reader:
 
     def _projected(self, op: Op, linear: LinearOp, state: State) -> State:
         """What a projection makes; scores go through one over heads, queries through a table."""
-        if state.scores is not None and linear.width == linear.out:  # talking heads, re-attention
-            return state
+        if state.scores is not None and linear.width in state.scores.heads:
+            return state  # talking heads, re-attention
         if self._is_inside(linear, state):  # relative positions: queries times a raw table
             return state
         for core in state.cores:
@@ -168,10 +172,11 @@ class _Reader:
             return State(a.near | b.near, behind, scores=a.scores.join(b.scores))
         if not a.scores and not b.scores:
             query, key = self._opened(a), self._opened(b)
-            scores = Scores(query, key, over_features=sums_over_last(op))
+            heads = frozenset(op.outputs[0].shape[:-2])
+            scores = Scores(query, key, over_features=sums_over_last(op), heads=heads)
             return State(query | key, behind, scores=scores)
         scored, other = (a, b) if a.scores else (b, a)
-        query, key, soft, over_features = scored.scores or Scores(0, 0)
+        query, key, soft, over_features, _ = scored.scores or Scores(0, 0)
         value = self._opened(other)
         if soft or over_features or (over_features is None and scored is a):
             return self._core(op, query, key, value, soft, behind)
@@ -259,7 +264,8 @@ class _Reader:
         pair = given[0].pair if one else None
         if op.name in SUMMED and one and not cores:
             # a product written out, (q * k).sum(-1); or what weights have pooled (Enformer)
-            return State(near, behind, scores=Scores(*pair) if pair else None)
+            heads = frozenset(op.outputs[0].shape[:-2])
+            return State(near, behind, scores=Scores(*pair, heads=heads) if pair else None)
         made = _scores(op, [] if cores else given, near)
         gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
         return State(near, behind, cores, made, pair, gate)
@@ -267,8 +273,9 @@ class _Reader:
     # the end -----------------------------------------------------------------------------------
 
     def attentions(self) -> Iterator[TracedAttention]:
-        whole = (core for number, core in self.cores.items() if number not in self.absorbed)
-        for core in whole:
+        for number, core in self.cores.items():
+            if number in self.absorbed or not (core.soft or number in self.used):
+                continue  # (DeepSeek's indexer chooses tokens, and mixes none)
             query, key, value = map(self._expanded, (core.query, core.key, core.value))
             found = TracedAttention(
                 core.op, core.op.call, query, key, value, core.soft, bool(core.key), core.proj

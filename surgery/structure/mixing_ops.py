@@ -8,7 +8,7 @@ PRODUCTS = names("matmul rmatmul bmm mm baddbmm einsum")
 KERNELS = names("scaled_dot_product_attention flex_attention")
 TORCH = "multi_head_attention_forward"
 RECURRENT = names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell")
-SAMPLES = names("cumsum cumprod grid_sample")
+SAMPLES = names("cumsum cumprod grid_sample fft_fft fft_rfft")
 PIECES = names("stack cat")
 MANY = 5  # pieces that are put together step by step: a recurrence
 
