@@ -12,7 +12,8 @@ from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
 from ..structure.anatomy import roles_of, told_roles, unprojected
-from ..structure.dataflow import OPERANDS, dataflow_of
+from ..structure.attention_states import OPERANDS
+from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
 from .summary import places

@@ -14,7 +14,8 @@ from .._text import first_few
 from ..rules.relations import Nearest
 from ..rules.roles import ROLES, attn, ffn, norm
 from ..structure.anatomy import instead_of_ffns, operands, roles_of, stages
-from ..structure.dataflow import OPERANDS, attach_dataflow
+from ..structure.attention_states import OPERANDS
+from ..structure.dataflow import attach_dataflow
 from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated

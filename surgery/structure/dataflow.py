@@ -1,6 +1,6 @@
-"""What feeds what, read off a forward: the norm before a place, queries, keys and values.
+"""What feeds what, read off a forward: the norm before a place, and the features that come to it.
 
-The module tree tells neither: it keeps the order in which modules were made.
+The module tree does not tell: it keeps the order in which modules were made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from .module_tree import Site, Tree
 from .trace import NORM_AXES, SUMS, Op, Trace, Value, is_cheap, upstream
 from .trace import trace as run
 
-OPERANDS = ("query", "key", "value")
 Around: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
