@@ -17,13 +17,15 @@ from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site
 from ..structure.path import generalise
+from ..structure.stretches import Stretch
 from .caches import check_caches, given_beside
+from .ends import EndHook, settle
 from .features import declared, first_tensor, input_of
 from .journal import Journal, owner_of, owners_of
 from .passes import Key, Pass
-from .streams import Between
+from .streams import Between, Inserted
 from .switch import Switch
-from .tokens import ENTERING, Action, Insertions
+from .tokens import ENTERING, Action, Fits, Insertions
 from .tracing import Traced, apart
 
 
@@ -36,19 +38,23 @@ class HookedSite:
     like            its path, but for what tells those apart that a container lists
     optional        its rules say that it need not be of use
     extent          where the entry begins and the exit ends, in the order of the walk
+    entry, exit     the modules with the hooks: its own, or where the values of a stretch are met
     """
 
-    def __init__(self, switch: Switch, site: Site, actions: list[Action]) -> None:
+    def __init__(
+        self, switch: Switch, site: Site, actions: list[Action], stretch: Stretch | None = None
+    ) -> None:
         self.switch, self.path, self.actions = switch, site.path, actions
         self.like = _like(site)
         self.optional = all(action.optional for action in actions)
-        self.entry, self.exit = site.entry.module, site.exit.module
+        self.entry, self.exit = _hooked(site, stretch)
+        in_two = stretch is not None or site.is_span
         self.axis_in, self.axis_out = site.shape.axis, site.exit.shape.axis
         self.width, self.out = site.shape.width, site.shape.out
         places = [action.place for action in actions]
-        first = next((i for i, place in enumerate(places) if place in ENTERING), len(places))
+        first = _first_entering(places)
         besides = [i for i, place in enumerate(places) if place == "beside"]
-        self.remembers = bool(besides) and (site.is_span or first < besides[-1])
+        self.remembers = bool(besides) and (in_two or first < besides[-1])
         self.enters = first < len(actions)
         self.leaves = not {"after", "beside", "among"}.isdisjoint(places)
         replaces = "instead" in places
@@ -58,14 +64,28 @@ class HookedSite:
         self.listeners: list[tuple[int, Insertions, int]] = []
         self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
-        among = "among" in places
-        self.stretches, self.stretch = among, _stretch(site) if among else []
+        self.stretches = "among" in places and stretch is None
+        self.stretch = _stretch(site) if self.stretches else []
         self.extent = site.entry.order, site.exit.end
-        self.begin_mark = f"{self.path}, its beginning" if site.is_span and self.enters else ""
+        self.begin_mark = f"{self.path}, its beginning" if in_two and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
 
         self.compiled, self.compiled_begin = Traced(), Traced()
         self.traced = Pass()  # what compiled code keeps, by the number of an action alone
+        self.ends, self.fits = self._ends(stretch), self._fits(stretch)
+
+    def _ends(self, stretch: Stretch | None) -> list[EndHook]:
+        """Where the values are met that a stretch takes and gives."""
+        if stretch is None:
+            return []
+        begin = EndHook(self, stretch.entry, entering=True)
+        end = EndHook(self, stretch.exit, entering=False)
+        return [begin, end] if self.enters or self.remembers else [end]
+
+    def _fits(self, stretch: Stretch | None) -> list[Fits]:
+        """What looks at all that a stretch is given, where tokens are put in."""
+        called = stretch.modules if stretch and self.inserts else []
+        return [Fits(self.path, module, self.opened) for module in called]
 
     @property
     def ran(self) -> bool:
@@ -88,6 +108,17 @@ class HookedSite:
 
     def join(self, journal: Journal) -> None:
         """Hook into the site; inputs meet the last rule first, and what holds others before all."""
+        for end in self.ends:
+            end.join(journal)
+        if not self.ends:
+            self._join(journal)
+        for fits in self.fits:
+            journal.hook(fits.module, fits.enter, before=True, with_kwargs=True)
+        for module in {self.entry, self.exit}:
+            settle(module._forward_pre_hooks, _is_site, first=True)
+            settle(module._forward_hooks, _is_site, first=False)
+
+    def _join(self, journal: Journal) -> None:
         replaces = self.replacement is not None
         hooks = self.entry._forward_pre_hooks
         earlier = owners_of(hooks, HookedSite)
@@ -175,6 +206,20 @@ class HookedSite:
                 x = self._remembered(i) if self.remembers else input_of(args, kwargs, self)[0]
                 y = self._act(i, action, x, y)
         return put(y)
+
+    def opened(self) -> list[Inserted]:
+        """The tokens that are among those of the model now."""
+        return [*self.switch.streams.mine().opened().values()]
+
+    def begin(self, x: Tensor) -> Tensor:
+        """What the actions make of the value that a stretch takes."""
+        given = self.enter(self.entry, (x,))
+        return x if given is None else given[0]
+
+    def end(self, y: Tensor) -> Tensor:
+        """What the actions make of the value that a stretch gives."""
+        given = self.leave(self.exit, (y,), y)
+        return y if given is None else given
 
     def _put_in(
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
@@ -348,6 +393,18 @@ class HookedSite:
         )
 
 
+def _first_entering(places: list[str]) -> int:
+    """The number of the first action on the input; that of all where there is none."""
+    return next((i for i, place in enumerate(places) if place in ENTERING), len(places))
+
+
+def _hooked(site: Site, stretch: Stretch | None) -> tuple[nn.Module, nn.Module]:
+    """The modules that have the hooks of a site."""
+    if stretch is None:
+        return site.entry.module, site.exit.module
+    return stretch.entry.module, stretch.exit.module
+
+
 def _like(site: Site) -> str:
     """Layers, experts, heads of tasks have this in common: one may run without another."""
     named = {
@@ -402,6 +459,10 @@ def _before_others(hooks: Any) -> None:
     else:
         for key in ours:
             hooks.move_to_end(key)
+
+
+def _is_site(owner: Any) -> bool:
+    return isinstance(owner, HookedSite)
 
 
 def _is_ours(hook: Any) -> bool:

@@ -32,6 +32,16 @@ class MaskCheck:
             return self._probed(probe, x, args, kwargs)
         if not self.switch.enabled or self.switch.merged:
             return None
+        self._check(x, given)
+        return None
+
+    def _check(self, x: Tensor | None, given: list[tuple[str, Any]]) -> None:
+        if x is not None and x.is_nested:
+            raise GraftError(
+                f"the graft at {self.patches.path}",
+                "it lets tokens hear others, and was given a nested tensor.",
+                "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
+            )
         for name, value in given:
             hides = _hides(name, value) or _hides_by_value(x, value)
             if value is not x and hides and not self._is_window(x):
@@ -41,7 +51,6 @@ class MaskCheck:
                     "Use parts that take each token alone (adapter, lora), or give the model "
                     "inputs without padding and without a causal mask.",
                 )
-        return None
 
     def _probed(self, probe: Probe, x: Tensor, args: Any, kwargs: Any) -> Any:
         """Show what came to a block, and put what comes of that in its place."""

@@ -81,7 +81,8 @@ def attach(
             by_part.setdefault(p.key, []).append(p)
     towers: dict[Tower, list[str]] = {}
     for key, places in by_part.items():
-        towers.setdefault(_tower(places, tree), []).append(key)
+        reads = any(map_readers(parts[key]))
+        towers.setdefault(_tower(places, tree, reads), []).append(key)
     maps = []
     for tower, keys in towers.items():
         places = [p for key in keys for p in by_part[key]]
@@ -91,17 +92,23 @@ def attach(
 
 
 class Tower(NamedTuple):
-    """What parts have in common that mix the same tokens: convolutions, width, axis of tokens."""
+    """What parts have in common that mix the same tokens: convolutions, width, axis of tokens.
+
+    holder  what lists the blocks: a decoder hides tokens, its encoder does not (Whisper, BART);
+            None for parts that read a map, which one convolution makes for all
+    """
 
     convs: tuple[Site, ...]
     width: int
     axis: int
+    holder: Site | None
 
 
-def _tower(places: list[Placement], tree: Tree) -> Tower:
+def _tower(places: list[Placement], tree: Tree, reads: bool) -> Tower:
     told = [embedded(p.place, tree) for p in places]
     convs = dict.fromkeys(s for each in told if each.kind == "map" for s in each.makers)
-    return Tower(tuple(convs), places[0].site.shape.width, _axis(places[0].place))
+    holder = None if reads else _block(places[0].place).parent
+    return Tower(tuple(convs), places[0].site.shape.width, _axis(places[0].place), holder)
 
 
 def _patch_map(tower: Tower, places: list[Placement], parts: list[nn.Module]) -> PatchMap:

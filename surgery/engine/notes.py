@@ -11,21 +11,27 @@ from ..rules.edits import Trained
 from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
-from ..structure.anatomy import roles_of
-from ..structure.dataflow import dataflow_of
+from ..structure.anatomy import roles_of, told_roles, unprojected
+from ..structure.dataflow import OPERANDS, dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
 from .summary import places
 from .unfreezing import parameters_meant
 
+GUESSED = ("block", "attn", "qkv", "proj", "fused", "head", "embed")  # FFNs show in the modules
 Matches = Sequence[tuple[Rule, Collection[Site]]]
 
 
 def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None) -> Iterator[str]:
     """Whether a forward told what feeds what, here or when a file was made, or modules alone."""
+    if {"qkv", *OPERANDS} & set(_asked(matches)) and (other := unprojected(tree)):
+        paths = places([site.path for site in other])
+        yield f"queries, keys or values that no projection makes, or none that is called: {paths}"
     if asked:
         yield "what feeds what was read off a forward on the example"
+        yield from corrections(_asked(matches), tree)
         return
+    yield from _guesses(matches, tree)
     guessed, told = list[str](), list[Rule]()
     for i, (rule, _) in enumerate(matches):
         if decided and decided.find(i, rule, tree) is not None:
@@ -38,6 +44,31 @@ def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None
         yield f"{which}: by the order of modules; example=inputs runs a forward to see"
     elif told:
         yield "what feeds what is as a forward told when the file was made"
+
+
+def _asked(matches: Matches) -> list[str]:
+    """The roles that rules speak of."""
+    selectors = (pattern for rule, _ in matches for pattern in selectors_in(rule))
+    return list(dict.fromkeys(p.name for p in selectors if isinstance(p, Role)))
+
+
+def corrections(names: Iterable[str], tree: Tree) -> Iterator[str]:
+    """Where a forward finds other places for a role than the modules suggest."""
+    told, of_modules = told_roles(tree), roles_of(Tree(tree.model))
+    for name in names:
+        here = [site.path for site in told.get(name, [])]
+        there = [site.path for site in of_modules.get(name, [])] if name in told else []
+        more, less = ([p for p in a if p not in b] for a, b in ((here, there), (there, here)))
+        changes = [f"with {places(more)}"] * bool(more) + [f"without {places(less)}"] * bool(less)
+        if changes and name not in OPERANDS:
+            yield f"{name}: {', '.join(changes)}, other than the modules suggest, by the forward"
+
+
+def _guesses(matches: Matches, tree: Tree) -> Iterator[str]:
+    told = tree.memo.get("told", {})
+    names = [n for n in _asked(matches) if n in GUESSED and n not in told and roles_of(tree)[n]]
+    if names:
+        yield f"{', '.join(names)}: as the modules suggest; example=inputs runs a forward to see"
 
 
 def frozen_norms(paths: Iterable[str]) -> list[str]:

@@ -6,7 +6,8 @@ through its journal; undoing it, after a fault or on request, is one and the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
+from ..structure.stretches import Stretch
 from .frozen import Frozen
 from .hooks import HookedSite, routes
 from .journal import Journal, owner_of
@@ -181,9 +183,9 @@ class Operation(Switch):
             training = not frozen and any(model.training for model in self.model)
             self.journal.set(norm, "training", training)
 
-    def join(self, site: Site, actions: list[Action]) -> None:
-        """Hook `actions` to `site`."""
-        self.hooked_sites.append(HookedSite(self, site, actions))
+    def join(self, site: Site, actions: list[Action], stretch: Stretch | None = None) -> None:
+        """Hook `actions` to `site`; `stretch`: what it is in a forward, where nobody calls it."""
+        self.hooked_sites.append(HookedSite(self, site, actions, stretch))
         self.hooked_sites[-1].join(self.journal)
 
     def watch(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -283,6 +285,18 @@ def operations(model: nn.Module) -> list[Operation]:
     """All operations on a model, oldest first."""
     additions = additions_of(model)
     return additions.operations if additions else []
+
+
+@contextmanager
+def without_parts(model: nn.Module) -> Iterator[None]:
+    """While it lasts no part of the model runs: rules are matched against the base."""
+    journal = Journal()
+    try:
+        for operation in operations(model):
+            journal.set(operation, "enabled", False)
+        yield
+    finally:
+        journal.undo()
 
 
 def _host(model: nn.Module) -> nn.Module:

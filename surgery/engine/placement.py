@@ -259,38 +259,6 @@ def _beside(quantised: nn.Module, above: tuple[Site, ...]) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def check_called(placements: list[Placement]) -> None:
-    """Raise RuleError where a part could never run: the model never calls the module it is at."""
-    for p in placements:
-        for end in (p.site.entry, p.site.exit):
-            parent = end.parent.module if end.parent and not end.aliases else None
-            if _reads_its_projection(parent) and end.steps[-1].name == "out_proj":
-                raise _unread(p, end)
-            if forward_of(end.module) is nn.Module.forward:
-                inner = f"{end.path}.*".lstrip(".")
-                raise RuleError(
-                    p.rule.short,
-                    f"{end.path or 'the model'} is a {type(end.module).__name__}, which holds "
-                    "modules and is never called, so a part there would never run.",
-                    f'Put the rule on what it holds: at("{inner}", ...).',
-                )
-
-
-def _unread(p: Placement, projection: Site) -> RuleError:
-    holder = projection.path.rpartition(".")[0]
-    return RuleError(
-        p.rule.short,
-        f"nn.MultiheadAttention reads the weight of {projection.path} without calling it, so a "
-        "part there would never run.",
-        f'Put the rule on the attention itself, at("{holder}", ...), or leave its projection out '
-        "with & ~inside(nn.MultiheadAttention). unfreeze works there.",
-    )
-
-
-def _reads_its_projection(module: nn.Module | None) -> bool:
-    return module is not None and forward_of(module) is nn.MultiheadAttention.forward
-
-
 def check_parts(placements: Iterable[Placement], parts: Mapping[str, nn.Module]) -> None:
     """Raise RuleError where a part cannot be called with what it will be given."""
     for p in placements:

@@ -13,29 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from .._preserve import preserved
+from .._text import first_few
 from ..errors import FileError, RuleError
 from ..rules.edits import Insert, Joined
 from ..rules.expression import encode
 from ..rules.rule import Rule, Rules
-from ..rules.selector import Selector
 from ..structure.dataflow import attach_dataflow
-from ..structure.layers import keeps_statistics
+from ..structure.layers import keeps_statistics, named_modules, own_parameters
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
-from .decided import Decided, modules_of
+from .decided import Decided, modules_of, roles_told
+from .hearing import guessed, sources_of
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
 from .notes import frozen_head, frozen_norms, how_found
-from .operation import Operation, check_model, operations
-from .placement import PartNames, Placement, check_called, check_conflicts, check_parts, name_all
+from .operation import Operation, check_model, operations, without_parts
+from .placement import PartNames, Placement, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
 from .switch import Balance
 from .tokens import Action, tokens_at
 from .trained import adopt
+from .uncalled import Stretches, check_called, stretches_of
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
@@ -84,11 +86,12 @@ class Plan:
         self.rules = flatten_rules(rules)
         check_example(model, example, f"a plan for {type(model).__name__}")
         self.tree = Tree(model)
-        self.dataflow = attach_dataflow(self.tree, example)
+        self.dataflow = attach_dataflow(self.tree, example, lambda: without_parts(model))
         self.decided = decided if example is None else None
         for rule in self.rules if decided is None else ():  # a file's were checked when it was made
             check_written(rule, self.tree)
         if self.decided:
+            self.decided.tell(self.tree)
             self.decided.check_edits(self.rules, self.tree)
         self.matches = [(rule, self._match(i, rule)) for i, rule in enumerate(self.rules)]
         self.placements = [
@@ -98,10 +101,11 @@ class Plan:
             if isinstance(edit, Joined)
             for site, captures in sites.items()
         ]
+        self._leave_out(sources_of(self.placements, self.tree, self.decided))
         check_conflicts(self.placements)
-        check_called(self.placements)
-        self.tokens = tokens_of(self.placements, self.tree)
-        self.heard_from = heard_from(self.placements, self.tree)
+        self.stretches = stretches_of(self.placements, self.tree)
+        check_called(self.placements, self.stretches)
+        self.tokens = tokens_of(self.placements, self.tree, self.stretches)
         self.names = PartNames(self.tree)
         name_all(self.placements, self.names)
         self.unfrozen, self._left = unfrozen_by(self.matches, decided is None)
@@ -117,6 +121,20 @@ class Plan:
         """The sites of a rule: as a forward decided for its file, or as they are found here."""
         known = self.decided.find(number, rule, self.tree) if self.decided else None
         return match_rule(rule, self.tree) if known is None else known
+
+    def _leave_out(self, sources: Mapping[Placement, list[Placement]]) -> None:
+        """Keep what each place hears, and join nothing where there is nothing to hear."""
+        self.heard_from = {p: those[0] for p, those in sources.items() if those}
+        self.unheard = [p for p, those in sources.items() if not those]
+        self.guessed = guessed(sources, self.tree)
+        if not self.unheard:
+            return
+        self.placements = [p for p in self.placements if p not in self.unheard]
+        left = {(p.rule, p.place) for p in self.placements}
+        deaf = {(p.rule, p.place) for p in self.unheard if not unfreezing_edits(p.rule)} - left
+        for number, (rule, sites) in enumerate(self.matches):
+            some = {site: found for site, found in sites.items() if (rule, site) not in deaf}
+            self.matches[number] = rule, some
 
     @property
     def sites(self) -> list[Site]:
@@ -173,6 +191,12 @@ class Plan:
         notes = [*how_found(self.matches, self.tree, self.dataflow.asked, self.decided)]
         if any(isinstance(p.edit, Insert) and not p.edit.keep for p in self.heard_from):
             notes.append("no token is made of what is heard last: tokens are taken out before it")
+        if self.unheard:
+            first = first_few(p.place.entry.path for p in self.unheard)
+            notes.append(f"nothing is heard before {first}: no token is put in there")
+        if self.guessed:
+            told = [f"{self.heard_from[p].place.path} ({p.site.path})" for p in self.guessed]
+            notes.append(f"heard is the last in each block, {told[0]}: example=inputs shows which")
         notes += frozen_norms(s.path for s, frozen in statistics(self.tree, trained) if frozen)
         notes += self._left
         notes += frozen_head(self.matches, self.tree, trained) if self.placements else ()
@@ -183,6 +207,7 @@ class Plan:
             data=_data(self.rules),
             notes=notes,
             modules=self._decided_on,
+            roles=roles_told(self.tree, self.rules),
         )
 
     def __str__(self) -> str:
@@ -222,7 +247,7 @@ class Plan:
 
     @no_collection()
     def _execute(self, operation: Operation) -> list[PatchMap]:
-        modules = [site.module for site in self.tree.sites]
+        modules = [module for _, module in named_modules(self.model)]
         adopt(self.model)  # what was trained by hand until now is of the operation before
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
@@ -241,7 +266,7 @@ class Plan:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():
             actions = [self._action(p, parts[p.key]) for p in there]
-            operation.join(there[0].place, actions)
+            operation.join(there[0].place, actions, self.stretches.get(there[0].spot))
         hooked_sites = dict(zip(spots, operation.hooked_sites, strict=True))
         for p, source in self.heard_from.items():
             mine, theirs = spots[p.spot], spots[source.spot]
@@ -259,11 +284,14 @@ class Plan:
         """What is to be trained: each part, and each module that a rule unfreezes."""
         rows = zip(operation.record["rows"], self.rules, strict=True)
         rules = {key: rule for row, rule in rows for key in row["keys"]}
+        inserting = {p.key for p in self.placements if isinstance(p.edit, Insert)}
         for key, part in operation.named_children():
             tensors: list[tuple[str, Tensor]] = [
                 (f"{key}.{name}", tensor) for name, tensor in part.named_parameters()
             ]
-            yield TrainTarget(rules[key].short, tensors)
+            rule = rules[key]
+            inserted = key in inserting
+            yield TrainTarget(rule.short, tensors, inserted=inserted, spared=rule.optional)
         for rule, sites in self.matches:
             for edit, site in product(unfreezing_edits(rule), sites):
                 tensors = [
@@ -274,7 +302,7 @@ class Plan:
                 yield TrainTarget(rule.short, tensors, rule.optional)
 
     def _base(self) -> list[nn.Parameter]:
-        return [p for site in self.tree.sites for p in site.module.parameters(recurse=False)]
+        return [p for _, module in named_modules(self.model) for p in own_parameters(module)]
 
     def _trained_before(self) -> set[int]:
         """Ids of the base parameters that earlier operations left trained."""
@@ -358,33 +386,12 @@ def _is_trained(norm: Site, trained: Collection[int]) -> bool:
     return bool(nearest) and all(id(p) in trained for p in nearest)
 
 
-def tokens_of(placements: list[Placement], tree: Tree) -> dict[Placement, Tokens]:
+def tokens_of(
+    placements: list[Placement], tree: Tree, stretches: Stretches
+) -> dict[Placement, Tokens]:
     """How each place is given tokens that an edit inserts there."""
     edits = [(p, p.edit) for p in placements if isinstance(p.edit, Insert)]
-    return {p: tokens_at(p.place, tree, edit.after, p.rule.short) for p, edit in edits}
-
-
-def heard_from(placements: list[Placement], tree: Tree) -> dict[Placement, Placement]:
-    """For each place that hears a part, the last before it that is joined where it listens."""
-    listening = [(p, p.edit.hears) for p in placements if isinstance(p.edit, Insert)]
-    return {p: _source(p, heard, placements, tree) for p, heard in listening if heard}
-
-
-def _source(p: Placement, heard: Selector, placements: list[Placement], tree: Tree) -> Placement:
-    """What it hears: the last of its own tower, where there are several. Raises RuleError."""
-    sites, beginning = heard.find(tree), p.place.entry.order
-    sources = [
-        other
-        for other in placements
-        if other.edit.can_be_heard and other.place in sites and other.place.exit.end <= beginning
-    ]
-    if p.place.entry.is_element:
-        tower = p.place.entry.parent
-        sources = [other for other in sources if tower in set(other.place.entry.above())]
-    if not sources:
-        raise RuleError(
-            p.rule.short,
-            f"before {p.site.path} no rule joins a part at {heard!r} that it could hear.",
-            "Join one there, or leave the first places out: block[1:].",
-        )
-    return max(reversed(sources), key=lambda other: other.place.exit.order)
+    return {
+        p: tokens_at(p.place, tree, edit.after, p.rule.short, stretches.get(p.spot))
+        for p, edit in edits
+    }

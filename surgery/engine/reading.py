@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
@@ -19,7 +20,7 @@ from .hooks import HookedSite
 from .tokens import Insertions
 from .tracing import CALL
 
-CHECKPOINT = CheckpointFunction.forward.__code__  # of reentrant checkpoints
+CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
 OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights
 
 
@@ -29,13 +30,14 @@ class Reading(TorchFunctionMode):
     Only functions that give tensors read; one that asks for a shape, or a dtype, does not.
 
     besides  by the path of a site: ids of its parameters that were read so
-    cut_off  sites inside reentrant checkpoints none of whose inputs asks for a gradient
+    cut_off  sites inside functions with a backward of their own (reentrant checkpoints, reversible
+             layers) none of whose inputs asks for a gradient, and the names of these
     """
 
     def __init__(self, sites: Iterable[HookedSite]) -> None:
         super().__init__()
         self.besides: dict[str, set[int]] = {}
-        self.cut_off: set[str] = set()
+        self.cut_off: dict[str, str] = {}
         self.sites: dict[int, list[HookedSite]] = {}
         for hooked in sites:
             for id_ in {id(p) for p in _weights(hooked)}:
@@ -55,19 +57,19 @@ class Reading(TorchFunctionMode):
 
     def _note(self, given: Iterable[int], frame: FrameType | None) -> None:
         called: set[int] = set()
-        cut_off = False
+        cut_off = ""
         while frame is not None:
             if frame.f_code in OURS:
                 return
             if frame.f_code is CALL:
                 called.add(id(frame.f_locals["self"]))
-            elif frame.f_code is CHECKPOINT:
-                cut_off |= not any(_asks(value) for value in frame.f_locals["args"])
+            elif not torch.is_grad_enabled():
+                cut_off = _function_without_gradient(frame) or cut_off
             frame = frame.f_back
         for id_ in given:
             for hooked in self.sites[id_]:
                 if cut_off:
-                    self.cut_off.add(hooked.path)
+                    self.cut_off[hooked.path] = cut_off
                 if not called & {id(hooked.entry), id(hooked.exit)}:
                     self.besides.setdefault(hooked.path, set()).add(id_)
 
@@ -81,13 +83,27 @@ class Reading(TorchFunctionMode):
         read = self.besides.get(hooked.path, set())
         return bool(read) and bool(read - _held_without(model, hooked))
 
-    def why_cut_off(self) -> str:
-        """Of sites to whose parts no gradient can come."""
+    @property
+    def is_of_checkpoints(self) -> bool:
+        """Whether all that is cut off is inside of reentrant checkpoints."""
+        return set(self.cut_off.values()) == {CHECKPOINT}
+
+    def why_cut_off(self) -> tuple[str, str]:
+        """Of sites to whose parts no gradient can come: the fact, and the remedy."""
+        paths = first_few(sorted(self.cut_off))
+        if self.is_of_checkpoints:
+            return (
+                f"{paths} ran inside of reentrant checkpoints (torch.utils.checkpoint), none of "
+                "whose inputs asks for a gradient: the layers before are frozen."
+            ), (
+                "Use checkpointing with use_reentrant=False, or let the inputs ask for a gradient "
+                "(Hugging Face: model.enable_input_require_grads())."
+            )
+        names = first_few(sorted(set(self.cut_off.values())))
         return (
-            f"{first_few(sorted(self.cut_off))} ran inside of reentrant checkpoints "
-            "(torch.utils.checkpoint), none of whose inputs asks for a gradient: the layers before "
-            "are frozen."
-        )
+            f"{paths} ran inside of {names}, and nothing that comes into it requires grad, so its "
+            "backward never runs: the layers before are frozen."
+        ), "Unfreeze the embedding, at(embed, unfreeze), or let its output require grad."
 
     def end(self) -> None:
         """Leave the mode, wherever in torch's stack of them it is."""
@@ -117,12 +133,6 @@ def hinders(model: nn.Module) -> bool:
         and not (torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters()))
         for m in found
     )
-
-
-USE_OTHER_CHECKPOINTS = (
-    "Use checkpointing with use_reentrant=False, or let the inputs ask for a gradient "
-    "(Hugging Face: model.enable_input_require_grads())."
-)
 
 
 def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
@@ -166,8 +176,14 @@ def _check_memory(leaves: list[Any], frame: FrameType | None) -> None:
         frame = frame.f_back
 
 
-def _asks(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _function_without_gradient(frame: FrameType) -> str:
+    """The name of an autograd.Function whose forward a frame is, if none of its inputs asks for a
+    gradient; else ""."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if not isinstance(first, BackwardCFunction) or any(first.needs_input_grad):
+        return ""
+    return type(first).__name__.removesuffix("Backward")
 
 
 def _weights(hooked: HookedSite) -> list[nn.Parameter]:

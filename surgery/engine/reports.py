@@ -19,7 +19,8 @@ from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated
 from .conditions import check_example
-from .operation import Operation, additions_of, check_operable
+from .notes import corrections
+from .operation import Operation, additions_of, check_operable, without_parts
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
 from .watched import check_watched
@@ -49,16 +50,18 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
     check_operable(model)
     check_example(model, example, "anatomy(model, example)")
     tree = Tree(model)
-    dataflow = attach_dataflow(tree, example)
+    dataflow = attach_dataflow(tree, example, lambda: without_parts(model))
     rows: list[tuple[object, ...]] = []
     roles, feeds = roles_of(tree), _feeds(tree)
     if example is not None:
-        makes = operands(tree, dataflow).items()
+        makes = operands(tree).items()
         feeds |= {site: ", ".join(w for w in OPERANDS if w in words) for site, words in makes}
     for role in ROLES:
         rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]
     source = "by a forward" if dataflow.asked else ASK
     notes = [f"what feeds what: {source}"] if feeds else []
+    if example is not None:
+        notes += corrections((role.name for role in ROLES), tree)
     if not roles["ffn"]:
         notes.append(f"no feed-forward network was found: {instead_of_ffns(tree)}")
     columns = ("role", "address", "sites", "features", "axis", "blocks", "stage", "feeds")

@@ -7,7 +7,7 @@ lies between blocks finds the model's own tokens alone, and are put in again bef
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +22,7 @@ from .features import first_tensor, input_of
 from .passes import ByThread
 from .tracing import Here, apart
 
+Shape: TypeAlias = tuple[int, ...]
 Place: TypeAlias = tuple[str, str, int]  # an operation, a site, the number of an action there
 REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 
@@ -57,25 +58,35 @@ class Tokens(NamedTuple):
 
     def check(self, x: Tensor, others: list[Tensor], path: str) -> None:
         """Raise GraftError where x are no tokens, or the site is given what fits their number."""
-        if x.dim() != 3:
+        if x.is_nested:
             raise GraftError(
                 f"insert(...) at {path or 'the model'}",
-                f"it is given {tuple(x.shape)}, which is no row of tokens (b, n, width).",
+                "it was given a nested tensor, and tokens are put into tensors of one shape.",
+                "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
+            )
+        if misfit := self.misfit(x.shape, [other.shape for other in others]):
+            raise GraftError(f"insert(...) at {path or 'the model'}", *misfit)
+
+    def misfit(self, x: Shape, others: Iterable[Shape]) -> tuple[str, str] | None:
+        """Why no tokens can be put among some of a shape, given others besides; what to do."""
+        if len(x) != 3:
+            return (
+                f"it is given {tuple(x)}, which is no row of tokens (b, n, width).",
                 "It stands behind the pooling of tokens: put it before (daptx(last=False) has none "
                 "there)."
-                if x.dim() < 3
+                if len(x) < 3
                 else "Its attention fixes the number of tokens (windows, maps). Use a method that "
                 "adds no tokens.",
             )
-        b, n, width = self.rows(x).shape
+        b, n, width = x if self.axis else (x[1], x[0], x[2])
         for other in others:
             if _is_made_for({n, n - self.after}, other, b, width):
-                raise GraftError(
-                    f"insert(...) at {path or 'the model'}",
-                    f"it is also given a tensor {tuple(other.shape)} that is made for {n} tokens "
+                return (
+                    f"it is also given a tensor {tuple(other)} that is made for {n} tokens "
                     "(a mask, rotary positions), and more would not fit.",
                     "Use a method that adds no tokens.",
                 )
+        return None
 
 
 class Inserted(NamedTuple):
@@ -88,11 +99,11 @@ class Inserted(NamedTuple):
     tokens: Tokens
 
 
-def _is_made_for(numbers: set[int], other: Tensor, batch: int, width: int) -> bool:
+def _is_made_for(numbers: set[int], other: Shape, batch: int, width: int) -> bool:
     """Whether a tensor has a row or a column for each token; features of samples have not."""
-    if other.dim() < 2 or (other.shape[0], other.shape[-1]) == (batch, width):
+    if len(other) < 2 or (other[0], other[-1]) == (batch, width):
         return False
-    return bool(numbers & set(other.shape[-2:]))
+    return bool(numbers & set(other[-2:]))
 
 
 class Stream:

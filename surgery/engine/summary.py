@@ -27,6 +27,7 @@ class Record(TypedDict):
 
     notes    what to know of how the sites were found
     modules  a text for the modules on which a forward decided what feeds what; "" where none did
+    roles    those that the forward told otherwise than modules do: path, width, out, axis of each
     """
 
     rows: list[RuleRecord]
@@ -34,6 +35,7 @@ class Record(TypedDict):
     data: str
     notes: list[str]
     modules: str
+    roles: dict[str, list[tuple[str, int, int, int]]]
 
 
 def count_parameters(parts: Iterable[nn.Module], trainable: bool = False) -> int:

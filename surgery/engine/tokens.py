@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
+from ..structure.stretches import Stretch
+from .features import declared, input_of
 from .passes import Passes
 from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
 from .tracing import Here
 
 
-def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:
-    """How tokens are put in at a site. Raises RuleError where their number is fixed there."""
+def tokens_at(
+    site: Site, tree: Tree, after: int, rule: str, stretch: Stretch | None = None
+) -> Tokens:
+    """How tokens are put in at a site. Raises RuleError where their number is fixed there.
+
+    stretch  what it is in a forward, where nobody calls it
+    """
     within = [s.module for s in tree.sites[site.entry.order : site.exit.end]]
     table = next(filter(None, map(_table, within)), None)
     if site.axis != -1 or table:
@@ -28,7 +37,10 @@ def tokens_at(site: Site, tree: Tree, after: int, rule: str) -> Tokens:
             "Use a method that adds no tokens.",
         )
     attentions = [m for m in within if isinstance(m, nn.MultiheadAttention)]
-    return Tokens(after, 0 if any(not m.batch_first for m in attentions) else 1)
+    tokens = Tokens(after, 0 if any(not m.batch_first for m in attentions) else 1)
+    if stretch and (misfit := tokens.misfit(stretch.shape, stretch.beside)):
+        raise RuleError(rule, f"{site.path}: {misfit[0]}", misfit[1])
+    return tokens
 
 
 def _table(module: nn.Module) -> str | None:
@@ -59,6 +71,28 @@ class Action(NamedTuple):
 
 
 ENTERING = ("before", "into", "among")  # what acts on the input
+
+
+class Fits:
+    """A hook on what is called in a stretch that nobody calls, of which no hook sees all."""
+
+    def __init__(self, path: str, module: nn.Module, opened: Callable[[], list[Inserted]]) -> None:
+        self.path, self.module, self.opened = path, module, opened
+        self.names = declared(getattr(type(module), "forward", None))
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        """Forward pre-hook. Raises GraftError where it is given what fits the model's tokens."""
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        opened = self.opened() if len(tensors) > 1 else []
+        if not opened:
+            return
+        x, _ = input_of(args, kwargs or {}, self)
+        axis, shape = opened[0].tokens.axis, [*x.shape]
+        if x.dim() == 3:
+            shape[axis] -= sum(each.new for each in opened)
+            others = [t.shape for t in tensors if t is not x]
+            if misfit := opened[0].tokens.misfit(tuple(shape), others):
+                raise GraftError(f"insert(...) at {self.path}", *misfit)
 
 
 class Insertions:

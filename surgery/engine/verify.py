@@ -15,10 +15,12 @@ from .. import _rng
 from .._inputs import call, copied, tensors_in
 from .._preserve import preserved
 from .._text import first_few
-from ..errors import GraftError
+from ..errors import GraftError, SurgeryError
+from .gradients import carrying, moved, reached
 from .hooks import HookedSite
 from .operation import Operation
-from .reading import USE_OTHER_CHECKPOINTS, Reading, why_idle
+from .reading import Reading, why_idle
+from .token_errors import ours
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -27,11 +29,14 @@ class TrainTarget(NamedTuple):
     """What one rule trains at one place, a part or a module: tensors by name.
 
     optional  it need not be there, so it need not be of use either: a note instead of an error
+    inserted  it makes tokens that are put among others; `spared`, by an optional rule
     """
 
     rule: str
     tensors: list[tuple[str, Tensor]]
     optional: bool = False
+    inserted: bool = False
+    spared: bool = False
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -51,7 +56,7 @@ def verify(
 
     Runs the model on copies of the example, in eval mode, each time with the same random numbers:
     without gradients, with them, and, where all parts say that they start at zero, without parts.
-    Errors of the model itself pass through.
+    Errors of the model itself pass through, but for those that come of tokens put in.
     """
     run = _runner(model, example)
     operation.watcher.resting = True
@@ -63,7 +68,8 @@ def verify(
             _check_rows(operation, example)
             with torch.enable_grad():
                 after, reading, spared = _proved(operation, run)
-                notes = _check_gradients(after, reading, _without(spared, targets))
+                theirs = _without(spared, targets)
+                notes = _check_gradients(model, run, after, reading, theirs)
             operation.record["notes"] += [*_unreached(spared), *notes]
             with torch.no_grad():
                 _check_start(operation, run, answer)
@@ -93,14 +99,27 @@ def _proved(operation: Operation, run: Run) -> tuple[Any, Reading, list[HookedSi
     """
     for hooked in operation.hooked_sites:
         hooked.unsee()
-    with Reading(operation.hooked_sites) as reading:
-        answer = run()
+    answer, reading = _answer(operation, run)
     operation.watcher.note(reading)
     idle = [hooked for hooked in operation.hooked_sites if not hooked.ran]
     read = [hooked for hooked in idle if reading.instead_of(hooked, operation.model[0])]
     spared = operation.watcher.spared(idle, read)
     operation.prove(lambda _: why_idle(read, "With this example"), spared)
     return answer, reading, spared
+
+
+def _answer(operation: Operation, run: Run) -> tuple[Any, Reading]:
+    """The answer of a forward, and what it read. Tells a model's error of what surgery makes it."""
+    reading = Reading(operation.hooked_sites)
+    try:
+        with reading:
+            return run(), reading
+    except SurgeryError:
+        raise
+    except Exception as error:
+        if told := ours(error, operation, run):
+            raise told from error
+        raise
 
 
 def _unreached(spared: list[HookedSite]) -> list[str]:
@@ -124,8 +143,7 @@ def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
     with preserved(model, modes=True, buffers=True), torch.enable_grad():
         model.train()
         try:
-            with Reading(operation.hooked_sites) as reading:
-                run()
+            _, reading = _answer(operation, run)
         except Exception as error:
             if _is_ours(error):
                 raise
@@ -166,37 +184,85 @@ def _check_rows(operation: Operation, example: Any) -> None:
 # gradients -------------------------------------------------------------------------------------
 
 
-def _check_gradients(answer: Any, reading: Reading, targets: Iterable[TrainTarget]) -> list[str]:
-    """A gradient must come to some tensor of every target, be it zero; notes where it need not.
+def _check_gradients(
+    model: nn.Module, run: Run, answer: Any, reading: Reading, targets: list[TrainTarget]
+) -> list[str]:
+    """A gradient must come to some tensor of every target, and move it; notes where it need not.
 
     Only some, for the experts of a mixture that got no token, and tokens that models mask with.
     """
-    outputs = [tensor for tensor in tensors_in(answer) if tensor.requires_grad]
-    reached, whole = _reached(outputs)
-    missed = [target for target in targets if target.is_missed(reached)]
-    needed = [target for target in missed if not target.optional]
-    if needed and whole:
+    outputs = carrying(answer)
+    graph = reached(outputs)
+    moving = moved(model, _wanted(targets), run, answer) if outputs else set()
+    come = graph.tensors | (moving or set())
+    missed = [target for target in targets if target.is_missed(come)]
+    shown = graph.whole or moving is not None
+    if shown and (needed := [target for target in missed if not target.optional]):
         raise _lost(needed, outputs, reading)
-    if not (missed and outputs and whole):  # all came, or what the graph hides may have come
+    if not (outputs and shown):  # what the graph hides may have come
         return []
-    return [f"no gradient comes to {first_few(_names(missed))} with this example"]
+    notes = [f"no gradient comes to {first_few(_names(missed))} with this example"]
+    zero = [] if moving is None else _zero(targets, moving, missed)
+    zeros = [f"the gradient that comes to {first_few(_names(zero))} is zero with this example"]
+    return [*(notes if missed else ()), *(zeros if zero else ())]
+
+
+def _wanted(targets: list[TrainTarget]) -> list[Tensor]:
+    """Of what is to be trained, each tensor once."""
+    return list({id(t): t for target in targets for t in target.trained.values()}.values())
+
+
+def _zero(
+    targets: list[TrainTarget], moving: set[int], missed: list[TrainTarget]
+) -> list[TrainTarget]:
+    """Those that a gradient of zeros comes to. Raises GraftError where one of them is an error."""
+    idle = [target for target in targets if target.is_missed(moving)]
+    zero = [target for target in idle if target not in missed]
+    if dead := [target for target in zero if _is_dead(target, targets, idle)]:
+        raise _moves_nothing(dead)
+    return zero
+
+
+def _is_dead(target: TrainTarget, targets: list[TrainTarget], idle: list[TrainTarget]) -> bool:
+    """Whether a target with a gradient of zeros is an error, by what becomes of others.
+
+    Where none of its rule moves anything: experts may get no token, and queries of a single token
+    come to nothing. Of tokens any, but for optional ones (DAPT's last are for a head that reads
+    them), of which some must.
+    """
+    if target.inserted:
+        others = [each for each in targets if each.inserted]
+        return not target.spared or all(each in idle for each in others)
+    alike = [each for each in targets if each.trained and each.rule == target.rule]
+    return not target.optional and all(each in idle for each in alike)
+
+
+def _moves_nothing(targets: list[TrainTarget]) -> GraftError:
+    """The error of a gradient that is zero whatever the weights are."""
+    tokens = all(target.inserted for target in targets)
+    return GraftError(
+        ", ".join(dict.fromkeys(target.rule for target in targets)),
+        f"the gradient that comes to {first_few(_names(targets))} is zero, also where parameters "
+        "that are zero are given numbers: the output does not depend on them.",
+        "No other token hears them there, or they are taken out before anything is read. Use a "
+        "method that adds no tokens."
+        if tokens
+        else "Give an example that uses them, or a narrower place: & ~where(...).",
+    )
 
 
 def _lost(targets: list[TrainTarget], outputs: list[Tensor], reading: Reading) -> GraftError:
     """The error of a gradient that never comes."""
     rules, names = ", ".join(dict.fromkeys(t.rule for t in targets)), first_few(_names(targets))
+    if reading.cut_off and (outputs or not reading.is_of_checkpoints):
+        fact, remedy = reading.why_cut_off()
+        return GraftError(rules, f"no gradient comes from the output to {names}: {fact}", remedy)
     if not outputs:
         return GraftError(
             rules,
             f"the output carries no gradient at all, so none would come to {names}.",
             "The model runs under torch.no_grad(), or under reentrant checkpointing with an input "
             "that needs no gradient (use_reentrant=False), or gives no floating numbers.",
-        )
-    if reading.cut_off:
-        return GraftError(
-            rules,
-            f"no gradient comes from the output to {names}: {reading.why_cut_off()}",
-            USE_OTHER_CHECKPOINTS,
         )
     return GraftError(
         rules,
@@ -209,25 +275,6 @@ def _lost(targets: list[TrainTarget], outputs: list[Tensor], reading: Reading) -
 def _names(targets: list[TrainTarget]) -> list[str]:
     """Of what is to be trained there, each once."""
     return list(dict.fromkeys(name for target in targets for name in target.trained))
-
-
-def _reached(outputs: list[Tensor]) -> tuple[set[int], bool]:
-    """Ids of all tensors that a gradient of the outputs comes to; whether the graph shows all.
-
-    It hides what reentrant checkpoints run, which builds its own on the way back.
-    """
-    reached = {id(tensor) for tensor in outputs if tensor.is_leaf}
-    todo = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
-    seen, whole = set(todo), True
-    while todo:
-        node: Any = todo.pop()
-        if type(node).__name__ == "AccumulateGrad":
-            reached.add(id(node.variable))
-        whole = whole and "Checkpoint" not in type(node).__name__
-        new = {after for after, _ in node.next_functions if after is not None} - seen
-        seen |= new
-        todo.extend(new)
-    return reached, whole
 
 
 # the start -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .hooks import HookedSite
 from .journal import Journal
 from .kinds import kind_of
 from .passes import Key, Pass, Passes
-from .reading import USE_OTHER_CHECKPOINTS, Reading, hinders, why_idle
+from .reading import Reading, hinders, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
 
@@ -212,8 +212,8 @@ class Watch:
         idle = self._without_hidden(idle)
         if reading.cut_off and self.model.training and torch.is_grad_enabled():
             cut = [each for each in self.operation.hooked_sites if each.path in reading.cut_off]
-            fact = f"can get no gradient: {reading.why_cut_off()}"
-            raise self.error(cut, fact, USE_OTHER_CHECKPOINTS)
+            fact, remedy = reading.why_cut_off()
+            raise self.error(cut, f"can get no gradient: {fact}", remedy)
         read = [hooked for hooked in idle if reading.instead_of(hooked, self.model)]
         self.bypassed |= {hooked.path: why_idle(read, "")[0] for hooked in read}
         self._demand(idle, read)

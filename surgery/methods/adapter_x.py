@@ -122,12 +122,12 @@ def left_in(generator: Maker, last: bool = True) -> list[Rule]:
     """A prompt of what each block's part gave, put in for all that follows, the head too."""
     new = insert(generator, hears=ffn, keep=True)
     final = at(nearest(norm, after=block[-1:]), new, optional=True)
-    return [at(block[1:], new, optional=True), *([final] if last else [])]
+    return [at(block, new, optional=True), *([final] if last else [])]
 
 
 def _specific(generator: Maker) -> list[Rule]:
     """What Adapter-X adds to a mixture: a prompt a block, and the class token is trained."""
     return [
-        at(until(block[1:], block), insert(generator, hears=ffn), optional=True),
+        at(until(block, block), insert(generator, hears=ffn), optional=True),
         at("", unfreeze(token), optional=True),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from einops import repeat
 from torch import Tensor, nn
@@ -19,13 +21,15 @@ from .init import kaiming
 class MixtureOfAdapters(nn.Module):
     """Experts, each a bottleneck adapter on sub-tokens of width / heads features, and their router.
 
-    Takes (..., width) and returns `Routed(output, gates)`: output (..., width), gates
+    Takes (..., width) and returns `Routed(output, gates)`: output (..., out), gates
     (sub-tokens, experts). A token is split into `heads` contiguous sub-tokens, each routed alone.
     The router projects a sub-token to `rank` features and compares them with unit-length expert
     embeddings. top_k=1 runs the likeliest expert, scaled by its probability (Fig. 2); top_k=None
     mixes all of them (Algorithm 1).
 
-    Raises RuleError where heads do not divide width, or top_k is neither 1 nor None.
+    out  features that it gives; None: as many as it takes
+
+    Raises RuleError where heads do not divide width and out, or top_k is neither 1 nor None.
 
     >>> mixture = MixtureOfAdapters(768)
     >>> sum(p.numel() for p in mixture.parameters())
@@ -56,17 +60,20 @@ class MixtureOfAdapters(nn.Module):
         bias: bool = True,
         router: int | None = None,
         by_token: bool = False,
+        out: int | None = None,
     ) -> None:
         super().__init__()
+        self.out = width if out is None else out
         _check(width, heads, top_k)
+        _check(self.out, heads, top_k)
         self.heads, self.top_k, self.by_token = heads, top_k, by_token
         c, features = width // heads, rank if router is None else router
         reduction, down = kaiming(features, width if by_token else c), kaiming(experts, rank, c)
         self.reduction = nn.Parameter(reduction)
         self.embeddings = nn.Parameter(torch.empty(experts, features).normal_())
         self.down = nn.Parameter(down)
-        self.up = nn.Parameter(torch.zeros(experts, c, rank))
-        for name, hidden in (("down_bias", rank), ("up_bias", c)):
+        self.up = nn.Parameter(torch.zeros(experts, self.out // heads, rank))
+        for name, hidden in (("down_bias", rank), ("up_bias", self.out // heads)):
             zeros = torch.zeros(experts, hidden)
             if bias:
                 self.register_parameter(name, nn.Parameter(zeros))
@@ -80,7 +87,7 @@ class MixtureOfAdapters(nn.Module):
         gates = functional.route(routed, self.reduction, self.embeddings)
         if self.by_token:
             gates = repeat(gates, "t n -> (t h) n", h=self.heads)
-        return routing.Routed(functional.merge_heads(self.mix(u, gates), x), gates)
+        return routing.Routed(self.mix(u, gates).reshape(*x.shape[:-1], self.out), gates)
 
     def mix(self, u: Tensor, gates: Tensor) -> Tensor:
         """What the experts give for sub-tokens u (m, c), by gates (m, experts)."""
@@ -141,10 +148,10 @@ def moa(
     moa(rank=16, heads=4)
     """
     positive("moa", experts=experts, rank=rank, heads=heads, router=router or rank)
-    used = fitted(site.width, heads) if fit else heads
+    used = fitted(gcd(site.width, site.out), heads) if fit else heads
     mixture = MixtureOfAdapters(
         site.width, rank, experts, used, top_k=top_k, activation=activation, dropout=dropout,
-        bias=bias, router=router, by_token=by_token,
+        bias=bias, router=router, by_token=by_token, out=site.out,
     )  # fmt: skip
     return noted(mixture, site.width, heads)
 

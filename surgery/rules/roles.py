@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import RuleError
-from ..structure.anatomy import operands, roles_of
-from ..structure.dataflow import OPERANDS, dataflow_of
+from ..structure.anatomy import roles_of, told_roles
+from ..structure.dataflow import OPERANDS
 from ..structure.module_tree import Tree
 from .selector import Selected, Selection
 
@@ -31,9 +31,6 @@ class Role(Selection):
     def __repr__(self) -> str:
         return self.name
 
-    def told_by_forward(self, tree: Tree) -> bool:
-        return self.name != norm.name and not roles_of(tree)["ffn"]
-
     def select(self, tree: Tree) -> Selected:
         return {site: {} for site in roles_of(tree)[self.name]}
 
@@ -41,21 +38,17 @@ class Role(Selection):
 class Operand(Role):
     """A projection that makes the query, the key or the value of attention, and nothing else."""
 
-    def told_by_forward(self, tree: Tree) -> bool:
-        return True
-
     def select(self, tree: Tree) -> Selected:
         if not roles_of(tree)["qkv"]:  # as of any role that the model lacks
             return {}
-        dataflow = dataflow_of(tree)
-        if dataflow is None:
+        told = told_roles(tree)
+        if self.name not in told:
             raise RuleError(
                 f"at({self.name}, ...)",
                 "the module tree does not tell queries, keys and values apart.",
                 "Give apply(..., example=inputs), and a forward tells; or use an address, or qkv.",
             )
-        words = operands(tree, dataflow)
-        return {site: {} for site in words if words[site] == {self.name}}
+        return {site: {} for site in told[self.name]}
 
 
 block, attn, ffn, qkv, proj = map(Role, ("block", "attn", "ffn", "qkv", "proj"))

@@ -148,6 +148,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "sites": [row["paths"] for row in record["rows"]],
         "seed": record["seed"],
         "modules": record.get("modules", ""),
+        "roles": record.get("roles", {}),
         "read_besides": sorted(operation.read_besides),
         "beyond_rules": [*_keyed(model, beyond_rules(model, operation))],
     }

@@ -182,7 +182,8 @@ def _check_sites(contents: Contents, plan: Plan) -> None:
 
 def _decided(about: dict[str, Any]) -> Decided:
     """What a forward decided when the file was made; nothing where none did."""
-    return Decided(str(about.get("modules", "")), about["text"], about["sites"])
+    roles = about.get("roles", {})
+    return Decided(str(about.get("modules", "")), about["text"], about["sites"], roles)
 
 
 @contextmanager

@@ -6,42 +6,70 @@ is the repeated module that holds them; before the first one are embeddings, aft
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
 
-from torch import nn
-
-from .dataflow import Dataflow, dataflow_of
-from .ffn import find_ffns
-from .ffn_traced import find_traced_ffns
-from .layers import (
-    CONVS,
-    NARROWEST,
-    is_conv,
-    is_list,
-    is_norm,
-    is_spatial_conv,
-    is_torch_attention,
-    keeps_statistics,
-    linear_shape,
+from .attention import (
+    Attention,
+    attentions_by_forward,
+    attentions_by_tree,
+    coordinates,
+    corrected,
 )
-from .module_tree import Projections, Site, Tree, holders
+from .attention_traced import traced_attentions
+from .dataflow import OPERANDS, dataflow_of, shape_in
+from .ends import Ends
+from .ffn import find_ffns
+from .ffn_merged import find_traced_ffns
+from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_shape
+from .module_tree import Projections, Site, Tree, element, holders, stretch
 from .path import generalise
+from .trace import Trace
 
 
 def roles_of(tree: Tree) -> dict[str, list[Site]]:
     """The sites of every role, in the order of the walk; worked out once for a tree."""
-    return _anatomy(tree).roles
+    roles = _anatomy(tree).roles
+    return {**roles, **tree.memo["told"]} if "told" in tree.memo else roles
 
 
-def operands(tree: Tree, dataflow: Dataflow) -> dict[Site, set[str]]:
+def tell_roles(tree: Tree, roles: dict[str, list[Site]]) -> None:
+    """Take these roles as a forward told them elsewhere."""
+    tree.memo["told"] = roles
+
+
+def told_roles(tree: Tree) -> dict[str, list[Site]]:
+    """The roles that a forward tells otherwise than the modules alone do, elsewhere or here.
+
+    With an example, and operands too: the query, key and value of attentions.
+    """
+    if dataflow_of(tree) is not None and "told here" not in tree.memo:
+        of_modules, makes = roles_of(Tree(tree.model)), operands(tree)
+        told = {word: [s for s in makes if makes[s] == {word}] for word in OPERANDS}
+        for name, sites in roles_of(tree).items():
+            if _described(sites) != _described(of_modules[name]):
+                told[name] = sites
+        tree.memo["told here"] = told
+    found: dict[str, list[Site]] = tree.memo.get("told here", tree.memo.get("told", {}))
+    return found
+
+
+def _described(sites: list[Site]) -> list[tuple[str, Shape]]:
+    return [(site.path, site.shape) for site in sites]
+
+
+def operands(tree: Tree) -> dict[Site, set[str]]:
     """What each projection of an attention makes, as a forward tells: query, key, value, or all."""
-    roles = roles_of(tree)
-    if "operands" not in tree.memo:
-        tree.memo["operands"] = dataflow.operands(roles["attn"], roles["qkv"])
-    words: dict[Site, set[str]] = tree.memo["operands"]
-    return {site: words[site] for site in roles["qkv"] if site in words}
+    words: dict[Site, set[str]] = {}
+    for attention in _anatomy(tree).attentions:
+        for site, made in attention.words.items():
+            words.setdefault(site, set()).update(made)
+    return {site: words[site] for site in roles_of(tree)["qkv"] if site in words}
+
+
+def unprojected(tree: Tree) -> list[Site]:
+    """What makes queries, keys or values and is no projection that is called."""
+    return _unique(site for a in _anatomy(tree).attentions for site in a.other)
 
 
 def instead_of_ffns(tree: Tree) -> str:
@@ -85,14 +113,39 @@ class _Anatomy:
         self.projections = Projections(tree)
         self.ffns = find_ffns(self.projections)
         dataflow = dataflow_of(tree)
-        if dataflow and not self.ffns.sites:
-            self.ffns = find_traced_ffns(dataflow.trace, self.projections, self.ffns)
+        self.trace = dataflow.trace if dataflow else None
+        by_forward = self._read_forward(self.trace) if self.trace else []
+        self.attending = [s for a in by_forward for s in (*a.qkv, *([a.site] if a.site else []))]
         self.rest = {s for s in self.projections.all if s not in self.ffns.projections}
         self.blocks = _unique(self._block(ffn) for ffn in self.ffns.sites)
-        self.attns = self._attentions()
-        self.coordinates = {s for attn in self.attns for s in self._of_coordinates(attn)}
+        self.attentions = attentions_by_tree(
+            self.projections, self.ffns.sites, self.ffns.projections, self.blocks
+        )
+        if self.trace:
+            self.attentions = corrected(self.attentions, by_forward, self.trace, self.projections)
+            self.blocks = _unique([*self.blocks, *self._blocks_without_ffn()])
+        self.attns = _unique(a.site for a in self.attentions if a.site)
         self._read_shapes()
         self.roles = self._roles()
+
+    def _read_forward(self, trace: Trace) -> list[Attention]:
+        """The attentions that a forward shows; and no network is what it shows to be none.
+
+        One of an attention (Reformer's), or two layers of which the first does not feed the last
+        (CrossViT's, around an attention).
+        """
+        self.ffns = find_traced_ffns(trace, self.projections, self.ffns)
+        sure = self.ffns.seen
+        mixing = traced_attentions(trace)
+        found = attentions_by_forward(trace, mixing, self.projections, self.ffns.sites, sure)
+        theirs = {s for a in found for s in (*a.qkv, *a.proj)}
+        for site in [s for s in self.ffns.sites if s not in sure]:
+            layers = [s for s in self.projections.below(site) if s in self.ffns.projections]
+            alone = element(site) is None and _ran(layers, mixing.feeding)  # embeds a time, say
+            if alone or theirs & set(layers) or _are_apart(layers, mixing.feeding):
+                self.ffns.sites.remove(site)
+                self.ffns.projections.difference_update(layers)
+        return found
 
     def _read_shapes(self) -> None:
         """Read the widths of blocks and attentions off their features, not off coordinates.
@@ -100,13 +153,22 @@ class _Anatomy:
         Nor off networks where anything else tells: MViT's last of a stage gives more than d.
         """
         inside = {s for ffn in self.ffns.sites for s in self.projections.below(ffn)}
+        spatial = {s for attn in self.attns for s in coordinates(attn, self.projections)}
         for site in (*self.blocks, *self.attns):
-            site.read_shape(leave_out=self.coordinates | inside)
+            site.read_shape(leave_out=spatial | inside)
             if not site.shape.out:
-                site.read_shape(leave_out=self.coordinates)
+                site.read_shape(leave_out=spatial)
+            if self.trace and (shape := shape_in(self.trace, site)):
+                site._shape = shape
+        for a in self.attentions:
+            if a.site and not a.proj and _makes_thirds(a):  # of which one is mixed, and comes out
+                a.site._shape = Shape(a.qkv[0].width, a.qkv[0].width, a.qkv[0].axis)
 
     def _roles(self) -> dict[str, list[Site]]:
         layers = [self._layers(ffn) for ffn in self.ffns.sites]
+        theirs = {s for a in self.attentions for s in (*a.qkv, *a.proj)}
+        around = self.blocks or (self.attns if self.trace else [])
+        ends = Ends(self.projections, around, self.trace, theirs)
         return {
             "ffn": self.ffns.sites,
             "block": self.blocks,
@@ -114,31 +176,18 @@ class _Anatomy:
             "norm": [s for s in self.tree.sites if is_norm(s.module)],
             "fc1": [s for fc1, _ in layers for s in fc1],
             "fc2": [s for _, fc2 in layers for s in fc2],
-            "head": self._heads(),
-            "embed": self._embeddings(),
-            **self._projection_roles(),
+            "head": ends.heads(),
+            "embed": ends.embeddings(),
+            "qkv": _unique(s for a in self.attentions for s in a.qkv),
+            "proj": _unique(s for a in self.attentions for s in a.proj),
+            "fused": _unique(a.qkv[0] for a in self.attentions if _makes_thirds(a)),
         }
-
-    def _projection_roles(self) -> dict[str, list[Site]]:
-        """What attentions are made of: what reads features, what gives them, what makes all."""
-        outputs = {attn: self._output(attn) for attn in self.attns}
-        last = set(outputs.values())
-        inputs = {attn: [s for s in self._inside(attn) if s not in last] for attn in self.attns}
-        fused = [a for a, qkv in inputs.items() if _makes_thirds(qkv, outputs[a])]
-        return {
-            "qkv": [s for qkv in inputs.values() for s in qkv],
-            "proj": [s for s in outputs.values() if not is_torch_attention(s.module)],
-            "fused": [inputs[attn][0] for attn in fused],
-        }
-
-    def _inside(self, attn: Site) -> list[Site]:
-        """The projections of features inside an attention."""
-        return [s for s in self.projections.below(attn) if s not in self.coordinates]
 
     def _layers(self, ffn: Site) -> tuple[list[Site], list[Site]]:
         """The linear layers of a feed-forward network: what widens (and gates), what narrows."""
         layers = [s for s in self.projections.below(ffn) if linear_shape(s.module)]
-        fc2 = [s for i, s in enumerate(layers) if i and s.out == ffn.out]
+        narrows = [s for s in layers if s.out == ffn.out != s.width != ffn.width]
+        fc2 = narrows or [s for i, s in enumerate(layers) if i and s.out == ffn.out]
         hidden = {s.width for s in fc2}
         reading = [s for s in layers if s not in fc2 and s.width == ffn.width]
         return [s for s in reading if s.out in hidden or s.out // 2 in hidden], fc2
@@ -147,110 +196,81 @@ class _Anatomy:
         """The nearest container element around an FFN that also projects; else the nearest.
 
         (T5 lists attention and FFN as elements of a block. Convolutions do not count, or
-        FastViT's and MobileNetV4's stages would be blocks.)
+        FastViT's and MobileNetV4's stages would be blocks.) Where attentions and FFNs alternate in
+        one list, as in x-transformers, from an attention to the FFN behind it.
         """
         elements = [s for s in holders(ffn) if s.is_element]
         for site in elements:
-            if any(s in self.rest and not is_conv(s.module) for s in self.projections.below(site)):
+            if self._also_projects(site):
                 return site
+        for site in elements:
+            if first := self._first_of(site):
+                return stretch(first, site)
         called = [s for s in holders(ffn) if not is_list(s.module)]
-        return [*elements, *called, ffn][0]
+        alone = [s for s in called if s.parent and self._also_projects(s)]  # Perceiver IO's first
+        return [*elements, *alone, *called, ffn][0]
 
-    def _attentions(self) -> list[Site]:
-        ffns, sites = self.ffns.sites, self.tree.sites
-        shared = {s for ffn in ffns for s in (*sites[ffn.order : ffn.end], *ffn.entry.above())}
-        return _unique(attn for block in self.blocks for attn in self._beside_ffns(block, shared))
+    def _also_projects(self, site: Site) -> bool:
+        """Whether it attends: projects otherwise, or a forward shows it, in a list of parts."""
+        if is_list(site.module) and any(site.order <= s.order < site.end for s in self.attending):
+            return True  # (LeViT's and CvT's 1x1 convolutions)
+        return any(s in self.rest and not is_conv(s.module) for s in self.projections.below(site))
 
-    def _beside_ffns(self, block: Site, shared: set[Site]) -> list[Site]:
-        """The smallest modules that hold what else projects in a block, branch by branch.
+    def _first_of(self, last: Site) -> Site | None:
+        """The first of the attentions before an element, where a list begins with one."""
+        siblings = last.parent.children if last.parent else []
+        with_ffn = [self._holds_ffn(site) for site in siblings]
+        if (
+            not with_ffn
+            or with_ffn[0]
+            or not all(
+                ffn or self._also_projects(site)
+                for ffn, site in zip(with_ffn, siblings, strict=True)
+            )
+        ):
+            return None
+        first = last.parent.children.index(last) if last.parent else 0
+        while first and not with_ffn[first - 1]:
+            first -= 1
+        return siblings[first] if siblings[first] is not last else None
 
-        shared  the sites that have something in common with an FFN
-        """
-        attns: list[Site] = []
+    def _holds_ffn(self, site: Site) -> bool:
+        return any(site.order <= ffn.order < site.end for ffn in self.ffns.sites)
 
-        def visit(site: Site) -> None:
-            projections = [s for s in self.projections.below(site) if s in self.rest]
-            if not projections:
-                return
-            if site in shared or site is block or is_list(site.module):
-                for child in site.children:
-                    visit(child)
-            elif len(projections) > 1 or is_torch_attention(projections[0].module):
-                attns.append(_smallest(site, projections))
+    def _blocks_without_ffn(self) -> list[Site]:
+        """The elements of lists all of which attend, and hold no network (Flux's single blocks)."""
+        elements = {e for a in self.attentions if a.site and (e := element(a.site))}
+        inside = [s for b in self.blocks for s in (b, *b.entry.above())]
+        lists = {e.parent for e in elements} - set(inside) - {None}
+        return [
+            site
+            for parent in lists
+            if parent and set(parent.children) <= elements and not self._are_in_blocks(parent)
+            for site in parent.children
+        ]
 
-        visit(block)
-        return attns
-
-    def _output(self, attn: Site) -> Site:
-        """The output projection: the last that gives as many features as the FFN beside it takes.
-
-        (Phi-3 registers it first.)
-        """
-        ffns, projections = self.ffns.sites, self._inside(attn)
-        near = ffns[min(bisect_left(ffns, attn.order, key=lambda f: f.order), len(ffns) - 1)]
-        ends = [s for s in projections if s.out == near.width]
-        return (ends or projections or self.projections.below(attn))[-1]
-
-    def _of_coordinates(self, attn: Site) -> list[Site]:
-        """The projections of an attention that take coordinates, no features (Swin V2, ConViT)."""
-        projections = self.projections.below(attn)
-        narrow = {
-            s for s in projections if (shape := linear_shape(s.module)) and shape.width < NARROWEST
-        }
-        small = {s.parent for s in narrow} - {attn}
-        return [s for s in projections if s in narrow or s.parent in small]
-
-    def _heads(self) -> list[Site]:
-        """The outermost modules after the last block that project to another width than its own.
-
-        The last of all where none does (BERT's pooler). And what stands among them and keeps
-        running statistics, which nothing else would train (MobileViT, MobileNetV4).
-        """
-        if not self.blocks:
-            return []
-        end, width = max(block.end for block in self.blocks), self.blocks[-1].out
-        late = [s for s in self.projections.all if s.order >= end and linear_shape(s.module)]
-        tops = self._outermost(late)
-        heads = [s for s in tops if self.projections.below(s)[-1].out != width] or tops[-1:]
-        if not heads:
-            return []
-        statistics = [s for s in self.tree.sites if keeps_statistics(s.module)]
-        among = [s for s in statistics if heads[0].order < s.order]
-        return _unique([*heads, *self._outermost(among)])
-
-    def _embeddings(self) -> list[Site]:
-        """The outermost modules before the first block that take the input in."""
-        if not self.blocks:
-            return []
-        kinds = (*CONVS, nn.Linear, nn.Embedding)
-        early = [s for s in self.tree.sites if s.order < self.blocks[0].order]
-        return self._outermost(s for s in early if isinstance(s.module, kinds))
-
-    def _outermost(self, sites: Iterable[Site]) -> list[Site]:
-        """The outermost module around each site that holds no block, and is not the model."""
-        return _unique(_outermost(site, self.blocks) for site in sites)
+    def _are_in_blocks(self, site: Site) -> bool:
+        return any(b.order <= site.order < b.exit.end for b in self.blocks)
 
 
-def _makes_thirds(qkv: list[Site], output: Site) -> bool:
+def _ran(layers: list[Site], feeding: dict[int, set[int]]) -> bool:
+    return bool(layers) and id(layers[-1].module) in feeding
+
+
+def _are_apart(layers: list[Site], feeding: dict[int, set[int]]) -> bool:
+    """Whether none of some layers feeds the last, and something else does."""
+    feeders = feeding.get(id(layers[-1].module), set()) if len(layers) > 1 else set()
+    return bool(feeders) and not feeders & {id(layer.module) for layer in layers}
+
+
+def _makes_thirds(attention: Attention) -> bool:
     """Whether one projection makes query, key and value, each as wide as what the output takes."""
-    return len(qkv) == 1 and qkv[0].out == 3 * output.width
-
-
-def _smallest(site: Site, projections: list[Site]) -> Site:
-    """The smallest module in a site that holds all of these."""
-    for child in site.children:
-        if child.order <= projections[0].order and projections[-1].order < child.end:
-            return _smallest(child, projections)
-    return site
-
-
-def _outermost(site: Site, blocks: list[Site]) -> Site:
-    top = site
-    for above in site.above():
-        if above.parent is None or any(above.order <= b.order < above.end for b in blocks):
-            break
-        top = above
-    return top
+    if len(attention.qkv) != 1 or len(attention.proj) > 1:
+        return False
+    (one,) = attention.qkv
+    words = attention.words.get(one)
+    whole = words is None or len(words) == len(OPERANDS)
+    return whole and one.out == 3 * (attention.proj[0] if attention.proj else one).width
 
 
 def _unique(sites: Iterable[Site]) -> list[Site]:

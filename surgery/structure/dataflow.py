@@ -5,34 +5,36 @@ The module tree tells neither: it keeps the order in which modules were made.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from .layers import is_norm
+from .layers import Shape, is_norm, shape_of
 from .module_tree import Site, Tree
-from .trace import NORM_AXES, SUMS, Op, Trace, Value, is_cheap, names, upstream
+from .trace import NORM_AXES, SUMS, Op, Trace, Value, is_cheap, upstream
 from .trace import trace as run
 
 OPERANDS = ("query", "key", "value")
-PRODUCTS = names("matmul bmm baddbmm einsum")
+Around: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
 class Dataflow:
     """Says what feeds a site, as one forward of the model on `example` shows it.
 
-    The forward is run when first asked; `asked` says whether it was.
+    The forward is run when first asked, in a context of `around`; `asked` says whether it was.
     """
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self.model, self.example, self.asked = model, example, False
+    def __init__(self, model: nn.Module, example: Any, around: Around = nullcontext) -> None:
+        self.model, self.example, self.asked, self.around = model, example, False, around
 
     @cached_property
     def trace(self) -> Trace:
         self.asked = True
-        return run(self.model, self.example)
+        with self.around():
+            return run(self.model, self.example)
 
     def __call__(self, site: Site, norms: Sequence[Site], whole: bool) -> Site | None:
         """The one of `norms` that feeds the site, without a residual sum between; None: none does.
@@ -62,22 +64,10 @@ class Dataflow:
         outputs = {_sizes(value) for call in exit_calls for value in call.outputs[:1]}
         return bool(inputs & outputs)
 
-    def operands(self, attns: Sequence[Site], projections: Sequence[Site]) -> dict[Site, set[str]]:
-        """Which of the projections make the query, the key and the value of each attention."""
-        by_module = {id(site.module): site for site in projections}
-        attentions = {id(site.module) for site in attns}
-        words: dict[Site, set[str]] = {}
-        for op in self.trace.ops:
-            if any(id(call.module) in attentions for call in op.stack()):
-                for word, value in _operands(op):
-                    for module in _makers(value, by_module):
-                        words.setdefault(by_module[module], set()).add(word)
-        return words
 
-
-def attach_dataflow(tree: Tree, example: Any) -> Dataflow:
+def attach_dataflow(tree: Tree, example: Any, around: Around = nullcontext) -> Dataflow:
     """Let a forward on the example, where there is one, decide what feeds what in this tree."""
-    dataflow = Dataflow(tree.model, example)
+    dataflow = Dataflow(tree.model, example, around)
     if example is not None:
         tree.memo["dataflow"] = dataflow
     return dataflow
@@ -87,60 +77,6 @@ def dataflow_of(tree: Tree) -> Dataflow | None:
     """What says what feeds what in this tree; None where nothing but the order of modules does."""
     dataflow: Dataflow | None = tree.memo.get("dataflow")
     return dataflow
-
-
-def _operands(op: Op) -> Iterator[tuple[str, Value]]:
-    """The query, key and value of an attention: of a kernel, or those around a softmax."""
-    if op.name == "scaled_dot_product_attention":
-        yield from zip(OPERANDS, op.inputs[:3], strict=True)
-    elif op.name == "softmax":
-        yield from _around_softmax(op)
-
-
-def _around_softmax(softmax: Op) -> Iterator[tuple[str, Value]]:
-    """The factors of the product before a softmax, and what the product after it weighs up."""
-    before = (v.op for v in upstream(softmax.features, _is_pointwise) if v.op)
-    scores = next((op for op in before if _is_product(op)), None)
-    weighed = next((op for op in _uses(softmax.outputs[0]) if _is_product(op)), None)
-    if scores and weighed:
-        weights = {v for v in weighed.features if _comes_from(v, softmax)}
-        values = [v for v in weighed.features if v not in weights]
-        yield from zip(OPERANDS, [*scores.features[-2:], *values[:1]], strict=False)
-
-
-def _makers(value: Value, projections: Collection[int]) -> Iterator[int]:
-    """The projections nearest upstream of a value: through norms, rotations, heads side by side."""
-
-    def owner(op: Op) -> int | None:
-        owners = (id(weight.owner(op)) for v in op.inputs for weight in v.weights or ())
-        return next((module for module in owners if module in projections), None)
-
-    for source in upstream([value], lambda op: owner(op) is None and not _is_product(op)):
-        if source.op and (module := owner(source.op)):
-            yield module
-
-
-def _is_product(op: Op) -> bool:
-    """Whether it multiplies features with features as matrices."""
-    return op.name in PRODUCTS and len(op.features) > 1
-
-
-def _is_pointwise(op: Op) -> bool:
-    return not _is_product(op) and op.name != "softmax"
-
-
-def _uses(value: Value) -> Iterator[Op]:
-    """What reads a value, or what becomes of it by cheap operations."""
-    queue = [value]
-    for value in queue:
-        for op in value.uses:
-            yield op
-            queue += op.outputs if is_cheap(op) else []
-
-
-def _comes_from(value: Value, op: Op) -> bool:
-    sources = upstream([value], lambda other: other is not op and is_cheap(other))
-    return any(source.op is op for source in sources)
 
 
 def _sizes(value: Value) -> tuple[int, ...]:
@@ -179,3 +115,23 @@ def _norm_module(op: Op) -> nn.Module | None:
 def is_sum(op: Op) -> bool:
     """Whether it adds features to features."""
     return op.name in SUMS and len(op.features) > 1
+
+
+def shape_in(trace: Trace, site: Site) -> Shape | None:
+    """The features that come to a module and leave it, where its layers tell on which axis.
+
+    None where it did not run, or the first value that it took or gave has none of their widths.
+    """
+    calls = trace.calls_of(site.module) if not site.is_span else []
+    if not calls or not site.shape.width:
+        return None
+    given, made = (
+        [v.shape for v in values if v.floats] for values in (calls[0].inputs, calls[0].outputs)
+    )
+    widths = {n for s in (site, *site.below()) if (shape := shape_of(s.module)) for n in shape[:2]}
+    for axis in (site.axis, -site.axis):
+        if given and made and min(len(given[0]), len(made[0])) > 1:
+            width, out = given[0][axis], made[0][axis]
+            if {width, out} <= widths:
+                return Shape(width, out, axis)
+    return None

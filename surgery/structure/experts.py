@@ -36,7 +36,7 @@ def stacked_experts(site: Site, layers: list[Site]) -> Site | None:
         widths = [d for d in widths if _is_gated(stacks, d)]
     if not widths:
         return None
-    known = _norm_widths(site)
+    known = norm_widths(holders(site))
     width = next((d for d in widths if d in known), min(widths))
     site._shape = Shape(width, width, -1)
     return site
@@ -71,9 +71,9 @@ def _is_gated(stacks: list[Stack], width: int) -> bool:
     return sum(up) - width == 2 * (sum(down) - width)
 
 
-def _norm_widths(site: Site) -> set[int]:
-    """The widths of the norms nearest around a site."""
-    around = ([s for s in holder.children if is_norm(s.module)] for holder in holders(site))
+def norm_widths(holders: list[Site]) -> set[int]:
+    """The widths of the norms that the nearest of some modules holds, of those that hold any."""
+    around = ([s for s in holder.children if is_norm(s.module)] for holder in holders)
     norms = next((norms for norms in around if norms), [])
     return {shape.width for shape in (shape_of(s.module) for s in norms) if shape}
 

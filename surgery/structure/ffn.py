@@ -8,18 +8,17 @@ over positions in between). An MLP over tokens (MLP-Mixer) is one, whose feature
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
 from .experts import expert_layers, stacked_experts
+from .ffn_widths import any_nonlinear, are_ffn_widths, in_flow, is_narrow, takes_two
 from .layers import (
     NARROWEST,
     Shape,
     is_conv,
     is_list,
-    is_nonlinear,
     is_norm,
     is_sigmoid,
     is_spatial_conv,
@@ -37,30 +36,30 @@ class FFNs(NamedTuple):
 
     bottlenecks  inverted: a depthwise convolution between widening and narrowing
     fused        blocks with one projection for attention and FFN
+    gates        what narrows and widens again
+    seen         the sites that a forward shows too
     """
 
     sites: list[Site]
     projections: set[Site]
     bottlenecks: list[Site]
     fused: list[Site]
+    gates: list[Site]
+    seen: frozenset[Site] = frozenset()
 
 
 def find_ffns(projections: Projections) -> FFNs:
     """Every feed-forward network of a tree, in the order of the walk."""
-    ffns = FFNs([], set(), [], _fused_blocks(projections))
+    ffns = FFNs([], set(), [], _fused_blocks(projections), [])
     _find_whole(projections, ffns)
     _find_split(projections, ffns)
     for site in _doubtful(ffns.sites, projections):
         ffns.sites.remove(site)
         ffns.projections.difference_update(projections.below(site))
+    ffns.sites.extend(s for s in ffns.gates if _is_narrow(s, projections, ffns.sites))
     sites = expert_layers(ffns.sites, projections, ffns.projections)
-    sites = [s for s in sites if _is_placed(s, projections) and not _grows(s, projections)]
+    sites = [s for s in sites if is_placed(s, projections) and not _grows(s, projections)]
     return ffns._replace(sites=sorted(sites, key=lambda s: s.order))
-
-
-def widens(outs: list[int], hidden: int) -> bool:
-    """Whether projections to such widths begin a network: d -> h, d -> 2h, or twice d -> h."""
-    return outs in ([hidden], [2 * hidden], [hidden, hidden])
 
 
 def _fused_blocks(projections: Projections) -> list[Site]:
@@ -88,103 +87,84 @@ def _find_whole(projections: Projections, ffns: FFNs) -> None:
         if any(site.order <= ffn.order < site.end for ffn in ffns.sites[-1:]):
             continue
         layers = [s for s in projections.below(site) if s not in ffns.projections]
-        if _take_whole(site, layers, projections.tree, ffns):
+        if _take_whole(site, layers, projections, ffns):
             ffns.projections.update(projections.below(site))
 
 
-def _take_whole(site: Site, layers: list[Site], tree: Tree, ffns: FFNs) -> bool:
+def _take_whole(site: Site, layers: list[Site], projections: Projections, ffns: FFNs) -> bool:
     """Take a module for a network, an inverted bottleneck or a gate; False where it is none."""
     if experts := stacked_experts(site, layers):
         ffns.sites.append(experts)
         return True
     few = site.children and 1 <= len(layers) <= 3
-    # a list is never called: a span in it, then (BridgeTower's is an nn.ModuleDict)
-    if not few or _are_branches(layers) or is_list(site.module):
+    if not few or _are_branches(layers) or _is_left(site, layers, projections):
         return False
     if _is_gate(site, layers):
+        ffns.gates.append(site)
         return True
-    others = _others(site, layers, tree)
-    if not _are_ffn_widths(layers, others):
+    layers, others = in_flow(site, layers), _others(site, layers, projections.tree)
+    if not are_ffn_widths(layers, others) and not takes_two(site, layers, others):
         return False
     if _is_bottleneck(layers, others):
         ffns.bottlenecks.append(site)
     elif all(may_be_inside_ffn(s.module) for s in others) and not _ends_in_sigmoid(site, layers):
-        ffns.sites.append(whole_or_span(site, layers[0], layers[-1]))
+        ffns.sites.append(whole_or_span(site, layers))
     else:
         return False
     return True
 
 
 def _are_branches(layers: list[Site]) -> bool:
-    """Whether they lie in branches of a list, which nothing says run one after another."""
+    """Whether they lie in elements of a list that nothing says run one after another.
+
+    Elements of one kind are branches (CrossViT's projections). Others run in a loop: diffusers
+    lists a projection with its activation, a dropout and a linear layer.
+    """
     holder = holders(span(layers[0], layers[-1]))[0] if len(layers) > 1 else layers[0]
     listed = isinstance(holder.module, (nn.ModuleList, nn.ModuleDict))
-    return listed and any(layer.parent is not holder for layer in layers)
+    if not listed or all(layer.parent is holder for layer in layers):
+        return False
+    ends = [s for s in holder.children if any(s.order <= layer.order < s.end for layer in layers)]
+    return len({type(s.module) for s in ends}) < len(ends)
 
 
-def whole_or_span(site: Site, first: Site, last: Site) -> Site:
+def _is_left(site: Site, layers: list[Site], projections: Projections) -> bool:
+    """Whether it is a list, which is never called, and its network is found otherwise.
+
+    As the module around that holds just these, or as a span of its elements (BridgeTower's is a
+    dict); a span where one of them holds a layer (diffusers) is found here.
+    """
+    if not is_list(site.module):
+        return False
+    alone = site.parent and projections.below(site.parent) == projections.below(site)
+    return bool(alone) or all(layer.parent is site for layer in layers)
+
+
+def whole_or_span(site: Site, layers: list[Site]) -> Site:
     """The module, or the span in it where something with weights comes before the first layer.
 
     (A norm in XLNet and TinyViT, a depthwise convolution and a norm in ConvNeXt V2.)
+
+    layers  its own, in the order in which features pass them
     """
-    early = [s for s in site.below() if s.order < first.order]
-    if any(own_parameters(s.module) for s in early):
-        return _span(first, last)
-    site._shape = _shape_between(first, last)
+    early = [s for s in site.below() if s.order < min(layer.order for layer in layers)]
+    if is_list(site.module) or any(own_parameters(s.module) for s in early):
+        return span_of(layers)
+    site._shape = _shape_between(layers[0], layers[-1])
     return site
 
 
-def _span(first: Site, last: Site) -> Site:
-    site = span(first, last)
-    site._shape = _shape_between(first, last)
+def span_of(layers: list[Site]) -> Site:
+    """The span from the first of some layers to the last, which holds those registered later."""
+    site = span(layers[0], layers[-1])
+    site._shape = _shape_between(layers[0], layers[-1])
+    site.order, site.end = min(s.order for s in layers), max(s.end for s in layers)
     return site
 
 
 def _shape_between(first: Site, last: Site) -> Shape | None:
     a, b = shape_of(first.module), shape_of(last.module)
     return Shape(a.width, b.out, a.axis) if a and b else None
-
-
-def _are_ffn_widths(layers: list[Site], others: list[Site]) -> bool:
-    """Whether they go d -> h, h -> d; or d -> 2h, h -> d; or twice d -> h, h -> d.
-
-    Without a gate, h is no less than d (SwiftFormer's and Perceiver's is d). With one it may be:
-    experts are narrow (DeepSeek, dots.llm1). Unless h is more than d, something must act in
-    between, or it is an attention (Conditional DETR, ESM).
-    """
-    shapes = [linear_shape(s.module) for s in layers]
-    if None in shapes or len(layers) < 2:
-        return False
-    (*ups, down) = [shape for shape in shapes if shape is not None]
-    if len(ups) == 2 and _is_inner(ups[1], down):
-        ups = ups[:1]
-    if down.out < NARROWEST or not _begin(ups, down):
-        return False
-    if down.width > down.out:
-        return True
-    gated = len(ups) > 1 or ups[0].out > down.width
-    return (gated or down.width == down.out) and _acts_among(layers, others)
-
-
-def _acts_among(layers: list[Site], others: list[Site]) -> bool:
-    """Whether an activation stands where one of the layers does, side by side."""
-    near = {layer.parent for layer in layers}
-    return _any_nonlinear(s for s in others if s.parent in near)
-
-
-def _is_inner(shape: Shape, down: Shape) -> bool:
-    """Whether it may be a matrix over tokens in between (gMLP), or a gate d -> d (RWKV)."""
-    return shape.width == shape.out and shape.out not in (down.width, 2 * down.width)
-
-
-def _begin(ups: list[Shape], down: Shape) -> bool:
-    """Whether these lead from what the last projection gives to what it takes."""
-    alike = all(up.width == down.out and up.axis == down.axis for up in ups)
-    return alike and widens([up.out for up in ups], down.width)
-
-
-def _any_nonlinear(sites: Iterable[Site]) -> bool:
-    return any(is_nonlinear(s.module) for s in sites)
 
 
 def _others(site: Site, layers: list[Site], tree: Tree) -> list[Site]:
@@ -241,9 +221,20 @@ def _pairs(group: list[Site]) -> list[list[Site]]:
         while down and i - ups - 1 > last and _goes(group[i - ups - 1], down.out, down.width):
             ups += 1
         if down and ups in (1, 2) and down.out >= NARROWEST:
-            pairs.append(group[i - ups : i + 1])
-            last = i
+            pairs.append(_with_late(group[i - ups : i + 1], group[i + 1 : i + 3]))
+            last = i + len(pairs[-1]) - ups - 1
     return pairs
+
+
+def _with_late(pair: list[Site], after: list[Site]) -> list[Site]:
+    """A pair, with the one of two that widen that is registered last (w1, w2, w3 in a block)."""
+    (*ups, down), late = pair, after[0] if after else pair[0]
+    shape = linear_shape(down.module)
+    if not shape or len(ups) > 1 or shape.width <= shape.out or late.parent is not down.parent:
+        return pair
+    widens = late in after and _goes(late, shape.out, shape.width)
+    begins_another = len(after) > 1 and _goes(after[1], shape.width, shape.out)
+    return [*ups, late, down] if widens and not begins_another else pair
 
 
 def _goes(site: Site, width: int, out: int) -> bool:
@@ -253,7 +244,7 @@ def _goes(site: Site, width: int, out: int) -> bool:
 
 def _take_split(layers: list[Site], projections: Projections, ffns: FFNs) -> bool:
     """Take the span of these layers for a network or a bottleneck; False where it is none."""
-    site = _span(layers[0], layers[-1])
+    site = span_of(layers)
     holder = holders(site)[0]
     others = _others(site, layers, projections.tree)
     if any(s in projections.elements for s in others) or not _is_apart(holder, layers, projections):
@@ -305,7 +296,7 @@ def _is_no_attention(
         return False
     if inline and beside and not direct and _attends_or_acts(holder):
         return True  # no wider than d, beside an attention (Autoformer)
-    return down.width == down.out and holder.is_element and _any_nonlinear(others)
+    return down.width == down.out and holder.is_element and any_nonlinear(others)
 
 
 def _holds_one(holder: Site, ffns: list[Site]) -> bool:
@@ -325,26 +316,54 @@ def _are_inline(layers: list[Site], holder: Site) -> bool:
 def _attends_or_acts(holder: Site) -> bool:
     """Whether attention, or an activation, stands directly in a module."""
     attends = any(is_torch_attention(s.module) for s in holder.children)
-    return attends or _any_nonlinear(holder.children)
+    return attends or any_nonlinear(holder.children)
 
 
 # places ---------------------------------------------------------------------------------------
 
 
-def _is_placed(site: Site, projections: Projections) -> bool:
+def is_placed(site: Site, projections: Projections) -> bool:
     """Whether it is part of a block: an element of a container, or beside attention and a norm.
 
     (SigLIP's pooling and Perceiver have such a block in no list; GroupViT's projector is none.)
+    In wrappers of its own (Perceiver IO's PreNorm) what is beside it may be beside these.
     """
     if site.is_element or element(site) is not None:
         return True
-    around = holders(site)
-    if not around:
-        return False
     inside = set(projections.below(site))
-    beside = [s for s in projections.below(around[0]) if s not in inside]
-    attends = len(beside) > 1 or any(is_torch_attention(s.module) for s in beside)
-    return attends and any(is_norm(s.module) for s in around[0].children)
+    around = holders(site)
+    for i, holder in enumerate(around):
+        beside = [s for s in projections.below(holder) if s not in inside]
+        if beside:
+            normed = any(is_norm(s.module) for above in around[: i + 1] for s in above.children)
+            one = i == 0 or _are_of_one(beside, holder, projections)
+            return normed and one and _attend(beside)
+    return False
+
+
+def _attend(projections: list[Site]) -> bool:
+    """Whether there are as many as an attention has."""
+    return len(projections) > 1 or any(is_torch_attention(s.module) for s in projections)
+
+
+def _are_of_one(beside: list[Site], holder: Site, projections: Projections) -> bool:
+    """Whether one child of a module holds an attention, and nothing beside it is listed."""
+    listed = any(projections.elements[s] is not None for s in beside)
+    return not listed and any(_attend(projections.below(child)) for child in holder.children)
+
+
+def _is_narrow(site: Site, projections: Projections, ffns: list[Site]) -> bool:
+    """Whether d -> h -> d is a network though h is less than d: the only one of a block.
+
+    Linear layers with an activation between, beside an attention and a norm; no gate.
+    """
+    layers, block = projections.below(site), element(site)
+    others = _others(site, layers, projections.tree)
+    if block is None or not is_narrow(layers, others) or _ends_in_sigmoid(site, layers):
+        return False
+    beside = [s for s in projections.below(block) if s not in layers and not is_conv(s.module)]
+    normed = any(is_norm(s.module) for s in block.below())
+    return normed and _attend(beside) and not _holds_one(block, ffns)
 
 
 def _doubtful(sites: list[Site], projections: Projections) -> list[Site]:
@@ -357,7 +376,7 @@ def _doubtful(sites: list[Site], projections: Projections) -> list[Site]:
 def _acts(site: Site) -> bool:
     """Whether a network has an activation, as a module, between its ends or beside them."""
     holder = holders(site)[0] if site.is_span else site
-    return _any_nonlinear(holder.below())
+    return any_nonlinear(holder.below())
 
 
 def _grows(site: Site, projections: Projections) -> bool:

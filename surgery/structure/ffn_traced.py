@@ -8,11 +8,9 @@ from math import prod
 from typing import NamedTuple
 
 from .dataflow import is_sum, norm_before
-from .experts import is_routed
-from .ffn import FFNs, whole_or_span, widens
-from .layers import NARROWEST, Shape, is_list
+from .ffn_widths import widens
+from .layers import NARROWEST
 from .linear_ops import LinearOp, is_depthwise, linear_op
-from .module_tree import Projections, Site, span
 from .trace import CONV_OPS, MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, names
 
 FARTHEST = 200  # operations between the two ends of one network
@@ -30,6 +28,8 @@ MIXES = CONV_OPS | names(  # what moves features from one position to another, o
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d interpolate grid_sample fold "
     "unfold deform_conv2d dot outer tensordot cdist"
 )
+JOINS = names("cat concat concatenate hstack")
+CARRIES = MOVES - JOINS
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class TracedFFN:
     entry, exit    the modules of its first and last projection; `*` where experts stand side by
                    side, and one and the same module where it holds all experts in one parameter
     width, hidden  features in and between
+    out            features that it gives: fewer than it takes where it reads two tensors joined
+    layers         the modules of its projections, the last of them the exit
+    spreads        whether a depthwise convolution over positions lies in between
     gated          whether one half of what goes between multiplies the other
     axis           where features lie: -1 last, 1 after the batch
     kind           "ffn"; "inverted bottleneck" (convolutions with a wider depthwise one between);
@@ -62,6 +65,9 @@ class TracedFFN:
     inside: bool
     norm: str | None
     direct: bool
+    out: int
+    layers: tuple[str, ...]
+    spreads: bool
     calls: int = 1
 
 
@@ -88,6 +94,11 @@ def traced_ffns(trace: Trace) -> list[TracedFFN]:
     only by pointwise, normalising or depthwise operations with a nonlinearity among them, whose
     result is added to another tensor. A mixture of experts is one.
     """
+    return _experts_merged(single_ffns(trace))
+
+
+def single_ffns(trace: Trace) -> list[tuple[TracedFFN, set[Value]]]:
+    """The same, each of the experts that stand side by side for itself, with the features read."""
     grouped: dict[tuple[str, str, int, int], list[_Run]] = {}
     for op in trace.ops:
         down = linear_op(op)
@@ -99,7 +110,7 @@ def traced_ffns(trace: Trace) -> list[TracedFFN]:
     for runs in grouped.values():
         calls = {run.call for run in runs}
         ffns.append((replace(runs[0].ffn, calls=len(calls)), {run.source for run in runs}))
-    return _experts_merged(ffns)
+    return ffns
 
 
 # from the last projection back to the first
@@ -138,6 +149,9 @@ def _described(trace: Trace, middle: _Middle, down: LinearOp, total: Op) -> Trac
         inside=any(trace.path(call.module) == owner for call in total.stack()),
         norm=norm,
         direct=direct,
+        out=down.out,
+        layers=(*(trace.path(each.owner) for each in middle.ups), exit),
+        spreads=middle.spreads,
     )
 
 
@@ -182,7 +196,17 @@ def _number(op: Op) -> int:
 
 
 def _is_up(linear: LinearOp, down: LinearOp) -> bool:
-    return linear.width == down.out and linear.out >= down.width
+    joined = linear.width == 2 * down.out and _is_joined(linear)
+    return (joined or linear.width == down.out) and linear.out >= down.width
+
+
+def _is_joined(linear: LinearOp) -> bool:
+    """Whether it reads two tensors joined, feature to feature (LoFTR, LightGlue)."""
+    value, op = linear.input, linear.input.op
+    while op is not None and op.name in CARRIES and len(op.features) == 1:
+        value, op = op.features[0], op.features[0].op
+    halves = {v.shape[linear.axis] for v in op.features} if op and op.name in JOINS else set()
+    return halves == {linear.width // 2} and value.shape[linear.axis] == linear.width
 
 
 def _is_over_positions(linear: LinearOp, down: LinearOp) -> bool:
@@ -346,36 +370,3 @@ def _common_path(a: str, b: str) -> str:
 
 def _step_by_step(a: str, b: str) -> list[tuple[str, str]]:
     return list(zip(a.split("."), b.split("."), strict=False))
-
-
-# as sites
-
-
-def find_traced_ffns(trace: Trace, projections: Projections, ffns: FFNs) -> FFNs:
-    """The networks that modules alone do not show: no activation among them, experts in one matrix.
-
-    ffns  what structure found, which was no network
-    """
-    by_path = {site.path: site for site in projections.tree.sites}
-    sites: dict[str, Site] = {}
-    for ffn in traced_ffns(trace):
-        site = _site_of(ffn, by_path, projections) if ffn.kind == "ffn" else None
-        if site is not None and site.path not in sites:
-            site._shape = Shape(ffn.width, ffn.width, ffn.axis)
-            sites[site.path] = site
-    inside = {layer for site in sites.values() for layer in projections.below(site)}
-    return ffns._replace(sites=sorted(sites.values(), key=lambda s: s.order), projections=inside)
-
-
-def _site_of(ffn: TracedFFN, by_path: dict[str, Site], projections: Projections) -> Site | None:
-    """The module that holds both ends and nothing else, or the span; of experts the layer."""
-    owner, entry, exit = (by_path.get(path) for path in (ffn.owner, ffn.entry, ffn.exit))
-    if owner is None:
-        return None
-    if entry is None or exit is None or entry is exit:
-        while owner.parent and not owner.is_element and is_routed(owner.parent, projections, set()):
-            owner = owner.parent
-        return owner
-    between = span(entry, exit)
-    alone = projections.below(owner) == projections.below(between) and not is_list(owner.module)
-    return whole_or_span(owner, entry, exit) if alone else between

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from .norms import tried_as_norm
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NARROWEST = 8  # features; anything below is no model width
@@ -29,8 +33,8 @@ def linear_shape(module: nn.Module) -> Shape | None:
         per_position = set(module.kernel_size) == {1} and set(module.stride) == {1}
         mixes = 0 < 2 * module.groups < module.in_channels  # some, though in groups (SqueezeBERT)
         return Shape(module.in_channels, module.out_channels, 1) if per_position and mixes else None
-    weight = getattr(module, "weight", None)
-    if children(module) or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or children(module):
         return None
     if isinstance(vars(module).get("nf"), int):  # GPT-2's Conv1D
         return Shape(weight.shape[0], weight.shape[1], -1)
@@ -44,6 +48,16 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module._parameters.values() if p is not None]
 
 
+def held_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Its own parameters by name, those too of which its parametrizations make its weights."""
+    if isinstance(module, ParametrizationList):
+        return  # what it makes is a weight of the module that holds it
+    made = module._modules.get("parametrizations")
+    lists = made.children() if made is not None and is_parametrized(module) else ()
+    for each in (module, *lists):
+        yield from ((name, p) for name, p in each._parameters.items() if p is not None)
+
+
 def named_children(module: nn.Module) -> dict[str, nn.Module]:
     """What it is made of, by name, aliases included, without what surgery added to it."""
     return {
@@ -54,8 +68,16 @@ def named_children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def children(module: nn.Module) -> list[nn.Module]:
-    """What it is made of, without what surgery added to it."""
-    return list(named_children(module).values())
+    """What it is made of, without what surgery added to it, nor its parametrizations."""
+    return list(called_children(module).values())
+
+
+def called_children(module: nn.Module) -> dict[str, nn.Module]:
+    """The same by name: parametrizations are called on weights, and never on features."""
+    named = named_children(module)
+    if "parametrizations" in named and is_parametrized(module):
+        del named["parametrizations"]
+    return named
 
 
 def named_modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -126,23 +148,58 @@ def may_be_inside_ffn(module: nn.Module) -> bool:
     return linear_shape(module) is None and all(map(_is_vector, own_parameters(module)))
 
 
-def _is_vector(parameter: nn.Parameter) -> bool:
+def _is_vector(tensor: Tensor) -> bool:
     """Whether it varies along one axis at most: (width,), (1, 1, width), (width, 1, 1), ()."""
-    return parameter.dim() == 0 or parameter.numel() == max(parameter.shape)
+    return not is_lazy(tensor) and tensor.numel() == max(tensor.shape, default=1)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it normalises: vectors for parameters, and norm in the name of its class.
+    """Whether it normalises: torch's own norms, and what a trial shows to be one."""
+    return norm_shape(module) is not None
 
-    Below it there may be what has no parameters: an activation, a dropout (timm's BatchNormAct2d).
+
+def norm_shape(module: nn.Module) -> Shape | None:
+    """The shape of a norm, 0 wide where it does not fix how many features it takes (ScaleNorm).
+
+    It holds vectors only. Below it there may be what has no parameters: an activation, a dropout
+    (timm's BatchNormAct2d).
     """
-    vectors = own_parameters(module)
-    if "norm" not in type(module).__name__.lower() or any(p.dim() > 1 for p in vectors):
+    kind = type(module)
+    if kind not in _TRIED:
+        torchs = kind.__module__.partition(".")[0] == "torch"
+        _TRIED[kind] = None if torchs and not issubclass(kind, _NORMS) else kind.forward
+    if _TRIED[kind] is None or not _holds_vectors(module):
+        return None
+    tried = None if _TRIED[kind] in _FORWARDS else tried_as_norm(module)
+    return Shape(tried.width, tried.width, tried.axis) if tried else _torchs_shape(module)
+
+
+_TRIED: dict[type[nn.Module], object] = {}  # by class, what is tried; None: no norm
+_NORMS = (
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm),
+    nn.modules.batchnorm._NormBase,
+)
+_FORWARDS = {kind.forward for kind in (*_NORMS[:4], nn.BatchNorm1d, nn.SyncBatchNorm)} | {
+    nn.InstanceNorm1d.forward
+}
+
+
+def _holds_vectors(module: nn.Module) -> bool:
+    """Whether it holds vectors, or nothing at all, and nothing below it holds any other."""
+    vectors, inside = own_parameters(module), children(module)
+    if not all(map(_is_vector, vectors)) or (inside and not vectors):
         return False
-    below = [p for child in children(module) for p in child.parameters()]
-    return not children(module) or (
-        len(vectors) > 0 and not {*map(id, below)} - {*map(id, vectors)}
-    )
+    own = {id(vector) for vector in vectors}
+    return all(id(p) in own for child in inside for p in child.parameters())
+
+
+def _torchs_shape(module: nn.Module) -> Shape | None:
+    if not isinstance(module, _NORMS):
+        return None
+    names = ("normalized_shape", "num_features", "num_channels")
+    size = next((size for name in names if (size := getattr(module, name, None))), 0)
+    width = size if isinstance(size, int) else size[-1]
+    return Shape(width, width, -1 if isinstance(module, _NORMS[:2]) else 1)
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -159,22 +216,8 @@ def shape_of(module: nn.Module) -> Shape | None:
         return Shape(module.embed_dim, module.embed_dim, -1)
     if is_conv(module):
         return Shape(module.in_channels, module.out_channels, 1)
-    if is_norm(module):
-        return _norm_shape(module)
-    return None
-
-
-def _norm_shape(module: nn.Module) -> Shape | None:
-    channels_first = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
-    named_2d = type(module).__name__.endswith("2d")  # timm's LayerNorm2d
-    axis = 1 if channels_first or named_2d else -1
-    for name in ("normalized_shape", "num_features", "num_channels"):
-        size = getattr(module, name, None)
-        if size is not None:
-            width = size if isinstance(size, int) else size[-1]
-            return Shape(width, width, axis)
-    weight = module._parameters.get("weight")
-    return Shape(weight.numel(), weight.numel(), axis) if weight is not None else None
+    norm = norm_shape(module)
+    return norm if norm and norm.width else None
 
 
 def forward_of(module: nn.Module) -> object:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .layers import linear_shape
 from .trace import CONV_OPS, Op, Value, Weights, names
 
 MATMULS = names("addmm baddbmm mm bmm matmul rmatmul _grouped_mm grouped_mm")
@@ -50,8 +51,14 @@ def _product(
     matrices = [w for w in weight.weights or () if len(w.shape) > 1]
     if not matrices or len(sizes) < 2:
         return None
-    owner = max(matrices, key=lambda w: prod(w.shape)).owner(op)
+    owner = _layer(op) or max(matrices, key=lambda w: prod(w.shape)).owner(op)
     return LinearOp(op, input, sizes[0], sizes[1], axis, owner, frozenset(matrices))
+
+
+def _layer(op: Op) -> nn.Module | None:
+    """The layer that runs an operation, whatever its weight is made of (a parametrization)."""
+    module = op.call.module if op.call else None
+    return module if module is not None and linear_shape(module) else None
 
 
 def _matmul(op: Op) -> LinearOp | None:

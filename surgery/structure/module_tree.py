@@ -12,10 +12,10 @@ from ..errors import RuleError
 from .layers import (
     CONVS,
     Shape,
+    called_children,
     is_norm,
     is_torch_attention,
     linear_shape,
-    named_children,
     shape_of,
 )
 from .path import Step
@@ -108,6 +108,8 @@ class Site:
         """Read the shape off the first and the last layer that fix it, leaving some of them out."""
         first = _first_shape(self.entry, leave_out)
         last = _first_shape(self.exit, leave_out, backwards=True)
+        if first is None and last is None:
+            first = last = _shape_around(self)
         self._shape = Shape(
             first.width if first else 0, last.out if last else 0, first.axis if first else -1
         )
@@ -187,9 +189,27 @@ def _first_shape(site: Site, leave_out: Collection[Site], backwards: bool = Fals
     return None
 
 
+def _shape_around(norm: Site) -> Shape | None:
+    """What a norm that fixes no number of features is given: what the next layer takes.
+
+    Behind the last layer, what that gives. (ScaleNorm has one number, OLMo's norm none.)
+    """
+    if not is_norm(norm.module):
+        return None
+    for holder in norm.above():
+        for child in holder.children:
+            if child.order > norm.order and (shape := _first_shape(child, ())):
+                return Shape(shape.width, shape.width, shape.axis)
+        for child in reversed(holder.children):
+            if child.end <= norm.order and (shape := _first_shape(child, (), backwards=True)):
+                return Shape(shape.out, shape.out, shape.axis)
+    return None
+
+
 class Tree:
     """All sites of a model, in order of registration, without what surgery added to it.
 
+    Nor parametrizations (weight norm), which are called on weights and never on features.
     `memo` keeps what was once worked out about this tree (roles, selections).
     """
 
@@ -222,7 +242,7 @@ class Tree:
 
 
 def _children(module: nn.Module) -> list[tuple[Step, nn.Module]]:
-    named = named_children(module)
+    named = called_children(module)
     return [(Step(name, i, len(named)), child) for i, (name, child) in enumerate(named.items())]
 
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from .._inputs import call, copied
 from .._preserve import preserved
 from ..errors import OperationError
+from .layers import held_weights
 
 
 class Value:
@@ -122,7 +123,7 @@ MOVES = names(  # what leaves features as they are, or puts them elsewhere, or w
     "masked_fill nan_to_num clamp clip where roll pad flip cat concat concatenate stack hstack "
     "vstack view_as reshape_as cuda cpu as_strided dropout dropout1d dropout2d dropout3d "
     "feature_dropout alpha_dropout feature_alpha_dropout identity pixel_shuffle pixel_unshuffle "
-    "repeat_interleave broadcast_to column_stack vsplit hsplit dsplit _join"
+    "repeat_interleave broadcast_to column_stack vsplit hsplit dsplit as_subclass _join"
 )
 SUMS = names("add sub rsub subtract addcmul")
 SCALES = names("mul multiply div true_divide divide rmul rdiv")
@@ -230,9 +231,8 @@ class _Recorder(TorchFunctionMode):
         self.handles: list[RemovableHandle] = []
         self.writes: dict[int, Value] = {}  # by storage, the last that was written into it
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self._know_weight(module, name, parameter)
+            for name, parameter in held_weights(module):
+                self._know_weight(module, name, parameter)
 
     def _know_weight(self, module: nn.Module, name: str, parameter: torch.Tensor) -> None:
         if id(parameter) not in self.weights:
@@ -271,7 +271,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _name(func)
+        name = op_name(func)
         if name in _QUERIES:
             return func(*args, **kwargs)
         tensors = list(_pick((args, kwargs), torch.Tensor))
@@ -343,7 +343,7 @@ _DUNDERS = {"imul": "mul", "iadd": "add", "isub": "sub", "itruediv": "div", "rad
 _NAMES: dict[Any, str] = {}
 
 
-def _name(func: Any) -> str:
+def op_name(func: Any) -> str:
     """A plain name: `add` for x + y, x += y and x.add_(y)."""
     if func not in _NAMES:
         name = getattr(func, "__name__", type(func).__name__)

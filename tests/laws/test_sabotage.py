@@ -62,7 +62,7 @@ def times_is_a_minimum(patch: Patch) -> None:
 
 
 def conflicts_are_ignored(patch: Patch) -> None:
-    patch.setattr(plan, "check_conflicts", lambda placed: None)
+    patch.setattr(plan, "check_conflicts", lambda *given: None)
 
 
 def edits_act_in_reverse(patch: Patch) -> None:
@@ -515,7 +515,7 @@ def quantised_weights_tell_the_dtype(patch: Patch) -> None:
 
 
 def what_is_never_called_is_not_refused(patch: Patch) -> None:
-    patch.setattr(plan, "check_called", lambda placed: None)
+    patch.setattr(plan, "check_called", lambda *given: None)
 
 
 BYPASSES: list[tuple[Saboteur, Callable[[], object]]] = [

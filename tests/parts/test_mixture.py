@@ -32,10 +32,13 @@ def mixture(
     experts: int = EXPERTS,
     heads: int = HEADS,
     activation: type[nn.Module] = nn.ReLU,
+    out: int | None = None,
 ) -> MixtureOfAdapters:
     """One whose parameters are all random, with gates that are neither even nor saturated."""
     torch.manual_seed(0)
-    made = MixtureOfAdapters(width, rank, experts, heads, top_k=top_k, activation=activation)
+    made = MixtureOfAdapters(
+        width, rank, experts, heads, top_k=top_k, activation=activation, out=out
+    )
     made = made.to(dtype)
     with torch.no_grad():
         for name in NAMES[2:]:
@@ -52,11 +55,11 @@ def loop(m: MixtureOfAdapters, x: Tensor) -> tuple[Tensor, Tensor]:
     weights = gates
     if m.top_k == 1:
         weights = gates * F.one_hot(gates.argmax(-1), gates.shape[-1]).to(gates)
-    mixed = torch.zeros_like(u)
+    mixed = u.new_zeros(len(u), m.up.shape[1])
     for i in range(len(m.down)):
         hidden = m.act(u @ m.down[i].T + m.down_bias[i])
         mixed = mixed + weights[:, i, None] * (hidden @ m.up[i].T + m.up_bias[i])
-    return mixed.reshape(x.shape), gates
+    return mixed.reshape(*x.shape[:-1], mixed.shape[1] * m.heads), gates
 
 
 def cotangents(m: MixtureOfAdapters, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +128,16 @@ def test_it_equals_the_loop_for_other_activations(
 @pytest.mark.parametrize("heads", [1, 2, 6, 48])
 def test_it_equals_the_loop_for_any_heads(top_k: int | None, heads: int) -> None:
     compare(mixture(top_k, heads=heads), torch.randn(5, 7, WIDTH, dtype=torch.float64))
+
+
+@BOTH
+@pytest.mark.parametrize("out", [WIDTH // 2, 2 * WIDTH])
+def test_it_equals_the_loop_where_it_gives_more_or_fewer(top_k: int | None, out: int) -> None:
+    m, x = mixture(top_k, out=out), torch.randn(3, 5, WIDTH, dtype=torch.float64)
+    output, gates = m(x)
+    assert output.shape == (3, 5, out)
+    for got, want in zip((output, gates), loop(m, x), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @BOTH

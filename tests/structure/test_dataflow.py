@@ -530,7 +530,7 @@ def test_a_model_that_is_one_network_is_its_own_block():
     surgery.apply(model, "adapterx_ffn", example=TOKENS)
 
 
-def test_what_structure_shows_a_forward_does_not_change():
+def test_a_forward_adds_what_structure_does_not_show():
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -539,4 +539,5 @@ def test_what_structure_shows_a_forward_does_not_change():
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x))
 
-    assert paths(Blocks(Both()), ffn, TOKENS) == paths(Blocks(Both()), ffn) == ["b.mlp"]
+    assert paths(Blocks(Both()), ffn) == ["b.mlp"]
+    assert paths(Blocks(Both()), ffn, TOKENS) == ["a.(one to two)", "b.mlp"]

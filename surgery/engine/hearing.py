@@ -1,0 +1,129 @@
+"""What a place hears: the last part before it on its own stream of tokens.
+
+Towers are told apart by what lists their blocks, and by their widths; a forward on an example tells
+whether what a part gave comes to the place at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from ..errors import RuleError
+from ..rules.edits import Insert
+from ..rules.selector import Selector
+from ..structure.dataflow import dataflow_of
+from ..structure.module_tree import Site, Tree
+from ..structure.trace import Op, Trace, Value, upstream
+from .decided import Decided
+from .placement import Placement
+
+
+def sources_of(
+    placements: list[Placement], tree: Tree, decided: Decided | None
+) -> dict[Placement, list[Placement]]:
+    """For each place that hears a part, those that it could be, of which the first is heard.
+
+    None where there are none, and the rule is optional: at the first block of each tower.
+    """
+    edits = [(p, p.edit.hears) for p in placements if isinstance(p.edit, Insert)]
+    sources = {p: _sources(p, heard, placements, tree) for p, heard in edits if heard}
+    if decided and decided.modules:
+        for p in guessed(sources, tree)[:1]:
+            raise RuleError(
+                p.rule.short,
+                f"a forward on an example told what {p.site.path} hears when the file was made, "
+                "and the file does not.",
+                "Give load(..., example=inputs).",
+            )
+    return sources
+
+
+def guessed(sources: Mapping[Placement, list[Placement]], tree: Tree) -> list[Placement]:
+    """Those that could hear one of several places (two streams in a block), and no forward told."""
+    if dataflow_of(tree):
+        return []
+    return [p for p, those in sources.items() if len({other.place for other in those}) > 1]
+
+
+def _sources(
+    p: Placement, heard: Selector, placements: list[Placement], tree: Tree
+) -> list[Placement]:
+    """What it may hear, the last first. Raises RuleError where that is nothing, and need be."""
+    sites = heard.find(tree)
+    joined = [other for other in placements if other.edit.can_be_heard and other.place in sites]
+    tower = _tower(p.place, [other.place for other in joined])
+    sources = [other for other in joined if _is_before(other, p, tower)]
+    last = max((_beginning(other.place, tower) for other in sources), default=0)
+    near = [other for other in sources if _beginning(other.place, tower) == last]
+    coming = _coming(p, near, tree)
+    if coming or p.rule.optional:
+        numbered = enumerate(coming)  # of two at one place the later rule's
+        ordered = sorted(numbered, key=lambda each: (each[1].place.exit.order, each[0]))
+        return [each for _, each in reversed(ordered)]
+    raise RuleError(
+        p.rule.short,
+        f"before {p.site.path} no rule joins a part at {heard!r} that it could hear.",
+        "Join one there, or leave the first places out: block[1:], or optional=True for those of "
+        "every tower.",
+    )
+
+
+def _tower(place: Site, sources: list[Site]) -> Site | None:
+    """What lists the blocks of its tower.
+
+    Of blocks that are no elements of a list (attributes, a norm behind all blocks), the smallest
+    module around that holds a source besides the place's own.
+    """
+    if place.entry.is_element:
+        return place.entry.parent
+    others = [site for site in sources if not _holds(place.entry, site)]
+    return next((h for h in place.entry.above() if any(_holds(h, s) for s in others)), None)
+
+
+def _holds(holder: Site, site: Site) -> bool:
+    return holder.order <= site.entry.order and site.exit.end <= holder.end
+
+
+def _is_before(other: Placement, p: Placement, tower: Site | None) -> bool:
+    """Whether it lies before a place in its tower, and gives features as wide."""
+    width, out = p.site.shape.width, other.site.shape.out
+    if other.place.exit.end > p.place.entry.order or 0 not in (width, out, width - out):
+        return False
+    return tower is None or _holds(tower, other.place)
+
+
+def _beginning(place: Site, tower: Site | None) -> int:
+    """Where the child of the tower begins in which a place lies: its block."""
+    way = chain([place.entry], place.entry.above())
+    return next((site.order for site in way if site.parent is tower), place.entry.order)
+
+
+# by a forward ----------------------------------------------------------------------------------
+
+
+def _coming(p: Placement, sources: list[Placement], tree: Tree) -> list[Placement]:
+    """Those of the sources whose output comes to a place in the forward, where that tells."""
+    dataflow = dataflow_of(tree)
+    if dataflow is None or not sources:
+        return sources
+    given = list(_given(dataflow.trace, p.place))
+    if not given:
+        return sources
+    behind = set(upstream(given, _any))
+    return [each for each in sources if behind & set(_gives(dataflow.trace, each.place))]
+
+
+def _given(trace: Trace, place: Site) -> Iterator[Value]:
+    """The tokens that come to a place; none where it is not called."""
+    for call in trace.calls_of(place.entry.module):
+        yield from [value for value in call.inputs if value.is_feature][:1]
+
+
+def _gives(trace: Trace, place: Site) -> Iterator[Value]:
+    for call in trace.calls_of(place.exit.module):
+        yield from call.outputs[:1]
+
+
+def _any(op: Op) -> bool:
+    return True

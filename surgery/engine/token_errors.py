@@ -1,0 +1,97 @@
+"""A model's own error in the proof, which it does not raise otherwise: told as what it is.
+
+It comes of tokens that were put in; or the model takes a path that cannot be looked into.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ..errors import GraftError, SurgeryError
+from ..structure.module_tree import ADDITIONS
+from .operation import Operation
+from .reading import Reading
+from .streams import Inserted
+
+Run: TypeAlias = Callable[[], Any]
+
+
+def ours(error: Exception, operation: Operation, run: Run) -> SurgeryError | None:
+    """What to raise instead of an error in a forward; None where it comes without surgery too."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    if _runs_without_parts(operation, run):
+        return _of_tokens(error, operation)
+    try:
+        with torch.no_grad():
+            run()
+    except SurgeryError as told:  # what the parts say, where the model comes to them
+        return told
+    except Exception:
+        return None
+    return GraftError(
+        "apply(..., example=...)",
+        f"{_raised_by(error, operation.model[0])} takes a fused path with this example (nested "
+        f"tensors), and none where it is looked into: {_told(error)}",
+        "Give an example without padding; or none, and the first forward tells what did not run.",
+    )
+
+
+def _of_tokens(error: Exception, operation: Operation) -> GraftError | None:
+    """What fixes the number of tokens, where some were put in.
+
+    (Tables of positions, relative or rotary; sizes that are kept as numbers; linears over tokens,
+    as of Mixer and Linformer; windows.)
+    """
+    stream = operation.streams.mine()
+    inserted = list((stream.opened() or stream.inserted).items())
+    if not inserted:
+        return None
+    (_, path, _), last = inserted[-1]
+    return GraftError(
+        f"insert(...) at {path or 'the model'}",
+        f"{last.total} tokens a sample come, {_new(inserted)} of them inserted, and "
+        f"{_raised_by(error, operation.model[0])} is made for another number: "
+        f"{_told(error)}",
+        "Use a method that adds no tokens.",
+    )
+
+
+def _new(inserted: list[tuple[Any, Inserted]]) -> int:
+    return sum(each.new for _, each in inserted)
+
+
+def _told(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text:.200}"
+
+
+def _runs_without_parts(operation: Operation, run: Run) -> bool:
+    """Whether the model takes the example where parts are off."""
+    operation.enabled = False
+    try:
+        with torch.no_grad(), Reading(()):  # which keeps torch from paths that take other inputs
+            run()
+    except Exception:
+        return False
+    finally:
+        operation.enabled = True
+    return True
+
+
+def _raised_by(error: Exception, model: nn.Module) -> str:
+    """The innermost module of the model that ran when an error was raised."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = model
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        path = paths.get(id(module), ADDITIONS) if isinstance(module, nn.Module) else ADDITIONS
+        if isinstance(module, nn.Module) and path.split(".")[0] != ADDITIONS:
+            found = module
+    return f"{paths[id(found)] or 'the model'} ({type(found).__name__})"
