@@ -91,7 +91,7 @@ def tried(build: Build, rule: str, told: dict[str, str]) -> str:
 
 
 def _without_prompts(rule: str, model: nn.Module) -> str:
-    """What is to be said of a rule set that found no place for its prompts, which it may leave."""
+    """What is to be said of a rule set that found no place for its prompts, and may do so."""
     parts = model.get_submodule("surgery").named_modules()
     some = any(name.endswith("insert") for name, _ in parts)
     return "" if some or rule not in PROMPTS else ", without prompts"
