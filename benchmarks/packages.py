@@ -111,7 +111,7 @@ def _marks(model: nn.Module) -> dict[str, Any]:
 
 
 def _same(before: list[Tensor], after: list[Tensor]) -> bool:
-    """Whether outputs are the same but for rounding, as of fused kernels that parts leave unused."""
+    """Whether outputs are the same but for rounding: parts leave some fused kernels unused."""
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.numel()]
     return all(_distance(a, b) <= 1e-6 * max(1.0, a.abs().max().item()) for a, b in pairs)
 
