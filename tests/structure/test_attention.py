@@ -491,3 +491,74 @@ def test_weights_may_be_vectors_that_a_network_makes() -> None:
     assert roles["attn"] == ["1.attention", "2.attention"]
     assert {path.rpartition(".")[2] for path in roles["qkv"]} == {"q", "k", "v"}
     assert words["1.attention.v"] == {"value"}
+
+
+class Indexer(nn.Module):
+    """DeepSeek: scores choose which tokens an attention reads, and mix none themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.weigh = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.relu(heads(self.a(x)) @ heads(self.b(x)).transpose(-1, -2))
+        weighed = self.weigh(x)[..., None, :] @ scores.transpose(1, 2)
+        return weighed.squeeze(-2).topk(3, -1).indices
+
+
+class Chosen(Apart):
+    def __init__(self) -> None:
+        super().__init__(softmax)
+        self.indexer = Indexer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        mask = torch.zeros(len(x), 1, 6, 6).scatter(-1, self.indexer(x)[:, None], 1.0)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(mask == 0, -math.inf)
+        return self.out(joined(scores.softmax(-1) @ v))
+
+
+def test_what_chooses_tokens_is_no_attention() -> None:
+    roles, _ = found(model(Chosen))
+    assert roles["attn"] == ["1.attention", "2.attention"]
+    assert set(roles["qkv"]) == {f"{i}.attention.{n}" for i in (1, 2) for n in "qkv"}
+
+
+class Pooled(nn.Module):
+    """Enformer: a softmax pools what comes, and attention follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh, self.inner = nn.Linear(D, D, bias=False), Apart(softmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = rearrange(x, "b (n p) d -> b n p d", p=2)
+        pooled = (pairs * self.weigh(pairs).softmax(-2)).sum(-2)
+        return self.inner(pooled).repeat_interleave(2, 1)
+
+
+def test_what_a_softmax_has_pooled_is_no_weight_of_what_follows() -> None:
+    roles, _ = found(model(Pooled))
+    assert roles["attn"] == ["1.attention.inner", "2.attention.inner"]
+    assert {path.rpartition(".")[2] for path in roles["qkv"]} == {"q", "k", "v"}
+
+
+class Mixed(nn.Module):
+    """Gemma 3n's AltUp: streams of features are mixed by numbers that they make themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.inner = nn.Linear(D, 9), Apart(softmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = torch.stack([x, 2 * x, 3 * x], -1)
+        streams = streams @ self.numbers(x).unflatten(-1, (3, 3)) + streams
+        return (
+            self.inner(streams[..., 0]) + (streams @ self.numbers(x).unflatten(-1, (3, 3)))[..., 1]
+        )
+
+
+def test_mixing_streams_is_no_attention() -> None:
+    roles, _ = found(model(Mixed))
+    assert roles["attn"] == ["1.attention.inner", "2.attention.inner"]
+    assert {path.rpartition(".")[2] for path in roles["qkv"]} == {"q", "k", "v"}
