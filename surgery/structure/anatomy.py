@@ -18,7 +18,7 @@ from .attention import (
 )
 from .attention_states import OPERANDS
 from .attention_traced import traced_attentions
-from .dataflow import dataflow_of, shape_in
+from .dataflow import dataflow_of, keeps_tokens, shape_in
 from .ends import Ends
 from .ffn import find_ffns
 from .ffn_merged import find_traced_ffns
@@ -122,11 +122,14 @@ class _Anatomy:
         self.attentions = attentions_by_tree(
             self.projections, self.ffns.sites, self.ffns.projections, self.blocks
         )
+        of_tree = {a.site for a in self.attentions}
         if self.trace:
             self.attentions = corrected(self.attentions, by_forward, self.trace, self.projections)
             self.blocks = in_order([*self.blocks, *self._blocks_without_ffn()])
         self.attns = in_order(a.site for a in self.attentions if a.site)
         self._read_shapes()
+        if self.trace:  # nothing of a token goes round what gives fewer (timm's CrossViT)
+            self.attns = [s for s in self.attns if s in of_tree or keeps_tokens(self.trace, s)]
         self.roles = self._roles()
 
     def _read_forward(self, trace: Trace) -> list[Attention]:

@@ -244,7 +244,7 @@ class _Reader:
         for a in given:
             for b in given:
                 if not a.scores and self._is_residual(a, b):
-                    self.streams |= a.near
+                    self.streams |= a.near & ~self._entered(a)
                     return self._made(Maker(op, None, None), a.behind | b.behind)
         return self._passed_on(op, given)
 
@@ -252,7 +252,19 @@ class _Reader:
         """Whether b was made of a, by projections. (A value beside its attention is not one.)"""
         if not a.near & ~b.near or a.near & ~b.behind:
             return False
+        if b.scores and not a.near & self._sources(b.scores):
+            return False  # positions that the block before has added too (T5, Graphormer)
         return not any(a.near & ~self.cores[core].operands == 0 for core in b.cores)
+
+    def _sources(self, scores: Scores) -> Bits:
+        """What scores are made of, and what that was projected from."""
+        made = scores.query | scores.key
+        return reduce(or_, (self.inner.get(m.op, 0) for m in self._named(made)), made)
+
+    def _entered(self, state: State) -> Bits:
+        """What entered the attentions that a value is of. (Queries beside: Set Transformer.)"""
+        within = (self.cores[n].operands for n in self.cores if state.near >> n & 1)
+        return reduce(or_, within, 0)
 
     # what passes on ----------------------------------------------------------------------------
 

@@ -562,3 +562,51 @@ def test_mixing_streams_is_no_attention() -> None:
     roles, _ = found(model(Mixed))
     assert roles["attn"] == ["1.attention.inner", "2.attention.inner"]
     assert {path.rpartition(".")[2] for path in roles["qkv"]} == {"q", "k", "v"}
+
+
+class Biased(nn.Module):
+    """T5, Graphormer: every block adds the same positions, or pairs, to its scores."""
+
+    def __init__(self, table: bool) -> None:
+        super().__init__()
+        self.embed, self.near = nn.Linear(8, D), nn.Embedding(11, HEADS) if table else None
+        self.pair = (
+            None if table else nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, HEADS))
+        )
+        self.blocks = nn.ModuleList(Block(Apart(softmax)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.near is not None:
+            i = torch.arange(x.shape[1])
+            bias = rearrange(self.near(i - i[:, None] + 5), "i j h -> h i j")
+        else:
+            assert self.pair is not None
+            bias = rearrange(self.pair(x[:, :, None] - x[:, None]), "b i j h -> b h i j")
+        x = self.embed(x)
+        for block in self.blocks:
+            y, a = block.norm1(x), block.attention
+            scores = heads(a.q(y)) @ heads(a.k(y)).transpose(-1, -2) + bias
+            x = x + a.out(joined(scores.softmax(-1) @ heads(a.v(y))))
+            x = x + block.ffn(block.norm2(x))
+        return x
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_scores_keep_what_they_are_made_of_with_one_bias_for_all_blocks(table: bool) -> None:
+    roles, words = found(Biased(table).eval())
+    assert set(roles["qkv"]) == {f"blocks.{i}.attention.{n}" for i in range(3) for n in "qkv"}
+    assert words["blocks.2.attention.q"] == {"query"}
+
+
+def test_queries_beside_what_they_gather_are_queries() -> None:
+    """Set Transformer: the residual sum is of queries, projected, and not of what comes in."""
+
+    class Gathers(Apart):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+            x = joined(q + softmax(q, k, v))
+            return x + torch.relu(self.out(x))
+
+    roles, words = found(model(lambda: Gathers(softmax)))
+    assert set(roles["qkv"]) == {f"{i}.attention.{n}" for i in (1, 2) for n in "qkv"}
+    assert words["1.attention.q"] == {"query"}
