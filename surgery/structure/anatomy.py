@@ -128,9 +128,14 @@ class _Anatomy:
             self.blocks = in_order([*self.blocks, *self._blocks_without_ffn()])
         self.attns = in_order(a.site for a in self.attentions if a.site)
         self._read_shapes()
-        if self.trace:  # nothing of a token goes round what gives fewer (timm's CrossViT)
-            self.attns = [s for s in self.attns if s in of_tree or keeps_tokens(self.trace, s)]
+        self._leave_out_pooling(of_tree)
         self.roles = self._roles()
+
+    def _leave_out_pooling(self, of_tree: set[Site | None]) -> None:
+        """No part goes round an attention that gives fewer tokens (timm's CrossViT)."""
+        trace = self.trace
+        if trace is not None:
+            self.attns = [s for s in self.attns if s in of_tree or keeps_tokens(trace, s)]
 
     def _read_forward(self, trace: Trace) -> list[Attention]:
         """The attentions that a forward shows; and no network is what it shows to be none.
