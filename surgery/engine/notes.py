@@ -11,7 +11,7 @@ from ..rules.edits import Trained
 from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
-from ..structure.anatomy import roles_of, told_roles, unprojected
+from ..structure.anatomy import roles_by_modules, roles_of, told_roles, unprojected
 from ..structure.attention_states import OPERANDS
 from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
@@ -55,7 +55,7 @@ def _asked(matches: Matches) -> list[str]:
 
 def corrections(names: Iterable[str], tree: Tree) -> Iterator[str]:
     """Where a forward finds other places for a role than the modules suggest."""
-    told, of_modules = told_roles(tree), roles_of(Tree(tree.model))
+    told, of_modules = told_roles(tree), roles_by_modules(tree)
     for name in names:
         here = [site.path for site in told.get(name, [])]
         there = [site.path for site in of_modules.get(name, [])] if name in told else []

@@ -34,6 +34,16 @@ def roles_of(tree: Tree) -> dict[str, list[Site]]:
     return {**roles, **tree.memo["told"]} if "told" in tree.memo else roles
 
 
+def roles_by_modules(tree: Tree) -> dict[str, list[Site]]:
+    """The same as modules alone tell, whatever a forward does."""
+    if dataflow_of(tree) is None:
+        return roles_of(tree)
+    if "by modules" not in tree.memo:
+        tree.memo["by modules"] = roles_of(Tree(tree.model))
+    roles: dict[str, list[Site]] = tree.memo["by modules"]
+    return roles
+
+
 def tell_roles(tree: Tree, roles: dict[str, list[Site]]) -> None:
     """Take these roles as a forward told them elsewhere."""
     tree.memo["told"] = roles
@@ -45,7 +55,7 @@ def told_roles(tree: Tree) -> dict[str, list[Site]]:
     With an example, and operands too: the query, key and value of attentions.
     """
     if dataflow_of(tree) is not None and "told here" not in tree.memo:
-        of_modules, makes = roles_of(Tree(tree.model)), operands(tree)
+        of_modules, makes = roles_by_modules(tree), operands(tree)
         told = {word: [s for s in makes if makes[s] == {word}] for word in OPERANDS}
         for name, sites in roles_of(tree).items():
             if _described(sites) != _described(of_modules[name]):

@@ -244,8 +244,20 @@ class _Recorder(TorchFunctionMode):
             weight.holders.append(module)
 
     def value(self, tensor: torch.Tensor, weights: Weights | None) -> Value:
+        if tensor.is_nested:
+            raise self._nested()
         self.count += 1
         return Value(self.count, tensor, weights)
+
+    def _nested(self) -> OperationError:
+        """The error of a tensor without one shape (to_nested, torch.nested.nested_tensor)."""
+        module = self.call.module if self.call else self.trace.model
+        return OperationError(
+            "a forward on the example",
+            f"{self.trace.path(module) or 'the model'} ({type(module).__name__}) makes or takes "
+            "nested tensors, which have no one shape: what feeds what cannot be read off it.",
+            "Give no example; or pad instead, with a mask.",
+        )
 
     def know(self, tensor: torch.Tensor, value: Value) -> None:
         self.known[id(tensor)] = (weakref.ref(tensor), value)

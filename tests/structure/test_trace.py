@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery._preserve import fingerprint
+from surgery.errors import OperationError
 from surgery.structure.dataflow import norm_before
 from surgery.structure.ffn_traced import TracedFFN, traced_ffns
 from surgery.structure.trace import Trace, trace, upstream
@@ -652,3 +653,15 @@ def test_hf_mixtral(how):
     found = told(model, models.words_in())
     assert found == {("layers.1.mlp.experts", "", "", norm, True)}
     assert {f.calls for f in traced_ffns(trace(model, models.words_in()))} == {1}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_model_that_makes_nested_tensors_is_refused_by_name() -> None:
+    class Nesting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            nested = torch.nested.nested_tensor([x[0], x[1][:1]])
+            return torch.nested.to_padded_tensor(nested, 0.0)
+
+    model = nn.Sequential(nn.Linear(4, 4), Nesting(), nn.Linear(4, 4)).eval()
+    with pytest.raises(OperationError, match=r"1 \(Nesting\) makes or takes nested tensors"):
+        trace(model, torch.ones(2, 3, 4))
