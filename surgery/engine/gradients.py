@@ -43,7 +43,7 @@ def reached(outputs: list[Tensor]) -> Reached:
         if type(node).__name__ == "AccumulateGrad":
             found.add(id(node.variable))
         whole = whole and not isinstance(node, BackwardCFunction)
-        derived = derived and type(node).__name__ != "WarnNotImplemented"
+        derived = derived and not node.name().endswith("WarnNotImplemented")
         new = {after for after, _ in node.next_functions if after is not None} - seen
         seen |= new
         todo.extend(new)
