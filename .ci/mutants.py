@@ -49,6 +49,12 @@ TESTS = {  # of each file in surgery/, the tests that hold it
         "tests/laws/test_laws.py",
         *SPEC,
     ],
+    "engine/registration": [
+        "tests/engine/test_hooks.py",
+        "tests/engine/test_tokens.py",
+        "tests/engine/test_uncalled_blocks.py",
+        "tests/laws/test_laws.py",
+    ],
     "engine/apply": [*LAWS, "tests/parts/test_mixture.py", *SPEC],
     "engine/journal": ["tests/engine/test_journal.py", *LAWS, *SPEC],
     "engine/tokens": [

@@ -13,6 +13,7 @@ OUTCOMES = (
     "runs", "rightly refused", "refused though plain", "partial", "wrong",
     "accepted though it cannot be right",
 )  # fmt: skip
+LONGEST = 400  # characters of a reason
 SHORT = {"rightly refused": "refused", "refused though plain": "**refused**"}  # in the table
 SHORT |= {word: f"**{word}**" for word in OUTCOMES[3:]}
 
@@ -22,12 +23,14 @@ def outcome(row: dict[str, Any], rule: str) -> str:
     came, told = row["rules"].get(rule, ""), row["truth"]
     if not came:
         return "not tried"
-    if came == "runs":
-        return "runs" if _may(rule, told) else "accepted though it cannot be right"
+    if came.startswith("runs"):
+        may = _may(rule, told) or came != "runs"
+        return "runs" if may else "accepted though it cannot be right"
     if not came.startswith("refused"):
         return "wrong" if not came.startswith("partial") else "partial"
     idle = "idle" in told and "gradient" in came
     known = (reason := told.get("refuses", "").partition(";")[0]) and reason in came
+    known = known or (rule == "ssf" and "never ran" in came)  # it takes modules that idle, too
     plain = _must(rule, told) and not idle and not known
     return "refused though plain" if plain else "rightly refused"
 
@@ -99,7 +102,9 @@ def _disagreements(row: dict[str, Any]) -> Iterator[str]:
         if (came := outcome(row, rule)) not in ("runs", "rightly refused", "not tried"):
             told = row["truth"]["prompts"] if rule in PROMPTS else ""
             source = f" (by the source: {told})" if told else ""
-            yield f"- `{rule}`, {came}: {_safe(row['rules'][rule] + source)}"
+            why = row["rules"][rule]
+            why = why if len(why) <= LONGEST else f"{why[:LONGEST].rsplit(' ', 1)[0]} ..."
+            yield f"- `{rule}`, {came}: {_safe(why + source)}"
 
 
 def _prompts(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -6,9 +6,12 @@ it carries a note of what is to be done with the value, until the last of them h
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import dis
 import sys
 from collections.abc import Callable
+=======
+>>>>>>> main
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +22,7 @@ from ..errors import GraftError
 from ..structure.stretches import End, carries
 from ..structure.trace import MOVES, SCALES, SUMS, op_name
 from .features import declared, first_tensor, input_of
-from .journal import Journal, owner_of
+from .journal import Journal
 
 NAMES = {  # of what sums, scales and moves features: compiled code cannot work them out
     func: op_name(func)
@@ -197,22 +200,3 @@ def _done(value: Tensor, given: tuple[Any, ...], due: list[EndHook]) -> Tensor:
     for hook in sorted(due, key=lambda hook: hook.rank):
         value = hook.act(value)
     return value
-
-
-def settle(hooks: Any, owns: Callable[[Any], bool], first: bool) -> None:
-    """Order the hooks of one module that are ours: ends of stretches first, or else last.
-
-    Of two that begin there the later joined is the outer, as with hooks on modules of their own.
-    """
-    owners = {key: owner_of(hook) for key, hook in hooks.items()}
-    ends = sorted(key for key, owner in owners.items() if isinstance(owner, EndHook))
-    others = [key for key, owner in owners.items() if owns(owner)]
-    if not ends:
-        return
-    joined = [key for key in ends if not owners[key].entering]
-    joined += [key for key in reversed(ends) if owners[key].entering]
-    in_order = sorted(joined, key=lambda key: owners[key].rank)
-    order = iter([*in_order, *others] if first else [*others, *in_order])
-    ours = {*ends, *others}
-    for key in [next(order) if key in ours else key for key in list(hooks)]:
-        hooks[key] = hooks.pop(key)

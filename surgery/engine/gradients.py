@@ -7,7 +7,7 @@ blocks again on the way back (reversible layers).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,14 @@ from .._inputs import tensors_in
 
 
 class Reached(NamedTuple):
-    """Ids of the tensors that a gradient of the outputs comes to; whether the graph shows all."""
+    """Ids of the tensors that a gradient of the outputs comes to; whether the graph shows all.
+
+    derived  whether all in it has a derivative: torch's kernels for quantised weights have none
+    """
 
     tensors: set[int]
     whole: bool
+    derived: bool
 
 
 def carrying(answer: Any) -> list[Tensor]:
@@ -33,16 +37,17 @@ def reached(outputs: list[Tensor]) -> Reached:
     """What the graph of the outputs shows; functions written in Python may hide a graph inside."""
     found = {id(tensor) for tensor in outputs if tensor.is_leaf}
     todo = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
-    seen, whole = set(todo), True
+    seen, whole, derived = set(todo), True, True
     while todo:
         node: Any = todo.pop()
         if type(node).__name__ == "AccumulateGrad":
             found.add(id(node.variable))
         whole = whole and not isinstance(node, BackwardCFunction)
+        derived = derived and not node.name().endswith("WarnNotImplemented")
         new = {after for after, _ in node.next_functions if after is not None} - seen
         seen |= new
         todo.extend(new)
-    return Reached(found, whole)
+    return Reached(found, whole, derived)
 
 
 def gradients(
@@ -66,19 +71,14 @@ def gradients(
 def _without_gradients(model: nn.Module) -> Iterator[None]:
     """No tensor has a gradient, nor what is called when one comes; all have them again then."""
     leaves = [t for t in (*model.parameters(), *model.buffers()) if t.requires_grad and t.is_leaf]
-    kept = [(leaf, leaf.grad) for leaf in leaves]
-    hooks = [(table, dict(table)) for leaf in leaves if (table := _called_after(leaf))]
-    try:
-        for leaf, _ in kept:
+    with ExitStack() as stack:  # no fault at any line here leaves one without its own
+        for leaf in leaves:
+            stack.callback(setattr, leaf, "grad", leaf.grad)
             leaf.grad = None
-        for table, _ in hooks:
-            table.clear()
+            if called := _called_after(leaf):
+                stack.callback(called.update, dict(called))
+                called.clear()
         yield
-    finally:
-        for leaf, gradient in kept:
-            leaf.grad = gradient
-        for table, called in hooks:
-            table.update(called)
 
 
 def _called_after(leaf: Any) -> dict[int, Any] | None:
@@ -105,14 +105,11 @@ def filled(model: nn.Module) -> Iterator[None]:
     parts that were to be trained before.)
     """
     zeros = [t for t in (*model.parameters(), *model.buffers()) if _is_filled(t)]
-    kept = [(p, p.data) for p in zeros]
-    try:
-        for p, was in kept:
-            p.data = torch.randn_like(was).mul_(0.1)
+    with ExitStack() as stack:  # no fault at any line here leaves a number in
+        for p in zeros:
+            stack.callback(setattr, p, "data", p.data)
+            p.data = torch.randn_like(p.data).mul_(0.1)
         yield
-    finally:
-        for p, was in kept:
-            p.data = was
 
 
 def _is_filled(p: Tensor) -> bool:
@@ -143,10 +140,12 @@ def moved(
 ) -> set[int] | None:
     """Ids of the tensors that move the answer: at the start, or with numbers in place of zeros.
 
-    None where a backward cannot tell (it fails, or there are no values).
+    None where a backward cannot tell (it fails, or there are no values, or no derivative).
     """
     still = list(wanted)
     found = set[int]()
+    if not reached(carrying(answer)).derived:
+        return None
     with suppress(RuntimeError, NotImplementedError, TypeError):
         found |= _moved(model, still, answer)
         still = [tensor for tensor in still if id(tensor) not in found]

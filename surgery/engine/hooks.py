@@ -15,15 +15,15 @@ from torch.utils import _pytree as pytree
 from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
-from ..structure.module_tree import Site
+from ..structure.module_tree import Site, elements_of
 from ..structure.path import generalise
 from ..structure.stretches import Stretch
 from .caches import check_caches, given_beside
-from .ends import EndHook, settle
+from .ends import EndHook
 from .features import declared, first_tensor, input_of
-from .journal import Journal, owner_of, owners_of
+from .journal import owner_of
 from .passes import Key, Pass
-from .streams import Between, Inserted
+from .streams import Inserted
 from .switch import Switch
 from .tokens import ENTERING, Action, Fits, Insertions
 from .tracing import Traced, apart
@@ -65,7 +65,7 @@ class HookedSite:
         self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
         self.stretches = "among" in places and stretch is None
-        self.stretch = _stretch(site) if self.stretches else []
+        self.stretch = _blocks(site) if self.stretches else []
         self.extent = site.entry.order, site.exit.end
         self.begin_mark = f"{self.path}, its beginning" if in_two and self.enters else ""
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
@@ -106,49 +106,11 @@ class HookedSite:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "traced": Pass()}
 
-    def join(self, journal: Journal) -> None:
-        """Hook into the site; inputs meet the last rule first, and what holds others before all."""
-        for end in self.ends:
-            end.join(journal)
-        if not self.ends:
-            self._join(journal)
-        for fits in self.fits:
-            journal.hook(fits.module, fits.enter, before=True, with_kwargs=True)
-        for module in {self.entry, self.exit}:
-            settle(module._forward_pre_hooks, _is_site, first=True)
-            settle(module._forward_hooks, _is_site, first=False)
-
-    def _join(self, journal: Journal) -> None:
-        replaces = self.replacement is not None
-        hooks = self.entry._forward_pre_hooks
-        earlier = owners_of(hooks, HookedSite)
-        inner = any(
-            action.place in ENTERING for hooked in earlier.values() for action in hooked.actions
-        )
-        self.remembers |= inner and any(action.place == "beside" for action in self.actions)
-        if self.enters or self.remembers or replaces:
-            journal.hook(self.entry, self.enter, before=True, with_kwargs=True)
-            for key in earlier:
-                hooks[key] = hooks.pop(key)
-        if replaces:
-            journal.set(self.entry, "forward", self.instead)
-        if self.leaves or not replaces:
-            journal.hook(self.exit, self.leave, with_kwargs=True)
-        _nest(hooks, first=True)
-        _nest(self.exit._forward_hooks, first=False)
-        if self.stretches:
-            _before_others(self.exit._forward_hooks)
-
     def _is_apart(self, leaving: bool) -> bool:
         """Whether this is compiled code, and goes on with what was left outside of it."""
         if not (self.inserts and torch.compiler.is_compiling() and self.switch.is_on()):
             return False
         return not self.tokens.is_here(self.switch.streams, leaving)
-
-    def encloses(self, other: HookedSite) -> bool:
-        """Whether its tokens are in throughout another site, and beyond it."""
-        (a, b), (c, d) = self.extent, other.extent
-        return self.inserts and a <= c and d <= b and (a, b) != (c, d)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost.
@@ -229,23 +191,6 @@ class HookedSite:
         if action.place == "among":
             streams.know(whole, streams.mine().opened())
         return whole
-
-    def hook_stretch(self, journal: Journal) -> None:
-        """Set tokens aside between the blocks in which they stay."""
-        for k, block in enumerate(self.stretch):
-            before, after = block.module._forward_pre_hooks, block.module._forward_hooks
-            names = declared(type(block.module).forward)
-            new = Between(self.switch.streams, block.path, names, self.switch.is_on)
-            between = next(iter(owners_of(before, Between).values()), new)
-            if between is new:
-                journal.hook(block.module, new.enter, before=True, prepend=True, with_kwargs=True)
-            if k > 0 and not between.inner:
-                journal.set(between, "inner", True)
-            if k < len(self.stretch) - 1 and not owners_of(after, Between):
-                journal.hook(block.module, new.leave, with_kwargs=True)
-            for key in owners_of(after, Between):  # behind all that acts inside of the block
-                after[key] = after.pop(key)
-            _before_others(after)
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
         """Let action i hear what action j of another site gives."""
@@ -418,14 +363,9 @@ def _like(site: Site) -> str:
     return generalise(path)
 
 
-def _stretch(site: Site) -> list[Site]:
+def _blocks(site: Site) -> list[Site]:
     """The blocks of a list from the first that a site begins with to the last that it ends with."""
-    parent = site.entry.parent
-    if parent is None or site.exit.parent is not parent or not site.entry.is_element:
-        return []
-    modules = [child.module for child in parent.children]
-    first, last = modules.index(site.entry.module), modules.index(site.exit.module)
-    return parent.children[first : last + 1] if first < last else []
+    return elements_of(site) if site.is_span and site.entry.is_element else []
 
 
 def _axis(x: Tensor, axis: int, width: int) -> int:
@@ -433,40 +373,6 @@ def _axis(x: Tensor, axis: int, width: int) -> int:
     if width and x.dim() > 1 and x.shape[axis] != width and x.shape[-axis] == width:
         return -axis
     return axis
-
-
-def _nest(hooks: dict[int, Any], first: bool) -> None:
-    """Order sites by what encloses what: if `first`, before what it encloses, else after it."""
-    order = list(owners_of(hooks, HookedSite).items())
-    for i in range(1, len(order)):
-        for k in range(i, 0, -1):
-            (_, a), (_, b) = order[k - 1 : k + 1]
-            if not (b.encloses(a) if first else a.encloses(b)):
-                break
-            order[k - 1 : k + 1] = order[k], order[k - 1]
-    ours, nested = {key for key, _ in order}, iter(order)
-    for key in [next(nested)[0] if key in ours else key for key in hooks]:  # others keep theirs
-        hooks[key] = hooks.pop(key)
-
-
-def _before_others(hooks: Any) -> None:
-    """Take tokens out before hooks of others see them; parts that act on the output stay behind."""
-    ours = [key for key in hooks if _is_ours(hooks[key])]
-    sites = owners_of(hooks, HookedSite).values()
-    if all(action.place not in ("after", "beside") for s in sites for action in s.actions):
-        for key in reversed(ours):
-            hooks.move_to_end(key, last=False)
-    else:
-        for key in ours:
-            hooks.move_to_end(key)
-
-
-def _is_site(owner: Any) -> bool:
-    return isinstance(owner, HookedSite)
-
-
-def _is_ours(hook: Any) -> bool:
-    return type(owner_of(hook)).__module__.startswith(f"{__package__}.")
 
 
 def is_replaced(module: nn.Module) -> bool:

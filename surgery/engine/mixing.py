@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from .._text import first_few
@@ -156,7 +157,9 @@ def _windows(site: Site) -> Iterator[tuple[int, tuple[int, int]]]:
     block = _block(site)
     for each in (block, *block.below()):
         for table in each.module._buffers.values():
-            if table is None or table.is_floating_point() or table.is_meta or table.dim() != 2:
+            if table is None or table.is_meta or table.dim() != 2:
+                continue
+            if table.is_floating_point() or table.dtype is torch.bool:  # a mask (GPT-NeoX)
                 continue
             n = len(table)
             if table.shape == (n, n) and n > 1:

@@ -11,8 +11,9 @@ from ..rules.edits import Trained
 from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
-from ..structure.anatomy import roles_of, told_roles, unprojected
-from ..structure.dataflow import OPERANDS, dataflow_of
+from ..structure.anatomy import roles_by_modules, roles_of, told_roles, unprojected
+from ..structure.attention_states import OPERANDS
+from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
 from .summary import places
@@ -29,7 +30,7 @@ def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None
         yield f"queries, keys or values that no projection makes, or none that is called: {paths}"
     if asked:
         yield "what feeds what was read off a forward on the example"
-        yield from _corrections(matches, tree)
+        yield from corrections(_asked(matches), tree)
         return
     yield from _guesses(matches, tree)
     guessed, told = list[str](), list[Rule]()
@@ -52,12 +53,12 @@ def _asked(matches: Matches) -> list[str]:
     return list(dict.fromkeys(p.name for p in selectors if isinstance(p, Role)))
 
 
-def _corrections(matches: Matches, tree: Tree) -> Iterator[str]:
+def corrections(names: Iterable[str], tree: Tree) -> Iterator[str]:
     """Where a forward finds other places for a role than the modules suggest."""
-    told, of_modules = told_roles(tree), roles_of(Tree(tree.model))
-    for name in _asked(matches):
+    told, of_modules = told_roles(tree), roles_by_modules(tree)
+    for name in names:
         here = [site.path for site in told.get(name, [])]
-        there = [site.path for site in of_modules.get(name, [])] if here or name in told else []
+        there = [site.path for site in of_modules.get(name, [])] if name in told else []
         more, less = ([p for p in a if p not in b] for a, b in ((here, there), (there, here)))
         changes = [f"with {places(more)}"] * bool(more) + [f"without {places(less)}"] * bool(less)
         if changes and name not in OPERANDS:

@@ -10,7 +10,8 @@ from ..rules.rule import Rule
 from ..rules.selector import Address
 from ..rules.walk import selectors_in
 from ..structure.anatomy import instead_of_ffns, roles_of
-from ..structure.dataflow import OPERANDS, dataflow_of
+from ..structure.attention_states import OPERANDS
+from ..structure.dataflow import dataflow_of
 from ..structure.layers import is_torch_attention
 from ..structure.module_tree import Site, Tree
 from ..structure.path import Step, closest, generalise, match, split_span

@@ -22,6 +22,7 @@ from .frozen import Frozen
 from .hooks import HookedSite, routes
 from .journal import Journal, owner_of
 from .passes import Key
+from .registration import register, register_between
 from .start import MissingStart
 from .states import StateGuard
 from .summary import Record
@@ -186,7 +187,7 @@ class Operation(Switch):
     def join(self, site: Site, actions: list[Action], stretch: Stretch | None = None) -> None:
         """Hook `actions` to `site`; `stretch`: what it is in a forward, where nobody calls it."""
         self.hooked_sites.append(HookedSite(self, site, actions, stretch))
-        self.hooked_sites[-1].join(self.journal)
+        register(self.hooked_sites[-1], self.journal)
 
     def watch(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         """Let the hooked sites be seen to run in a forward, and be given what they can take.
@@ -204,7 +205,7 @@ class Operation(Switch):
         if self.start.is_watched:
             self.journal.hook(model, self.start.enter, before=True)
         for hooked in self.hooked_sites:
-            hooked.hook_stretch(self.journal)
+            register_between(hooked, self.journal)
         self.journal.hook(model, self.watcher.enter, before=True, prepend=True, with_kwargs=True)
         self.journal.hook(model, self.watcher.leave)
         self.journal.hook(model, self.watcher.end, always_call=True)

@@ -115,6 +115,7 @@ class Plan:
                 "nothing would be left to train: what no rule unfreezes is frozen anyway.",
                 'Put at("", unfreeze) before rules that freeze.',
             )
+        self._roles = roles_told(self.tree, self.rules)
         self._sketches: BuiltParts | None = None
 
     def _match(self, number: int, rule: Rule) -> dict[Site, dict[str, str]]:
@@ -207,7 +208,7 @@ class Plan:
             data=_data(self.rules),
             notes=notes,
             modules=self._decided_on,
-            roles=roles_told(self.tree, self.rules),
+            roles=self._roles,
         )
 
     def __str__(self) -> str:

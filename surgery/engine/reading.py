@@ -177,8 +177,7 @@ def _check_memory(leaves: list[Any], frame: FrameType | None) -> None:
 
 
 def _function_without_gradient(frame: FrameType) -> str:
-    """The name of an autograd.Function whose forward a frame is, if none of its inputs asks for a
-    gradient; else ""."""
+    """The name of the autograd.Function of a frame, if none of its inputs asks for a gradient."""
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if not isinstance(first, BackwardCFunction) or any(first.needs_input_grad):

@@ -14,11 +14,13 @@ from .._text import first_few
 from ..rules.relations import Nearest
 from ..rules.roles import ROLES, attn, ffn, norm
 from ..structure.anatomy import instead_of_ffns, operands, roles_of, stages
-from ..structure.dataflow import OPERANDS, attach_dataflow
+from ..structure.attention_states import OPERANDS
+from ..structure.dataflow import attach_dataflow
 from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
 from .apply import Routing, operated
 from .conditions import check_example
+from .notes import corrections
 from .operation import Operation, additions_of, check_operable, without_parts
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
@@ -59,6 +61,8 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
         rows += [(role.name, *row) for row in _grouped(roles[role.name], tree, feeds)]
     source = "by a forward" if dataflow.asked else ASK
     notes = [f"what feeds what: {source}"] if feeds else []
+    if example is not None:
+        notes += corrections((role.name for role in ROLES), tree)
     if not roles["ffn"]:
         notes.append(f"no feed-forward network was found: {instead_of_ffns(tree)}")
     columns = ("role", "address", "sites", "features", "axis", "blocks", "stage", "feeds")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from math import prod
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -101,7 +102,11 @@ class Inserted(NamedTuple):
 
 def _is_made_for(numbers: set[int], other: Shape, batch: int, width: int) -> bool:
     """Whether a tensor has a row or a column for each token; features of samples have not."""
-    if len(other) < 2 or (other[0], other[-1]) == (batch, width):
+    if len(other) < 2:
+        return False
+    if prod(other[:-2]) == 1 and other[-2:] == (2 * max(numbers) - 1, width):
+        return True  # relative positions, from the first token to the last and back (Conformer)
+    if (other[0], other[-1]) == (batch, width):
         return False
     return bool(numbers & set(other[-2:]))
 

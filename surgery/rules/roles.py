@@ -3,8 +3,9 @@
 fused is the one projection that makes query, key and value at once, a third each; fc1 and fc2 are
 the layers of a feed-forward network; query, key and value a forward on an example tells apart.
 
-Attention is what projects features inside a block and is no feed-forward network; a block is the
-repeated module that holds them.
+Attention is what projects features inside a block and is no feed-forward network, and where an
+example is given what a forward shows to mix tokens by data; a block is the repeated module that
+holds them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from ..errors import RuleError
 from ..structure.anatomy import roles_of, told_roles
-from ..structure.dataflow import OPERANDS
+from ..structure.attention_states import OPERANDS
 from ..structure.module_tree import Tree
 from .selector import Selected, Selection
 

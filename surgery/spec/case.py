@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import Enum
 from functools import cached_property
 from types import MethodType
@@ -21,10 +22,10 @@ from ..engine.apply import parameters
 from ..engine.hooks import HookedSite
 from ..engine.matching import flatten_rules
 from ..engine.operation import Operation, operations
-from ..engine.planning import Plan
+from ..engine.planning import Plan, plan
 from ..engine.switch import Balance
 from ..engine.tokens import Action
-from ..errors import RuleError
+from ..errors import RuleError, SurgeryError
 from ..rules.rule import Rule, Rules
 from ..rules.selector import Selector
 from ..structure.module_tree import Site
@@ -122,8 +123,11 @@ class Case:
 
     @cached_property
     def needs_example(self) -> bool:
-        """Whether the rules ask what feeds what, which a forward tells."""
-        return self.plan(self.model()).dataflow.asked
+        """Whether a forward tells other places for the rules than modules do."""
+        told, alone = self.plan(self.model()).record["rows"], None
+        with suppress(SurgeryError):
+            alone = plan(self.model(), self.rules).record["rows"]
+        return told != alone
 
     def operated(
         self,

@@ -2,11 +2,11 @@
 
 Feed-forward networks come first. Attention is what else projects features inside a block; a block
 is the repeated module that holds them; before the first one are embeddings, after the last heads.
+Where there is an example a forward corrects all of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import accumulate
 
 from .attention import (
@@ -16,13 +16,14 @@ from .attention import (
     coordinates,
     corrected,
 )
+from .attention_states import OPERANDS
 from .attention_traced import traced_attentions
-from .dataflow import OPERANDS, dataflow_of, shape_in
+from .dataflow import dataflow_of, keeps_tokens, shape_in
 from .ends import Ends
 from .ffn import find_ffns
 from .ffn_merged import find_traced_ffns
 from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_shape
-from .module_tree import Projections, Site, Tree, element, holders, stretch
+from .module_tree import Projections, Site, Tree, element, holders, in_order, stretch
 from .path import generalise
 from .trace import Trace
 
@@ -31,6 +32,16 @@ def roles_of(tree: Tree) -> dict[str, list[Site]]:
     """The sites of every role, in the order of the walk; worked out once for a tree."""
     roles = _anatomy(tree).roles
     return {**roles, **tree.memo["told"]} if "told" in tree.memo else roles
+
+
+def roles_by_modules(tree: Tree) -> dict[str, list[Site]]:
+    """The same as modules alone tell, whatever a forward does."""
+    if dataflow_of(tree) is None:
+        return roles_of(tree)
+    if "by modules" not in tree.memo:
+        tree.memo["by modules"] = roles_of(Tree(tree.model))
+    roles: dict[str, list[Site]] = tree.memo["by modules"]
+    return roles
 
 
 def tell_roles(tree: Tree, roles: dict[str, list[Site]]) -> None:
@@ -44,7 +55,7 @@ def told_roles(tree: Tree) -> dict[str, list[Site]]:
     With an example, and operands too: the query, key and value of attentions.
     """
     if dataflow_of(tree) is not None and "told here" not in tree.memo:
-        of_modules, makes = roles_of(Tree(tree.model)), operands(tree)
+        of_modules, makes = roles_by_modules(tree), operands(tree)
         told = {word: [s for s in makes if makes[s] == {word}] for word in OPERANDS}
         for name, sites in roles_of(tree).items():
             if _described(sites) != _described(of_modules[name]):
@@ -69,7 +80,7 @@ def operands(tree: Tree) -> dict[Site, set[str]]:
 
 def unprojected(tree: Tree) -> list[Site]:
     """What makes queries, keys or values and is no projection that is called."""
-    return _unique(site for a in _anatomy(tree).attentions for site in a.other)
+    return in_order(site for a in _anatomy(tree).attentions for site in a.other)
 
 
 def instead_of_ffns(tree: Tree) -> str:
@@ -117,16 +128,24 @@ class _Anatomy:
         by_forward = self._read_forward(self.trace) if self.trace else []
         self.attending = [s for a in by_forward for s in (*a.qkv, *([a.site] if a.site else []))]
         self.rest = {s for s in self.projections.all if s not in self.ffns.projections}
-        self.blocks = _unique(self._block(ffn) for ffn in self.ffns.sites)
+        self.blocks = in_order(self._block(ffn) for ffn in self.ffns.sites)
         self.attentions = attentions_by_tree(
             self.projections, self.ffns.sites, self.ffns.projections, self.blocks
         )
+        of_tree = {a.site for a in self.attentions}
         if self.trace:
             self.attentions = corrected(self.attentions, by_forward, self.trace, self.projections)
-            self.blocks = _unique([*self.blocks, *self._blocks_without_ffn()])
-        self.attns = _unique(a.site for a in self.attentions if a.site)
+            self.blocks = in_order([*self.blocks, *self._blocks_without_ffn()])
+        self.attns = in_order(a.site for a in self.attentions if a.site)
         self._read_shapes()
+        self._leave_out_pooling(of_tree)
         self.roles = self._roles()
+
+    def _leave_out_pooling(self, of_tree: set[Site | None]) -> None:
+        """No part goes round an attention that gives fewer tokens (timm's CrossViT)."""
+        trace = self.trace
+        if trace is not None:
+            self.attns = [s for s in self.attns if s in of_tree or keeps_tokens(trace, s)]
 
     def _read_forward(self, trace: Trace) -> list[Attention]:
         """The attentions that a forward shows; and no network is what it shows to be none.
@@ -178,16 +197,21 @@ class _Anatomy:
             "fc2": [s for _, fc2 in layers for s in fc2],
             "head": ends.heads(),
             "embed": ends.embeddings(),
-            "qkv": _unique(s for a in self.attentions for s in a.qkv),
-            "proj": _unique(s for a in self.attentions for s in a.proj),
-            "fused": _unique(a.qkv[0] for a in self.attentions if _makes_thirds(a)),
+            **self._projecting(),
+        }
+
+    def _projecting(self) -> dict[str, list[Site]]:
+        """The roles of what projects in attentions."""
+        return {
+            "qkv": in_order(s for a in self.attentions for s in a.qkv),
+            "proj": in_order(s for a in self.attentions for s in a.proj),
+            "fused": in_order(a.qkv[0] for a in self.attentions if _makes_thirds(a)),
         }
 
     def _layers(self, ffn: Site) -> tuple[list[Site], list[Site]]:
         """The linear layers of a feed-forward network: what widens (and gates), what narrows."""
         layers = [s for s in self.projections.below(ffn) if linear_shape(s.module)]
-        narrows = [s for s in layers if s.out == ffn.out != s.width != ffn.width]
-        fc2 = narrows or [s for i, s in enumerate(layers) if i and s.out == ffn.out]
+        fc2 = _narrowing(layers, ffn)
         hidden = {s.width for s in fc2}
         reading = [s for s in layers if s not in fc2 and s.width == ffn.width]
         return [s for s in reading if s.out in hidden or s.out // 2 in hidden], fc2
@@ -253,6 +277,12 @@ class _Anatomy:
         return any(b.order <= site.order < b.exit.end for b in self.blocks)
 
 
+def _narrowing(layers: list[Site], ffn: Site) -> list[Site]:
+    """Those of the layers of a network that narrow; where d is h, all but the first that give d."""
+    narrows = [s for s in layers if s.out == ffn.out != s.width != ffn.width]
+    return narrows or [s for s in layers[1:] if s.out == ffn.out]
+
+
 def _ran(layers: list[Site], feeding: dict[int, set[int]]) -> bool:
     return bool(layers) and id(layers[-1].module) in feeding
 
@@ -271,8 +301,3 @@ def _makes_thirds(attention: Attention) -> bool:
     words = attention.words.get(one)
     whole = words is None or len(words) == len(OPERANDS)
     return whole and one.out == 3 * (attention.proj[0] if attention.proj else one).width
-
-
-def _unique(sites: Iterable[Site]) -> list[Site]:
-    """Sites in the order of the walk, each once."""
-    return sorted(dict.fromkeys(sites), key=lambda s: s.order)

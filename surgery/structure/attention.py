@@ -13,21 +13,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .attention_traced import (
-    KERNELS,
-    RECURRENT,
-    TORCH,
-    Mixing,
-    TracedAttention,
-    torch_attentions,
-)
+from .attention_states import OPERANDS
+from .attention_traced import Mixing, TracedAttention, torch_attentions
 from .layers import NARROWEST, is_conv, is_list, is_torch_attention, linear_shape
-from .module_tree import Projections, Site, span
-from .trace import Op, Trace, names
-
-BY_DATA = KERNELS | RECURRENT | names("cumsum cumprod grid_sample") | {TORCH}
-JOINED = names("stack cat")
-MANY = 5  # pieces that are put together step by step: a recurrence
+from .mixing_ops import may_mix_unread
+from .module_tree import Projections, Site, elements_of, span
+from .trace import Op, Trace
 
 
 class Attention(NamedTuple):
@@ -73,7 +64,7 @@ def _beside(
 
     shared  the sites that have something in common with an FFN
     """
-    todo = [block] if not block.is_span else _between(block)
+    todo = elements_of(block)[::-1] if block.is_span else [block]
     loose: list[Site] = []
     found = False
     while todo:
@@ -83,11 +74,8 @@ def _beside(
             continue
         if site in shared or site is block or is_list(site.module):
             todo += reversed(site.children)
-        elif _is_whole(site, layers):
-            yield site
-            found = True
-        elif len(layers) > 1 or is_torch_attention(layers[0].module):
-            yield _smallest(site, layers)
+        elif attn := _attention_in(site, layers):
+            yield attn
             found = True
         elif site is layers[0] and not is_conv(site.module):
             loose.append(site)
@@ -95,16 +83,17 @@ def _beside(
         yield span(loose[0], loose[-1])
 
 
-def _between(block: Site) -> list[Site]:
-    """The elements of a span of them, last first."""
-    siblings = block.entry.parent.children if block.entry.parent else []
-    return [s for s in siblings if block.order <= s.order < block.exit.end][::-1]
+def _attention_in(site: Site, layers: list[Site]) -> Site | None:
+    """The smallest module in a site that may be an attention of these projections."""
+    if _is_whole(site, layers):
+        return site
+    several = len(layers) > 1 or is_torch_attention(layers[0].module)
+    return _smallest(site, layers) if several else None
 
 
 def _is_whole(site: Site, layers: list[Site]) -> bool:
     """Whether a module's one projection makes all of an attention, d -> 3 d (T2T-ViT)."""
-    one = layers[0]
-    return len(layers) == 1 and site is not one and one.out == 3 * one.width
+    return len(layers) == 1 and site is not layers[0] and layers[0].out == 3 * layers[0].width
 
 
 def _are_attention(loose: list[Site]) -> bool:
@@ -196,6 +185,10 @@ class _Group(NamedTuple):
     proj: dict[Site, None]
 
 
+def _overlap(a: _Group, b: _Group) -> bool:
+    return bool(a.makers.keys() & b.makers.keys() or a.proj.keys() & b.proj.keys())
+
+
 class _Found:
     """Puts what was traced into the tree."""
 
@@ -230,7 +223,7 @@ class _Found:
     def _makers(self, attention: TracedAttention) -> dict[Site, set[str]]:
         """What made what entered; nothing where it is experts, weighed by their router."""
         makers: dict[Site, set[str]] = {}
-        for word in ("query", "key", "value"):
+        for word in OPERANDS:
             for site in map(self.site, (maker.owner for maker in getattr(attention, word))):
                 if site and not attention.scored and _lies_in_any(site, self.ffns):
                     return {}
@@ -250,19 +243,27 @@ class _Found:
         """
         if attention.scored and attention.soft:
             return True
+        if attention.scored and len(set().union(*makers.values())) < len(OPERANDS):
+            return False  # of three, one is no projection (Gemma 3n's AltUp)
         whole = [s for s in calls if all(_lies_in(maker, s) for maker in makers)]
         beside = attention.scored and len({maker.parent for maker in makers}) == 1  # LoFTR's
         if not whole or not (beside or not _holds_any(whole[0], self.ffns)):
             return False
-        inside = attention.op.call is not None and whole[0] is self.site(attention.op.call.module)
-        return attention.scored or (inside and any("value" in words for words in makers.values()))
+        return attention.scored or self._weighs_value(attention, makers, whole[0])
+
+    def _weighs_value(
+        self, attention: TracedAttention, makers: dict[Site, set[str]], site: Site
+    ) -> bool:
+        """Whether what it weighs is projected, and it ran in a module itself."""
+        inside = attention.op.call is not None and site is self.site(attention.op.call.module)
+        return inside and any("value" in words for words in makers.values())
 
     def grouped(self) -> list[_Group]:
         """What several runs, or several products in one module, show of one attention."""
         grouped: list[_Group] = []
         for group in self.groups:
             for other in grouped:
-                if other.calls[:1] == group.calls[:1] and set(other.makers) & set(group.makers):
+                if other.calls[:1] == group.calls[:1] and _overlap(other, group):
                     for site, words in group.makers.items():
                         other.makers.setdefault(site, set()).update(words)
                     other.inner.update(group.inner)
@@ -273,37 +274,55 @@ class _Found:
         return grouped
 
     def attention(self, group: _Group, groups: list[_Group]) -> Attention:
-        others = {s for other in groups if other is not group for s in other.makers}
-        others -= set(group.makers)
-        qkv = [s for s in group.makers if s in self.projects]
+        others = [other for other in groups if other is not group]
         other = [s for s in group.makers if s not in self.projects]
         site = self._place(group, others)
+        made_of = set(group.makers)
         if site is not None and not site.is_span:  # low-rank queries: what they are made of
-            qkv += [s for s in group.inner if s in self.projects and _lies_in(s, site)]
-        qkv = sorted(dict.fromkeys(qkv), key=_first)
-        proj = sorted((s for s in group.proj if s in self.projects), key=_first)
+            made_of.update(s for s in group.inner if _lies_in(s, site))
+        qkv = sorted(self.projects & made_of, key=_first)
+        proj = sorted(self.projects.intersection(group.proj).difference(qkv), key=_first)
         words = {s: group.makers[s] for s in qkv if s in group.makers}
-        return Attention(site, qkv, [s for s in proj if s not in qkv], words, other)
+        return Attention(site, qkv, proj, words, other)
 
-    def _place(self, group: _Group, others: set[Site]) -> Site | None:
+    def _place(self, group: _Group, others: list[_Group]) -> Site | None:
         """The module of its own that holds most of it; else the span of its projections."""
-        makers = list(group.makers)
-        free = [s for s in group.calls if self._is_free(s, others)]
+        free = [s for s in group.calls if self._is_free(s, group, others)]
         if free:
-            holder = max(free, key=lambda s: sum(_lies_in(m, s) for m in makers))
-            outside = [s for s in group.proj if not _lies_in(s, holder)]
-            wider = next((s for s in holder.above() if all(_lies_in(p, s) for p in outside)), None)
-            if outside and wider is not None and self._is_free(wider, others):
-                return wider  # BERT's output stands beside it
-            return holder
-        near = [s for s in makers if group.calls and _lies_in(s, group.calls[0])]
+            holder = max(free, key=lambda s: sum(_lies_in(m, s) for m in group.makers))
+            wider = _with_output(holder, group)
+            return wider if self._is_free(wider, group, others) else holder
+        near = [s for s in group.makers if group.calls and _lies_in(s, group.calls[0])]
         ends = sorted([*near, *group.proj], key=_first)
         projects = bool(ends) and ends[-1] in group.proj and ends[-1] in self.projects
         return span(ends[0], ends[-1]) if projects and len(ends) > 1 else None
 
-    def _is_free(self, site: Site, others: set[Site]) -> bool:
-        """Whether it holds neither a feed-forward network nor what makes another attention."""
-        return not _holds_any(site, self.sure) and not _holds_any(site, others)
+    def _is_free(self, site: Site, group: _Group, others: list[_Group]) -> bool:
+        """Whether it holds neither a feed-forward network nor what makes another attention.
+
+        But for one that lies in a module of its own there (DeepSeek's compressor).
+        """
+        if _holds_any(site, self.sure):
+            return False
+        return not any(
+            _holds_any(site, other.makers.keys() - group.makers.keys())
+            and not _is_nested(other, site, group)
+            for other in others
+        )
+
+
+def _is_nested(other: _Group, site: Site, group: _Group) -> bool:
+    """Whether an attention stands in a module inside a site that has nothing of this one."""
+    inner = other.calls[0] if other.calls else site
+    ours = (*group.makers, *group.proj)
+    return inner is not site and _lies_in(inner, site) and not _holds_any(inner, ours)
+
+
+def _with_output(holder: Site, group: _Group) -> Site:
+    """The module around another that holds the output projections too (BERT's stand beside it)."""
+    outside = [s for s in group.proj if not _lies_in(s, holder)]
+    around = (s for s in holder.above() if all(_lies_in(p, s) for p in outside))
+    return next(around, holder) if outside else holder
 
 
 def _first(site: Site) -> int:
@@ -339,7 +358,7 @@ def corrected(
         site = attention.site
         if site is None or site in seen or seen & set(projections.below(site)):
             continue
-        if id(site.module) not in ran or _mixes_by_data(ran[id(site.module)]):
+        if id(site.module) not in ran or may_mix_unread(ran[id(site.module)]):
             kept.append(attention)
     return sorted([*by_forward, *kept], key=_order)
 
@@ -351,15 +370,3 @@ def _ran(trace: Trace) -> dict[int, list[Op]]:
         for call in op.stack():
             ran[id(call.module)].append(op)
     return ran
-
-
-def _mixes_by_data(ops: list[Op]) -> bool:
-    """Whether these may mix tokens by data in a way that `attention_traced` does not read.
-
-    Step by step (RWKV's loop, scans), where others are sampled (Deformable DETR), in a kernel.
-    """
-    if any(op.name in BY_DATA or (op.name in JOINED and len(op.features) >= MANY) for op in ops):
-        return True
-    if any(op.name == "_opaque" and len(op.features) > 1 for op in ops):
-        return True
-    return sum(op.name == "setitem" for op in ops) >= MANY

@@ -16,30 +16,14 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .attention_states import Bits, Core, Maker, Scores, State
 from .linear_ops import LinearOp, is_depthwise, linear_op
-from .trace import CONV_OPS, MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
+from .mixing_ops import KERNELS, PRODUCTS, RECURRENT, TORCH, contracts, sums_over_last
+from .trace import CONV_OPS, JOINS, MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
 
-PRODUCTS = names("matmul rmatmul bmm mm baddbmm einsum")
-KERNELS = names("scaled_dot_product_attention flex_attention")
-TORCH = "multi_head_attention_forward"
-JOINS = names("cat concat concatenate hstack vstack")
 SUMMED = names("sum mean")
-RECURRENT = names("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell")
 GATES = names("sigmoid hardsigmoid tanh hardtanh")
 DIVIDES = names("div true_divide divide")
-
-Bits = int  # a set of operations: the n-th bit for the n-th that makes features of its own
-
-
-class Maker(NamedTuple):
-    """An operation that makes features of its own, and the module that holds its weights.
-
-    linear  what it multiplies with; None for a convolution over positions, a table, a sum
-    """
-
-    op: Op
-    owner: nn.Module | None
-    linear: LinearOp | None
 
 
 @dataclass(eq=False)
@@ -71,65 +55,6 @@ class TracedAttention:
         return list(dict.fromkeys((*self.query, *self.key, *self.value)))
 
 
-class _Scores(NamedTuple):
-    """What scores are made of, and whether they have been through a softmax.
-
-    over_features  whether the product sums over features, and not over tokens; None: unknown
-    """
-
-    query: Bits
-    key: Bits
-    soft: bool = False
-    over_features: bool | None = None
-
-    def join(self, other: _Scores) -> _Scores:
-        return self._replace(
-            query=self.query | other.query,
-            key=self.key | other.key,
-            soft=self.soft or other.soft,
-        )
-
-
-_NONE = _Scores(0, 0)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is known of a value.
-
-    near, behind  what made it, nearest upstream, and all upstream
-    cores         the attentions whose result it is, not projected yet
-    scores        where it is scores or weights, of what
-    pair          where it is an elementwise product, of what
-    gate          whether it is squeezed between two numbers, to multiply something
-    """
-
-    near: Bits
-    behind: Bits
-    cores: frozenset[int] = frozenset()
-    scores: _Scores | None = None
-    pair: tuple[Bits, Bits] | None = None
-    gate: bool = False
-
-
-_NOTHING = _State(0, 0)
-
-
-class _Core(NamedTuple):
-    """An attention while the trace is read: what entered it, as bits, and the bit of itself."""
-
-    op: Op
-    query: Bits
-    key: Bits
-    value: Bits
-    soft: bool
-    proj: list[LinearOp]
-
-    @property
-    def operands(self) -> Bits:
-        return self.query | self.key | self.value
-
-
 class Mixing(NamedTuple):
     """What a forward shows of attention, and of projections.
 
@@ -155,16 +80,20 @@ def torch_attentions(trace: Trace) -> list[Call]:
     return [op.call for op in trace.ops if op.name == TORCH and op.call is not None]
 
 
+_GIVEN = Op("given", None, (), {})  # what an input of the model comes from
+
+
 class _Reader:
     """Goes through a trace once, from the first operation to the last."""
 
     def __init__(self) -> None:
-        self.states: dict[Value, _State] = {}
+        self.states: dict[Value, State] = {}
         self.makers: list[Maker] = []
         self.inner: dict[Op, Bits] = {}
         self.streams: Bits = 0
-        self.cores: dict[int, _Core] = {}  # by the number of its bit
+        self.cores: dict[int, Core] = {}  # by the number of its bit
         self.absorbed: set[int] = set()  # those that are part of another
+        self.used: set[int] = set()  # those whose result becomes features of something
 
     def read(self, op: Op) -> None:
         outputs = [value for value in op.outputs if value.is_feature]
@@ -174,44 +103,48 @@ class _Reader:
         for value in outputs:
             self.states[value] = state
 
-    def _of(self, value: Value) -> _State:
+    def _of(self, value: Value) -> State:
         """What is known of a value; an input of the model makes features itself."""
         if value not in self.states:
             self.states[value] = self._made(Maker(value.op or _GIVEN, None, None), 0)
         return self.states[value]
 
-    def _made(self, maker: Maker, behind: Bits) -> _State:
+    def _made(self, maker: Maker, behind: Bits) -> State:
         bit = 1 << len(self.makers)
         self.makers.append(maker)
-        return _State(bit, behind | bit)
+        return State(bit, behind | bit)
 
-    def _after(self, op: Op, given: list[_State]) -> _State:
+    def _after(self, op: Op, given: list[State]) -> State:
         behind = reduce(or_, (state.behind for state in given), 0)
-        if linear := linear_op(op):  # of a parameter too, which queries are made of (Perceiver)
-            source = linear.input
-            return self._projected(op, linear, self._of(source) if source.is_feature else _NOTHING)
-        if not given or op.name in RECURRENT or op.name == TORCH:
-            return self._made(Maker(op, None, None), behind)
-        if op.name in CONV_OPS and not is_depthwise(op):
-            owner = _holder_of_weight(op)
-            return self._made(Maker(op, owner, None), behind)
+        linear = linear_op(op)
+        if linear or op.name in RECURRENT | SUMS | CONV_OPS:
+            self.used.update(core for state in given for core in state.cores)
+        if linear:  # of a parameter too, which queries are made of (Perceiver)
+            state = self._of(linear.input) if linear.input.is_feature else State(0, 0)
+            return self._projected(op, linear, state)
+        if (maker := _maker(op, given)) is not None:
+            return self._made(maker, behind)
         if op.name in KERNELS or _is_kernel(op, given):
             query, key, value = (state.near for state in (*given, *given[-1:] * 2)[:3])
             return self._core(op, query, key, value, soft=True, behind=behind)
-        if op.name in PRODUCTS and len(given) > 1 and _contracts(op):
+        return self._joined(op, given) if len(given) > 1 else self._passed_on(op, given)
+
+    def _joined(self, op: Op, given: list[State]) -> State:
+        """What an operation makes of several features."""
+        if op.name in PRODUCTS and contracts(op):
             return reduce(lambda a, b: self._product(op, a, b), given)
-        if len(given) > 1 and op.name in SUMS:
+        if op.name in SUMS:
             return self._sum(op, given)
-        if len(given) > 1 and op.name in SCALES - DIVIDES:
+        if op.name in SCALES - DIVIDES:
             return self._scaled(op, given)
         return self._passed_on(op, given)
 
     # projections -------------------------------------------------------------------------------
 
-    def _projected(self, op: Op, linear: LinearOp, state: _State) -> _State:
+    def _projected(self, op: Op, linear: LinearOp, state: State) -> State:
         """What a projection makes; scores go through one over heads, queries through a table."""
-        if state.scores is not None and linear.width == linear.out:  # talking heads, re-attention
-            return state
+        if state.scores is not None and linear.width in state.scores.heads:
+            return state  # talking heads, re-attention
         if self._is_inside(linear, state):  # relative positions: queries times a raw table
             return state
         for core in state.cores:
@@ -219,7 +152,7 @@ class _Reader:
         self.inner[op] = state.near
         return self._made(Maker(op, linear.owner, linear), state.behind)
 
-    def _is_inside(self, linear: LinearOp, state: _State) -> bool:
+    def _is_inside(self, linear: LinearOp, state: State) -> bool:
         """Whether a module multiplies with a parameter of its own what modules in it have made."""
         makers = [m for m in self._named(state.near) if m.linear is not None]
         if not makers or not linear.owner._modules:
@@ -229,46 +162,55 @@ class _Reader:
 
     # products ----------------------------------------------------------------------------------
 
-    def _product(self, op: Op, a: _State, b: _State) -> _State:
+    def _product(self, op: Op, a: State, b: State) -> State:
         behind = a.behind | b.behind
         for context, other in ((a, b), (b, a)):
             if inner := self._context(context):  # softmax(q) (softmax(k) v): keys mix values first
                 self.absorbed.update(context.cores)
                 return self._core(op, other.near, inner.query, inner.value, True, behind)
         if a.scores and b.scores:  # kernels of one another (Nystromformer)
-            return _State(a.near | b.near, behind, scores=a.scores.join(b.scores))
+            return State(a.near | b.near, behind, scores=a.scores.join(b.scores))
         if not a.scores and not b.scores:
             query, key = self._opened(a), self._opened(b)
-            scores = _Scores(query, key, over_features=_sums_over_last(op))
-            return _State(query | key, behind, scores=scores)
+            heads = frozenset(op.outputs[0].shape[:-2])
+            scores = Scores(query, key, over_features=sums_over_last(op), heads=heads)
+            return State(query | key, behind, scores=scores)
         scored, other = (a, b) if a.scores else (b, a)
-        (query, key, soft, over_features), value = scored.scores or _NONE, self._opened(other)
+        query, key, soft, over_features, _ = scored.scores or Scores(0, 0)
+        value = self._opened(other)
         if soft or over_features or (over_features is None and scored is a):
             return self._core(op, query, key, value, soft, behind)
         return self._core(op, value, query, key, False, behind)  # keys times values, then queries
 
-    def _context(self, state: _State) -> _Core | None:
+    def _context(self, state: State) -> Core | None:
         """The attention that a value is of, where nothing but a softmax of keys made weights."""
         cores = [self.cores[core] for core in state.cores]
         alone = [core for core in cores if not core.key and not core.proj]
         return alone[0] if len(alone) == 1 == len(cores) else None
 
-    def _scaled(self, op: Op, given: list[_State]) -> _State:
+    def _scaled(self, op: Op, given: list[State]) -> State:
         """Features times features: a gate; weights, summed up later; or scores, written out."""
         a, b = given[:2]
         weights, other = (a, b) if a.scores else (b, a)
-        scores = weights.scores
-        if scores and scores.soft and not other.scores and not other.cores:
-            both = 0 if scores.key else self._chased(weights.near)
-            query, key = (both, both) if both else scores[:2]
-            if key and other.near & ~weights.behind:
-                behind, value = a.behind | b.behind, self._opened(other)
-                return self._core(op, query, key, value, True, behind)
+        if (pooled := self._weighed(op, weights, other)) is not None:
+            return pooled
         state = self._passed_on(op, given)
-        if scores and not other.scores and _widens(op, 0 if weights is a else 1):
+        if weights.scores and not other.scores and _widens(op, 0 if weights is a else 1):
             state = replace(state, scores=None)  # they weigh something that is no value (SKNet)
         differ = a.near != b.near and not (a.scores or b.scores)
         return replace(state, pair=(a.near, b.near)) if differ else state
+
+    def _weighed(self, op: Op, weights: State, other: State) -> State | None:
+        """The attention in which weights multiply values number by number; None where none does."""
+        scores = weights.scores
+        if not (scores and scores.soft) or other.scores or other.cores:
+            return None
+        both = 0 if scores.key else self._chased(weights.near)
+        query, key = (both, both) if both else scores[:2]
+        if not key or not other.near & ~weights.behind:
+            return None
+        behind = weights.behind | other.behind
+        return self._core(op, query, key, self._opened(other), True, behind)
 
     def _chased(self, near: Bits) -> Bits:
         """What a network of scores is given, where it is of two things (Point Transformer's)."""
@@ -278,15 +220,13 @@ class _Reader:
             makers = self._named(near)
         return near if sum(maker.linear is not None for maker in makers) > 1 else 0
 
-    def _core(
-        self, op: Op, query: Bits, key: Bits, value: Bits, soft: bool, behind: Bits
-    ) -> _State:
+    def _core(self, op: Op, query: Bits, key: Bits, value: Bits, soft: bool, behind: Bits) -> State:
         state = self._made(Maker(op, None, None), behind)
         number = len(self.makers) - 1
-        self.cores[number] = _Core(op, query, key, value, soft, [])
+        self.cores[number] = Core(op, query, key, value, soft, [])
         return replace(state, cores=frozenset([number]))
 
-    def _opened(self, state: _State) -> Bits:
+    def _opened(self, state: State) -> Bits:
         """What made a value; where an attention did that nothing has projected, what entered it.
 
         (Agent attention, Nystromformer.)
@@ -300,45 +240,54 @@ class _Reader:
 
     # sums --------------------------------------------------------------------------------------
 
-    def _sum(self, op: Op, given: list[_State]) -> _State:
+    def _sum(self, op: Op, given: list[State]) -> State:
         for a in given:
             for b in given:
                 if not a.scores and self._is_residual(a, b):
-                    self.streams |= a.near
+                    self.streams |= a.near & ~self._entered(a)
                     return self._made(Maker(op, None, None), a.behind | b.behind)
         return self._passed_on(op, given)
 
-    def _is_residual(self, a: _State, b: _State) -> bool:
+    def _is_residual(self, a: State, b: State) -> bool:
         """Whether b was made of a, by projections. (A value beside its attention is not one.)"""
         if not a.near & ~b.near or a.near & ~b.behind:
             return False
+        if b.scores and not a.near & self._sources(b.scores):
+            return False  # positions that the block before has added too (T5, Graphormer)
         return not any(a.near & ~self.cores[core].operands == 0 for core in b.cores)
+
+    def _sources(self, scores: Scores) -> Bits:
+        """What scores are made of, and what that was projected from."""
+        made = scores.query | scores.key
+        return reduce(or_, (self.inner.get(m.op, 0) for m in self._named(made)), made)
+
+    def _entered(self, state: State) -> Bits:
+        """What entered the attentions that a value is of. (Queries beside: Set Transformer.)"""
+        within = (self.cores[n].operands for n in self.cores if state.near >> n & 1)
+        return reduce(or_, within, 0)
 
     # what passes on ----------------------------------------------------------------------------
 
-    def _passed_on(self, op: Op, given: list[_State]) -> _State:
+    def _passed_on(self, op: Op, given: list[State]) -> State:
         gated = [state for state in given if not state.gate] or given
         near = reduce(or_, (state.near for state in gated))
         behind = reduce(or_, (state.behind for state in given))
-        cores = frozenset().union(*(state.cores for state in given))
-        if op.name in JOINS and not all(state.cores for state in given):
-            cores = frozenset()  # what is joined with other features has no projection of its own
-        scores = [state.scores for state in given if state.scores]
-        made = None if cores or not scores else reduce(_Scores.join, scores)
-        if op.name == "softmax" or (op.name == "exp" and made):
-            made = replace_soft(made, near)
-        pair = given[0].pair if len(given) == 1 else None
-        gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
-        if op.name in SUMMED and len(given) == 1 and not cores:
+        cores, one = _cores(op, given), len(given) == 1
+        pair = given[0].pair if one else None
+        if op.name in SUMMED and one and not cores:
             # a product written out, (q * k).sum(-1); or what weights have pooled (Enformer)
-            return _State(near, behind, scores=_Scores(*pair) if pair else None)
-        return _State(near, behind, cores, made, pair, gate)
+            heads = frozenset(op.outputs[0].shape[:-2])
+            return State(near, behind, scores=Scores(*pair, heads=heads) if pair else None)
+        made = _scores(op, [] if cores else given, near)
+        gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
+        return State(near, behind, cores, made, pair, gate)
 
     # the end -----------------------------------------------------------------------------------
 
     def attentions(self) -> Iterator[TracedAttention]:
-        whole = (core for number, core in self.cores.items() if number not in self.absorbed)
-        for core in whole:
+        for number, core in self.cores.items():
+            if number in self.absorbed or not (core.soft or number in self.used):
+                continue  # (DeepSeek's indexer chooses tokens, and mixes none)
             query, key, value = map(self._expanded, (core.query, core.key, core.value))
             found = TracedAttention(
                 core.op, core.op.call, query, key, value, core.soft, bool(core.key), core.proj
@@ -368,12 +317,32 @@ class _Reader:
         return found
 
 
-_GIVEN = Op("given", None, (), {})
+def _maker(op: Op, given: list[State]) -> Maker | None:
+    """An operation that makes features of its own, and projects none; None for others."""
+    if not given or op.name in RECURRENT or op.name == TORCH:
+        return Maker(op, None, None)
+    if op.name in CONV_OPS and not is_depthwise(op):
+        return Maker(op, _holder_of_weight(op), None)
+    return None
 
 
-def replace_soft(scores: _Scores | None, near: Bits) -> _Scores:
-    """Scores through a softmax; without a product before, weights that one thing makes (VOLO)."""
-    return scores._replace(soft=True) if scores else _Scores(near, 0, soft=True)
+def _cores(op: Op, given: list[State]) -> frozenset[int]:
+    """The attentions whose result is passed on."""
+    if op.name in JOINS and not all(state.cores for state in given):
+        return frozenset()  # what is joined with other features has no projection of its own
+    return frozenset().union(*(state.cores for state in given))
+
+
+def _scores(op: Op, given: list[State], near: Bits) -> Scores | None:
+    """The scores that are passed on; through a softmax they are weights.
+
+    Without a product before, these are weights that one thing makes (VOLO).
+    """
+    scores = [state.scores for state in given if state.scores]
+    made = reduce(Scores.join, scores) if scores else None
+    if op.name == "softmax" or (op.name == "exp" and made):
+        return made._replace(soft=True) if made else Scores(near, 0, soft=True)
+    return made
 
 
 def _holder_of_weight(op: Op) -> nn.Module | None:
@@ -382,7 +351,7 @@ def _holder_of_weight(op: Op) -> nn.Module | None:
     return weight.owner(op) if weight else None
 
 
-def _is_kernel(op: Op, given: list[_State]) -> bool:
+def _is_kernel(op: Op, given: list[State]) -> bool:
     """Whether a kernel that shows nothing of itself is given three features, made apart."""
     return op.name == "_opaque" and len({state.near for state in given}) > 2
 
@@ -390,23 +359,3 @@ def _is_kernel(op: Op, given: list[_State]) -> bool:
 def _widens(op: Op, place: int) -> bool:
     """Whether a product has more numbers than one of its features has."""
     return prod(op.outputs[0].shape) > prod(op.features[place].shape)
-
-
-def _contracts(op: Op) -> bool:
-    """Whether a product sums over something. (Not an einsum that keeps every letter.)"""
-    left, result = _equation(op)
-    return not left or bool(set("".join(left)) - set(result))
-
-
-def _sums_over_last(op: Op) -> bool | None:
-    """Whether an einsum sums over the last letter of both, where features mostly are."""
-    left, result = _equation(op)
-    return all(term[-1] not in result for term in left) if left else None
-
-
-def _equation(op: Op) -> tuple[list[str], str]:
-    """The letters of both sides of an einsum; nothing of another product."""
-    if op.name != "einsum" or not isinstance(op.args[0], str):
-        return [], ""
-    left, _, result = op.args[0].replace(" ", "").replace(".", "").partition("->")
-    return [term for term in left.split(",") if term], result

@@ -1,6 +1,6 @@
-"""What feeds what, read off a forward: the norm before a place, queries, keys and values.
+"""What feeds what, read off a forward: the norm before a place, and the features that come to it.
 
-The module tree tells neither: it keeps the order in which modules were made.
+The module tree does not tell: it keeps the order in which modules were made.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from math import prod
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from .layers import Shape, is_norm, shape_of
 from .module_tree import Site, Tree
-from .trace import NORM_AXES, SUMS, Op, Trace, Value, is_cheap, upstream
+from .trace import NORM_AXES, SCALES, SUMS, Op, Trace, Value, is_cheap, upstream
 from .trace import trace as run
 
-OPERANDS = ("query", "key", "value")
 Around: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
@@ -93,7 +93,9 @@ def norm_before(trace: Trace, values: list[Value]) -> tuple[str | None, bool]:
 
 def _norm(trace: Trace, values: list[Value], over_sums: bool) -> str | None:
     def through(op: Op) -> bool:
-        return is_cheap(op) and _norm_module(op) is None and (over_sums or not is_sum(op))
+        if _norm_module(op) is not None:
+            return False
+        return _modulates(op) or (is_cheap(op) and (over_sums or not is_sum(op)))
 
     for value in upstream(values, through):
         module = _norm_module(value.op) if value.op else None
@@ -110,6 +112,14 @@ def _norm_module(op: Op) -> nn.Module | None:
     if op.name in NORM_AXES and op.call is not None:
         return op.call.module
     return None
+
+
+def _modulates(op: Op) -> bool:
+    """Whether one of two features, the same for all tokens, scales or shifts the other (adaLN)."""
+    if op.name not in SUMS | SCALES or len(op.features) != 2:
+        return False
+    a, b = (prod(value.shape) for value in op.features)
+    return a != b
 
 
 def is_sum(op: Op) -> bool:
@@ -135,3 +145,13 @@ def shape_in(trace: Trace, site: Site) -> Shape | None:
             if {width, out} <= widths:
                 return Shape(width, out, axis)
     return None
+
+
+def keeps_tokens(trace: Trace, site: Site) -> bool:
+    """Whether as many tokens leave a module as come to it, as far as a forward shows."""
+    calls = trace.calls_of(site.module) if not site.is_span else []
+    ends = [[v.shape for v in v_s if v.floats] for c in calls for v_s in (c.inputs, c.outputs)]
+    if not ends or not all(ends) or not site.shape.width or not site.shape.out:
+        return True
+    (given, *_), (made, *_) = ends[:2]
+    return prod(given) * site.shape.out == prod(made) * site.shape.width

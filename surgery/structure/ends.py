@@ -12,7 +12,7 @@ from torch import nn
 
 from .layers import CONVS, keeps_statistics, linear_shape
 from .linear_ops import linear_op
-from .module_tree import Projections, Site
+from .module_tree import Projections, Site, in_order
 from .trace import Op, Trace
 
 EMBEDS = (*CONVS, nn.Linear, nn.Embedding)
@@ -45,7 +45,7 @@ class Ends:
         heads = [s for s in tops if self.projections.below(s)[-1].out != width] or tops[-1:]
         if not heads:
             return []
-        return _unique([*heads, *self._outermost(self._statistics(heads[0]))])
+        return in_order([*heads, *self._outermost(self._statistics(heads[0]))])
 
     def embeddings(self) -> list[Site]:
         """The outermost modules before the first block that take the input in."""
@@ -56,7 +56,7 @@ class Ends:
         else:
             first = self.blocks[0].order
             early = [s for s in self.tree.sites if s.order < first and isinstance(s.module, EMBEDS)]
-        return _unique(self._outermost(early))
+        return in_order(self._outermost(early))
 
     def _late(self) -> list[Site]:
         """The projections after the last block, in the order in which they run."""
@@ -134,8 +134,3 @@ def _outermost(site: Site, blocks: list[Site]) -> Site:
             break
         top = above
     return top
-
-
-def _unique(sites: Iterable[Site]) -> list[Site]:
-    """Sites in the order of the walk, each once."""
-    return sorted(dict.fromkeys(sites), key=lambda s: s.order)

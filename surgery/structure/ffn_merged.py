@@ -14,11 +14,9 @@ from .experts import expert_layers, is_routed
 from .ffn import FFNs, is_placed, span_of, whole_or_span
 from .ffn_traced import TracedFFN, single_ffns
 from .layers import Shape, expert_stacks, is_list, linear_shape
+from .mixing_ops import mixes
 from .module_tree import Projections, Site, element, holders
-from .trace import Op, Trace, Value, names
-
-PRODUCTS = names("matmul bmm baddbmm einsum")
-KERNELS = names("scaled_dot_product_attention multi_head_attention_forward lstm gru _opaque")
+from .trace import Trace, Value
 
 
 class _Seen(NamedTuple):
@@ -57,14 +55,20 @@ class _Merge:
         met = [(ran, self._met(ran)) for ran in self.seen]
         wrong = {s for ran, sites in met for s in sites if not self._is_within(ran, s)}
         kept = [s for s in self.told.sites if s not in wrong]
-        apart = [(ran, bool(sites)) for ran, sites in met if wrong.issuperset(sites)]
-        placed = [ran for ran, better in apart if better or self._is_placed(ran, kept)]
-        added = placed if kept or placed else [ran for ran, _ in apart]
+        added = self._added([(ran, sites) for ran, sites in met if wrong.issuperset(sites)], kept)
         gone = {layer for layer, s in self.owners.items() if s in wrong}
         taken = (self.told.projections - gone).union(*(ran.layers for ran in added))
         sites = sorted(self._with_experts(kept, added, taken), key=lambda s: s.order)
-        seen = frozenset(s for s in sites if any(self._is_within(ran, s) for ran in self.seen))
+        seen = frozenset(filter(self._has_run, sites))
         return self.told._replace(sites=sites, projections=taken, seen=seen)
+
+    def _added(self, apart: list[tuple[_Seen, set[Site]]], kept: list[Site]) -> list[_Seen]:
+        """What is a network besides those that are kept: instead of some, or placed as one."""
+        placed = [ran for ran, wrong in apart if wrong or self._is_placed(ran, kept)]
+        return placed if kept or placed else [ran for ran, _ in apart]
+
+    def _has_run(self, site: Site) -> bool:
+        return any(self._is_within(ran, site) for ran in self.seen)
 
     # what ran, as sites
 
@@ -135,7 +139,7 @@ class _Merge:
     @cached_property
     def mixing(self) -> list[int]:
         """Where tokens are mixed by data, as numbers of the walk."""
-        modules = {id(op.call.module) for op in self.trace.ops if op.call and _mixes(op)}
+        modules = {id(op.call.module) for op in self.trace.ops if op.call and mixes(op)}
         return [s.order for s in self.projections.tree.sites if id(s.module) in modules]
 
     # experts
@@ -148,7 +152,7 @@ class _Merge:
         taken.update(layer for twin in twins for layer in self.projections.below(twin))
         layers = expert_layers(experts, self.projections, taken)
         others = [s for s in (*kept, *(ran.site for ran in added)) if s not in experts]
-        return layers + [s for s in others if not any(_lies_in(s, layer) for layer in layers)]
+        return layers + _outside(others, layers)
 
     def _is_expert(self, ran: _Seen) -> bool:
         """Whether others like it read the same, or never ran; or it holds stacks of matrices."""
@@ -177,6 +181,10 @@ def _lies_in(site: Site, other: Site) -> bool:
     return other.order <= site.order and site.end <= other.end
 
 
+def _outside(sites: list[Site], layers: list[Site]) -> list[Site]:
+    return [s for s in sites if not any(_lies_in(s, layer) for layer in layers)]
+
+
 def _has_stacks(site: Site) -> bool:
     return not site.is_span and any(expert_stacks(s.module) for s in (site, *site.below()))
 
@@ -187,8 +195,3 @@ def _block_and_list(holder: Site) -> list[Site]:
         return []
     alike = [s for s in holder.parent.children if type(s.module) is type(holder.module)]
     return [holder, holder.parent] if len(alike) > 1 else [holder]
-
-
-def _mixes(op: Op) -> bool:
-    """Whether it makes features of one token of those of others, by data."""
-    return op.name in KERNELS or (op.name in PRODUCTS and len(op.features) > 1)

@@ -11,7 +11,7 @@ from .dataflow import is_sum, norm_before
 from .ffn_widths import widens
 from .layers import NARROWEST
 from .linear_ops import LinearOp, is_depthwise, linear_op
-from .trace import CONV_OPS, MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, names
+from .trace import CONV_OPS, JOINS, MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, names
 
 FARTHEST = 200  # operations between the two ends of one network
 
@@ -28,7 +28,6 @@ MIXES = CONV_OPS | names(  # what moves features from one position to another, o
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d interpolate grid_sample fold "
     "unfold deform_conv2d dot outer tensordot cdist"
 )
-JOINS = names("cat concat concatenate hstack")
 CARRIES = MOVES - JOINS
 
 

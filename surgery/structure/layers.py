@@ -33,7 +33,7 @@ def linear_shape(module: nn.Module) -> Shape | None:
         per_position = set(module.kernel_size) == {1} and set(module.stride) == {1}
         mixes = 0 < 2 * module.groups < module.in_channels  # some, though in groups (SqueezeBERT)
         return Shape(module.in_channels, module.out_channels, 1) if per_position and mixes else None
-    weight = module._parameters.get("weight")
+    weight = dict(module._parameters.items()).get("weight")
     if weight is None or weight.dim() != 2 or children(module):
         return None
     if isinstance(vars(module).get("nf"), int):  # GPT-2's Conv1D
@@ -52,7 +52,7 @@ def held_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Its own parameters by name, those too of which its parametrizations make its weights."""
     if isinstance(module, ParametrizationList):
         return  # what it makes is a weight of the module that holds it
-    made = module._modules.get("parametrizations")
+    made = dict(module._modules.items()).get("parametrizations")
     lists = made.children() if made is not None and is_parametrized(module) else ()
     for each in (module, *lists):
         yield from ((name, p) for name, p in each._parameters.items() if p is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -159,6 +159,15 @@ def stretch(first: Site, last: Site) -> Site:
     return site
 
 
+def elements_of(site: Site) -> list[Site]:
+    """The children of one module from that which a span begins with to that which it ends with."""
+    parent = site.entry.parent
+    if parent is None or site.exit.parent is not parent:
+        return []
+    first, last = parent.children.index(site.entry), parent.children.index(site.exit)
+    return parent.children[first : last + 1]
+
+
 def element(site: Site) -> Site | None:
     """The nearest element of a container that holds a site."""
     return next((s for s in holders(site) if s.is_element), None)
@@ -170,6 +179,11 @@ def holders(site: Site) -> list[Site]:
         return list(site.above())
     above = set(site.exit.above())
     return [s for s in site.entry.above() if s in above]
+
+
+def in_order(sites: Iterable[Site]) -> list[Site]:
+    """Sites in the order of the walk, each once."""
+    return sorted(dict.fromkeys(sites), key=lambda s: s.order)
 
 
 def _first_shape(site: Site, leave_out: Collection[Site], backwards: bool = False) -> Shape | None:

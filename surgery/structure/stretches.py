@@ -15,7 +15,7 @@ from torch import nn
 
 from .dataflow import is_sum
 from .layers import forward_of
-from .module_tree import Site
+from .module_tree import Site, elements_of
 from .trace import MOVES, NORM_AXES, SCALES, SUMS, Call, Op, Trace, Value, is_cheap, names
 
 FAR = 8  # operations from the output of a module to a value that they make, at most
@@ -88,21 +88,22 @@ _BETWEEN = MOVES | SUMS | SCALES  # what takes tensors that may be made for a nu
 class _Run:
     """One run of the modules of a site in a forward: the outermost calls of what lies in it.
 
-    owners  the calls that go on around all of them; None: nobody calls the first
+    owners  the calls that go on around all of them
     """
 
     def __init__(self, trace: Trace, site: Site) -> None:
         self.trace = trace
-        modules = {id(m) for end in _between(site) for m in end.module.modules()}
+        made_of = elements_of(site) or [site.entry, site.exit]
+        modules = {id(module) for each in made_of for module in each.module.modules()}
         calls = [c for c in trace.calls if id(c.module) in modules]
         within = set(calls)
         self.members = [c for c in calls if within.isdisjoint(_around(c))]
-        self._check(site)
+        self._check()
         self.inside = set(self.members)
         around = (set(_around(member)) for member in self.members)
         self.owners = set.intersection(*around)
 
-    def _check(self, site: Site) -> None:
+    def _check(self) -> None:
         if not self.members:
             raise LookupError("nothing in it runs with this example")
         times = min(len(self.trace.calls_of(c.module)) for c in self.members)
@@ -182,15 +183,6 @@ class _Run:
             if leads and op.name in _BETWEEN and not self.is_inside(op):
                 given += op.inputs
         return list(dict.fromkeys(v.shape for v in given if v not in self._within))
-
-
-def _between(site: Site) -> list[Site]:
-    """What a site is made of: itself, or all elements of a list from its first to its last."""
-    parent = site.entry.parent
-    if parent is None or site.exit.parent is not parent:
-        return [site.entry, site.exit]
-    first, last = parent.children.index(site.entry), parent.children.index(site.exit)
-    return parent.children[first : last + 1]
 
 
 def _around(call: Call) -> Iterator[Call]:

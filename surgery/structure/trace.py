@@ -125,6 +125,7 @@ MOVES = names(  # what leaves features as they are, or puts them elsewhere, or w
     "feature_dropout alpha_dropout feature_alpha_dropout identity pixel_shuffle pixel_unshuffle "
     "repeat_interleave broadcast_to column_stack vsplit hsplit dsplit as_subclass _join"
 )
+JOINS = names("cat concat concatenate hstack vstack")
 SUMS = names("add sub rsub subtract addcmul")
 SCALES = names("mul multiply div true_divide divide rmul rdiv")
 CONV_OPS = names("conv1d conv2d conv3d")

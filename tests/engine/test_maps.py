@@ -113,6 +113,15 @@ def test_windows_are_as_their_table_says(window: tuple[int, int]) -> None:
     assert {each.grid for each in told(model, images(64, 64))} == {window}
 
 
+def test_a_mask_is_no_table_of_a_window() -> None:
+    """GPT-NeoX keeps a triangle of booleans in its attention."""
+    model = vit()
+    for block in model.blocks:
+        block.register_buffer("mask", torch.ones(16, 16, dtype=torch.bool).tril())
+    surgery.apply(model, "convpass")
+    model(images(24, 32))
+
+
 def test_pyramids_are_followed() -> None:
     config = hf.SwinConfig(
         image_size=(32, 64), patch_size=4, embed_dim=24, depths=[1, 1], num_heads=[2, 2],

@@ -460,6 +460,13 @@ def test_positions_of_the_patches_alone_refuse_them_too() -> None:
     assert model(torch.randn(2, 5, 8), torch.randn(7, 9)).shape == (2, 5, 8)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_relative_positions_from_end_to_end_refuse_them_too(batch: int) -> None:
+    model = surgery.apply(Root2(Rotated()), at("one", prompt(tokens=2)))
+    with pytest.raises(GraftError, match=r"a tensor \(1, 9, 8\) that is made for 5 tokens"):
+        model(torch.randn(batch, 5, 8), torch.randn(1, 9, 8))
+
+
 class Rotated(nn.Module):
     def __init__(self) -> None:
         super().__init__()

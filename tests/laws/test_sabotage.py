@@ -66,8 +66,8 @@ def conflicts_are_ignored(patch: Patch) -> None:
 
 
 def edits_act_in_reverse(patch: Patch) -> None:
-    def join(real: Any, self: Operation, site: Any, steps: list[Any]) -> None:
-        real(self, site, steps[::-1])
+    def join(real: Any, self: Operation, site: Any, steps: list[Any], *more: Any) -> None:
+        real(self, site, steps[::-1], *more)
 
     wrapped(patch, Operation, "join", join)
 
@@ -162,8 +162,8 @@ def numpys_random_numbers_are_not_restored(patch: Patch) -> None:
 
 
 def parts_live_at_their_sites(patch: Patch) -> None:
-    def join(real: Any, self: Operation, site: Any, steps: list[Any]) -> None:
-        real(self, site, steps)
+    def join(real: Any, self: Operation, site: Any, steps: list[Any], *more: Any) -> None:
+        real(self, site, steps, *more)
         for i, step in enumerate(steps):
             site.exit.module._modules[f"surgery_{i}"] = step.part
 
@@ -171,8 +171,8 @@ def parts_live_at_their_sites(patch: Patch) -> None:
 
 
 def the_base_is_wrapped(patch: Patch) -> None:
-    def join(real: Any, self: Operation, site: Any, steps: list[Any]) -> None:
-        real(self, site, steps)
+    def join(real: Any, self: Operation, site: Any, steps: list[Any], *more: Any) -> None:
+        real(self, site, steps, *more)
         parent = site.parent and site.parent.module
         if parent is not None:
             parent._modules[site.steps[-1].name] = nn.Sequential(site.module)
@@ -211,7 +211,7 @@ def parts_start_at_random(patch: Patch) -> None:
 
 def parts_do_nothing(patch: Patch) -> None:
     def act(real: Any, self: HookedSite, i: int, step: Any, x: Any, base: Any) -> Any:
-        return base + 0.0 * real(self, i, step, x, base)  # a gradient comes to them
+        return base + 1e-30 * real(self, i, step, x, base)  # a gradient comes to them
 
     wrapped(patch, HookedSite, "_act", act)
 

@@ -284,8 +284,8 @@ def shared_parts_count_each_time(patch: Patch) -> None:
 
 
 def a_shared_part_is_copied(patch: Patch) -> None:
-    def join(real: Any, self: Operation, site: Any, steps: list[Any]) -> None:
-        real(self, site, [s._replace(part=copy.deepcopy(s.part)) for s in steps])
+    def join(real: Any, self: Operation, site: Any, steps: list[Any], *more: Any) -> None:
+        real(self, site, [s._replace(part=copy.deepcopy(s.part)) for s in steps], *more)
 
     wrapped(patch, Operation, "join", join)
 

@@ -491,3 +491,122 @@ def test_weights_may_be_vectors_that_a_network_makes() -> None:
     assert roles["attn"] == ["1.attention", "2.attention"]
     assert {path.rpartition(".")[2] for path in roles["qkv"]} == {"q", "k", "v"}
     assert words["1.attention.v"] == {"value"}
+
+
+class Indexer(nn.Module):
+    """DeepSeek: scores choose which tokens an attention reads, and mix none themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.weigh = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.relu(heads(self.a(x)) @ heads(self.b(x)).transpose(-1, -2))
+        weighed = self.weigh(x)[..., None, :] @ scores.transpose(1, 2)
+        return weighed.squeeze(-2).topk(3, -1).indices
+
+
+class Chosen(Apart):
+    def __init__(self) -> None:
+        super().__init__(softmax)
+        self.indexer = Indexer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        mask = torch.zeros(len(x), 1, 6, 6).scatter(-1, self.indexer(x)[:, None], 1.0)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(mask == 0, -math.inf)
+        return self.out(joined(scores.softmax(-1) @ v))
+
+
+def test_what_chooses_tokens_is_no_attention() -> None:
+    roles, _ = found(model(Chosen))
+    assert roles["attn"] == ["1.attention", "2.attention"]
+    assert set(roles["qkv"]) == {f"{i}.attention.{n}" for i in (1, 2) for n in "qkv"}
+
+
+class Pooled(nn.Module):
+    """Enformer: a softmax pools what comes, and attention follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh, self.inner = nn.Linear(D, D, bias=False), Apart(softmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = rearrange(x, "b (n p) d -> b n p d", p=2)
+        pooled = (pairs * self.weigh(pairs).softmax(-2)).sum(-2)
+        return self.inner(pooled).repeat_interleave(2, 1)
+
+
+def test_what_a_softmax_has_pooled_is_no_weight_of_what_follows() -> None:
+    roles, _ = found(model(Pooled))
+    assert roles["attn"] == ["1.attention.inner", "2.attention.inner"]
+    assert {path.rpartition(".")[2] for path in roles["qkv"]} == {"q", "k", "v"}
+
+
+class Mixed(nn.Module):
+    """Gemma 3n's AltUp: streams of features are mixed by numbers that they make themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.inner = nn.Linear(D, 9), Apart(softmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = torch.stack([x, 2 * x, 3 * x], -1)
+        streams = streams @ self.numbers(x).unflatten(-1, (3, 3)) + streams
+        return (
+            self.inner(streams[..., 0]) + (streams @ self.numbers(x).unflatten(-1, (3, 3)))[..., 1]
+        )
+
+
+def test_mixing_streams_is_no_attention() -> None:
+    roles, _ = found(model(Mixed))
+    assert roles["attn"] == ["1.attention.inner", "2.attention.inner"]
+    assert {path.rpartition(".")[2] for path in roles["qkv"]} == {"q", "k", "v"}
+
+
+class Biased(nn.Module):
+    """T5, Graphormer: every block adds the same positions, or pairs, to its scores."""
+
+    def __init__(self, table: bool) -> None:
+        super().__init__()
+        self.embed, self.near = nn.Linear(8, D), nn.Embedding(11, HEADS) if table else None
+        self.pair = (
+            None if table else nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, HEADS))
+        )
+        self.blocks = nn.ModuleList(Block(Apart(softmax)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.near is not None:
+            i = torch.arange(x.shape[1])
+            bias = rearrange(self.near(i - i[:, None] + 5), "i j h -> h i j")
+        else:
+            assert self.pair is not None
+            bias = rearrange(self.pair(x[:, :, None] - x[:, None]), "b i j h -> b h i j")
+        x = self.embed(x)
+        for block in self.blocks:
+            y, a = block.norm1(x), block.attention
+            scores = heads(a.q(y)) @ heads(a.k(y)).transpose(-1, -2) + bias
+            x = x + a.out(joined(scores.softmax(-1) @ heads(a.v(y))))
+            x = x + block.ffn(block.norm2(x))
+        return x
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_scores_keep_what_they_are_made_of_with_one_bias_for_all_blocks(table: bool) -> None:
+    roles, words = found(Biased(table).eval())
+    assert set(roles["qkv"]) == {f"blocks.{i}.attention.{n}" for i in range(3) for n in "qkv"}
+    assert words["blocks.2.attention.q"] == {"query"}
+
+
+def test_queries_beside_what_they_gather_are_queries() -> None:
+    """Set Transformer: the residual sum is of queries, projected, and not of what comes in."""
+
+    class Gathers(Apart):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+            x = joined(q + softmax(q, k, v))
+            return x + torch.relu(self.out(x))
+
+    roles, words = found(model(lambda: Gathers(softmax)))
+    assert set(roles["qkv"]) == {f"{i}.attention.{n}" for i in (1, 2) for n in "qkv"}
+    assert words["1.attention.q"] == {"query"}

@@ -541,3 +541,31 @@ def test_a_forward_adds_what_structure_does_not_show():
 
     assert paths(Blocks(Both()), ffn) == ["b.mlp"]
     assert paths(Blocks(Both()), ffn, TOKENS) == ["a.(one to two)", "b.mlp"]
+
+
+class Modulated(nn.Module):
+    """SD3: two streams, the norms of both registered first; conditions shift and scale each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_a, self.norm_b = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.mlp_a, self.mlp_b, self.ada = Mlp(), Mlp(), nn.Linear(D, 4 * D)
+
+    def forward(self, a: Tensor, b: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        c, d, e, f = self.ada(condition)[:, None].chunk(4, -1)
+        a = a + self.mlp_a(self.norm_a(a) * (1 + c) + d)
+        return a, b + self.mlp_b(self.norm_b(b) * (1 + e) + f)
+
+
+class TwoStreams(Blocks):
+    def forward(self, a: Tensor, b: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            a, b = block(a, b, condition)
+        return torch.cat([a, b], 1)
+
+
+def test_what_is_scaled_and_shifted_by_conditions_is_still_of_its_norm() -> None:
+    model = TwoStreams(Modulated(), Modulated())
+    example = (TOKENS, torch.randn(2, 3, D), torch.randn(2, D))
+    fed = paths(model, nearest(norm, before=ffn), example)
+    assert fed == ["norm_a", "norm_b", "blocks.1.norm_a", "blocks.1.norm_b"]

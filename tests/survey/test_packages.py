@@ -261,6 +261,11 @@ def test_a_rule_set_that_runs_is_seen_to(monkeypatch):
 
     assert judge.tried(build, "adapterx_ffn", RIGHT) == "runs"
     assert judge.tried(build, "lora", RIGHT).startswith("refused: at(qkv, ...)")
+    assert judge.tried(build, "vpt_deep", RIGHT) == "runs"
+    one = nn.Sequential(Layer())
+    came = judge.tried(lambda: (one, torch.randn(2, 5, 16)), "adapterx", RIGHT)
+    assert came == "runs, without prompts"
+    assert not judge._same([torch.ones(3)], [torch.ones(3) + 1e-5])
     monkeypatch.setattr(judge, "_move", lambda net: net.surgery.requires_grad_(False))
     assert "gradient" in judge.tried(build, "adapterx_ffn", RIGHT)
 
@@ -309,6 +314,9 @@ def test_lora_in_a_wrong_place_is_seen():
         ("lora", "wrong places: a", {"qkv": "a"}, "wrong"),
         ("vpt_deep", "RuntimeError: sizes", {"prompts": "no; b"}, "wrong"),
         ("vpt_deep", "runs", {"prompts": "no; b"}, "accepted though it cannot be right"),
+        ("adapterx", "runs, without prompts", {"prompts": "no; b"}, "runs"),
+        ("ssf", "refused: x never ran in", {}, "rightly refused"),
+        ("arc", "refused: x never ran in", {"qkv": "a", "ffn": "b"}, "refused though plain"),
         ("vpt_deep", "refused: b", {"prompts": "some; b"}, "rightly refused"),
         ("adapterx", "refused: b", {"prompts": "yes", "ffn": "a"}, "refused though plain"),
         ("adapterx", "refused: b", {"prompts": "yes", "ffn": "-"}, "rightly refused"),

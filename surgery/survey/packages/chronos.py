@@ -15,7 +15,7 @@ def bolt() -> Built:
     qkv: {encoder,decoder}.block.*.layer.*.{SelfAttention,EncDecAttention}.{q,k,v}
     proj: {encoder,decoder}.block.*.layer.*.{SelfAttention,EncDecAttention}.o
     head: output_patch_embedding
-    prompts: no; biases of distance that the first layer makes for all, a mask of patches
+    prompts: some; the first layer makes biases of distance for all, so that all need as many
     idle: decoder.block.*.layer.0.SelfAttention.{q,k}; it has one token
     """
     from chronos.chronos_bolt import ChronosBoltModelForForecasting

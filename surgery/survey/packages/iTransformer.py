@@ -15,7 +15,7 @@ def inverted() -> Built:
     qkv: layers.*.0.branch.to_qkv.0
     proj: layers.*.0.branch.to_out.1
     head: pred_heads.*
-    prompts: yes; layers.* is a list, its elements are called
+    prompts: some; values of the first layer are mixed into those of the others
     """
     from iTransformer import iTransformer
 

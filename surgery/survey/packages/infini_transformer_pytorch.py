@@ -15,7 +15,7 @@ def decoder() -> Built:
     qkv: layers.*.0.to_qkv
     proj: layers.*.0.to_out
     head: to_logits
-    prompts: no; keys and values of all tokens are handed out
+    prompts: some; keys and values of all tokens are handed out
     """
     from infini_transformer_pytorch import InfiniTransformer
 

@@ -15,7 +15,7 @@ def language_model() -> Built:
     qkv: layers.*.0.branch.to_qkv
     proj: layers.*.0.branch.to_out
     head: to_logits
-    prompts: no; windows, a causal mask
+    prompts: some; windows, which would lie otherwise; a causal mask
     """
     from local_attention import LocalTransformer
 

@@ -15,7 +15,7 @@ def decoder() -> Built:
     qkv: layers.*.0.single_headed_attn.{to_qk,to_v}.0
     proj: -
     head: to_logits
-    prompts: no; a moving average over tokens
+    prompts: some; a moving average over tokens would take them in
     """
     from mega_pytorch import Mega
 

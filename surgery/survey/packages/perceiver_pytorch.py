@@ -35,7 +35,7 @@ def perceiver_io() -> Built:
     proj: cross_attend_block.cross_attn.fn.to_out layers.*.self_attns.*.0.fn.to_out
         decoder_cross_attn.fn.to_out
     head: to_logits
-    prompts: yes; among the latents: cross_attend_block and layers.* are called
+    prompts: some; among the latents of layers.*; in cross_attend_block none hears another
     """
     from perceiver_pytorch import PerceiverIO
 
@@ -56,7 +56,7 @@ def perceiver_lm() -> Built:
     proj: perceiver_io.cross_attend_block.cross_attn.fn.to_out
         perceiver_io.layers.*.self_attns.*.0.fn.to_out perceiver_io.decoder_cross_attn.fn.to_out
     head: perceiver_io.to_logits
-    prompts: yes; among the latents: cross_attend_block and layers.* are called
+    prompts: some; among the latents of layers.*; in cross_attend_block none hears another
     """
     from perceiver_pytorch.perceiver_io import PerceiverLM
 

@@ -69,7 +69,7 @@ def wavlm() -> Built:
     qkv: encoder.transformer.layers.*.attention.attention?
     proj: encoder.transformer.layers.*.attention.attention.out_proj?
     head: aux
-    prompts: no; a bias for every pair of tokens, made by the first layer
+    prompts: some; the first layer makes biases of distance for all, so that all need as many
     """
     from torchaudio.models import wavlm_model
 
