@@ -6,12 +6,9 @@ it carries a note of what is to be done with the value, until the last of them h
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import dis
 import sys
 from collections.abc import Callable
-=======
->>>>>>> main
 from typing import Any, NamedTuple, Protocol
 
 import torch
