@@ -243,9 +243,15 @@ class Journal:
         parameter.requires_grad_(flag)
 
     def write(self, module: nn.Module, name: str, value: Tensor, lent: bool = False) -> None:
-        """Another value of a parameter or buffer; `lent`: for a while."""
+        """Another value of a parameter or buffer; `lent`: for a while.
+
+        Another buffer, where a forward has made one of another shape (tables of rotary positions).
+        """
         self.keep_value(module, name, lent)
-        if (tensor := tensor_of(module, name)) is not None:
+        tensor = tensor_of(module, name)
+        if name in module._buffers and tensor is not None and tensor.shape != value.shape:
+            module._buffers[name] = value.to(tensor, copy=True)
+        elif tensor is not None:
             with torch.no_grad():
                 tensor.copy_(value)
 

@@ -167,6 +167,32 @@ def test_a_fault_at_any_line_of_unmerge_leaves_one_of_two_models() -> None:
         laws.assert_same(want, surgery.fingerprint(model), f"a fault at {wire.where}")
 
 
+def test_a_table_that_a_forward_makes_as_long_as_the_tokens_that_come() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.ones(3, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(self.rows) != x.shape[1]:
+                self.rows = torch.ones(x.shape[1], 1)
+            return x * self.rows
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Table(), nn.Linear(4, 4)).eval()
+    x = torch.randn(2, 3, 4)
+    y = model(x)
+    surgery.apply(model, at("0", append(lambda site: nn.Linear(4, 4))))
+    model(torch.randn(2, 5, 4))
+    table = model[1].rows
+    with surgery.disabled(model):
+        assert torch.equal(model(x), y)
+    assert model[1].rows is table
+    surgery.revert(model)
+    assert len(model[1].rows) == 3
+    assert torch.equal(model(x), y)
+
+
 # inside disabled -------------------------------------------------------------------------------
 
 
