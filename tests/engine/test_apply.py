@@ -125,7 +125,7 @@ def test_a_fault_at_any_line_of_disabled_leaves_the_operated_model(which: str) -
     stir(model)
     before = surgery.fingerprint(model)
     lines = events(lambda: entered(model))
-    for i, event in enumerate(laws.first_and_last(lines)):
+    for i, event in enumerate(laws.runs(lines)):
         wire = Tripwire(event, KeyboardInterrupt if i % 2 else laws.Fault)
         wire.run(lambda: entered(model))
         laws.assert_same(before, surgery.fingerprint(model), f"a fault at {wire.where}")
@@ -137,7 +137,7 @@ def test_a_fault_at_any_line_of_revert_leaves_the_operated_model_or_the_base(whi
     model = make()
     base = surgery.fingerprint(model)
     surgery.apply(model, rules)
-    chosen = laws.first_and_last(events(lambda: surgery.revert(model)))
+    chosen = laws.runs(events(lambda: surgery.revert(model)))
     for i, event in enumerate(chosen):
         surgery.apply(model, rules)
         stir(model)
@@ -158,7 +158,7 @@ def test_a_fault_at_any_line_of_unmerge_leaves_one_of_two_models() -> None:
     surgery.merge(model)
     merged = surgery.fingerprint(model)
     lines = events(lambda: surgery.unmerge(model))
-    for event in laws.first_and_last(lines):
+    for event in laws.runs(lines):
         if not model.surgery.default.merged:
             surgery.merge(model)
         wire = Tripwire(event)

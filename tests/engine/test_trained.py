@@ -350,4 +350,4 @@ def test_a_fault_at_any_line_of_load_leaves_the_model(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         surgery.revert(model)  # it was all there when the rules were applied
-        laws.faults(model, load, laws.first_and_last(lines))
+        laws.faults(model, load, laws.runs(lines))

@@ -287,22 +287,23 @@ def faults(model: nn.Module, call: Callable[[], object], chosen: list[int]) -> N
         assert eval_frame._stance == eval_frame.DynamoStance(), f"{when} leaves torch.compile off"
 
 
-def first_and_last(lines: list[Line]) -> list[int]:
-    """The numbers (from 1) of the first and the last run of every line."""
-    first, last = {line: i for i, line in reversed(list(enumerate(lines, 1)))}, {}
-    last = {line: i for i, line in enumerate(lines, 1)}
-    return sorted({*first.values(), *last.values()})
+def runs(lines: list[Line], first: int = 1) -> list[int]:
+    """The numbers (from 1) of the first few runs of every line, and of its last."""
+    by_line: dict[Line, list[int]] = {}
+    for number, line in enumerate(lines, 1):
+        by_line.setdefault(line, []).append(number)
+    return sorted({n for all_of in by_line.values() for n in (*all_of[:first], all_of[-1])})
 
 
 def apply_is_all_or_nothing(
     build: Callable[[], nn.Module] = Toy,
     rules: Any = None,
-    every: bool = False,
+    first: int = 1,
     proof: bool = False,
 ) -> None:
     """Law 4: a fault at any line of apply leaves the model, and all random numbers, as they were.
 
-    every  at each line each time that it runs, not only the first and the last time
+    first  at each line, the first how many times that it runs; and always the last
     proof  with an example, by which apply proves what it did
     """
     model, again = build(), build()
@@ -315,8 +316,7 @@ def apply_is_all_or_nothing(
     operate(build())  # fills caches, so that all runs are the same
     lines = events(lambda: operate(again))
     assert len(set(lines)) > 200
-    chosen = list(range(1, len(lines) + 1)) if every else first_and_last(lines)
-    faults(model, operate, chosen)
+    faults(model, operate, runs(lines, first))
 
 
 def failed_apply_keeps_gradients() -> None:

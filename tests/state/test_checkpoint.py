@@ -284,7 +284,7 @@ def test_a_fault_at_any_line_of_save_leaves_the_old_file_and_the_model(tmp_path:
     surgery.save(model, path)
     old, before = path.read_bytes(), laws.fingerprint(model)
     lines = laws.events(lambda: surgery.save(model, path))
-    for event in laws.first_and_last(lines):
+    for event in laws.runs(lines):
         wire = laws.Tripwire(event)
         wire.run(lambda: surgery.save(model, path))
         assert path.read_bytes() == old
@@ -304,7 +304,7 @@ def test_a_fault_at_any_line_of_load_leaves_the_model(tmp_path: Path) -> None:
     load()
     lines = laws.events(lambda: surgery.load(model, path))
     surgery.revert(model)
-    laws.faults(model, lambda: surgery.load(model, path), laws.first_and_last(lines))
+    laws.faults(model, lambda: surgery.load(model, path), laws.runs(lines))
 
 
 def test_saving_into_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
