@@ -195,7 +195,8 @@ def _check_gradients(
     graph = reached(outputs)
     wanted = _wanted(targets)
     moving = moved(model, wanted, run, answer) if outputs else set()
-    if moving is None and graph.whole and overwritten(wanted, carrying(run())):
+    told = graph.whole and graph.derived
+    if moving is None and told and overwritten(wanted, carrying(run())):
         raise _overwritten(targets)
     come = graph.tensors | (moving or set())
     missed = [target for target in targets if target.is_missed(come)]
