@@ -37,6 +37,7 @@ from .summary import Record, RuleRecord, count_parameters, summary
 from .switch import Balance
 from .tokens import Action, tokens_at
 from .trained import adopt
+from .unattended import check_attended
 from .uncalled import Stretches, check_called, stretches_of
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
@@ -103,6 +104,7 @@ class Plan:
         ]
         self._leave_out(sources_of(self.placements, self.tree, self.decided))
         check_conflicts(self.placements)
+        check_attended(self.placements, self.tree)
         self.stretches = stretches_of(self.placements, self.tree)
         check_called(self.placements, self.stretches)
         self.tokens = tokens_of(self.placements, self.tree, self.stretches)

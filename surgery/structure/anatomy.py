@@ -241,7 +241,12 @@ class _Anatomy:
         return any(s in self.rest and not is_conv(s.module) for s in self.projections.below(site))
 
     def _first_of(self, last: Site) -> Site | None:
-        """The first of the attentions before an element, where a list begins with one."""
+        """The first of the attentions before an element, where a list begins with one.
+
+        (A dict of a list of attentions and one of networks begins with a list, and has no block.)
+        """
+        if is_list(last.module) and sum(_holds(last, ffn) for ffn in self.ffns.sites) > 1:
+            return None
         siblings = last.parent.children if last.parent else []
         with_ffn = [self._holds_ffn(site) for site in siblings]
         if (
@@ -259,7 +264,7 @@ class _Anatomy:
         return siblings[first] if siblings[first] is not last else None
 
     def _holds_ffn(self, site: Site) -> bool:
-        return any(site.order <= ffn.order < site.end for ffn in self.ffns.sites)
+        return any(_holds(site, ffn) for ffn in self.ffns.sites)
 
     def _blocks_without_ffn(self) -> list[Site]:
         """The elements of lists all of which attend, and hold no network (Flux's single blocks)."""
@@ -275,6 +280,10 @@ class _Anatomy:
 
     def _are_in_blocks(self, site: Site) -> bool:
         return any(b.order <= site.order < b.exit.end for b in self.blocks)
+
+
+def _holds(site: Site, ffn: Site) -> bool:
+    return site.order <= ffn.order < site.end
 
 
 def _narrowing(layers: list[Site], ffn: Site) -> list[Site]:
