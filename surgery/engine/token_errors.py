@@ -37,7 +37,7 @@ def ours(error: Exception, operation: Operation, run: Run) -> SurgeryError | Non
     return GraftError(
         "apply(..., example=...)",
         f"{_raised_by(error, operation.model[0])} takes a fused path with this example (nested "
-        f"tensors), and none where it is looked into: {_told(error)}",
+        f"tensors), and none where it is looked into: {told_of(error)}",
         "Give an example without padding; or none, and the first forward tells what did not run.",
     )
 
@@ -57,7 +57,7 @@ def _of_tokens(error: Exception, operation: Operation) -> GraftError | None:
         f"insert(...) at {path or 'the model'}",
         f"{last.total} tokens a sample come, {_new(inserted)} of them inserted, and "
         f"{_raised_by(error, operation.model[0])} is made for another number: "
-        f"{_told(error)}",
+        f"{told_of(error)}",
         "Use a method that adds no tokens.",
     )
 
@@ -66,7 +66,8 @@ def _new(inserted: list[tuple[Any, Inserted]]) -> int:
     return sum(each.new for _, each in inserted)
 
 
-def _told(error: Exception) -> str:
+def told_of(error: Exception) -> str:
+    """An error in a line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text:.200}"
 

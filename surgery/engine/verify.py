@@ -16,6 +16,8 @@ from .._inputs import call, copied, tensors_in
 from .._preserve import preserved
 from .._text import first_few
 from ..errors import GraftError, SurgeryError
+from .answers import apart
+from .count_proof import check_counting
 from .gradients import carrying, moved, overwritten, reached
 from .hooks import HookedSite
 from .operation import Operation
@@ -73,6 +75,7 @@ def verify(
             operation.record["notes"] += [*_unreached(spared), *notes]
             with torch.no_grad():
                 _check_start(operation, run, answer)
+                check_counting(operation.hooked_sites, run, answer)
             _check_training(model, operation, run)
     finally:
         operation.watcher.resting = False
@@ -306,7 +309,7 @@ def _check_start(operation: Operation, run: Run, answer: Any) -> None:
     try:
         with Reading(()):  # as the answer came: it keeps torch from paths that answer otherwise
             base, again = run(), run()
-        differs = _apart(answer, base) and not _apart(again, base)  # the model itself may differ
+        differs = apart(answer, base) and not apart(again, base)  # the model itself may differ
     finally:
         operation.enabled = True
     if differs:
@@ -316,22 +319,3 @@ def _check_start(operation: Operation, run: Run, answer: Any) -> None:
             f"its parts ({kinds}) say that they start at zero, and yet they change the output.",
             "Take starts_at_zero off a part that does not; if none does, please report this.",
         )
-
-
-def _apart(answer: Any, base: Any) -> bool:
-    """Whether two answers differ by more than rounding can."""
-    a, b = ([t for t in tensors_in(value) if _comparable(t)] for value in (answer, base))
-    return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _comparable(tensor: Tensor) -> bool:
-    plain = not tensor.is_nested and tensor.layout == torch.strided
-    return plain and tensor.is_floating_point() and not tensor.is_meta
-
-
-def _differ(x: Tensor, y: Tensor) -> bool:
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return True
-    size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
-    most = size * torch.finfo(y.dtype).eps ** 0.5
-    return not torch.allclose(x, y, rtol=0.0, atol=most, equal_nan=True)
