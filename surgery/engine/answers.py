@@ -1,4 +1,4 @@
-"""Two answers of a model, compared."""
+"""The answers of a model: whether they are numbers, and two of them compared."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def _differ(x: Tensor, y: Tensor) -> bool:
     size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
     most = size * torch.finfo(y.dtype).eps ** 0.5
     return not torch.allclose(x, y, rtol=0.0, atol=most, equal_nan=True)
+
+
+def without_numbers(answer: Any) -> int:
+    """How many of its numbers are none (nan)."""
+    return sum(int(t.isnan().sum()) for t in tensors_in(answer) if _comparable(t))
