@@ -18,7 +18,7 @@ from .attention import (
 )
 from .attention_states import OPERANDS
 from .attention_traced import traced_attentions
-from .dataflow import dataflow_of, keeps_tokens, shape_in
+from .dataflow import dataflow_of, keeps_tokens, norm_shape_in, shape_in
 from .ends import Ends
 from .ffn import find_ffns
 from .ffn_merged import find_traced_ffns
@@ -179,6 +179,9 @@ class _Anatomy:
                 site.read_shape(leave_out=spatial)
             if self.trace and (shape := shape_in(self.trace, site)):
                 site._shape = shape
+        for norm in self.tree.sites if self.trace else ():
+            if is_norm(norm.module) and self.trace:
+                norm._shape = norm_shape_in(self.trace, norm) or norm._shape
         for a in self.attentions:
             if a.site and not a.proj and _makes_thirds(a):  # of which one is mixed, and comes out
                 a.site._shape = Shape(a.qkv[0].width, a.qkv[0].width, a.qkv[0].axis)
