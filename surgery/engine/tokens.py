@@ -180,7 +180,8 @@ class Insertions:
             stream.begin()  # the last one, of a part of the model alone, never came to its end
         stream.inserted.pop(place, None)
         total, among = rows.shape[1] + shape[1], action.place == "among"
-        stream.inserted[place] = Inserted(shape[1], total, shape[0], among, action.tokens)
+        new_ones = Inserted(shape[1], total, shape[0], among, action.tokens, kept=not among)
+        stream.inserted[place] = new_ones
         return action.tokens.put_in(x, new)
 
     def take_out(self, streams: Streams, i: int, tokens: Tokens, y: Tensor) -> Tensor:
