@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch import nn
 
 from .._text import first_few
-from ..rules.edits import Trained
+from ..rules.edits import Insert, Trained
 from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
@@ -45,6 +45,25 @@ def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None
         yield f"{which}: by the order of modules; example=inputs runs a forward to see"
     elif told:
         yield "what feeds what is as a forward told when the file was made"
+
+
+def without_tokens(matches: Matches, tree: Tree, unheard: Iterable[Site]) -> Iterator[str]:
+    """The lists of blocks, other towers or stages, none of which a rule of blocks gives tokens.
+
+    (VPT-shallow's are put in before the first block: of CLIP's towers one, of T5's the encoder.)
+    """
+    left_out = [site.entry.parent for site in unheard]
+    for rule, sites in matches:
+        inserts = any(isinstance(edit, Insert) for edit in rule.rest)
+        if not (inserts and "block" in _asked([(rule, sites)])):
+            continue
+        blocks = roles_of(tree)["block"]
+        begun = [s for s in sites if any(s.entry is block.entry for block in blocks)]
+        lists = [*(s.entry.parent for s in begun), *left_out]
+        others = [b for b in blocks if b.entry.parent not in lists]
+        apart = [b for b in others if not any(s.order <= b.order < s.exit.end for s in begun)]
+        if begun and apart:
+            yield f"{rule.short} puts no token in at {places([b.path for b in apart])}"
 
 
 def _asked(matches: Matches) -> list[str]:
