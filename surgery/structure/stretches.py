@@ -56,10 +56,15 @@ def is_called(site: Site) -> bool:
 
 
 def is_met(trace: Trace, site: Site) -> bool:
-    """Whether no residual sum reads what a site takes outside of the module it begins with."""
+    """Whether no sum adds what a module gives, with which a site begins, to what that takes.
+
+    Outside of that module; what reads the same tokens in another tower is no sum of it.
+    """
     calls = trace.calls_of(site.entry.module)
+    made = _below(trace, (v for call in calls for v in call.outputs))
     sums = [op for call in calls for v in call.inputs[:1] for op in v.uses if is_sum(op)]
-    return all(any(call in calls for call in op.stack()) for op in sums)
+    outside = [op for op in sums if not any(call in calls for call in op.stack())]
+    return all(made.isdisjoint(op.inputs) for op in outside)
 
 
 def stretch_of(trace: Trace, site: Site) -> Stretch:
