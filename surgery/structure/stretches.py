@@ -102,7 +102,8 @@ class _Run:
         modules = {id(module) for each in made_of for module in each.module.modules()}
         calls = [c for c in trace.calls if id(c.module) in modules]
         within = set(calls)
-        self.members = [c for c in calls if within.isdisjoint(_around(c))]
+        outermost = [c for c in calls if within.isdisjoint(_around(c))]
+        self.members = _its_own(outermost, made_of)
         self._check()
         self.inside = set(self.members)
         around = (set(_around(member)) for member in self.members)
@@ -188,6 +189,18 @@ class _Run:
             if leads and op.name in _BETWEEN and not self.is_inside(op):
                 given += op.inputs
         return list(dict.fromkeys(v.shape for v in given if v not in self._within))
+
+
+def _its_own(calls: list[Call], made_of: list[Site]) -> list[Call]:
+    """The calls by what holds a place, or else of modules that no other place lists.
+
+    (Performer's blocks have one activation, which each calls in its attention.)
+    """
+    own = {id(s.module) for each in made_of for s in (each, *each.below()) if not s.aliases}
+    above = {id(holder.module) for holder in made_of[0].above()}
+    alone = [c for c in calls if id(c.module) in own]
+    held = [c for c in alone or calls if all(id(outer.module) in above for outer in _around(c))]
+    return held or alone or calls
 
 
 def _around(call: Call) -> Iterator[Call]:

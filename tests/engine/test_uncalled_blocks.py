@@ -267,6 +267,24 @@ def fresh(build: Build = Model, step: Step = plain) -> nn.Module:
     return build(Uncalled, step).eval()
 
 
+class OneForAll(Model):
+    """One activation, and one dropout, that all blocks list (Performer's kernel)."""
+
+    def __init__(self, kind: type[Uncalled], step: Step = plain, depth: int = 3) -> None:
+        super().__init__(kind, step, depth)
+        for each in self.layers:
+            each[1][2] = self.layers[0][1][2]
+            each[3] = self.layers[0][3]
+
+
+@pytest.mark.parametrize("step", [plain, dropped], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("rules", RULES)
+def test_a_module_that_all_blocks_call_is_of_each(rules: str, step: Step) -> None:
+    model, want = twins(OneForAll, rules, step)
+    assert_alike(grads(model), grads(want))
+    assert_alike(grads(model.train()), grads(want.train()))
+
+
 def into_the_branch(e: Any, x: Tensor) -> Tensor:
     y = e[0](x)
     y += x
