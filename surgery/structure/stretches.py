@@ -72,7 +72,7 @@ def stretch_of(trace: Trace, site: Site) -> Stretch:
     run = _Run(trace, site)
     taken, given = run.bounds
     early = trace.calls[: trace.calls.index(run.members[0])]
-    ends = _met(trace, taken, early), _met(trace, given, ())
+    ends = _met(trace, taken, early), _left(trace, given, run.owners) or _met(trace, given, ())
     modules = [member.module for member in run.members]
     return Stretch(*ends, taken.shape, run.beside, modules)
 
@@ -279,6 +279,15 @@ def _met(trace: Trace, value: Value, early: Collection[Call]) -> End:
         rest = ops if ops and carries(name) else (name, *ops)
         todo += [(v, rest) for v in _sources(made.op) if len(v.uses) == 1]
     raise LookupError("no module that is called once gives what it begins or ends with")
+
+
+def _left(trace: Trace, value: Value, owners: Iterable[Call]) -> End | None:
+    """Where a value leaves the innermost module that runs a stretch, and is what that gives.
+
+    (Perceiver's blocks, in which others lie: what reads it next is behind all of the block.)
+    """
+    calls = [c for c in trace.calls if c in owners and c.outputs[:1] == [value] and c.outer]
+    return End(calls[-1].module) if calls and _is_once(trace, calls[-1]) else None
 
 
 def _sources(op: Op) -> list[Value]:
