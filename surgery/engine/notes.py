@@ -55,15 +55,19 @@ def without_tokens(matches: Matches, tree: Tree, unheard: Iterable[Site]) -> Ite
     left_out = [site.entry.parent for site in unheard]
     for rule, sites in matches:
         inserts = any(isinstance(edit, Insert) for edit in rule.rest)
-        if not (inserts and "block" in _asked([(rule, sites)])):
-            continue
-        blocks = roles_of(tree)["block"]
-        begun = [s for s in sites if any(s.entry is block.entry for block in blocks)]
-        lists = [*(s.entry.parent for s in begun), *left_out]
-        others = [b for b in blocks if b.entry.parent not in lists]
-        apart = [b for b in others if not any(s.order <= b.order < s.exit.end for s in begun)]
-        if begun and apart:
-            yield f"{rule.short} puts no token in at {places([b.path for b in apart])}"
+        if inserts and "block" in _asked([(rule, sites)]):
+            apart = _apart(sites, roles_of(tree)["block"])
+            if apart := [block for block in apart if block.entry.parent not in left_out]:
+                yield f"{rule.short} puts no token in at {places([b.path for b in apart])}"
+
+
+def _apart(sites: Collection[Site], blocks: list[Site]) -> list[Site]:
+    """The blocks of lists in which none of some sites begins, where any begins with a block."""
+    firsts = {block.entry for block in blocks}
+    begun = [site for site in sites if site.entry in firsts]
+    lists = {site.entry.parent for site in begun}
+    others = [block for block in blocks if begun and block.entry.parent not in lists]
+    return [b for b in others if not any(s.order <= b.order < s.exit.end for s in begun)]
 
 
 def _asked(matches: Matches) -> list[str]:

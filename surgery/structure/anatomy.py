@@ -179,9 +179,8 @@ class _Anatomy:
                 site.read_shape(leave_out=spatial)
             if self.trace and (shape := shape_in(self.trace, site)):
                 site._shape = shape
-        for norm in self.tree.sites if self.trace else ():
-            if is_norm(norm.module) and self.trace:
-                norm._shape = norm_shape_in(self.trace, norm) or norm._shape
+        if self.trace:
+            _read_norms(self.tree, self.trace)
         for a in self.attentions:
             if a.site and not a.proj and _makes_thirds(a):  # of which one is mixed, and comes out
                 a.site._shape = Shape(a.qkv[0].width, a.qkv[0].width, a.qkv[0].axis)
@@ -283,6 +282,13 @@ class _Anatomy:
 
     def _are_in_blocks(self, site: Site) -> bool:
         return any(b.order <= site.order < b.exit.end for b in self.blocks)
+
+
+def _read_norms(tree: Tree, trace: Trace) -> None:
+    """Read the widths of norms that fix none off what comes to them."""
+    for norm in tree.sites:
+        if is_norm(norm.module):
+            norm._shape = norm_shape_in(trace, norm) or norm._shape
 
 
 def _holds(site: Site, ffn: Site) -> bool:
