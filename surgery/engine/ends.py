@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import GraftError
 from ..structure.stretches import End, carries
 from ..structure.trace import MOVES, SCALES, SUMS, op_name
+from .counting import Counted, Replay, counted, recounted
 from .features import declared, first_tensor, input_of
 from .journal import Journal
 
@@ -47,8 +48,13 @@ class Site(Protocol):
 class EndHook:
     """Hooks of one end of a stretch: what a site makes of the value there is put in its place.
 
-    entering  whether the stretch begins with the value
+    entering   whether the stretch begins with the value
+    miscounts  in a proof, whether what is there instead says that it is as many tokens as before
+    replay     in a proof, what comes out where a stretch ends
     """
+
+    miscounts = False
+    replay: Replay | None = None
 
     def __init__(self, site: Site, end: End, entering: bool) -> None:
         self.site, self.end, self.entering, self.path = site, end, entering, site.path
@@ -56,7 +62,12 @@ class EndHook:
 
     def act(self, value: Tensor) -> Tensor:
         """What is to be there instead."""
-        return self.site.begin(value) if self.entering else self.site.end(value)
+        given = recounted(value) if isinstance(value, Counted) else value
+        if not self.entering:
+            y = self.site.end(given)
+            return self.replay.at_end(y) if self.replay else y
+        whole = self.site.begin(given)
+        return counted(whole, value) if self.miscounts or given is not value else whole
 
     @property
     def rank(self) -> tuple[bool, int]:
@@ -147,6 +158,7 @@ def _after(name: str, notes: tuple[Note, ...]) -> list[Note]:
 
 def noted(y: Tensor, hook: EndHook) -> Tensor:
     """The same tensor, with a note more."""
+    y = recounted(y) if isinstance(y, Counted) else y
     notes = y.notes if isinstance(y, Noted) else ()
     return _with(y, [*notes, Note(hook, hook.end.ops)])
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch import nn
 
 from .._text import first_few
-from ..rules.edits import Trained
+from ..rules.edits import Insert, Trained
 from ..rules.roles import Role
 from ..rules.rule import Rule
 from ..rules.walk import selectors_in
@@ -45,6 +45,29 @@ def how_found(matches: Matches, tree: Tree, asked: bool, decided: Decided | None
         yield f"{which}: by the order of modules; example=inputs runs a forward to see"
     elif told:
         yield "what feeds what is as a forward told when the file was made"
+
+
+def without_tokens(matches: Matches, tree: Tree, unheard: Iterable[Site]) -> Iterator[str]:
+    """The lists of blocks, other towers or stages, none of which a rule of blocks gives tokens.
+
+    (VPT-shallow's are put in before the first block: of CLIP's towers one, of T5's the encoder.)
+    """
+    left_out = [site.entry.parent for site in unheard]
+    for rule, sites in matches:
+        inserts = any(isinstance(edit, Insert) for edit in rule.rest)
+        if inserts and "block" in _asked([(rule, sites)]):
+            apart = _apart(sites, roles_of(tree)["block"])
+            if apart := [block for block in apart if block.entry.parent not in left_out]:
+                yield f"{rule.short} puts no token in at {places([b.path for b in apart])}"
+
+
+def _apart(sites: Collection[Site], blocks: list[Site]) -> list[Site]:
+    """The blocks of lists in which none of some sites begins, where any begins with a block."""
+    firsts = {block.entry for block in blocks}
+    begun = [site for site in sites if site.entry in firsts]
+    lists = {site.entry.parent for site in begun}
+    others = [block for block in blocks if begun and block.entry.parent not in lists]
+    return [b for b in others if not any(s.order <= b.order < s.exit.end for s in begun)]
 
 
 def _asked(matches: Matches) -> list[str]:

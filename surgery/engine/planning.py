@@ -28,7 +28,7 @@ from .hearing import guessed, sources_of
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
-from .notes import frozen_head, frozen_norms, how_found
+from .notes import frozen_head, frozen_norms, how_found, without_tokens
 from .operation import Operation, check_model, operations, without_parts
 from .placement import PartNames, Placement, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
@@ -37,6 +37,7 @@ from .summary import Record, RuleRecord, count_parameters, summary
 from .switch import Balance
 from .tokens import Action, tokens_at
 from .trained import adopt
+from .unattended import check_attended
 from .uncalled import Stretches, check_called, stretches_of
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
@@ -103,6 +104,7 @@ class Plan:
         ]
         self._leave_out(sources_of(self.placements, self.tree, self.decided))
         check_conflicts(self.placements)
+        check_attended(self.placements, self.tree)
         self.stretches = stretches_of(self.placements, self.tree)
         check_called(self.placements, self.stretches)
         self.tokens = tokens_of(self.placements, self.tree, self.stretches)
@@ -195,6 +197,7 @@ class Plan:
         if self.unheard:
             first = first_few(p.place.entry.path for p in self.unheard)
             notes.append(f"nothing is heard before {first}: no token is put in there")
+        notes += without_tokens(self.matches, self.tree, [p.place for p in self.unheard])
         if self.guessed:
             told = [f"{self.heard_from[p].place.path} ({p.site.path})" for p in self.guessed]
             notes.append(f"heard is the last in each block, {told[0]}: example=inputs shows which")

@@ -111,16 +111,24 @@ def _settle(hooks: Any, first: bool) -> None:
     """Order the hooks of one module that are ours: ends of stretches first, or else last.
 
     Of two that begin there the later joined is the outer, as with hooks on modules of their own.
+    A stretch inside of the module (Perceiver's, which ends with its block) is within all that.
     """
     owners = {key: owner_of(hook) for key, hook in hooks.items()}
     ends = sorted(key for key, owner in owners.items() if isinstance(owner, EndHook))
     others = [key for key, owner in owners.items() if isinstance(owner, HookedSite)]
     if not ends:
         return
-    joined = [key for key in ends if not owners[key].entering]
-    joined += [key for key in reversed(ends) if owners[key].entering]
-    in_order = sorted(joined, key=lambda key: owners[key].rank)
-    order = iter([*in_order, *others] if first else [*others, *in_order])
+    order = iter(_in_order(owners, ends, others, first))
     ours = {*ends, *others}
     for key in [next(order) if key in ours else key for key in list(hooks)]:
         hooks[key] = hooks.pop(key)
+
+
+def _in_order(owners: dict[int, Any], ends: list[int], others: list[int], first: bool) -> list[int]:
+    """The keys of ends of stretches, and of other hooks, in the order in which they are to run."""
+    joined = [key for key in ends if not owners[key].entering]
+    joined += [key for key in reversed(ends) if owners[key].entering]
+    in_order = sorted(joined, key=lambda key: owners[key].rank)
+    inner = [k for k in in_order if any(_encloses(owners[o], owners[k].site) for o in others)]
+    outer = [key for key in in_order if key not in inner]
+    return [*outer, *others, *inner] if first else [*inner, *others, *outer]

@@ -91,13 +91,18 @@ class Tokens(NamedTuple):
 
 
 class Inserted(NamedTuple):
-    """What was put in: how many tokens, of how many then; samples; whether still in; where."""
+    """What was put in: how many tokens, of how many then; samples; whether still in; where.
+
+    open  whether they are still in, of those that are taken out
+    kept  they are not taken out
+    """
 
     new: int
     total: int
     batch: int
     open: bool
     tokens: Tokens
+    kept: bool = False
 
 
 def _is_made_for(numbers: set[int], other: Shape, batch: int, width: int) -> bool:

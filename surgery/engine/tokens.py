@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
 from ..structure.stretches import Stretch
+from .counting import Counted, recounted
 from .features import declared, input_of
 from .passes import Passes
 from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
@@ -80,8 +81,14 @@ class Fits:
         self.path, self.module, self.opened = path, module, opened
         self.names = declared(getattr(type(module), "forward", None))
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook. Raises GraftError where it is given what fits the model's tokens."""
+        self._check(args, kwargs)
+        if any(isinstance(t, Counted) for t in pytree.tree_leaves((args, kwargs))):
+            return recounted((args, kwargs)) if kwargs is not None else recounted(args)
+        return None
+
+    def _check(self, args: Any, kwargs: Any) -> None:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         opened = self.opened() if len(tensors) > 1 else []
         if not opened:
@@ -98,8 +105,11 @@ class Fits:
 class Insertions:
     """The tokens that are put in at one site.
 
-    hears  the number of an action, and where the part is that it hears, and that part
+    hears    the number of an action, and where the part is that it hears, and that part
+    doubles  in a proof, whether so many are put in that there are twice as many in all
     """
+
+    doubles = False
 
     def __init__(self, path: str, operation: str) -> None:
         self.path, self.operation = path, operation
@@ -159,6 +169,10 @@ class Insertions:
                 f"it returned {tuple(shape) or type(new).__name__} where new tokens are needed.",
                 f"Return ({rows.shape[0]}, p, {rows.shape[2]}): p tokens for each sample.",
             )
+        if self.doubles:
+            new = new.repeat(1, -(-2 * (rows.shape[1] + shape[1]) // shape[1]), 1)
+            new = new[:, : rows.shape[1] + 2 * shape[1]]
+            shape = new.shape
         place, stream = self._place(i), streams.beginning()
         if place in stream.opened() and not is_recomputing():
             if passes.mine().whole:
@@ -166,7 +180,8 @@ class Insertions:
             stream.begin()  # the last one, of a part of the model alone, never came to its end
         stream.inserted.pop(place, None)
         total, among = rows.shape[1] + shape[1], action.place == "among"
-        stream.inserted[place] = Inserted(shape[1], total, shape[0], among, action.tokens)
+        new_ones = Inserted(shape[1], total, shape[0], among, action.tokens, kept=not among)
+        stream.inserted[place] = new_ones
         return action.tokens.put_in(x, new)
 
     def take_out(self, streams: Streams, i: int, tokens: Tokens, y: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ No silent nothing: models read weights without calling modules, skip and detach,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +17,8 @@ from .._inputs import call, copied, tensors_in
 from .._preserve import preserved
 from .._text import first_few
 from ..errors import GraftError, SurgeryError
+from .answers import apart, without_numbers
+from .count_proof import check_counting
 from .gradients import Reached, carrying, moved, overwritten, reached
 from .hooks import HookedSite
 from .operation import Operation
@@ -65,6 +68,7 @@ def verify(
             model.eval()
             with torch.no_grad():
                 answer, _, _ = _proved(operation, run)
+                _check_numbers(operation, run, answer)
             _check_rows(operation, example)
             with torch.enable_grad():
                 after, reading, spared = _proved(operation, run)
@@ -73,6 +77,7 @@ def verify(
             operation.record["notes"] += [*_unreached(spared), *notes]
             with torch.no_grad():
                 _check_start(operation, run, answer)
+                check_counting(operation.hooked_sites, run, answer)
             _check_training(model, operation, run)
     finally:
         operation.watcher.resting = False
@@ -166,6 +171,44 @@ def _is_ours(error: Exception) -> bool:
     if last is None or last.tb_frame.f_code is Reading.__torch_function__.__code__:
         return False
     return str(last.tb_frame.f_globals["__name__"]).startswith(__name__.partition(".")[0] + ".")
+
+
+def _check_numbers(operation: Operation, run: Run, answer: Any) -> None:
+    """Raise GraftError where an answer is no number with parts, and is one without.
+
+    (A window of local attention that holds nothing but what was put in and what is masked.)
+    """
+    if not (lost := without_numbers(answer)):
+        return
+    with _without_parts(operation):
+        base = without_numbers(run())
+    if lost > base:
+        inserts = any(hooked.inserts for hooked in operation.hooked_sites)
+        raise GraftError(
+            _rules(operation),
+            f"{lost} numbers of the answer are nan with its parts, and {base} without them.",
+            "The model is made for its own number of tokens (windows, masks): use a method that "
+            "adds none."
+            if inserts
+            else "Give parts that start smaller, or a model in a dtype in which they do not "
+            "overflow.",
+        )
+
+
+def _rules(operation: Operation) -> str:
+    """The rules that join something, in words."""
+    return ", ".join(row["rule"] for row in operation.record["rows"] if row["keys"])
+
+
+@contextmanager
+def _without_parts(operation: Operation) -> Iterator[None]:
+    """Parts are off, and torch takes the paths by which answers came (see Reading)."""
+    operation.enabled = False
+    try:
+        with Reading(()):
+            yield
+    finally:
+        operation.enabled = True
 
 
 def _check_rows(operation: Operation, example: Any) -> None:
@@ -314,36 +357,13 @@ def _check_start(operation: Operation, run: Run, answer: Any) -> None:
     ]
     if not actions or not all(claims):
         return
-    operation.enabled = False
-    try:
-        with Reading(()):  # as the answer came: it keeps torch from paths that answer otherwise
-            base, again = run(), run()
-        differs = _apart(answer, base) and not _apart(again, base)  # the model itself may differ
-    finally:
-        operation.enabled = True
+    with _without_parts(operation):
+        base, again = run(), run()
+    differs = apart(answer, base) and not apart(again, base)  # the model itself may differ
     if differs:
         kinds = ", ".join(sorted({type(action.part).__name__ for action in actions}))
         raise GraftError(
-            ", ".join(row["rule"] for row in operation.record["rows"] if row["keys"]),
+            _rules(operation),
             f"its parts ({kinds}) say that they start at zero, and yet they change the output.",
             "Take starts_at_zero off a part that does not; if none does, please report this.",
         )
-
-
-def _apart(answer: Any, base: Any) -> bool:
-    """Whether two answers differ by more than rounding can."""
-    a, b = ([t for t in tensors_in(value) if _comparable(t)] for value in (answer, base))
-    return len(a) != len(b) or any(_differ(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _comparable(tensor: Tensor) -> bool:
-    plain = not tensor.is_nested and tensor.layout == torch.strided
-    return plain and tensor.is_floating_point() and not tensor.is_meta
-
-
-def _differ(x: Tensor, y: Tensor) -> bool:
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return True
-    size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
-    most = size * torch.finfo(y.dtype).eps ** 0.5
-    return not torch.allclose(x, y, rtol=0.0, atol=most, equal_nan=True)

@@ -21,6 +21,7 @@ from .hooks import HookedSite
 from .journal import Journal
 from .kinds import kind_of
 from .passes import Key, Pass, Passes
+from .raised import note_tokens
 from .reading import Reading, hinders, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
@@ -185,6 +186,8 @@ class Watch:
         if kept.whole:
             kept.whole, kept.inputs = False, {}
             stream = self.operation.streams.mine()
+            if output is None and not self.resting:
+                note_tokens(stream, self.model)
             stream.aside, stream.running = None, False
 
     # what is made of it --------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from ..rules.rule import Rule, at
 def vpt_shallow(tokens: int = 10) -> list[Rule]:
     """Prompts after the class token, before the first block; taken out after the last.
 
-    Of two towers (encoder and decoder, image and text) the first alone is given them.
+    Of two towers (encoder and decoder, image and text) the first alone is given them, and the plan
+    says which is not; vpt_deep prompts all.
     The start is VPT's for patches of as many numbers as the width (ViT-B/16): prompt(fan_in=) says
     others. VPT trains with the backbone in eval mode; dropout of prompts is 0.1.
 

@@ -18,7 +18,7 @@ from .attention import (
 )
 from .attention_states import OPERANDS
 from .attention_traced import traced_attentions
-from .dataflow import dataflow_of, keeps_tokens, shape_in
+from .dataflow import dataflow_of, keeps_tokens, norm_shape_in, shape_in
 from .ends import Ends
 from .ffn import find_ffns
 from .ffn_merged import find_traced_ffns
@@ -179,6 +179,8 @@ class _Anatomy:
                 site.read_shape(leave_out=spatial)
             if self.trace and (shape := shape_in(self.trace, site)):
                 site._shape = shape
+        if self.trace:
+            _read_norms(self.tree, self.trace)
         for a in self.attentions:
             if a.site and not a.proj and _makes_thirds(a):  # of which one is mixed, and comes out
                 a.site._shape = Shape(a.qkv[0].width, a.qkv[0].width, a.qkv[0].axis)
@@ -241,7 +243,12 @@ class _Anatomy:
         return any(s in self.rest and not is_conv(s.module) for s in self.projections.below(site))
 
     def _first_of(self, last: Site) -> Site | None:
-        """The first of the attentions before an element, where a list begins with one."""
+        """The first of the attentions before an element, where a list begins with one.
+
+        (A dict of a list of attentions and one of networks begins with a list, and has no block.)
+        """
+        if is_list(last.module) and sum(_holds(last, ffn) for ffn in self.ffns.sites) > 1:
+            return None
         siblings = last.parent.children if last.parent else []
         with_ffn = [self._holds_ffn(site) for site in siblings]
         if (
@@ -259,7 +266,7 @@ class _Anatomy:
         return siblings[first] if siblings[first] is not last else None
 
     def _holds_ffn(self, site: Site) -> bool:
-        return any(site.order <= ffn.order < site.end for ffn in self.ffns.sites)
+        return any(_holds(site, ffn) for ffn in self.ffns.sites)
 
     def _blocks_without_ffn(self) -> list[Site]:
         """The elements of lists all of which attend, and hold no network (Flux's single blocks)."""
@@ -275,6 +282,17 @@ class _Anatomy:
 
     def _are_in_blocks(self, site: Site) -> bool:
         return any(b.order <= site.order < b.exit.end for b in self.blocks)
+
+
+def _read_norms(tree: Tree, trace: Trace) -> None:
+    """Read the widths of norms that fix none off what comes to them."""
+    for norm in tree.sites:
+        if is_norm(norm.module):
+            norm._shape = norm_shape_in(trace, norm) or norm._shape
+
+
+def _holds(site: Site, ffn: Site) -> bool:
+    return site.order <= ffn.order < site.end
 
 
 def _narrowing(layers: list[Site], ffn: Site) -> list[Site]:

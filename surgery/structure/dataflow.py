@@ -18,6 +18,7 @@ from .module_tree import Site, Tree
 from .trace import NORM_AXES, SCALES, SUMS, Op, Trace, Value, is_cheap, upstream
 from .trace import trace as run
 
+TURNS = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT"}
 Around: TypeAlias = Callable[[], AbstractContextManager[object]]
 
 
@@ -60,9 +61,21 @@ class Dataflow:
         if block and not block.order <= norm.order < block.end:
             return False
         norm_calls, exit_calls = map(self.trace.calls_of, (norm.module, site.exit.module))
-        inputs = {_sizes(value) for call in norm_calls for value in call.inputs[:1]}
-        outputs = {_sizes(value) for call in exit_calls for value in call.outputs[:1]}
-        return bool(inputs & outputs)
+        inputs = [value.shape for call in norm_calls for value in call.inputs[:1]]
+        outputs = {value.shape for call in exit_calls for value in call.outputs[:1]}
+        alike = [shape for shape in inputs if not outputs.isdisjoint(_layouts(shape))]
+        return bool(alike) and not (all(map(_is_square, alike)) and self._is_turned(site))
+
+    def _is_turned(self, site: Site) -> bool:
+        """Whether axes change places on the way from a norm to a site."""
+        values = [v for call in self.trace.calls_of(site.entry.module) for v in call.inputs[:1]]
+        way = upstream(values, lambda op: _norm_module(op) is None and is_cheap(op))
+        return any(value.op is not None and value.op.name in TURNS for value in way)
+
+
+def _is_square(shape: tuple[int, ...]) -> bool:
+    """Whether samples and tokens are as many, and shapes do not tell them apart."""
+    return len(shape) == 3 and shape[0] == shape[1]
 
 
 def attach_dataflow(tree: Tree, example: Any, around: Around = nullcontext) -> Dataflow:
@@ -79,9 +92,16 @@ def dataflow_of(tree: Tree) -> Dataflow | None:
     return dataflow
 
 
-def _sizes(value: Value) -> tuple[int, ...]:
-    """Its shape, wherever features lie."""
-    return tuple(sorted(value.shape))
+def _layouts(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """A shape, with features where they lie and where else they may: last, or behind the samples.
+
+    (SpeechBrain turns samples and tokens round before a network: what begins at the norm would be
+    added across.)
+    """
+    if len(shape) < 2:
+        return {shape}
+    first, second, *rest = shape
+    return {shape, (first, *rest, second), (first, shape[-1], *shape[1:-1])}
 
 
 def norm_before(trace: Trace, values: list[Value]) -> tuple[str | None, bool]:
@@ -145,6 +165,19 @@ def shape_in(trace: Trace, site: Site) -> Shape | None:
             if {width, out} <= widths:
                 return Shape(width, out, axis)
     return None
+
+
+def norm_shape_in(trace: Trace, norm: Site) -> Shape | None:
+    """The features that come to a norm that fixes no number of them (RetNet's has one per head).
+
+    None where it fixes one, did not run, or was given several.
+    """
+    if shape_of(norm.module):
+        return None
+    calls = trace.calls_of(norm.module)
+    widths = {v.shape[norm.axis] for call in calls for v in call.inputs[:1] if v.shape}
+    width = widths.pop() if len(widths) == 1 else 0
+    return Shape(width, width, norm.axis) if width else None
 
 
 def keeps_tokens(trace: Trace, site: Site) -> bool:

@@ -170,8 +170,13 @@ def norm_shape(module: nn.Module) -> Shape | None:
         _TRIED[kind] = None if torchs and not issubclass(kind, _NORMS) else kind.forward
     if _TRIED[kind] is None or not _holds_vectors(module):
         return None
-    tried = None if _TRIED[kind] in _FORWARDS else tried_as_norm(module)
-    return Shape(tried.width, tried.width, tried.axis) if tried else _torchs_shape(module)
+    tried, own = None, _torchs_shape(module)
+    if _TRIED[kind] not in _FORWARDS:
+        tried = tried_as_norm(module)
+    if tried is None:
+        return own
+    width = tried.width or (own.width if own else 0)  # of torch's class (diffusers' in float32)
+    return Shape(width, width, tried.axis)
 
 
 _TRIED: dict[type[nn.Module], object] = {}  # by class, what is tried; None: no norm

@@ -56,10 +56,15 @@ def is_called(site: Site) -> bool:
 
 
 def is_met(trace: Trace, site: Site) -> bool:
-    """Whether no residual sum reads what a site takes outside of the module it begins with."""
+    """Whether no sum adds what a module gives, with which a site begins, to what that takes.
+
+    Outside of that module; what reads the same tokens in another tower is no sum of it.
+    """
     calls = trace.calls_of(site.entry.module)
+    made = _below(trace, (v for call in calls for v in call.outputs))
     sums = [op for call in calls for v in call.inputs[:1] for op in v.uses if is_sum(op)]
-    return all(any(call in calls for call in op.stack()) for op in sums)
+    outside = [op for op in sums if not any(call in calls for call in op.stack())]
+    return all(made.isdisjoint(op.inputs) for op in outside)
 
 
 def stretch_of(trace: Trace, site: Site) -> Stretch:
@@ -67,7 +72,7 @@ def stretch_of(trace: Trace, site: Site) -> Stretch:
     run = _Run(trace, site)
     taken, given = run.bounds
     early = trace.calls[: trace.calls.index(run.members[0])]
-    ends = _met(trace, taken, early), _met(trace, given, ())
+    ends = _met(trace, taken, early), _left(trace, given, run.owners) or _met(trace, given, ())
     modules = [member.module for member in run.members]
     return Stretch(*ends, taken.shape, run.beside, modules)
 
@@ -97,7 +102,8 @@ class _Run:
         modules = {id(module) for each in made_of for module in each.module.modules()}
         calls = [c for c in trace.calls if id(c.module) in modules]
         within = set(calls)
-        self.members = [c for c in calls if within.isdisjoint(_around(c))]
+        outermost = [c for c in calls if within.isdisjoint(_around(c))]
+        self.members = _its_own(outermost, made_of)
         self._check()
         self.inside = set(self.members)
         around = (set(_around(member)) for member in self.members)
@@ -185,6 +191,18 @@ class _Run:
         return list(dict.fromkeys(v.shape for v in given if v not in self._within))
 
 
+def _its_own(calls: list[Call], made_of: list[Site]) -> list[Call]:
+    """The calls by what holds a place, or else of modules that no other place lists.
+
+    (Performer's blocks have one activation, which each calls in its attention.)
+    """
+    own = {id(s.module) for each in made_of for s in (each, *each.below()) if not s.aliases}
+    above = {id(holder.module) for holder in made_of[0].above()}
+    alone = [c for c in calls if id(c.module) in own]
+    held = [c for c in alone or calls if all(id(outer.module) in above for outer in _around(c))]
+    return held or alone or calls
+
+
 def _around(call: Call) -> Iterator[Call]:
     outer = call.outer
     while outer is not None:
@@ -261,6 +279,15 @@ def _met(trace: Trace, value: Value, early: Collection[Call]) -> End:
         rest = ops if ops and carries(name) else (name, *ops)
         todo += [(v, rest) for v in _sources(made.op) if len(v.uses) == 1]
     raise LookupError("no module that is called once gives what it begins or ends with")
+
+
+def _left(trace: Trace, value: Value, owners: Iterable[Call]) -> End | None:
+    """Where a value leaves the innermost module that runs a stretch, and is what that gives.
+
+    (Perceiver's blocks, in which others lie: what reads it next is behind all of the block.)
+    """
+    calls = [c for c in trace.calls if c in owners and c.outputs[:1] == [value] and c.outer]
+    return End(calls[-1].module) if calls and _is_once(trace, calls[-1]) else None
 
 
 def _sources(op: Op) -> list[Value]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import adapter, at, ffn, freeze, head, lora, parallel, unfreeze
+from surgery import adapter, at, block, ffn, freeze, head, lora, parallel, prompt, unfreeze
 from tests.models import encoder, hf_bert, hf_gpt2, hf_llama, images, tiny_vit
 
 ADAPTER = at(ffn, parallel(adapter(rank=2)))
@@ -74,3 +74,26 @@ def test_a_note_runs_no_forward():
     rule = at("0", parallel(lambda site: nn.Linear(site.width, site.out)))
     assert "forward" not in str(surgery.plan(model, rule, example=torch.zeros(1, 4)))
     assert not calls
+
+
+class Towers(nn.Module):
+    """Two lists of blocks: one of pictures, one of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = encoder(), encoder()
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.one(x).mean(1) + self.two(x).mean(1))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["example", "without"])
+def test_a_tower_that_is_given_no_token_is_told(told: bool) -> None:
+    x = torch.randn(2, 6, 24) if told else None
+    text = str(surgery.plan(Towers().eval(), "vpt_shallow", example=x))
+    assert "note: at(until(block[0], block), ...) puts no token in at two.layers.* x2" in text
+    for rules in ("vpt_deep", "adapterx", at(block, prompt()), at(ffn, parallel(adapter()))):
+        assert "puts no token" not in str(surgery.plan(Towers().eval(), rules, example=x))
+    for rules in ("vpt_shallow", at(block[1:], prompt()), at("layers.0", prompt())):
+        assert "puts no token" not in str(surgery.plan(encoder(), rules, example=x))

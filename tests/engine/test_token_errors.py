@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -225,3 +226,45 @@ def test_what_is_said_of_nested_tensors(rules: str, said: str) -> None:
         model(X, PADDING)
     with torch.no_grad(), pytest.raises(surgery.OperationError, match="makes or takes nested"):
         surgery.apply(Nested().eval(), rules, example=(X, PADDING))
+
+
+def forward_error(model: nn.Module, x: Tensor) -> Exception:
+    """What a forward raises."""
+    try:
+        model(x)
+    except Exception as error:
+        return error
+    raise AssertionError("it raised nothing")
+
+
+def told(error: Exception) -> str:
+    """An error as it is printed, with its notes."""
+    return "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize("rules", SETS)
+@pytest.mark.parametrize("fixed", KINDS)
+def test_without_an_example_the_models_own_error_says_it_too(fixed: str, rules: str) -> None:
+    model = surgery.apply(Fixed(fixed).eval(), rules)
+    error = forward_error(model, X)
+    assert not isinstance(error, surgery.SurgeryError)
+    assert "tokens a sample came" in told(error)
+    assert ".attn" in told(error).rpartition("insert(...) at")[2]
+    assert "Use a method that adds no tokens" in told(error)
+    with surgery.disabled(model), torch.no_grad():
+        assert model(X).shape == (2, 5)
+
+
+def test_no_more_is_said_of_errors_that_are_none_of_tokens() -> None:
+    rule = at(block, insert(prompt(tokens=2)))
+    model = surgery.apply(Fails(lambda model, x: len(x) > 2).eval(), rule)
+    for x in (torch.randn(3, N - 1, 24), torch.randn(2, N - 1, 23)):  # behind blocks, before them
+        assert "inserted" not in told(forward_error(model, x))
+    operated = surgery.apply(Fixed("linear").eval(), "adapterx_ffn")
+    assert "inserted" not in told(forward_error(operated, torch.randn(2, 3, 24)))
+    around = ValueError("handled around it")
+    try:
+        raise around
+    except ValueError:
+        model(X)
+    assert "inserted" not in told(around)

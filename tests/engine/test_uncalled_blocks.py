@@ -267,6 +267,59 @@ def fresh(build: Build = Model, step: Step = plain) -> nn.Module:
     return build(Uncalled, step).eval()
 
 
+class OneForAll(Model):
+    """One activation, and one dropout, that all blocks list (Performer's kernel)."""
+
+    def __init__(self, kind: type[Uncalled], step: Step = plain, depth: int = 3) -> None:
+        super().__init__(kind, step, depth)
+        for each in self.layers:
+            each[1][2] = self.layers[0][1][2]
+            each[3] = self.layers[0][3]
+
+
+@pytest.mark.parametrize("step", [plain, dropped], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("rules", RULES)
+def test_a_module_that_all_blocks_call_is_of_each(rules: str, step: Step) -> None:
+    model, want = twins(OneForAll, rules, step)
+    assert_alike(grads(model), grads(want))
+    assert_alike(grads(model.train()), grads(want.train()))
+
+
+class Nested(Model):
+    """A block that is called, and ends with blocks that nobody calls (Perceiver's)."""
+
+    class Outer(nn.Module):
+        def __init__(self, kind: type[Uncalled], first: bool) -> None:
+            super().__init__()
+            self.cross, self.ff = (Attention(), ffn()) if first else (None, None)
+            self.inner = nn.ModuleList([kind()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.cross is not None and self.ff is not None:
+                x = x + self.cross(x)
+                x = x + self.ff(x)
+            for each in self.inner:
+                x = each(x, plain) if isinstance(each, Called) else plain(each, x)
+            return x
+
+    def __init__(self, kind: type[Uncalled], step: Step = plain, depth: int = 3) -> None:
+        super().__init__(kind, step, 0)
+        self.layers = nn.ModuleList(self.Outer(kind, first=step is plain) for _ in range(2))
+
+    def run(self, x: Tensor) -> Tensor:
+        for each in self.layers:
+            x = each(x)
+        return x
+
+
+@pytest.mark.parametrize("step", [plain, dropped], ids=["behind", "alone"])
+def test_blocks_that_nobody_calls_lie_within_one_that_is_called(step: Step) -> None:
+    rules = [at("layers.*", prompt(tokens=2)), at("layers.*.inner.*", prompt(tokens=3))]
+    for some in (rules, rules[::-1]):
+        model, want = twins(Nested, some, step)
+        assert_alike(grads(model), grads(want))
+
+
 def into_the_branch(e: Any, x: Tensor) -> Tensor:
     y = e[0](x)
     y += x

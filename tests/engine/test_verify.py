@@ -19,13 +19,17 @@ from surgery import (
     append,
     at,
     ffn,
+    insert,
     moa,
     parallel,
+    prompt,
     shared,
     unfreeze,
 )
+from surgery.errors import GraftError
 from tests import models
 from tests.engine.refusals import apply_error
+from tests.laws import checks as laws
 from tests.laws.checks import Linears, plain, raised
 
 
@@ -308,3 +312,56 @@ def test_the_proof_leaves_buffers_as_they_were(fails: bool) -> None:
     with pytest.raises(surgery.GraftError) if fails else contextlib.nullcontext():
         surgery.apply(model, rule, example=x)
     assert model.calls.item() == 0
+
+
+class Windowed(nn.Module):
+    """A softmax over windows of 8 tokens, of which the last hears nothing where 8 divide no n."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        scores = y @ y.mT
+        n = x.shape[1] // 4 * 4
+        seen = torch.arange(x.shape[1]) < n
+        first = torch.arange(x.shape[1]) // 4
+        mask = (first[:, None] == first) & seen & seen[:, None]
+        x = x + self.out(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ y)
+        return x + self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
+
+def test_an_answer_that_is_no_number_is_refused_where_it_was_one() -> None:
+    model = nn.Sequential(Windowed(), Windowed(), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 8, 8)
+    before = laws.fingerprint(model)
+    rules = at("{0,1}", insert(prompt(tokens=3)))
+    told = raised(GraftError, lambda: surgery.apply(model, rules, example=x))
+    assert "numbers of the answer are nan with its parts, and 0 without them" in str(told)
+    assert "use a method that adds none" in str(told)
+    laws.assert_same(before, laws.fingerprint(model), "a refusal")
+    surgery.apply(model, at("{0,1}", insert(prompt(tokens=4))), example=x)
+
+
+class Infinite(nn.Linear):
+    def reset_parameters(self) -> None:
+        self.weight.data.fill_(torch.inf)
+        self.bias.data.fill_(-torch.inf)
+
+
+def test_parts_that_overflow_are_told_so() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.ones(2, 4)
+    rules = at("0", append(lambda site: Infinite(4, 4)))
+    told = raised(GraftError, lambda: surgery.apply(model, rules, example=x))
+    assert "Give parts that start smaller" in str(told)
+
+
+def test_an_answer_that_was_no_number_may_be_none() -> None:
+    class Masks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super().forward(x), torch.full((len(x), 1), torch.nan)], 1)
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Masks(4, 2)), torch.ones(2, 4)
+    surgery.apply(model, at("0", parallel(adapter(rank=2))), example=x)

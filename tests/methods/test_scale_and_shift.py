@@ -14,6 +14,7 @@ import surgery
 from surgery import append, at, fc1, norm, parallel
 from surgery.methods.scale_and_shift import ssf
 from surgery.parts.scale import ScaleShift, scale_shift
+from tests.laws import checks as laws
 from tests.methods.reference import (
     BACKBONES,
     BOTH,
@@ -199,3 +200,40 @@ def test_it_is_mostly_joined_after_a_module() -> None:
 def test_where_it_cannot_stand_is_told() -> None:
     with pytest.raises(surgery.RuleError, match="it is given 24 features where 96 are needed"):
         surgery.apply(vit(), at(fc1, parallel(scale_shift())))
+
+
+class PerHead(nn.Module):
+    """RetNet's: a norm of every head's features, which holds no number of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class Retention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.LayerNorm(32), PerHead()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 8)).unbind(2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = self.heads((q @ k.mT / 3).softmax(-1) @ v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)  # type: ignore[no-any-return]
+
+
+def test_a_norm_of_each_head_is_as_wide_as_a_head(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Retention(), Retention(), nn.Linear(32, 3)).eval()
+
+    x, operated, other = torch.randn(2, 6, 32), model(), model()
+    surgery.apply(operated, "ssf", example=x)
+    widths = {n: len(p) for n, p in operated.named_parameters() if "heads/append" in n}
+    assert set(widths.values()) == {8}
+    laws.stir_parts(operated)
+    surgery.save(operated, tmp_path / "a.safetensors")
+    surgery.load(other, tmp_path / "a.safetensors")
+    assert torch.equal(other(x), operated(x))

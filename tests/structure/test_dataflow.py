@@ -27,6 +27,7 @@ from surgery.engine.planning import plan
 from surgery.rules.selector import Where, where
 from surgery.structure.module_tree import Tree
 from tests import models
+from tests.laws import checks as laws
 
 D = 16
 TOKENS = torch.randn(2, 5, D)
@@ -569,3 +570,38 @@ def test_what_is_scaled_and_shifted_by_conditions_is_still_of_its_norm() -> None
     example = (TOKENS, torch.randn(2, 3, D), torch.randn(2, D))
     fed = paths(model, nearest(norm, before=ffn), example)
     assert fed == ["norm_a", "norm_b", "blocks.1.norm_a", "blocks.1.norm_b"]
+
+
+class Turned(nn.Module):
+    """Samples and tokens change places before the network, and again behind it (SpeechBrain's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(32), nn.MultiheadAttention(32, 2, batch_first=True)
+        self.norm2 = nn.LayerNorm(32)
+        self.net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.net(self.norm2(x).transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tokens", [5, 2], ids=["oblong", "square"])
+def test_a_span_does_not_begin_where_samples_and_tokens_lie_otherwise(tokens: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned(), Turned(), nn.Linear(32, 3)).eval()
+    x = torch.randn(2, tokens, 32)
+    surgery.apply(model, "adaptformer", example=x)
+    laws.stir_parts(model)
+    moved = model(x)[:1] - model(torch.cat([x[:1], torch.randn_like(x[1:])]))[:1]
+    torch.testing.assert_close(moved, torch.zeros_like(moved))  # no sample hears another
+    places = list(surgery.plan(nn.Sequential(Turned()).eval(), "adaptformer", example=x).sites)
+    assert [site.path for site in places] == ["0.net"]
+
+
+def test_a_square_example_of_a_plain_model_begins_at_its_norm() -> None:
+    model = models.tiny_vit()
+    tokens = model.pos_embed.shape[1]
+    (site, *_) = surgery.plan(model, "adaptformer", example=torch.randn(tokens, 3, 16, 16)).sites
+    assert site.path == "blocks.0.(norm2 to mlp)"

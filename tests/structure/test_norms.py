@@ -379,3 +379,19 @@ def test_rules_run_on_parametrized_modules(rules):
     assert model(x).shape == x.shape
     surgery.revert(model)
     assert torch.equal(model(x), before)
+
+
+class InFloat32(nn.LayerNorm):
+    """Diffusers': torch's without weights, with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.normalized_shape
+        return nn.functional.layer_norm(x.float(), shape, None, None, self.eps).to(x.dtype)
+
+
+@pytest.mark.parametrize("width", [32, 24])
+def test_torchs_norm_without_weights_tells_its_width(width: int) -> None:
+    norm = InFloat32(width, elementwise_affine=False, bias=False)
+    shape = norm_shape(norm)
+    assert shape
+    assert tuple(shape) == (width, width, -1)
