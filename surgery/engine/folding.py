@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .._text import first_few
 from ..errors import OperationError
-from ..rules.affine import Affine, affine
+from ..rules.affine import Affine, affine, joined
 from ..structure.layers import CONVS, forward_of
 from ..structure.memory import Memory, own_form
 from .hooks import HookedSite, is_replaced
@@ -232,23 +232,7 @@ def _with(target: MergeTarget, action: Action, path: str) -> Affine:
             f"{type(action.part).__name__} mixes the groups of a {type(target.module).__name__}.",
             "Leave the model unmerged, or use a part that scales each feature.",
         )
-    if action.place == "instead":
-        return part
-    if action.place == "beside":
-        return map.plus(part.times(action.scale if action.scale is not None else 1.0))
-    through = part.after(map) if action.place == "after" else map.after(part)
-    if action.scale is None:
-        return through
-    if action.place == "after":
-        return map.plus(through.times(action.scale))
-    return map.plus(_without_bias(through, map).times(action.scale))
-
-
-def _without_bias(through: Affine, map: Affine) -> Affine:
-    """f(x + p(x)) = f(x) + W p(x): the bias of f counts once."""
-    if map.bias is None or through.bias is None:
-        return through
-    return Affine(through.weight, through.bias - map.bias)
+    return joined(map, part, action.place, action.scale)
 
 
 def _kinds(hooked: HookedSite) -> str:

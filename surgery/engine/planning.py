@@ -30,7 +30,7 @@ from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
 from .notes import frozen_head, frozen_norms, how_found
 from .operation import Operation, check_model, operations, without_parts
-from .placement import PartNames, Placement, check_conflicts, check_parts, name_all
+from .placement import PartNames, Placement, Spot, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
@@ -262,7 +262,7 @@ class Plan:
             operation.record = self._record(built)
         operation.add_parts(parts)
         maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
-        spots: dict[tuple[int, int], list[Placement]] = {}
+        spots: dict[Spot, list[Placement]] = {}
         for p in self.placements:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
 from ..errors import GraftError
+from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .tokens import Insertions
 from .tracing import CALL
 
 CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
-OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights
+OURS = {HookedSite._run.__code__, Insertions.insert.__code__, HookedWeight.made.__code__}  # run parts, which may read weights
 
 
 class Reading(TorchFunctionMode):
@@ -186,6 +187,8 @@ def _function_without_gradient(frame: FrameType) -> str:
 
 
 def _weights(hooked: HookedSite) -> list[nn.Parameter]:
+    if isinstance(hooked, HookedWeight):
+        return hooked.weights()
     return [*hooked.entry.parameters(), *hooked.exit.parameters()]
 
 
