@@ -14,6 +14,7 @@ from ..errors import OperationError
 from ..rules.affine import Affine, affine, joined
 from ..structure.layers import CONVS, forward_of
 from ..structure.memory import Memory, own_form
+from .hooked_weights import HookedWeight
 from .hooks import HookedSite, is_replaced
 from .journal import owner_of
 from .merge_targets import MergeTarget, merge_target
@@ -24,22 +25,20 @@ HALF = 16  # bits: below 32, sums are made in float32 and rounded once
 
 
 class Fold(NamedTuple):
-    """A module, and the weight and bias that it is to have.
+    """A module, and the weight and bias that it is to have, by name.
 
     kept  the share of the change that is left once it is rounded to the dtype of the weight
     """
 
     path: str
-    module: Any
-    weight: Tensor
-    bias: Tensor | None
+    module: nn.Module
+    tensors: dict[str, Tensor]
     kept: float
 
     @property
     def moves(self) -> bool:
         """Whether they are others than it has, by more than rounding (a scale of nearly 1)."""
-        now = [(self.weight, self.module.weight), (self.bias, self.module.bias)]
-        return any(new is not None and _apart(new, old) for new, old in now)
+        return any(_apart(new, tensor_of(self.module, n)) for n, new in self.tensors.items())
 
 
 def _apart(new: Tensor, old: Tensor | None) -> bool:
@@ -76,6 +75,9 @@ def folded(
     read_besides  paths of sites whose weight the model reads without calling the module, too
     """
     here, memory = {id(module) for module in model.modules()}, Memory(model)
+    at_weights = [hooked for hooked in hooked_sites if isinstance(hooked, HookedWeight)]
+    of_weights = _folded_weights(at_weights, here, memory)
+    hooked_sites = [hooked for hooked in hooked_sites if hooked not in at_weights]
     targets = {hooked: _target(hooked, here) for hooked in hooked_sites}
     for hooked, target in targets.items():
         _check_memory(hooked, target.module.weight, "weight", memory)
@@ -91,9 +93,30 @@ def folded(
             done[module] = hooked, target._replace(map=_with(target, action, hooked.path))
     folds = [_rounded(target, hooked) for hooked, target in done.values()]
     for (hooked, _), fold in zip(done.values(), folds, strict=True):
-        if fold.bias is not None and not torch.equal(fold.bias, fold.module.bias):
-            _check_memory(hooked, fold.module.bias, "bias", memory)
-    return folds
+        now, bias = tensor_of(fold.module, "bias"), fold.tensors.get("bias")
+        if now is not None and bias is not None and not torch.equal(bias, now):
+            _check_memory(hooked, now, "bias", memory)
+    return [*of_weights, *folds]
+
+
+def _folded_weights(
+    hooked_weights: list[HookedWeight], here: set[int], memory: Memory
+) -> list[Fold]:
+    """What parameters become that parts stand at, each with its bias: what readers see."""
+    folds: dict[tuple[int, str], Fold] = {}
+    for hooked in hooked_weights:
+        read = hooked.reads[0]
+        if id(read.holder) not in here:
+            raise _gone(hooked, read.holder)
+        names = [name for name in (read.name, read.bias) if name]
+        known = folds.get((id(read.holder), read.name))
+        now = {name: hooked.kept(name) for name in names} | (known.tensors if known else {})
+        _check_shared(hooked, memory)
+        made = hooked.made(now)
+        for holder, names in hooked.held():
+            renamed = dict(zip(names, made.values(), strict=False))
+            folds[id(holder), names[0]] = Fold(hooked.path, holder, renamed, 1.0)
+    return list(folds.values())
 
 
 def _rounded(target: MergeTarget, hooked: HookedSite) -> Fold:
@@ -107,7 +130,7 @@ def _rounded(target: MergeTarget, hooked: HookedSite) -> Fold:
             lost += float((got.to(meant.dtype) - meant).square().sum())
             whole += float((meant - was.to(meant.dtype)).square().sum())
     kept = 1 - (lost / whole) ** 0.5 if lost else 1.0
-    return Fold(hooked.path, module, new[0], new[1] if bias is not None else None, kept)
+    return Fold(hooked.path, module, dict(zip(("weight", "bias"), new, strict=False)), kept)
 
 
 # whether it can be ------------------------------------------------------------------------------
@@ -117,12 +140,7 @@ def _target(hooked: HookedSite, here: set[int]) -> MergeTarget:
     """The map of the module of a hooked site, as its weights hold it. Raises OperationError."""
     module, kinds, call = hooked.entry, _kinds(hooked), f"merge(model) at {hooked.path}"
     if id(module) not in here:
-        raise OperationError(
-            call,
-            f"the {type(module).__name__} where {kinds} stands is no longer in the model: another "
-            "module was put in its place since it was operated.",
-            "Merge before modules are exchanged (quantised, converted); or put it back.",
-        )
+        raise _gone(hooked, module)
     if hooked.exit is module and (fact_and_remedy := _hidden(module)):
         fact, remedy = fact_and_remedy
         raise OperationError(call, f"{kinds} stands at a {_kind(module)} {fact}", remedy)
@@ -141,6 +159,15 @@ def _target(hooked: HookedSite, here: set[int]) -> MergeTarget:
     if target.module.weight.is_meta:
         raise OperationError(call, "it is on the meta device.", "Give it memory first.")
     return target._replace(map=_fine_map(target.map))
+
+
+def _gone(hooked: HookedSite, module: nn.Module) -> OperationError:
+    return OperationError(
+        f"merge(model) at {hooked.path}",
+        f"the {type(module).__name__} where {_kinds(hooked)} stands is no longer in the model: "
+        "another module was put in its place since it was operated.",
+        "Merge before modules are exchanged (quantised, converted); or put it back.",
+    )
 
 
 def _kind(module: nn.Module) -> str:
@@ -199,6 +226,16 @@ def _check_memory(hooked: HookedSite, tensor: Tensor, name: str, memory: Memory)
     others, names = memory.others(tensor), memory.names.get(id(tensor), [])
     if others or len(names) > 1:
         raise _refused(hooked, name, f": {first_few([*names, *others])} are one memory")
+
+
+def _check_shared(hooked: HookedWeight, memory: Memory) -> None:
+    """Raise OperationError where a weight is another's too, and not changed there."""
+    read = hooked.reads[0]
+    names = memory.names.get(id(hooked.kept(read.name)), [])
+    if memory.others(hooked.kept(read.name)) or len(names) > len(hooked.reads):
+        raise _refused(hooked, read.name, f": {first_few(names)} are one memory")
+    if read.bias and len(memory.names.get(id(hooked.kept(read.bias)), ())) > len(hooked.reads):
+        raise _refused(hooked, read.bias, "")
 
 
 def _refused(hooked: HookedSite, name: str, how: str) -> OperationError:

@@ -44,9 +44,7 @@ class HookedWeight(HookedSite):
     def __init__(self, switch: Switch, site: ParameterSite, actions: list[Action]) -> None:
         super().__init__(switch, site, actions)
         self.rows, self.is_stack = site.rows, site.is_stack
-        self.reads = [
-            Read(s.reader.module, s.module, s.name, s.bias) for s in (site, *site.others)
-        ]
+        self.reads = [Read(s.reader.module, s.module, s.name, s.bias) for s in (site, *site.others)]
         self.entry = self.exit = site.reader.module
         self.enters = self.leaves = True
         self.below: list[HookedWeight] = []
@@ -63,8 +61,15 @@ class HookedWeight(HookedSite):
     @property
     def parameter(self) -> Tensor:
         """The parameter, as it is kept."""
-        read = self.reads[0]
-        return _kept(read.holder, read.name)
+        return self.kept(self.reads[0].name)
+
+    def kept(self, name: str) -> Tensor:
+        """A tensor of the module that holds it, as it is kept."""
+        return _kept(self.reads[0].holder, name)
+
+    def held(self) -> list[tuple[nn.Module, list[str]]]:
+        """The modules that hold the parameter, and its name and its bias's there."""
+        return [(read.holder, [read.name, read.bias]) for read in self.reads]
 
     def weights(self) -> list[nn.Parameter]:
         parameter: Any = self.parameter
@@ -77,7 +82,7 @@ class HookedWeight(HookedSite):
         if not torch.compiler.is_compiling():
             self.turn.take()
         for read in self._read_by(module):
-            for name, value in self.made(read).items():
+            for name, value in self.made(self._now(read)).items():
                 read.holder.__dict__[name] = value
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> None:
@@ -92,22 +97,24 @@ class HookedWeight(HookedSite):
     def _read_by(self, module: nn.Module) -> list[Read]:
         return [read for read in self.reads if read.reader is module]
 
-    def made(self, read: Read) -> dict[str, Tensor]:
-        """What the parts make of the weight, and of the bias where one of them has one, by name."""
-        weight, bias = self._now(read, read.name), self._now(read, read.bias)
-        with torch.autocast(weight.device.type, enabled=False):
-            new = self._joined(Affine(self._some(weight), None if bias is None else self._some(bias)))
-            made = {read.name: self._put(weight, new.weight)}
-            if bias is not None and new.bias is not None:
-                made[read.bias] = self._put(bias, new.bias)
-        return made
-
-    def _now(self, read: Read, name: str) -> Tensor | None:
-        """The tensor of a name: as earlier operations make it, where they are on."""
-        if not name:
-            return None
+    def _now(self, read: Read) -> dict[str, Tensor]:
+        """Weight and bias by name, as earlier operations make them, where these are on."""
         under = any(each.switch.is_on() for each in self.below)
-        return read.holder.__dict__[name] if under else _kept(read.holder, name)
+        names = [name for name in (read.name, read.bias) if name]
+        known = read.holder.__dict__ if under else {}
+        return {name: known.get(name, _kept(read.holder, name)) for name in names}
+
+    def made(self, now: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the parts make of a weight, and of a bias where they have one; by name."""
+        (name, weight), *rest = now.items()
+        bias = rest[0][1] if rest else None
+        with torch.autocast(weight.device.type, enabled=False):
+            map = Affine(self._some(weight), None if bias is None else self._some(bias))
+            new = self._joined(map)
+            made = {name: self._put(weight, new.weight)}
+            if bias is not None and new.bias is not None:
+                made[rest[0][0]] = self._put(bias, new.bias)
+        return made
 
     def _joined(self, map: Affine) -> Affine:
         """The map with all parts, a matrix or one for each expert; a vector stays one."""
@@ -118,9 +125,11 @@ class HookedWeight(HookedSite):
         return map
 
     def _affine(self, action: Action) -> Affine:
-        part: Any = affine(action.part)  # a plan refuses what is not linear
+        part = affine(action.part) or Affine(torch.zeros(0), None)  # a plan refuses others
         alike = self.is_stack and not isinstance(action.part, Stack)  # one for all experts
-        return Affine(*(t if t is None else t[None] for t in part)) if alike else part
+        if not alike:
+            return part
+        return Affine(part.weight[None], None if part.bias is None else part.bias[None])
 
     def _some(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor[self.rows]

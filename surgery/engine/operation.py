@@ -189,8 +189,9 @@ class Operation(Switch):
     def join(self, site: Site, actions: list[Action], stretch: Stretch | None = None) -> None:
         """Hook `actions` to `site`; `stretch`: what it is in a forward, where nobody calls it."""
         if isinstance(site, ParameterSite):
-            self.hooked_sites.append(HookedWeight(self, site, actions))
-            self.hooked_sites[-1].join(self.journal)
+            hooked = HookedWeight(self, site, actions)
+            self.hooked_sites.append(hooked)
+            hooked.join(self.journal)
             return
         self.hooked_sites.append(HookedSite(self, site, actions, stretch))
         register(self.hooked_sites[-1], self.journal)

@@ -41,6 +41,7 @@ from .uncalled import Stretches, check_called, stretches_of
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
+from .weight_checks import check_weights
 
 
 def _tracking() -> AbstractContextManager[object]:
@@ -161,6 +162,7 @@ class Plan:
             with preserved():
                 sketches = BuiltParts(self.placements, self.names, None)
             check_parts(self.placements, sketches.parts)
+            check_weights(self.placements, sketches.parts)
             check_mixing(self.placements, sketches.parts, self.tree)
             self._sketches = sketches
         return self._sketches
@@ -256,6 +258,7 @@ class Plan:
         built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
         check_parts(self.placements, parts)
+        check_weights(self.placements, parts)
         check_mixing(self.placements, parts, self.tree)
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if built.borrowed:

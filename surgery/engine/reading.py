@@ -22,7 +22,11 @@ from .tokens import Insertions
 from .tracing import CALL
 
 CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
-OURS = {HookedSite._run.__code__, Insertions.insert.__code__, HookedWeight.made.__code__}  # run parts, which may read weights
+OURS = {
+    HookedSite._run.__code__,
+    Insertions.insert.__code__,
+    HookedWeight.made.__code__,
+}  # run parts, which may read weights
 
 
 class Reading(TorchFunctionMode):

@@ -23,35 +23,39 @@ class Stack(nn.Module):
 
     def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
-        self.one = parts[0]
-        self.starts_at_zero = getattr(self.one, "starts_at_zero", False)
-        held = [dict(part.named_parameters()) for part in parts]
+        self.each = _Each(parts[0])
+        self.starts_at_zero = getattr(parts[0], "starts_at_zero", False)
+        held = [dict(_Each(part).named_parameters()) for part in parts]
         for name, first in held[0].items():
             path, _, own = name.rpartition(".")
             numbers = torch.stack([each[name].detach() for each in held])
-            owner = self.one.get_submodule(path)
+            owner = self.each.get_submodule(path)
             owner._parameters[own] = nn.Parameter(numbers, requires_grad=first.requires_grad)
 
-    def affine(self) -> Affine:
-        """The map of each, (experts, out, in); of parts that are linear."""
-        map: Affine = self._each(_Map(self.one), "part.")
-        return map
+    def affine(self) -> Affine | None:
+        """The map of each, (experts, out, in); None of parts that are not linear."""
+        maps: dict[str, Tensor] = self._run()
+        return Affine(maps["weight"], maps.get("bias")) if maps else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(experts, n, width) to (experts, n, out), each expert its own."""
-        return self._each(self.one, "", (x,))  # type: ignore[no-any-return]
+        return self._run(x)  # type: ignore[no-any-return]
 
-    def _each(self, module: nn.Module, prefix: str, given: tuple[Tensor, ...] = ()) -> Any:
-        own = {prefix + name: p for name, p in self.one.named_parameters()}
-        return vmap(lambda own, *x: functional_call(module, own, x))(own, *given)
+    def _run(self, *given: Tensor) -> Any:
+        own = dict(self.each.named_parameters())
+        return vmap(lambda own, *x: functional_call(self.each, own, x))(own, *given)
 
 
-class _Map(nn.Module):
-    """Gives the map of a part."""
+class _Each(nn.Module):
+    """The part of one expert: what it makes of features, or else its map."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
 
-    def forward(self) -> Any:
-        return affine(self.part)
+    def forward(self, x: Tensor | None = None) -> Any:
+        if x is not None:
+            return self.part(x)
+        map = affine(self.part)
+        named = map._asdict() if map else {}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}

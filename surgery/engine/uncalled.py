@@ -78,7 +78,11 @@ def check_called(placements: list[Placement], stretches: Stretches) -> None:
     for p in placements:
         for end in (p.site.entry, p.site.exit) if not isinstance(p.site, ParameterSite) else ():
             parent = end.parent.module if end.parent and not end.aliases else None
-            if parent is not None and reads_its_projection(parent) and end.steps[-1].name == "out_proj":
+            if (
+                parent is not None
+                and reads_its_projection(parent)
+                and end.steps[-1].name == "out_proj"
+            ):
                 raise _unread(p, end)
             if p.spot not in stretches and forward_of(end.module) is nn.Module.forward:
                 raise _uncalled(p, end, "", "" if p.edit.place == "instead" else EXAMPLE)

@@ -25,7 +25,9 @@ class Affine(NamedTuple):
             bias = moved if bias is None else moved + bias
         if a.dim() == b.dim() > 1:
             return Affine(a @ b, bias)
-        scaled = a[..., None] * b if a.dim() < b.dim() else a * (b if a.dim() == 1 else b[..., None, :])
+        scaled = (
+            a[..., None] * b if a.dim() < b.dim() else a * (b if a.dim() == 1 else b[..., None, :])
+        )
         return Affine(scaled, bias)
 
     def plus(self, other: Affine) -> Affine:
@@ -58,7 +60,8 @@ def affine(part: nn.Module) -> Affine | None:
         maps = all_affine(part)
         return reduce(lambda first, then: then.after(first), maps) if maps else None
     method = getattr(part, "affine", None)
-    return Affine(*method()) if callable(method) else None
+    given = method() if callable(method) else None
+    return None if given is None else Affine(*given)
 
 
 def all_affine(parts: Iterable[nn.Module]) -> list[Affine] | None:

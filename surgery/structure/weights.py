@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import RuleError
 from .layers import CONVS, Shape, forward_of, is_torch_attention
 from .module_tree import Site, Tree
 from .path import Step
@@ -49,7 +48,7 @@ class ParameterSite(Site):
     def parameter(self) -> nn.Parameter:
         """The whole of it, as it is now."""
         parameter: Any = self.module._parameters[self.name]
-        return parameter
+        return parameter  # type: ignore[no-any-return]
 
     def read_shape(self, leave_out: Any = ()) -> None:
         size = self.parameter.shape
