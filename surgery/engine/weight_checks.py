@@ -35,7 +35,7 @@ def _check(p: Placement, site: ParameterSite, part: nn.Module) -> None:
     if map is None:
         raise _refused(p, f"{type(part).__name__} is not linear, so no weight is made by it")
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in part.modules()):
-        raise _refused(p, "a dropout acts on features, and a weight meets none")
+        raise _refused(p, "a dropout acts on features, which a weight does not meet (dropout=0.0)")
     if map.bias is not None and not site.bias:
         raise _refused(p, f"{type(part).__name__} adds a bias, and {site.path} has none beside it")
     if weight.dim() == 1 and map.weight.dim() != 1:

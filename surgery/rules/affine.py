@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -74,7 +73,7 @@ def all_affine(parts: Iterable[nn.Module]) -> list[Affine] | None:
 def joined(map: Affine, part: Affine, place: str, scale: float | None) -> Affine:
     """The map of a place with one more part there, around what came before.
 
-    place  "before", "after", "beside" or "instead"; scale: as of an edit, None where it adds nothing
+    place  "before", "after", "beside" or "instead"; scale: None where it replaces
 
     >>> one = Affine(torch.ones(2, 2), None)
     >>> joined(one, one, "beside", 0.5).weight[0]
