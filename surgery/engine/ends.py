@@ -105,19 +105,24 @@ class Noted(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _name(func)
+        name, kwargs = _name(func), kwargs or {}
         given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Noted)]
         notes = [note for value in given for note in _after(name, value.notes)]
         due = [note.hook for note in notes if not note.ops]
         with torch._C.DisableTorchFunctionSubclass():
             versions = [_version(v) for v in given]
-            run = _in_a_copy(func) if due and _is_augmented() else func
-            result = run(*args, **(kwargs or {}))
+            result = _ran(func, args, kwargs, bool(due))
             if not isinstance(result, Tensor) or _is_untouched(result, given, versions):
                 return result
         if due:
-            result = _done(result, (*args, *(kwargs or {}).values()), due)
+            result = _done(result, (*args, *kwargs.values()), due)
         return _with(result, [note for note in notes if note.ops])
+
+
+def _ran(func: Any, args: Any, kwargs: Any, due: bool) -> Any:
+    """What an operation gives; where a note is due, of its own even if written x += y."""
+    run = _in_a_copy(func) if due and _is_augmented() else func
+    return run(*args, **kwargs)
 
 
 def _version(value: Tensor) -> int:

@@ -16,7 +16,7 @@ from .._inputs import call, copied, tensors_in
 from .._preserve import preserved
 from .._text import first_few
 from ..errors import GraftError, SurgeryError
-from .gradients import carrying, moved, overwritten, reached
+from .gradients import Reached, carrying, moved, overwritten, reached
 from .hooks import HookedSite
 from .operation import Operation
 from .reading import Reading, why_idle
@@ -193,10 +193,7 @@ def _check_gradients(
     """
     outputs = carrying(answer)
     graph = reached(outputs)
-    wanted = _wanted(targets)
-    moving = moved(model, wanted, run, answer) if outputs else set()
-    if moving is None and graph.whole and overwritten(wanted, carrying(run())):
-        raise _overwritten(targets)
+    moving = _moved(model, run, answer, graph, targets) if outputs else set()
     come = graph.tensors | (moving or set())
     missed = [target for target in targets if target.is_missed(come)]
     shown = graph.whole or moving is not None
@@ -208,6 +205,21 @@ def _check_gradients(
     zero = [] if moving is None else _zero(targets, moving, missed)
     zeros = [f"the gradient that comes to {first_few(_names(zero))} is zero with this example"]
     return [*(notes if missed else ()), *(zeros if zero else ())]
+
+
+def _moved(
+    model: nn.Module, run: Run, answer: Any, graph: Reached, targets: list[TrainTarget]
+) -> set[int] | None:
+    """Ids of the tensors that a gradient moves; None where no backward can be run.
+
+    Raises GraftError where it cannot as the model writes over what it needs.
+    """
+    wanted = _wanted(targets)
+    moving = moved(model, wanted, run, answer)
+    shown = moving is not None or not (graph.whole and graph.derived)
+    if not shown and overwritten(wanted, carrying(run())):
+        raise _overwritten(targets)
+    return moving
 
 
 def _wanted(targets: list[TrainTarget]) -> list[Tensor]:
