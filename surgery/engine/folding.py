@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ class Fold(NamedTuple):
         return any(_apart(new, tensor_of(self.module, n)) for n, new in self.tensors.items())
 
 
+def written(folds: Iterable[Fold]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Module, name and new value of each tensor."""
+    return [(f.module, name, tensor) for f in folds for name, tensor in f.tensors.items()]
+
+
 def _apart(new: Tensor, old: Tensor | None) -> bool:
     if old is None:
         return bool(new.any())
@@ -77,11 +83,23 @@ def folded(
     here, memory = {id(module) for module in model.modules()}, Memory(model)
     at_weights = [hooked for hooked in hooked_sites if isinstance(hooked, HookedWeight)]
     of_weights = _folded_weights(at_weights, here, memory)
-    hooked_sites = [hooked for hooked in hooked_sites if hooked not in at_weights]
+    others = [hooked for hooked in hooked_sites if hooked not in at_weights]
+    of_modules = _folded_modules(others, here, memory, read_besides or set())
+    weights = {(id(fold.module), name) for fold in of_weights for name in fold.tensors}
+    for hooked, fold in of_modules:
+        if any((id(fold.module), name) in weights for name in fold.tensors):
+            raise _refused(hooked, "weight", ": parts stand at the parameter itself, too")
+    return [*of_weights, *(fold for _, fold in of_modules)]
+
+
+def _folded_modules(
+    hooked_sites: list[HookedSite], here: set[int], memory: Memory, read_besides: set[str]
+) -> list[tuple[HookedSite, Fold]]:
+    """What modules become that parts stand at."""
     targets = {hooked: _target(hooked, here) for hooked in hooked_sites}
     for hooked, target in targets.items():
         _check_memory(hooked, target.module.weight, "weight", memory)
-        if hooked.path in (read_besides or ()):
+        if hooked.path in read_besides:
             raise _refused(hooked, "weight", ": the model reads it without calling the module")
     actions = [(hooked, action) for hooked in hooked_sites for action in hooked.actions]
     actions.sort(key=lambda pair: pair[1].place != "instead")  # what replaces first, others around
@@ -96,7 +114,7 @@ def folded(
         now, bias = tensor_of(fold.module, "bias"), fold.tensors.get("bias")
         if now is not None and bias is not None and not torch.equal(bias, now):
             _check_memory(hooked, now, "bias", memory)
-    return [*of_weights, *folds]
+    return [(hooked, fold) for (hooked, _), fold in zip(done.values(), folds, strict=True)]
 
 
 def _folded_weights(

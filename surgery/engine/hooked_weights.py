@@ -38,12 +38,13 @@ class HookedWeight(HookedSite):
     """The parts at one parameter, or at rows of it.
 
     reads    where it is read; several, where modules share it
+    alone    whether it may be read as it is elsewhere: a rule says so
     below    weights of earlier operations that are joined to the same parameter
     """
 
     def __init__(self, switch: Switch, site: ParameterSite, actions: list[Action]) -> None:
         super().__init__(switch, site, actions)
-        self.rows, self.is_stack = site.rows, site.is_stack
+        self.rows, self.is_stack, self.alone = site.rows, site.is_stack, not site.tied
         self.reads = [Read(s.reader.module, s.module, s.name, s.bias) for s in (site, *site.others)]
         self.entry = self.exit = site.reader.module
         self.enters = self.leaves = True
@@ -71,9 +72,14 @@ class HookedWeight(HookedSite):
         """The modules that hold the parameter, and its name and its bias's there."""
         return [(read.holder, [read.name, read.bias]) for read in self.reads]
 
-    def weights(self) -> list[nn.Parameter]:
+    def own_weights(self) -> list[nn.Parameter]:
+        """The parameter."""
         parameter: Any = self.parameter
         return [parameter]
+
+    def callers(self) -> set[int]:
+        """Ids of all that reads it."""
+        return {id(read.reader) for read in self.reads}
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """Forward pre-hook of a reader: the attribute is what the parts make of the parameter."""

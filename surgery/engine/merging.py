@@ -13,7 +13,7 @@ from .._text import first_few
 from ..errors import OperationError
 from .apply import operated
 from .conditions import DISABLED, MAKING, WRITING, check_state
-from .folding import Fold, acting_between, folded
+from .folding import Fold, acting_between, folded, written
 from .journal import completed
 from .operation import Operation, additions_of
 from .plain import Followed, Kept, check_kept, let_go, make_plain
@@ -75,13 +75,12 @@ def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
     between = [hooked.path for hooked in hooked_sites if acting_between(hooked)]
     journal, additions = done[-1].merge_journal, additions_of(model) or nn.Module()
     try:
-        weights = tuple(Kept.of(f.module, name) for f in folds for name in f.tensors)
+        weights = tuple(Kept.of(module, name) for module, name, _ in written(folds))
         journal.entries.append(Followed(additions, model, weights, model.training))
         for operation in done:
             journal.entries.append(operation.frozen.kept())
-        for fold in folds:
-            for name, tensor in fold.tensors.items():
-                journal.write(fold.module, name, tensor)
+        for module, name, tensor in written(folds):
+            journal.write(module, name, tensor)
         for operation in done:
             journal.set(operation, "merged", True)
         make_plain(model, additions, [operation.journal for operation in done], journal)

@@ -26,7 +26,7 @@ from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_sh
 from .module_tree import Projections, Site, Tree, element, holders, in_order, stretch
 from .path import generalise
 from .trace import Trace
-from .weights import torch_projections
+from .weights import operand_weights, torch_projections
 
 
 def roles_of(tree: Tree) -> dict[str, list[Site]]:
@@ -58,12 +58,21 @@ def told_roles(tree: Tree) -> dict[str, list[Site]]:
     if dataflow_of(tree) is not None and "told here" not in tree.memo:
         of_modules, makes = roles_by_modules(tree), operands(tree)
         told = {word: [s for s in makes if makes[s] == {word}] for word in OPERANDS}
+        for word, sites in torch_operands(tree).items():
+            told[word] = in_order([*told[word], *sites])
         for name, sites in roles_of(tree).items():
             if _described(sites) != _described(of_modules[name]):
                 told[name] = sites
         tree.memo["told here"] = told
     found: dict[str, list[Site]] = tree.memo.get("told here", tree.memo.get("told", {}))
     return found
+
+
+def torch_operands(tree: Tree) -> dict[str, list[Site]]:
+    """The weights of torch's own attentions that make the query, the key, the value: rows, too."""
+    attentions = [s for s in roles_of(tree)["attn"] if torch_projections(tree, s)[0]]
+    apart = [operand_weights(tree, attn) for attn in attentions]
+    return {word: [three[i] for three in apart] for i, word in enumerate(OPERANDS)}
 
 
 def _described(sites: list[Site]) -> list[tuple[str, Shape]]:

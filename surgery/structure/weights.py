@@ -26,9 +26,11 @@ class ParameterSite(Site):
     rows     those that are meant; None: all
     reader   the site of the module that computes with it: its own, unless that is never called
     others   where modules share it: the same parameter, by its other names
+    tied     whether it is meant wherever modules share it
     """
 
     others: Sequence[ParameterSite] = ()
+    tied = True
 
     def __init__(self, holder: Site, name: str, rows: slice | None, reader: Site) -> None:
         super().__init__(holder.module, holder, (*holder.steps, Step(name, 0, 1)))
@@ -70,6 +72,7 @@ def parameter_site(
     key = (holder, name, None if rows is None else (rows.start, rows.stop), tied)
     if key not in known:
         site = known[key] = ParameterSite(holder, name, rows, _reader(holder))
+        site.tied = tied
         if tied:
             site.others = [
                 ParameterSite(s, n, rows, _reader(s))
@@ -104,6 +107,21 @@ def _reader(holder: Site) -> Site:
 def reads_its_projection(module: nn.Module) -> bool:
     """Whether it computes with the weights of its children without calling them."""
     return forward_of(module) is nn.MultiheadAttention.forward
+
+
+def operand_weights(tree: Tree, attn: Site) -> list[Site]:
+    """The weights that make query, key and value in torch's own attention: a third of one, or own.
+
+    >>> tree = Tree(nn.MultiheadAttention(8, 2))
+    >>> [site.path for site in operand_weights(tree, tree.root)]
+    ['in_proj_weight[0:8]', 'in_proj_weight[8:16]', 'in_proj_weight[16:24]']
+    """
+    weights, _ = torch_projections(tree, attn)
+    if len(weights) != 1:
+        return weights
+    width = weights[0].out // 3
+    thirds = [slice(i * width, (i + 1) * width) for i in range(3)]
+    return [parameter_site(tree, attn, "in_proj_weight", rows) for rows in thirds]
 
 
 def torch_projections(tree: Tree, attn: Site) -> tuple[list[Site], list[Site]]:

@@ -307,7 +307,7 @@ def test_an_interrupt_in_a_reader_leaves_nothing_changed_and_nobody_waiting() ->
 
 def test_an_error_in_a_reader_leaves_the_weight() -> None:
     model = surgery.apply(encoder(), at(qkv, part))
-    with pytest.raises(Exception, match="expecting embedding dimension|shape"):
+    with pytest.raises(Exception, match=r"expecting embedding dimension|shape"):
         model(torch.randn(2, 5, 15))
     assert not any("in_proj_weight" in vars(module) for module in model.modules())
 
@@ -410,3 +410,23 @@ def test_a_weight_is_formed_once_for_each_forward_of_its_reader(
     monkeypatch.setattr(HookedWeight, "made", counted)
     model(tokens)
     assert formed == [f"layers.{i}.self_attn.in_proj_weight" for i in range(2)]
+
+
+class ReadTwice(nn.Module):
+    """Its table is read by a function too, as a head that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(11, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.mix(self.table(ids)), self.table.weight)
+
+
+@pytest.mark.parametrize("proved", [True, False])
+def test_a_weight_that_is_read_elsewhere_too_is_no_silence(proved: bool) -> None:
+    model, rule = ReadTwice(), at(weight("table.weight"), part)
+    with pytest.raises(surgery.GraftError, match=r"reads table\.weight elsewhere too"):
+        surgery.apply(model, rule, example=ids if proved else None)(ids)
+    alone = at(weight("table.weight", tied=False), part)
+    surgery.apply(ReadTwice(), alone, example=ids)
