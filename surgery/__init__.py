@@ -44,6 +44,7 @@ from .rules.roles import (
 )
 from .rules.rule import Rule, at
 from .rules.selector import where
+from .rules.weights import weight
 from .state.checkpoint import load, load_state_dict, save, state_dict
 from .structure.module_tree import Site
 
@@ -57,5 +58,5 @@ __all__ = [
     "load_state_dict", "lora", "merge", "methods", "moa", "nearest", "norm", "ops", "parallel",
     "parameters", "part", "parts", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv",
     "query", "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared",
-    "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "where",
+    "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight", "where",
 ]  # fmt: skip

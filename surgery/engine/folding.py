@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from .._text import first_few
 from ..errors import OperationError
-from ..rules.affine import Affine, affine
+from ..rules.affine import Affine, affine, joined
 from ..structure.layers import CONVS, forward_of
 from ..structure.memory import Memory, own_form
+from .hooked_weights import HookedWeight
 from .hooks import HookedSite, is_replaced
 from .journal import owner_of
 from .merge_targets import MergeTarget, merge_target
@@ -24,22 +26,25 @@ HALF = 16  # bits: below 32, sums are made in float32 and rounded once
 
 
 class Fold(NamedTuple):
-    """A module, and the weight and bias that it is to have.
+    """A module, and the weight and bias that it is to have, by name.
 
     kept  the share of the change that is left once it is rounded to the dtype of the weight
     """
 
     path: str
-    module: Any
-    weight: Tensor
-    bias: Tensor | None
+    module: nn.Module
+    tensors: dict[str, Tensor]
     kept: float
 
     @property
     def moves(self) -> bool:
         """Whether they are others than it has, by more than rounding (a scale of nearly 1)."""
-        now = [(self.weight, self.module.weight), (self.bias, self.module.bias)]
-        return any(new is not None and _apart(new, old) for new, old in now)
+        return any(_apart(new, tensor_of(self.module, n)) for n, new in self.tensors.items())
+
+
+def written(folds: Iterable[Fold]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Module, name and new value of each tensor."""
+    return [(f.module, name, tensor) for f in folds for name, tensor in f.tensors.items()]
 
 
 def _apart(new: Tensor, old: Tensor | None) -> bool:
@@ -76,10 +81,25 @@ def folded(
     read_besides  paths of sites whose weight the model reads without calling the module, too
     """
     here, memory = {id(module) for module in model.modules()}, Memory(model)
+    at_weights = [hooked for hooked in hooked_sites if isinstance(hooked, HookedWeight)]
+    of_weights = _folded_weights(at_weights, here, memory)
+    others = [hooked for hooked in hooked_sites if hooked not in at_weights]
+    of_modules = _folded_modules(others, here, memory, read_besides or set())
+    weights = {(id(fold.module), name) for fold in of_weights for name in fold.tensors}
+    for hooked, fold in of_modules:
+        if any((id(fold.module), name) in weights for name in fold.tensors):
+            raise _refused(hooked, "weight", ": parts stand at the parameter itself, too")
+    return [*of_weights, *(fold for _, fold in of_modules)]
+
+
+def _folded_modules(
+    hooked_sites: list[HookedSite], here: set[int], memory: Memory, read_besides: set[str]
+) -> list[tuple[HookedSite, Fold]]:
+    """What modules become that parts stand at."""
     targets = {hooked: _target(hooked, here) for hooked in hooked_sites}
     for hooked, target in targets.items():
         _check_memory(hooked, target.module.weight, "weight", memory)
-        if hooked.path in (read_besides or ()):
+        if hooked.path in read_besides:
             raise _refused(hooked, "weight", ": the model reads it without calling the module")
     actions = [(hooked, action) for hooked in hooked_sites for action in hooked.actions]
     actions.sort(key=lambda pair: pair[1].place != "instead")  # what replaces first, others around
@@ -91,9 +111,30 @@ def folded(
             done[module] = hooked, target._replace(map=_with(target, action, hooked.path))
     folds = [_rounded(target, hooked) for hooked, target in done.values()]
     for (hooked, _), fold in zip(done.values(), folds, strict=True):
-        if fold.bias is not None and not torch.equal(fold.bias, fold.module.bias):
-            _check_memory(hooked, fold.module.bias, "bias", memory)
-    return folds
+        now, bias = tensor_of(fold.module, "bias"), fold.tensors.get("bias")
+        if now is not None and bias is not None and not torch.equal(bias, now):
+            _check_memory(hooked, now, "bias", memory)
+    return [(hooked, fold) for (hooked, _), fold in zip(done.values(), folds, strict=True)]
+
+
+def _folded_weights(
+    hooked_weights: list[HookedWeight], here: set[int], memory: Memory
+) -> list[Fold]:
+    """What parameters become that parts stand at, each with its bias: what readers see."""
+    folds: dict[tuple[int, str], Fold] = {}
+    for hooked in hooked_weights:
+        read = hooked.reads[0]
+        if id(read.holder) not in here:
+            raise _gone(hooked, read.holder)
+        names = [name for name in (read.name, read.bias) if name]
+        known = folds.get((id(read.holder), read.name))
+        now = {name: hooked.kept(name) for name in names} | (known.tensors if known else {})
+        _check_shared(hooked, memory)
+        made = hooked.made(now)
+        for holder, names in hooked.held():
+            renamed = dict(zip(names, made.values(), strict=False))
+            folds[id(holder), names[0]] = Fold(hooked.path, holder, renamed, 1.0)
+    return list(folds.values())
 
 
 def _rounded(target: MergeTarget, hooked: HookedSite) -> Fold:
@@ -107,7 +148,7 @@ def _rounded(target: MergeTarget, hooked: HookedSite) -> Fold:
             lost += float((got.to(meant.dtype) - meant).square().sum())
             whole += float((meant - was.to(meant.dtype)).square().sum())
     kept = 1 - (lost / whole) ** 0.5 if lost else 1.0
-    return Fold(hooked.path, module, new[0], new[1] if bias is not None else None, kept)
+    return Fold(hooked.path, module, dict(zip(("weight", "bias"), new, strict=False)), kept)
 
 
 # whether it can be ------------------------------------------------------------------------------
@@ -117,12 +158,7 @@ def _target(hooked: HookedSite, here: set[int]) -> MergeTarget:
     """The map of the module of a hooked site, as its weights hold it. Raises OperationError."""
     module, kinds, call = hooked.entry, _kinds(hooked), f"merge(model) at {hooked.path}"
     if id(module) not in here:
-        raise OperationError(
-            call,
-            f"the {type(module).__name__} where {kinds} stands is no longer in the model: another "
-            "module was put in its place since it was operated.",
-            "Merge before modules are exchanged (quantised, converted); or put it back.",
-        )
+        raise _gone(hooked, module)
     if hooked.exit is module and (fact_and_remedy := _hidden(module)):
         fact, remedy = fact_and_remedy
         raise OperationError(call, f"{kinds} stands at a {_kind(module)} {fact}", remedy)
@@ -141,6 +177,15 @@ def _target(hooked: HookedSite, here: set[int]) -> MergeTarget:
     if target.module.weight.is_meta:
         raise OperationError(call, "it is on the meta device.", "Give it memory first.")
     return target._replace(map=_fine_map(target.map))
+
+
+def _gone(hooked: HookedSite, module: nn.Module) -> OperationError:
+    return OperationError(
+        f"merge(model) at {hooked.path}",
+        f"the {type(module).__name__} where {_kinds(hooked)} stands is no longer in the model: "
+        "another module was put in its place since it was operated.",
+        "Merge before modules are exchanged (quantised, converted); or put it back.",
+    )
 
 
 def _kind(module: nn.Module) -> str:
@@ -201,6 +246,16 @@ def _check_memory(hooked: HookedSite, tensor: Tensor, name: str, memory: Memory)
         raise _refused(hooked, name, f": {first_few([*names, *others])} are one memory")
 
 
+def _check_shared(hooked: HookedWeight, memory: Memory) -> None:
+    """Raise OperationError where a weight is another's too, and not changed there."""
+    read = hooked.reads[0]
+    names = memory.names.get(id(hooked.kept(read.name)), [])
+    if memory.others(hooked.kept(read.name)) or len(names) > len(hooked.reads):
+        raise _refused(hooked, read.name, f": {first_few(names)} are one memory")
+    if read.bias and len(memory.names.get(id(hooked.kept(read.bias)), ())) > len(hooked.reads):
+        raise _refused(hooked, read.bias, "")
+
+
 def _refused(hooked: HookedSite, name: str, how: str) -> OperationError:
     return OperationError(
         f"merge(model) at {hooked.path}",
@@ -232,23 +287,7 @@ def _with(target: MergeTarget, action: Action, path: str) -> Affine:
             f"{type(action.part).__name__} mixes the groups of a {type(target.module).__name__}.",
             "Leave the model unmerged, or use a part that scales each feature.",
         )
-    if action.place == "instead":
-        return part
-    if action.place == "beside":
-        return map.plus(part.times(action.scale if action.scale is not None else 1.0))
-    through = part.after(map) if action.place == "after" else map.after(part)
-    if action.scale is None:
-        return through
-    if action.place == "after":
-        return map.plus(through.times(action.scale))
-    return map.plus(_without_bias(through, map).times(action.scale))
-
-
-def _without_bias(through: Affine, map: Affine) -> Affine:
-    """f(x + p(x)) = f(x) + W p(x): the bias of f counts once."""
-    if map.bias is None or through.bias is None:
-        return through
-    return Affine(through.weight, through.bias - map.bias)
+    return joined(map, part, action.place, action.scale)
 
 
 def _kinds(hooked: HookedSite) -> str:

@@ -87,6 +87,14 @@ class HookedSite:
         called = stretch.modules if stretch and self.inserts else []
         return [Fits(self.path, module, self.opened) for module in called]
 
+    def own_weights(self) -> list[nn.Parameter]:
+        """The weights of the module that it stands at, not of its children."""
+        return [p for p in self.entry._parameters.values() if p is not None]
+
+    def callers(self) -> set[int]:
+        """Ids of the modules in whose calls its weights are read as they should be."""
+        return {id(self.entry), id(self.exit)}
+
     @property
     def ran(self) -> bool:
         """Whether all of it ever ran, the beginning and the end."""

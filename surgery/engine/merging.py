@@ -13,10 +13,10 @@ from .._text import first_few
 from ..errors import OperationError
 from .apply import operated
 from .conditions import DISABLED, MAKING, WRITING, check_state
-from .folding import Fold, acting_between, folded
+from .folding import Fold, acting_between, folded, written
 from .journal import completed
 from .operation import Operation, additions_of
-from .plain import Followed, check_kept, let_go, make_plain
+from .plain import Followed, Kept, check_kept, let_go, make_plain
 from .trained import check_undoable
 from .watched import check_watched
 
@@ -75,14 +75,12 @@ def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
     between = [hooked.path for hooked in hooked_sites if acting_between(hooked)]
     journal, additions = done[-1].merge_journal, additions_of(model) or nn.Module()
     try:
-        weights = tuple((f.module, f.module.weight.device, f.module.weight.dtype) for f in folds)
+        weights = tuple(Kept.of(module, name) for module, name, _ in written(folds))
         journal.entries.append(Followed(additions, model, weights, model.training))
         for operation in done:
             journal.entries.append(operation.frozen.kept())
-        for fold in folds:
-            journal.write(fold.module, "weight", fold.weight)
-            if fold.bias is not None:
-                journal.write(fold.module, "bias", fold.bias)
+        for module, name, tensor in written(folds):
+            journal.write(module, name, tensor)
         for operation in done:
             journal.set(operation, "merged", True)
         make_plain(model, additions, [operation.journal for operation in done], journal)
@@ -99,7 +97,7 @@ def _tell_lost(folds: list[Fold]) -> None:
     """Warn where rounding takes much of what was learnt."""
     lost = sorted((fold for fold in folds if fold.kept < 1 - MOST_LOST), key=lambda f: f.kept)
     if lost:
-        dtype = str(lost[0].weight.dtype).removeprefix("torch.")
+        dtype = str(next(iter(lost[0].tensors.values())).dtype).removeprefix("torch.")
         warnings.warn(
             f"merge(model): rounding to {dtype} keeps {max(lost[0].kept, 0):.0%} of what was "
             f"learnt at {lost[0].path}; at {len(lost)} of {len(folds)} places less than "

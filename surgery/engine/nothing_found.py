@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from .._text import first_few
 from ..errors import MatchError
 from ..rules.edits import Trained
-from ..rules.roles import ROLES, Role, attn, block, embed, ffn, head, norm, qkv
+from ..rules.roles import ROLES, attn, block, embed, ffn, head, norm, qkv
 from ..rules.rule import Rule
 from ..rules.selector import Address
-from ..rules.walk import selectors_in
+from ..rules.weights import Weight
 from ..structure.anatomy import instead_of_ffns, roles_of
-from ..structure.attention_states import OPERANDS
 from ..structure.dataflow import dataflow_of
-from ..structure.layers import is_torch_attention
-from ..structure.module_tree import Site, Tree
+from ..structure.module_tree import Tree
 from ..structure.path import Step, closest, generalise, match, split_span
 from .summary import places
 
 SHOW = " With example=inputs a forward is looked at too, for what modules do not show."
-OF_PROJECTIONS = {"qkv", "proj", "fused", *OPERANDS}
 
 
 def why_nothing(rule: Rule, tree: Tree) -> MatchError:
@@ -27,8 +23,8 @@ def why_nothing(rule: Rule, tree: Tree) -> MatchError:
     fact = f"matched no module of {kind}"
     if isinstance(rule.where, Address):
         return _nothing_at(rule, rule.where.what, fact, tree)
-    if attentions := _without_projections(rule, tree):
-        return _only_parameters(rule, fact, attentions)
+    if isinstance(rule.where, Weight):
+        return _no_parameter(rule, rule.where.address, tree)
     if not roles_of(tree)["ffn"]:
         fact += f", which has no feed-forward network: {instead_of_ffns(tree)}"
     return MatchError(rule.short, f"{fact}.", _roles_there(tree))
@@ -88,36 +84,22 @@ def _named_so(address: str, tree: Tree) -> list[str]:
 def _a_parameter(rule: Rule, address: str, fact: str, named: list[str]) -> MatchError:
     holder, _, name = address.rpartition(".")
     word = next((edit.word for edit in rule.rest if isinstance(edit, Trained)), "unfreeze")
-    one = holder not in ("", "**")
-    joined = f', or at("{holder}", ...) for a part at the module that holds it' if one else ""
     those = f"{named[0]} is a parameter" if len(named) == 1 else f"{places(named)} are parameters"
     return MatchError(
         rule.short,
         f"{fact}: {those}.",
-        f'Write at("{holder}", {word}("{name}")){joined}.',
+        f'Write at("{holder}", {word}("{name}")), or, for a part, at(weight("{address}"), ...).',
     )
 
 
-def _without_projections(rule: Rule, tree: Tree) -> list[Site]:
-    """The attentions that have no module for what a rule asks for: nn.MultiheadAttention."""
-    roles = roles_of(tree)
-    named = {role.name for role in selectors_in(rule.where) if isinstance(role, Role)}
-    asked = {"qkv" if name in OPERANDS else name for name in named & OF_PROJECTIONS}
-    if not asked or any(roles[name] for name in asked):
-        return []
-    return [site for site in roles["attn"] if is_torch_attention(site.module)]
-
-
-def _only_parameters(rule: Rule, fact: str, attentions: list[Site]) -> MatchError:
-    """The error of projections that are parameters, not modules."""
-    own = attentions[0].module._parameters.items()
-    weights = [name for name, p in own if p is not None and name.endswith("proj_weight")]
-    name = weights[0] if len(weights) == 1 else "{" + ",".join(weights) + "}"
+def _no_parameter(rule: Rule, address: str, tree: Tree) -> MatchError:
+    """The error of an address of parameters that is of none."""
+    names = [f"{s.path}.{n}".lstrip(".") for s in tree.sites for n in s.module._parameters]
+    near = closest(address, names, [])
+    listed = ", ".join(f"{path} ({n})" for path, n in near)
+    remedy = f'Nearest addresses: {listed}.\nWrite at(weight("{near[0][0]}"), ...).' if near else ""
     return MatchError(
         rule.short,
-        f"{fact}: its attention ({first_few([site.path for site in attentions], 1)}) is "
-        f"nn.MultiheadAttention, whose projections are parameters, {', '.join(weights)}, and no "
-        "modules; it never calls its out_proj either.",
-        "Put a part beside the attention, at(attn, parallel(adapter(rank=8))), or train the "
-        f'projection itself, at(attn, unfreeze("{name}")).',
+        f"matched no parameter of {type(tree.model).__name__}.",
+        remedy or "It has none.",
     )

@@ -18,7 +18,9 @@ from ..errors import GraftError, OperationError
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
 from ..structure.stretches import Stretch
+from ..structure.weights import ParameterSite
 from .frozen import Frozen
+from .hooked_weights import HookedWeight
 from .hooks import HookedSite, routes
 from .journal import Journal, owner_of
 from .passes import Key
@@ -186,6 +188,11 @@ class Operation(Switch):
 
     def join(self, site: Site, actions: list[Action], stretch: Stretch | None = None) -> None:
         """Hook `actions` to `site`; `stretch`: what it is in a forward, where nobody calls it."""
+        if isinstance(site, ParameterSite):
+            hooked = HookedWeight(self, site, actions)
+            self.hooked_sites.append(hooked)
+            hooked.join(self.journal)
+            return
         self.hooked_sites.append(HookedSite(self, site, actions, stretch))
         register(self.hooked_sites[-1], self.journal)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,8 +25,11 @@ from ..rules.walk import selectors_in
 from ..structure.layers import forward_of, is_norm
 from ..structure.module_tree import CONTAINERS, Site, Tree
 from ..structure.path import generalise
+from ..structure.weights import ParameterSite
 from .hooks import is_replaced
+from .stack import Stack
 
+Spot: TypeAlias = tuple[int, int, str]
 FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -46,9 +49,10 @@ class Placement:
         self.device, self.dtype = _surroundings(self.site)
 
     @property
-    def spot(self) -> tuple[int, int]:
+    def spot(self) -> Spot:
         """The same for two edits at one site, whichever rule they come from."""
-        return id(self.site.entry.module), id(self.site.exit.module)
+        name = self.site.path if isinstance(self.site, ParameterSite) else ""
+        return id(self.site.entry.module), id(self.site.exit.module), name
 
     def make(self, seed: int) -> nn.Module:
         """The part, seeded by (seed, edit, key), with its site's device, dtype and mode."""
@@ -81,7 +85,12 @@ class Placement:
 
     def _build(self) -> nn.Module:
         part = self.edit.part
-        return self.checked_part(part.part if isinstance(part, Shared) else part, self.site)
+        if isinstance(part, Shared):  # one for all experts, too
+            return self.checked_part(part.part, self.site)
+        if isinstance(self.site, ParameterSite) and self.site.is_stack:
+            experts = range(len(self.site.parameter))
+            return Stack([self.checked_part(part, self.site) for _ in experts])
+        return self.checked_part(part, self.site)
 
     def checked_part(self, maker: Maker, site: Site) -> nn.Module:
         """The part of a maker, which must be a module."""

@@ -71,18 +71,33 @@ class Overwritten(NamedTuple):
         return f"{first_few(self.names)} have other values, loaded since"
 
 
+class Kept(NamedTuple):
+    """A tensor of a module that parts were merged into: where it was."""
+
+    module: nn.Module
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Kept:
+        """As it is now."""
+        tensor: Any = tensor_of(module, name)
+        return cls(module, name, tensor.device, tensor.dtype)
+
+
 class Followed(NamedTuple):
     """Where a weight was and in which mode the model, while parts were out of it."""
 
     additions: nn.Module
     model: nn.Module
-    weights: tuple[tuple[nn.Module, torch.device, torch.dtype], ...]
+    weights: tuple[Kept, ...]
     training: bool
 
     def undo(self) -> None:
         """Let the parts follow where the model has been moved, cast or set to since."""
-        for module, device, dtype in self.weights:
-            weight = tensor_of(module, "weight")
+        for module, name, device, dtype in self.weights:
+            weight = tensor_of(module, name)
             if weight is None:
                 continue
             if weight.device != device:
@@ -98,13 +113,13 @@ class Followed(NamedTuple):
     def changed(self) -> str:
         """Which of the merged modules, or weights, is another now."""
         here = {id(module) for module in self.model.modules()}
-        for module, _, _ in self.weights:
-            weight, kind = tensor_of(module, "weight"), type(module).__name__
+        for module, name, _, _ in self.weights:
+            weight, kind = tensor_of(module, name), type(module).__name__
             if id(module) not in here:
                 return f"a {kind} was replaced by another module since"
             if weight is None or own_form(weight):
                 now = "gone" if weight is None else f"a {own_form(weight)}"
-                return f"weight of a {kind} is {now} since"
+                return f"{name} of a {kind} is {now} since"
         return ""
 
 

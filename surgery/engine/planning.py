@@ -30,7 +30,7 @@ from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
 from .notes import frozen_head, frozen_norms, how_found, without_tokens
 from .operation import Operation, check_model, operations, without_parts
-from .placement import PartNames, Placement, check_conflicts, check_parts, name_all
+from .placement import PartNames, Placement, Spot, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
@@ -42,6 +42,7 @@ from .uncalled import Stretches, check_called, stretches_of
 from .unfreezing import parameters_meant, unfreezing_edits, unfrozen_by
 from .verify import TrainTarget, verify
 from .vocabulary import vocabulary
+from .weight_checks import check_weights
 
 
 def _tracking() -> AbstractContextManager[object]:
@@ -163,6 +164,7 @@ class Plan:
             with preserved():
                 sketches = BuiltParts(self.placements, self.names, None)
             check_parts(self.placements, sketches.parts)
+            check_weights(self.placements, sketches.parts)
             check_mixing(self.placements, sketches.parts, self.tree)
             self._sketches = sketches
         return self._sketches
@@ -259,13 +261,14 @@ class Plan:
         built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
         check_parts(self.placements, parts)
+        check_weights(self.placements, parts)
         check_mixing(self.placements, parts, self.tree)
         operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
         maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
-        spots: dict[tuple[int, int], list[Placement]] = {}
+        spots: dict[Spot, list[Placement]] = {}
         for p in self.placements:
             spots.setdefault(p.spot, []).append(p)
         for there in spots.values():

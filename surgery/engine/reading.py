@@ -16,12 +16,17 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
 from ..errors import GraftError
+from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .tokens import Insertions
 from .tracing import CALL
 
 CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
-OURS = {HookedSite._run.__code__, Insertions.insert.__code__}  # run parts, which may read weights
+OURS = {
+    HookedSite._run.__code__,
+    Insertions.insert.__code__,
+    HookedWeight.made.__code__,
+}  # run parts, which may read weights
 
 
 class Reading(TorchFunctionMode):
@@ -70,13 +75,12 @@ class Reading(TorchFunctionMode):
             for hooked in self.sites[id_]:
                 if cut_off:
                     self.cut_off[hooked.path] = cut_off
-                if not called & {id(hooked.entry), id(hooked.exit)}:
+                if not called & hooked.callers():
                     self.besides.setdefault(hooked.path, set()).add(id_)
 
     def besides_its_own(self, hooked: HookedSite) -> bool:
         """Whether a tensor of the module itself, not of its children, was read besides its call."""
-        own = {id(p) for p in hooked.entry._parameters.values() if p is not None}
-        return bool(own & self.besides.get(hooked.path, set()))
+        return bool(set(map(id, hooked.own_weights())) & self.besides.get(hooked.path, set()))
 
     def instead_of(self, hooked: HookedSite, model: nn.Module) -> bool:
         """Whether the model reads what nobody but an idle site holds: it goes round the site."""
@@ -186,7 +190,8 @@ def _function_without_gradient(frame: FrameType) -> str:
 
 
 def _weights(hooked: HookedSite) -> list[nn.Parameter]:
-    return [*hooked.entry.parameters(), *hooked.exit.parameters()]
+    whole = [] if isinstance(hooked, HookedWeight) else [hooked.entry, hooked.exit]
+    return [*hooked.own_weights(), *(p for module in whole for p in module.parameters())]
 
 
 def _held_without(model: nn.Module, hooked: HookedSite) -> set[int]:

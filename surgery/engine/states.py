@@ -238,5 +238,4 @@ def _moved(model: nn.Module, switches: list[Any], told: dict[tuple[int, str], st
         folds = [fold for fold in folded(model, hooked) if fold.moves]
     except OperationError:  # these do not merge: the state is not of such parts
         return []
-    names = ("weight", "bias")
-    return [f.path for f in folds if any((id(f.module), name) in told for name in names)]
+    return [f.path for f in folds if any((id(f.module), name) in told for name in f.tensors)]

@@ -13,10 +13,11 @@ from ..structure.dataflow import Dataflow, dataflow_of
 from ..structure.layers import forward_of
 from ..structure.module_tree import Site, Tree
 from ..structure.stretches import Stretch, is_called, is_met, stretch_of
-from .placement import Placement
+from ..structure.weights import ParameterSite, reads_its_projection
+from .placement import Placement, Spot
 
 EXAMPLE = "Give example=inputs: a forward may tell what it takes and what it gives. Or put"
-Stretches: TypeAlias = dict[tuple[int, int], Stretch]  # by the spot of their placements
+Stretches: TypeAlias = dict[Spot, Stretch]  # by the spot of their placements
 
 
 def stretches_of(placements: list[Placement], tree: Tree) -> Stretches:
@@ -25,6 +26,7 @@ def stretches_of(placements: list[Placement], tree: Tree) -> Stretches:
     Raises RuleError where a forward does not tell either.
     """
     dataflow = dataflow_of(tree)
+    placements = [p for p in placements if not isinstance(p.place, ParameterSite)]
     for p in placements if dataflow is None else ():
         _check_told(p, tree)
     places = {p.spot: p for p in placements if dataflow and p.edit.place != "instead"}
@@ -74,9 +76,13 @@ def _check_told(p: Placement, tree: Tree) -> None:
 def check_called(placements: list[Placement], stretches: Stretches) -> None:
     """Raise RuleError where a part could never run: the model never calls the module it is at."""
     for p in placements:
-        for end in (p.site.entry, p.site.exit):
+        for end in (p.site.entry, p.site.exit) if not isinstance(p.site, ParameterSite) else ():
             parent = end.parent.module if end.parent and not end.aliases else None
-            if _reads_its_projection(parent) and end.steps[-1].name == "out_proj":
+            if (
+                parent is not None
+                and reads_its_projection(parent)
+                and end.steps[-1].name == "out_proj"
+            ):
                 raise _unread(p, end)
             if p.spot not in stretches and forward_of(end.module) is nn.Module.forward:
                 raise _uncalled(p, end, "", "" if p.edit.place == "instead" else EXAMPLE)
@@ -105,7 +111,3 @@ def _unread(p: Placement, projection: Site) -> RuleError:
         f'Put the rule on the attention itself, at("{holder}", ...), or leave its projection out '
         "with & ~inside(nn.MultiheadAttention). unfreeze works there.",
     )
-
-
-def _reads_its_projection(module: nn.Module | None) -> bool:
-    return module is not None and forward_of(module) is nn.MultiheadAttention.forward

@@ -15,6 +15,7 @@ from ..structure.layers import named_modules
 from ..structure.module_tree import Site
 from ..structure.path import alternatives, closest, generalise
 from ..structure.quantised import is_packed, is_quantised
+from ..structure.weights import ParameterSite
 from .summary import places
 
 
@@ -96,23 +97,33 @@ def unfreezing_edits(rule: Rule) -> list[Trained]:
 def parameters_meant(edit: Trained, sites: Iterable[Site]) -> list[tuple[str, nn.Parameter]]:
     """The parameters at some sites, by path, that an edit speaks of."""
     return [
-        (f"{end.path}.{name}".strip("."), p)
+        (f"{path}.{name}".strip("."), p)
         for end in _ends(sites)
-        for name, p in edit.parameters(end.module)
+        for path, name, p in _parameters(edit, end)
     ]
+
+
+def _parameters(edit: Trained, end: Site) -> list[tuple[str, str, nn.Parameter]]:
+    """Those at one site, with the path of what holds them: of a weight itself and its bias."""
+    named = edit.parameters(end.module)
+    if not isinstance(end, ParameterSite):
+        return [(end.path, name, p) for name, p in named]
+    holder = end.parent.path if end.parent else ""
+    return [(holder, name, p) for name, p in named if name in (end.name, end.bias)]
 
 
 def _meant(edit: Trained, sites: Collection[Site]) -> Iterator[tuple[str, Tensor | nn.Module]]:
     """The parameters that an edit speaks of, and the modules whose weights are no parameters."""
     yield from parameters_meant(edit, sites)
     for end in [] if edit.only else _ends(sites):
-        for path, module in named_modules(end.module):
+        for path, module in () if isinstance(end, ParameterSite) else named_modules(end.module):
             if is_packed(module):
                 yield f"{end.path}.{path}".strip("."), module
 
 
 def _ends(sites: Iterable[Site]) -> Sequence[Site]:
-    return list({id(end.module): end for site in sites for end in (site.entry, site.exit)}.values())
+    ends = [end for site in sites for end in (site.entry, site.exit)]
+    return list({(id(end.module), getattr(end, "name", "")): end for end in ends}.values())
 
 
 def check_named(rule: Rule, edit: Trained, sites: Collection[Site], check_braces: bool) -> None:

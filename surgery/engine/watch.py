@@ -8,7 +8,7 @@ calling it, by a fused kernel, say.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._text import first_few
 from ..errors import GraftError
 from .compiled import hidden, holds_compiled
+from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .journal import Journal
 from .kinds import kind_of
@@ -229,8 +230,16 @@ class Watch:
 
     def note(self, reading: Reading) -> None:
         """Keep which weights were read besides calling what they stand at."""
-        sites = self.operation.hooked_sites
-        self.operation.read_besides |= {s.path for s in sites if reading.besides_its_own(s)}
+        read = [s for s in self.operation.hooked_sites if reading.besides_its_own(s)]
+        self.operation.read_besides |= {hooked.path for hooked in read}
+        if raw := [s for s in read if isinstance(s, HookedWeight) and not s.alone]:
+            raise GraftError(
+                rules_of(self.operation.record, raw),
+                f"the model reads {first_few([s.path for s in raw])} elsewhere too, and parts "
+                "would not be in it there.",
+                "Put the rule on a module that is called; or, if it is meant to be another there "
+                'alone, write weight("...", tied=False).',
+            )
 
     def _demand(self, idle: list[HookedSite], read: list[HookedSite]) -> None:
         """Raise GraftError where sites never ran that should have by now."""
@@ -363,7 +372,7 @@ def counted(sites: list[HookedSite], of: int) -> str:
     return f"{len(sites)} of {of} sites ({first_few(each.path for each in sites)})"
 
 
-def rules_of(record: Record, sites: list[HookedSite]) -> str:
+def rules_of(record: Record, sites: Sequence[HookedSite]) -> str:
     """The rules by which parts stand at sites."""
     paths = {hooked.path for hooked in sites}
     rows = [row for row in record["rows"] if row["keys"]]

@@ -10,8 +10,10 @@ from ..rules.edits import prepend, unfreeze
 from ..rules.part import shared
 from ..rules.roles import attn, fc1, ffn, head, qkv
 from ..rules.rule import Rule, at
+from ..rules.selector import where
 
-readers = qkv | (attn & nn.MultiheadAttention)  # what reads the input of an attention
+# what reads the input of an attention: torch's own is called as a whole
+readers = (qkv & ~where(nn.Parameter)) | (attn & nn.MultiheadAttention)
 
 
 def arc(rank: int = 50, dropout: float = 0.1) -> list[Rule]:

@@ -24,12 +24,13 @@ from .roles import (
 )
 from .rule import Rule, Rules, at
 from .selector import Selector, where
+from .weights import weight
 
 __all__ = [
     "Selector", "Rule", "Rules", "append", "at", "attn", "block", "embed", "fc1", "fc2", "ffn",
     "freeze", "fused", "head", "holding", "insert", "inside", "key", "nearest", "norm", "parallel",
     "prepend", "proj", "qkv", "query", "replace", "shared", "span", "token", "unfreeze", "until",
-    "value", "where",
+    "value", "weight", "where",
 ]  # fmt: skip
 
 # what rules, and files of them, may say, beside the words of parts

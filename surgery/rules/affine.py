@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 class Affine(NamedTuple):
     """The map x -> weight x + bias: weight (out, in), or (out,) where it only scales each feature;
-    bias (out,), or None for zero."""
+    bias (out,), or None for zero. Of a stack of experts all of them have a first axis more."""
 
     weight: Tensor
     bias: Tensor | None
@@ -20,17 +20,21 @@ class Affine(NamedTuple):
         """This map of what `first` gives."""
         a, b, bias = self.weight, first.weight, self.bias
         if first.bias is not None:
-            moved = a * first.bias if a.dim() == 1 else a @ first.bias
+            moved = a * first.bias if a.dim() == 1 else (a @ first.bias[..., None])[..., 0]
             bias = moved if bias is None else moved + bias
-        if a.dim() == b.dim() == 2:
+        if a.dim() == b.dim() > 1:
             return Affine(a @ b, bias)
-        return Affine(a[:, None] * b if a.dim() < b.dim() else a * b, bias)
+        scaled = (
+            a[..., None] * b if a.dim() < b.dim() else a * (b if a.dim() == 1 else b[..., None, :])
+        )
+        return Affine(scaled, bias)
 
     def plus(self, other: Affine) -> Affine:
         """The sum of two maps of one input."""
         a, b = self.weight, other.weight
         if a.dim() != b.dim():
-            a, b = (w if w.dim() == 2 else w.diag() for w in (a, b))
+            most = max(a.dim(), b.dim())
+            a, b = (w if w.dim() == most else w.diag_embed() for w in (a, b))
         if self.bias is None or other.bias is None:
             return Affine(a + b, self.bias if other.bias is None else other.bias)
         return Affine(a + b, self.bias + other.bias)
@@ -55,7 +59,8 @@ def affine(part: nn.Module) -> Affine | None:
         maps = all_affine(part)
         return reduce(lambda first, then: then.after(first), maps) if maps else None
     method = getattr(part, "affine", None)
-    return Affine(*method()) if callable(method) else None
+    given = method() if callable(method) else None
+    return None if given is None else Affine(*given)
 
 
 def all_affine(parts: Iterable[nn.Module]) -> list[Affine] | None:
@@ -63,3 +68,31 @@ def all_affine(parts: Iterable[nn.Module]) -> list[Affine] | None:
     maps = [affine(part) for part in parts]
     known = [map for map in maps if map is not None]
     return known if len(known) == len(maps) else None
+
+
+def joined(map: Affine, part: Affine, place: str, scale: float | None) -> Affine:
+    """The map of a place with one more part there, around what came before.
+
+    place  "before", "after", "beside" or "instead"; scale: None where it replaces
+
+    >>> one = Affine(torch.ones(2, 2), None)
+    >>> joined(one, one, "beside", 0.5).weight[0]
+    tensor([1.5000, 1.5000])
+    """
+    if place == "instead":
+        return part
+    if place == "beside":
+        return map.plus(part.times(scale if scale is not None else 1.0))
+    through = part.after(map) if place == "after" else map.after(part)
+    if scale is None:
+        return through
+    if place == "after":
+        return map.plus(through.times(scale))
+    return map.plus(_without_bias(through, map).times(scale))
+
+
+def _without_bias(through: Affine, map: Affine) -> Affine:
+    """f(x + p(x)) = f(x) + W p(x): the bias of f counts once."""
+    if map.bias is None or through.bias is None:
+        return through
+    return Affine(through.weight, through.bias - map.bias)

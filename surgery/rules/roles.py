@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import RuleError
-from ..structure.anatomy import roles_of, told_roles
+from ..structure.anatomy import roles_of, told_roles, torch_operands
 from ..structure.attention_states import OPERANDS
 from ..structure.module_tree import Tree
+from ..structure.weights import ParameterSite
 from .selector import Selected, Selection
 
 
@@ -43,6 +44,10 @@ class Operand(Role):
         if not roles_of(tree)["qkv"]:  # as of any role that the model lacks
             return {}
         told = told_roles(tree)
+        if self.name not in told and all(
+            isinstance(s, ParameterSite) for s in roles_of(tree)["qkv"]
+        ):
+            told = torch_operands(tree)
         if self.name not in told:
             raise RuleError(
                 f"at({self.name}, ...)",

@@ -17,6 +17,7 @@ from ..errors import RuleError
 from ..structure import path
 from ..structure.module_tree import Site, Tree
 from ..structure.places import spans_at
+from ..structure.weights import ParameterSite
 from .expression import Expression, shown
 
 Where: TypeAlias = "Selector | str | type | UnionType | Callable[[Site], bool]"
@@ -186,8 +187,11 @@ class SpanAddress(Address, Selection):
 
 
 class Kind(_Single):
+    """A class: of modules, or nn.Parameter of places that are parameters."""
+
     def test(self, tree: Tree, site: Site) -> dict[str, str] | None:
-        return {} if isinstance(site.module, self.what) else None
+        what = site.parameter if isinstance(site, ParameterSite) else site.module
+        return {} if isinstance(what, self.what) else None
 
 
 class Predicate(_Single):

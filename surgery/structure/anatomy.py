@@ -26,6 +26,7 @@ from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_sh
 from .module_tree import Projections, Site, Tree, element, holders, in_order, stretch
 from .path import generalise
 from .trace import Trace
+from .weights import operand_weights, torch_projections
 
 
 def roles_of(tree: Tree) -> dict[str, list[Site]]:
@@ -57,12 +58,21 @@ def told_roles(tree: Tree) -> dict[str, list[Site]]:
     if dataflow_of(tree) is not None and "told here" not in tree.memo:
         of_modules, makes = roles_by_modules(tree), operands(tree)
         told = {word: [s for s in makes if makes[s] == {word}] for word in OPERANDS}
+        for word, sites in torch_operands(tree).items():
+            told[word] = in_order([*told[word], *sites])
         for name, sites in roles_of(tree).items():
             if _described(sites) != _described(of_modules[name]):
                 told[name] = sites
         tree.memo["told here"] = told
     found: dict[str, list[Site]] = tree.memo.get("told here", tree.memo.get("told", {}))
     return found
+
+
+def torch_operands(tree: Tree) -> dict[str, list[Site]]:
+    """The weights of torch's own attentions that make the query, the key, the value: rows, too."""
+    attentions = [s for s in roles_of(tree)["attn"] if torch_projections(tree, s)[0]]
+    apart = [operand_weights(tree, attn) for attn in attentions]
+    return {word: [three[i] for three in apart] for i, word in enumerate(OPERANDS)}
 
 
 def _described(sites: list[Site]) -> list[tuple[str, Shape]]:
@@ -136,6 +146,7 @@ class _Anatomy:
         if self.trace:
             self.attentions = corrected(self.attentions, by_forward, self.trace, self.projections)
             self.blocks = in_order([*self.blocks, *self._blocks_without_ffn()])
+        self.attentions = [_with_weights(a, tree) for a in self.attentions]
         self.attns = in_order(a.site for a in self.attentions if a.site)
         self._read_shapes()
         self._leave_out_pooling(of_tree)
@@ -309,6 +320,17 @@ def _are_apart(layers: list[Site], feeding: dict[int, set[int]]) -> bool:
     """Whether none of some layers feeds the last, and something else does."""
     feeders = feeding.get(id(layers[-1].module), set()) if len(layers) > 1 else set()
     return bool(feeders) and not feeders & {id(layer.module) for layer in layers}
+
+
+def _with_weights(a: Attention, tree: Tree) -> Attention:
+    """An attention with the weights of torch's own, which it holds, as projections."""
+    whole = {s: torch_projections(tree, s) for s in (*a.qkv, *a.proj, *a.other)}
+    if not any(makes for makes, _ in whole.values()):
+        return a
+    rest = [[s for s in sites if not whole[s][0]] for sites in (a.qkv, a.proj, a.other)]
+    qkv = [*rest[0], *(s for makes, _ in whole.values() for s in makes)]
+    proj = [*rest[1], *(s for _, gives in whole.values() for s in gives)]
+    return Attention(a.site, qkv, proj, a.words, rest[2])
 
 
 def _makes_thirds(attention: Attention) -> bool:

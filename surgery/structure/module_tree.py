@@ -116,7 +116,7 @@ class Site:
 
     def seen(self, *, shape: Shape, captures: dict[str, str] | None = None) -> Site:
         """The same site as one edit sees it: with the widths that its part meets."""
-        site = Site.__new__(Site)
+        site = type(self).__new__(type(self))
         site.__dict__.update(self.__dict__, _handed=True)
         site._shape, site.captures = shape, captures if captures is not None else self.captures
         return site

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from .anatomy import roles_of
 from .module_tree import Site, Tree, stretch
 from .path import match, split_span
+from .weights import parameter_site
 
 
 def site_at(tree: Tree, path: str) -> Site | None:
@@ -16,10 +17,21 @@ def site_at(tree: Tree, path: str) -> Site | None:
     paths: dict[str, Site] = tree.memo["paths"]
     ends = None if path in paths else split_span(path)
     if ends is None:
-        return paths.get(path)
+        return paths.get(path) or _parameter(tree, path, paths)
     first, last = (paths.get(f"{ends[0]}.{end}".strip(".")) for end in ends[1:])
     place = _between(tree, first, last) if first and last else None
     return place if place and place.path == path else None
+
+
+def _parameter(tree: Tree, path: str, paths: dict[str, Site]) -> Site | None:
+    """The place of a parameter, or of rows of it, that has a path: "attn.in_proj_weight[0:8]"."""
+    whole, *rows = path.removesuffix("]").split("[")
+    holder, _, name = whole.rpartition(".")
+    site = paths.get(holder)
+    if site is None or site.module._parameters.get(name) is None:
+        return None
+    ends = [int(n) for n in rows[0].split(":")] if rows else []
+    return parameter_site(tree, site, name, slice(*ends) if ends else None)
 
 
 def spans_at(
