@@ -86,7 +86,10 @@ def _sites(model: nn.Module, address: str) -> Iterator[frozenset[int]]:
 
 
 def found(model: nn.Module, example: Any) -> dict[str, set[frozenset[int]]]:
-    """The sites of every role, each as its projections."""
+    """The sites of every role, each as its projections; without weights that nobody calls.
+
+    (Those of nn.MultiheadAttention, which are right wherever it stands.)
+    """
     from surgery.structure.anatomy import roles_of
     from surgery.structure.dataflow import attach_dataflow
     from surgery.structure.module_tree import Tree
@@ -94,7 +97,8 @@ def found(model: nn.Module, example: Any) -> dict[str, set[frozenset[int]]]:
     tree = Tree(model)
     attach_dataflow(tree, example)
     roles = roles_of(tree)
-    return {role: {projections_of(model, s) for s in roles[role]} - {frozenset()} for role in ROLES}
+    called = {role: [s for s in roles[role] if not hasattr(s, "reader")] for role in ROLES}
+    return {role: {projections_of(model, s) for s in called[role]} - {frozenset()} for role in ROLES}
 
 
 def projections_of(model: nn.Module, site: Any) -> frozenset[int]:
