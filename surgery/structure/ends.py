@@ -1,20 +1,23 @@
 """What stands before the first block and after the last: embeddings and heads.
 
 By the order of registration; where there is an example, by what feeds what: a head is made of what
-blocks give and feeds none, whatever is registered first, and what never runs is none.
+blocks give and feeds none, whatever is registered first, and what never runs is none. Whatever
+makes features may be one, where it runs last: a convolution over positions, a table of weights.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from .layers import CONVS, keeps_statistics, linear_shape
-from .linear_ops import linear_op
-from .module_tree import Projections, Site, in_order
-from .trace import Op, Trace
+from .linear_ops import is_depthwise, linear_op
+from .module_tree import Projections, Site, Tree, in_order
+from .trace import CONV_OPS, Op, Trace, names
 
+TRANSPOSED = names("conv_transpose1d conv_transpose2d conv_transpose3d")
 EMBEDS = (*CONVS, nn.Linear, nn.Embedding)
 
 
@@ -40,12 +43,18 @@ class Ends:
         """
         if not self.blocks:
             return []
-        width = self.blocks[-1].out
-        tops = self._outermost(self._late())
-        heads = [s for s in tops if self.projections.below(s)[-1].out != width] or tops[-1:]
+        width, late = self.blocks[-1].out, self._late()
+        tops = self._outermost(late)
+        heads = [s for s in tops if self._gives(s, late) != width] or tops[-1:]
         if not heads:
             return []
         return in_order([*heads, *self._outermost(self._statistics(heads[0]))])
+
+    def _gives(self, top: Site, late: list[Site]) -> int:
+        """How many features its last layer gives; 0 where that has a matrix of its own kind."""
+        own = [s for s in late if top.order <= s.order < top.end]
+        last = in_order([*self.projections.below(top), *own])[-1]
+        return getattr(last.module, "out_channels", last.out)
 
     def embeddings(self) -> list[Site]:
         """The outermost modules before the first block that take the input in."""
@@ -59,12 +68,18 @@ class Ends:
         return in_order(self._outermost(early))
 
     def _late(self) -> list[Site]:
-        """The projections after the last block, in the order in which they run."""
+        """What makes features after the last block, in the order in which it runs: projections.
+
+        Something else where that is last (SwinIR's convolution), without those that feed it.
+        """
         if self.flow:
-            late = (s for s in self.flow.after if linear_shape(s.module))
+            late = self.flow.late
             return [s for s in late if s not in self.attending and not self._in_stage(s)]
         end = max(block.end for block in self.blocks)
-        return [s for s in self.projections.all if s.order >= end and linear_shape(s.module)]
+        projecting = [s for s in self.projections.all if s.order >= end and linear_shape(s.module)]
+        spatial = [s for s in self.tree.sites[end:] if _mixes_positions(s.module)]
+        is_last = spatial and (not projecting or projecting[-1].order < spatial[-1].order)
+        return spatial[-1:] if is_last else projecting
 
     def _in_stage(self, site: Site) -> bool:
         """Whether it lies in an element of a container that holds blocks too (MobileViT's)."""
@@ -84,23 +99,68 @@ class Ends:
 
 
 class _Flow:
-    """What runs before blocks and feeds them, and what is made of what they give and feeds none."""
+    """What runs before blocks and feeds them, and what is made of what they give and feeds none.
+
+    late  of what comes after, the projections, and what else makes features and runs last
+    """
 
     def __init__(self, trace: Trace, blocks: list[Site], sites: list[Site]) -> None:
+        self.by_module = {id(s.module): s for s in sites}
         inside = {id(s.module) for b in blocks for s in sites[b.order : b.exit.end]}
-        by_module = {id(s.module): s for s in sites}
         in_block = {op for op in trace.ops if any(id(c.module) in inside for c in op.stack())}
         behind, ahead = _reached(trace.ops, in_block), _reaching(trace.ops, in_block)
-        self.before: dict[Site, None] = {}
-        self.after: dict[Site, None] = {}
-        for op in trace.ops:
-            site = by_module.get(id(_owner(op)))
-            if site is None or op in in_block:
-                continue
-            if op in behind and op not in ahead:
-                self.after[site] = None
-            elif op in ahead and op not in behind:
-                self.before[site] = None
+        after = [op for op in trace.ops if op in behind and op not in ahead]
+        self.before = self._sites(op for op in trace.ops if op in ahead and op not in behind)
+        self.after = self._sites(after)
+        self.late = self._making(after, blocks)
+
+    def _sites(self, ops: Iterable[Op]) -> dict[Site, None]:
+        found = (self.by_module.get(id(_owner(op))) for op in ops)
+        return dict.fromkeys(site for site in found if site)
+
+    def _making(self, after: list[Op], blocks: list[Site]) -> list[Site]:
+        """Projections; and what else makes features last, without the projections that feed it.
+
+        (A U-Net's last convolution over positions; a word table that has taken words in is none.)
+        """
+        making = {op for op in after if _makes_features(op)}
+        feeding = _reaching(after, making)
+        last = [op for op in making if not any(use in feeding for use in _uses(op))]
+        others = {op for op in last if not self._is_projection(op)}
+        feeding = _reaching(after, others)
+        kept = [op for op in after if op in others or self._is_projection(op) > (op in feeding)]
+        sites = (site for site in self._sites(kept) if site.parent and site not in self.before)
+        return [s for s in sites if not any(s.order <= b.order < s.end for b in blocks)]
+
+    def _is_projection(self, op: Op) -> bool:
+        owner = _owner(op)
+        return owner is not None and linear_shape(owner) is not None
+
+
+def repeated(tree: Tree) -> list[Site]:
+    """The elements of containers that hold several of a kind, each of several layers.
+
+    What stands for blocks where none is known (Mamba's layers, ResNet's bottlenecks).
+    """
+    kinds = Counter((id(s.parent), type(s.module)) for s in tree.sites if s.is_element)
+    return [s for s in tree.sites if s.children and kinds[id(s.parent), type(s.module)] > 1]
+
+
+def _makes_features(op: Op) -> bool:
+    """Whether it multiplies features with weights, but for channel by channel."""
+    if linear_op(op):
+        return True
+    return op.name in CONV_OPS | TRANSPOSED and bool(op.features) and not is_depthwise(op)
+
+
+def _mixes_positions(module: nn.Module) -> bool:
+    """Whether it is a convolution, transposed too, that is no projection and mixes channels."""
+    conv = isinstance(module, nn.modules.conv._ConvNd)
+    return conv and not linear_shape(module) and module.groups < max(2, module.in_channels)
+
+
+def _uses(op: Op) -> Iterable[Op]:
+    return (use for value in op.outputs for use in value.uses)
 
 
 def _owner(op: Op) -> nn.Module | None:
@@ -122,7 +182,7 @@ def _reaching(ops: list[Op], end: set[Op]) -> set[Op]:
     """The operations that feed these, by whatever way."""
     found = set(end)
     for op in reversed(ops):
-        if any(use in found for value in op.outputs for use in value.uses):
+        if any(use in found for use in _uses(op)):
             found.add(op)
     return found
 
