@@ -19,7 +19,7 @@ from .attention import (
 from .attention_states import OPERANDS
 from .attention_traced import traced_attentions
 from .dataflow import dataflow_of, keeps_tokens, shape_in
-from .ends import Ends, repeated
+from .ends import Ends
 from .ffn import find_ffns
 from .ffn_merged import find_traced_ffns
 from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_shape
@@ -186,7 +186,7 @@ class _Anatomy:
     def _roles(self) -> dict[str, list[Site]]:
         layers = [self._layers(ffn) for ffn in self.ffns.sites]
         theirs = {s for a in self.attentions for s in (*a.qkv, *a.proj)}
-        around = self.blocks or (self.attns if self.trace else []) or repeated(self.tree)
+        around = self.blocks or (self.attns if self.trace else [])
         ends = Ends(self.projections, around, self.trace, theirs)
         return {
             "ffn": self.ffns.sites,

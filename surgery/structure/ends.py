@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from itertools import takewhile
 
 from torch import nn
 
-from .layers import CONVS, keeps_statistics, linear_shape
+from .layers import CONVS, is_conv, is_list, keeps_statistics, linear_shape
 from .linear_ops import is_depthwise, linear_op
-from .module_tree import Projections, Site, Tree, in_order
+from .module_tree import Projections, Site, in_order
 from .trace import CONV_OPS, Op, Trace, names
 
 TRANSPOSED = names("conv_transpose1d conv_transpose2d conv_transpose3d")
@@ -31,21 +32,24 @@ class Ends:
         trace: Trace | None,
         attending: Collection[Site] = (),
     ) -> None:
-        self.projections, self.blocks, self.attending = projections, blocks, attending
-        self.tree = projections.tree
-        self.flow = _Flow(trace, blocks, self.tree.sites) if trace and blocks else None
+        self.projections, self.attending, self.known = projections, attending, bool(blocks)
+        self.tree, self.blocks = projections.tree, blocks or _repeated(projections)
+        self.flow = _Flow(trace, self.blocks, self.tree.sites) if trace and self.blocks else None
 
     def heads(self) -> list[Site]:
         """The outermost modules after the last block that project to another width than its own.
 
         The last of all where none does (BERT's pooler). And what stands among them and keeps
-        running statistics, which nothing else would train (MobileViT, MobileNetV4).
+        running statistics, which nothing else would train (MobileViT, MobileNetV4). The last alone
+        where no block is known.
         """
         if not self.blocks:
             return []
         width, late = self.blocks[-1].out, self._late()
         tops = self._outermost(late)
         heads = [s for s in tops if self._gives(s, late) != width] or tops[-1:]
+        if not self.known:
+            heads = [s for s in tops[-1:] if not _is_network(s)]
         if not heads:
             return []
         return in_order([*heads, *self._outermost(self._statistics(heads[0]))])
@@ -58,14 +62,14 @@ class Ends:
 
     def embeddings(self) -> list[Site]:
         """The outermost modules before the first block that take the input in."""
-        if not self.blocks:
+        if not self.known:
             return []
         if self.flow:
             early = [s for s in self.flow.before if isinstance(s.module, EMBEDS)]
         else:
             first = self.blocks[0].order
             early = [s for s in self.tree.sites if s.order < first and isinstance(s.module, EMBEDS)]
-        return in_order(self._outermost(early))
+        return in_order(_around(site, self.blocks)[-1] for site in early)
 
     def _late(self) -> list[Site]:
         """What makes features after the last block, in the order in which it runs: projections.
@@ -77,9 +81,10 @@ class Ends:
             return [s for s in late if s not in self.attending and not self._in_stage(s)]
         end = max(block.end for block in self.blocks)
         projecting = [s for s in self.projections.all if s.order >= end and linear_shape(s.module)]
-        spatial = [s for s in self.tree.sites[end:] if _mixes_positions(s.module)]
-        is_last = spatial and (not projecting or projecting[-1].order < spatial[-1].order)
-        return spatial[-1:] if is_last else projecting
+        spatial = [s for s in self.tree.sites[end:] if _mixes_positions(s.module)][-1:]
+        is_last = spatial and (not projecting or projecting[-1].order < spatial[0].order)
+        whole = is_last and _around(spatial[0], self.blocks)[-1]
+        return spatial if whole and not _is_network(whole) else projecting
 
     def _in_stage(self, site: Site) -> bool:
         """Whether it lies in an element of a container that holds blocks too (MobileViT's)."""
@@ -137,13 +142,15 @@ class _Flow:
         return owner is not None and linear_shape(owner) is not None
 
 
-def repeated(tree: Tree) -> list[Site]:
-    """The elements of containers that hold several of a kind, each of several layers.
+def _repeated(projections: Projections) -> list[Site]:
+    """The elements of containers that hold several of a kind, with linear layers in them.
 
-    What stands for blocks where none is known (Mamba's layers, ResNet's bottlenecks).
+    What stands for blocks where none is known (Mamba's layers; not ResNet's bottlenecks).
     """
-    kinds = Counter((id(s.parent), type(s.module)) for s in tree.sites if s.is_element)
-    return [s for s in tree.sites if s.children and kinds[id(s.parent), type(s.module)] > 1]
+    elements = [s for s in projections.tree.sites if s.is_element and s.children]
+    holding = [s for s in elements if not all(is_conv(p.module) for p in projections.below(s))]
+    kinds = Counter((id(s.parent), type(s.module)) for s in holding)
+    return [s for s in holding if kinds[id(s.parent), type(s.module)] > 1]
 
 
 def _makes_features(op: Op) -> bool:
@@ -154,9 +161,14 @@ def _makes_features(op: Op) -> bool:
 
 
 def _mixes_positions(module: nn.Module) -> bool:
-    """Whether it is a convolution, transposed too, that is no projection and mixes channels."""
-    conv = isinstance(module, nn.modules.conv._ConvNd)
-    return conv and not linear_shape(module) and module.groups < max(2, module.in_channels)
+    """Whether it is a convolution that mixes channels and positions, and does not merge these.
+
+    Transposed too. (GLM-4V's vision tower registers a merging one behind its head.)
+    """
+    if not isinstance(module, nn.modules.conv._ConvNd) or linear_shape(module):
+        return False
+    merges = is_conv(module) and max(module.stride) > 1
+    return not merges and module.groups < max(2, module.in_channels)
 
 
 def _uses(op: Op) -> Iterable[Op]:
@@ -188,9 +200,24 @@ def _reaching(ops: list[Op], end: set[Op]) -> set[Op]:
 
 
 def _outermost(site: Site, blocks: list[Site]) -> Site:
-    top = site
-    for above in site.above():
-        if above.parent is None or any(above.order <= b.order < above.end for b in blocks):
-            break
-        top = above
-    return top
+    """The outermost module around a site that holds no block, and is not the model.
+
+    Nor a network of its own, where the site is a convolution (a vocoder behind what speaks).
+    """
+    around = _around(site, blocks)
+    if linear_shape(site.module) or keeps_statistics(site.module):
+        return around[-1]
+    return [s for s in around if not _is_network(s)][-1]
+
+
+def _around(site: Site, blocks: list[Site]) -> list[Site]:
+    """A site and the modules around it that hold no block, without the model."""
+
+    def is_outside(above: Site) -> bool:
+        return above.parent is None or any(above.order <= b.order < above.end for b in blocks)
+
+    return [site, *takewhile(lambda above: not is_outside(above), site.above())]
+
+
+def _is_network(site: Site) -> bool:
+    return any(is_list(s.module) for s in site.below())
