@@ -275,9 +275,11 @@ class _Reader:
         cores, one = _cores(op, given), len(given) == 1
         pair = given[0].pair if one else None
         if op.name in SUMMED and one and not cores:
-            # a product written out, (q * k).sum(-1); or what weights have pooled (Enformer)
-            heads = frozenset(op.outputs[0].shape[:-2])
-            return State(near, behind, scores=Scores(*pair, heads=heads) if pair else None)
+            # a product written out, (q * k).sum(-1), or of two spectra (Autoformer), scores of
+            # which a mean is taken; or what weights have pooled (Enformer)
+            heads, scores = frozenset(op.outputs[0].shape[:-2]), given[0].scores
+            scores = Scores(*pair, heads=heads) if pair else scores
+            return State(near, behind, scores=None if scores and scores.soft else scores)
         made = _scores(op, [] if cores else given, near)
         gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
         return State(near, behind, cores, made, pair, gate)
