@@ -149,7 +149,9 @@ def lags_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = correlation(q, k).mean(1).mean(-1)
     steps = torch.topk(scores.mean(0), 2)[1]
     weights = torch.stack([scores[:, step] for step in steps], -1).softmax(-1)
-    late = [v.roll(-int(step), -2) * weights[:, i, None, None, None] for i, step in enumerate(steps)]
+    late = [
+        v.roll(-int(step), -2) * weights[:, i, None, None, None] for i, step in enumerate(steps)
+    ]
     return sum(late[1:], late[0])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.structure.test_attention import D, Apart, found, heads, joined, model, softmax
+from tests.structure.test_attention import Apart, D, found, heads, joined, model, softmax
 
 
 class Skipping(nn.Module):
