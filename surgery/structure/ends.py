@@ -56,9 +56,8 @@ class Ends:
 
     def _gives(self, top: Site, late: list[Site]) -> int:
         """How many features its last layer gives; 0 where that has a matrix of its own kind."""
-        own = [s for s in late if top.order <= s.order < top.end]
-        last = in_order([*self.projections.below(top), *own])[-1]
-        return getattr(last.module, "out_channels", last.out)
+        last = [s for s in late if top.order <= s.order < top.end][-1]
+        return int(getattr(last.module, "out_channels", last.out))
 
     def embeddings(self) -> list[Site]:
         """The outermost modules before the first block that take the input in."""
@@ -134,7 +133,8 @@ class _Flow:
         others = {op for op in last if not self._is_projection(op)}
         feeding = _reaching(after, others)
         kept = [op for op in after if op in others or self._is_projection(op) > (op in feeding)]
-        sites = (site for site in self._sites(kept) if site.parent and site not in self.before)
+        tables = {s for s in self.before if not linear_shape(s.module)}
+        sites = (site for site in self._sites(kept) if site.parent and site not in tables)
         return [s for s in sites if not any(s.order <= b.order < s.end for b in blocks)]
 
     def _is_projection(self, op: Op) -> bool:

@@ -161,3 +161,37 @@ class Scans(nn.Module):
 def test_a_model_without_known_blocks_has_a_head_behind_what_repeats(example) -> None:
     assert heads(Scans(True), example) == ["last"]
     assert heads(Scans(False), example) == []
+
+
+class Between(nn.Module):
+    """Three layers, the last of which to run is registered before another (SAM's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out, self.inner = nn.Linear(16, 16), nn.Linear(16, 5), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(self.first(x).relu()).relu())
+
+
+class Judging(nn.Module):
+    """Its head speaks after every block, and what it says weighs what the next is given.
+
+    (Mask2Former.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.score, self.head = nn.Linear(16, 7), Between()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.words(x)
+        for block in self.blocks:
+            x = block(x * self.head(x).amax(-1, keepdim=True).sigmoid())
+        return self.head(x), self.score(x)
+
+
+def test_a_head_that_speaks_before_blocks_too_gives_what_its_last_layer_to_run_does() -> None:
+    assert heads(Judging(), WORDS) == ["score", "head"]
