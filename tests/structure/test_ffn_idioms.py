@@ -336,9 +336,9 @@ class Routing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.after = (
+        self.before, self.after, self.hint = (
             nn.Sequential(nn.LayerNorm(D), nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))
-            for _ in range(2)
+            for _ in range(3)
         )
         self.gate, self.norm = nn.Linear(D, 2, bias=False), nn.LayerNorm(D)
         self.experts = nn.ModuleList(
@@ -346,6 +346,7 @@ class Routing(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x + self.hint(x.flip(1))  # of something else: conditions (DiffusionGemma)
         x = x + self.before(x)
         y = self.norm(x)
         weights = self.gate(y).softmax(-1)
