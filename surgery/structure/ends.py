@@ -125,7 +125,7 @@ class _Flow:
     def _making(self, after: list[Op], blocks: list[Site]) -> list[Site]:
         """Projections; and what else makes features last, without the projections that feed it.
 
-        (A U-Net's last convolution over positions; a word table that has taken words in is none.)
+        (A U-Net's last convolution over positions; a table of words, or queries, is none.)
         """
         making = {op for op in after if _makes_features(op)}
         feeding = _reaching(after, making)
@@ -134,6 +134,7 @@ class _Flow:
         feeding = _reaching(after, others)
         kept = [op for op in after if op in others or self._is_projection(op) > (op in feeding)]
         tables = {s for s in self.before if not linear_shape(s.module)}
+        tables |= {s for s in self.by_module.values() if isinstance(s.module, nn.Embedding)}
         sites = (site for site in self._sites(kept) if site.parent and site not in tables)
         return [s for s in sites if not any(s.order <= b.order < s.end for b in blocks)]
 

@@ -195,3 +195,21 @@ class Judging(nn.Module):
 
 def test_a_head_that_speaks_before_blocks_too_gives_what_its_last_layer_to_run_does() -> None:
     assert heads(Judging(), WORDS) == ["score", "head"]
+
+
+class Asking(Speaking):
+    """Learned queries score every token at the end (GroundingDINO's weigh what it has read)."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.queries = nn.Embedding(5, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.queries.weight @ x.transpose(1, 2)
+
+
+def test_a_table_of_queries_is_no_head() -> None:
+    assert heads(Asking(), WORDS) == []
