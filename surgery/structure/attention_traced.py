@@ -259,8 +259,10 @@ class _Reader:
         skips, call = self._named(a.near), op.call
         if call is None or not b.cores or a.cores or not all(skip.linear for skip in skips):
             return False
-        entered = self._named(reduce(or_, (self.cores[core].operands for core in b.cores)))
-        same = self._inner_of(skips) == self._inner_of(entered)
+        operands = reduce(or_, (self.cores[core].operands for core in b.cores))
+        if not a.near & ~operands:
+            return False  # values beside what is mixed of them (Nystromformer)
+        same = self._inner_of(skips) == self._inner_of(self._named(operands))
         return same and op.outputs[0] in set(upstream(call.outputs))
 
     def _inner_of(self, makers: list[Maker]) -> Bits:

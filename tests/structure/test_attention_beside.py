@@ -134,3 +134,21 @@ def test_a_layer_of_gates_is_an_output_where_nothing_else_is() -> None:
 
     roles, _ = found(model(lambda: Gating(softmax)))
     assert set(roles["proj"]) == {"1.attention.out", "2.attention.out"}
+
+
+def test_values_convolved_beside_an_attention_are_no_skip() -> None:
+    """Nystromformer: the output stands in a module of its own, behind."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(D, D) for _ in range(3))
+            self.near = nn.Conv1d(D, D, 3, padding=1, groups=D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = self.v(x)
+            mixed = joined(softmax(heads(self.q(x)), heads(self.k(x)), heads(v)))
+            return mixed + self.near(v.transpose(1, 2)).transpose(1, 2)
+
+    roles, _ = found(model(lambda: nn.Sequential(Mixed(), nn.Sequential(nn.Linear(D, D)))))
+    assert set(roles["proj"]) == {"1.attention.1.0", "2.attention.1.0"}
