@@ -18,10 +18,11 @@ from ..errors import ConflictError, RuleError
 from ..rules.edits import Insert, Joined
 from ..rules.expression import shown
 from ..rules.part import Maker, Shared, call_of
-from ..rules.roles import Role
+from ..rules.roles import Role, attn
 from ..rules.rule import Rule
 from ..rules.selector import Selector
 from ..rules.walk import selectors_in
+from ..structure.anatomy import holder_of_loose
 from ..structure.layers import forward_of, is_norm
 from ..structure.module_tree import CONTAINERS, Site, Tree
 from ..structure.path import generalise
@@ -184,6 +185,8 @@ class PartNames:
             around = [site for site in shared.by.find(self.tree) if _lies_in(p.place, site)]
             if around:
                 return max(around, key=lambda site: (site.entry.order, -site.exit.end)).path
+            if shared.by == attn and (holder := holder_of_loose(self.tree, p.place)):
+                return holder.path
             raise RuleError(
                 p.rule.short,
                 f"{p.site.path} lies in no {shared.by!r}, which {shown(shared)} goes by.",

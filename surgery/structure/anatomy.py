@@ -93,6 +93,23 @@ def unprojected(tree: Tree) -> list[Site]:
     return in_order(site for a in _anatomy(tree).attentions for site in a.other)
 
 
+def holder_of_loose(tree: Tree, site: Site) -> Site | None:
+    """The smallest module with several of those projections of attention that lie in no attn.
+
+    None for any other. (CrossViT's, which pool; slot attention, whose place nothing else shares.)
+    """
+    roles = roles_of(tree)
+    loose = [s for s in roles["qkv"] if not any(_holds(attn, s) for attn in roles["attn"])]
+    if site not in loose:
+        return None
+    around = (h for h in site.above() if sum(_holds(h, s) for s in loose) > 1)
+    return next(around, site)
+
+
+def _holds(site: Site, inner: Site) -> bool:
+    return site.entry.order <= inner.order < site.exit.end
+
+
 def instead_of_ffns(tree: Tree) -> str:
     """Why a model has no feed-forward network: what it is made of, in words."""
     anatomy = _anatomy(tree)

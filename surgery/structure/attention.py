@@ -230,6 +230,8 @@ class _Found:
                 if site and not _lies_in_any(site, self.sure):
                     makers.setdefault(site, set()).add(word)
         stream = {self.site(maker.owner) for maker in attention.stream}
+        here = self.site(attention.call.module) if attention.call else None
+        stream = {s for s in stream if s and not (here and _lies_in(s, here))}  # Retinexformer's
         own = {s: words for s, words in makers.items() if s not in stream}
         return own or makers  # what came unprojected is of the stream, and no query (RvT)
 
@@ -271,6 +273,10 @@ class _Found:
                     break
             else:
                 grouped.append(group)
+        for group in grouped:  # what enters another is no output (ATD's dictionary of tokens)
+            for other in grouped:
+                for site in other.makers if other is not group else ():
+                    group.proj.pop(site, None)
         return grouped
 
     def attention(self, group: _Group, groups: list[_Group]) -> Attention:
@@ -289,7 +295,7 @@ class _Found:
         """The module of its own that holds most of it; else the span of its projections."""
         free = [s for s in group.calls if self._is_free(s, group, others)]
         if free:
-            holder = max(free, key=lambda s: sum(_lies_in(m, s) for m in group.makers))
+            holder = max(free, key=lambda s: len(_words_in(s, group)))
             wider = _with_output(holder, group)
             return wider if self._is_free(wider, group, others) else holder
         near = [s for s in group.makers if group.calls and _lies_in(s, group.calls[0])]
@@ -309,6 +315,11 @@ class _Found:
             and not _is_nested(other, site, group)
             for other in others
         )
+
+
+def _words_in(site: Site, group: _Group) -> set[str]:
+    """Which of query, key and value something in a site makes."""
+    return set().union(*(words for maker, words in group.makers.items() if _lies_in(maker, site)))
 
 
 def _is_nested(other: _Group, site: Site, group: _Group) -> bool:

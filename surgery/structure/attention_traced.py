@@ -19,7 +19,7 @@ from torch import nn
 from .attention_states import Bits, Core, Maker, Scores, State
 from .linear_ops import LinearOp, is_depthwise, linear_op
 from .mixing_ops import KERNELS, PRODUCTS, RECURRENT, TORCH, contracts, sums_over_last
-from .trace import CONV_OPS, JOINS, MOVES, SCALES, SUMS, Call, Op, Trace, Value, names
+from .trace import CONV_OPS, JOINS, MOVES, SCALES, SUMS, Call, Op, Trace, Value, names, upstream
 
 SUMMED = names("sum mean")
 GATES = names("sigmoid hardsigmoid tanh hardtanh")
@@ -91,6 +91,7 @@ class _Reader:
         self.makers: list[Maker] = []
         self.inner: dict[Op, Bits] = {}
         self.streams: Bits = 0
+        self.gates: Bits = 0
         self.cores: dict[int, Core] = {}  # by the number of its bit
         self.absorbed: set[int] = set()  # those that are part of another
         self.used: set[int] = set()  # those whose result becomes features of something
@@ -246,7 +247,26 @@ class _Reader:
                 if not a.scores and self._is_residual(a, b):
                     self.streams |= a.near & ~self._entered(a)
                     return self._made(Maker(op, None, None), a.behind | b.behind)
+                if self._is_skip(op, a, b):
+                    return self._made(Maker(op, None, None), a.behind | b.behind)
         return self._passed_on(op, given)
+
+    def _is_skip(self, op: Op, a: State, b: State) -> bool:
+        """Whether a projects what entered an attention, to be added to what leaves its module.
+
+        (Of torch_geometric's TransformerConv. What is projected there afterwards is no residual.)
+        """
+        skips, call = self._named(a.near), op.call
+        if call is None or not b.cores or a.cores or not all(skip.linear for skip in skips):
+            return False
+        operands = reduce(or_, (self.cores[core].operands for core in b.cores))
+        if not a.near & ~operands:
+            return False  # values beside what is mixed of them (Nystromformer)
+        same = self._inner_of(skips) == self._inner_of(self._named(operands))
+        return same and op.outputs[0] in set(upstream(call.outputs))
+
+    def _inner_of(self, makers: list[Maker]) -> Bits:
+        return reduce(or_, (self.inner.get(maker.op, 0) for maker in makers), 0)
 
     def _is_residual(self, a: State, b: State) -> bool:
         """Whether b was made of a, by projections. (A value beside its attention is not one.)"""
@@ -259,7 +279,7 @@ class _Reader:
     def _sources(self, scores: Scores) -> Bits:
         """What scores are made of, and what that was projected from."""
         made = scores.query | scores.key
-        return reduce(or_, (self.inner.get(m.op, 0) for m in self._named(made)), made)
+        return made | self._inner_of(self._named(made))
 
     def _entered(self, state: State) -> Bits:
         """What entered the attentions that a value is of. (Queries beside: Set Transformer.)"""
@@ -271,16 +291,24 @@ class _Reader:
     def _passed_on(self, op: Op, given: list[State]) -> State:
         gated = [state for state in given if not state.gate] or given
         near = reduce(or_, (state.near for state in gated))
-        behind = reduce(or_, (state.behind for state in given))
+        behind = reduce(or_, (state.behind for state in gated))
+        self._note_gates(given, near)
         cores, one = _cores(op, given), len(given) == 1
         pair = given[0].pair if one else None
         if op.name in SUMMED and one and not cores:
-            # a product written out, (q * k).sum(-1); or what weights have pooled (Enformer)
-            heads = frozenset(op.outputs[0].shape[:-2])
-            return State(near, behind, scores=Scores(*pair, heads=heads) if pair else None)
+            # a product written out, (q * k).sum(-1), or of two spectra (Autoformer), scores of
+            # which a mean is taken; or what weights have pooled (Enformer)
+            heads, scores = frozenset(op.outputs[0].shape[:-2]), given[0].scores
+            scores = Scores(*pair, heads=heads) if pair else scores
+            return State(near, behind, scores=None if scores and scores.soft else scores)
         made = _scores(op, [] if cores else given, near)
         gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
         return State(near, behind, cores, made, pair, gate)
+
+    def _note_gates(self, given: list[State], near: Bits) -> None:
+        """Keep what makes a gate, of two layers at most, and not what it multiplies (DAT's)."""
+        for gate in (state.near for state in given if state.gate and state.near & ~near):
+            self.gates |= (gate | self._inner_of(self._named(gate))) & ~near
 
     # the end -----------------------------------------------------------------------------------
 
@@ -289,8 +317,10 @@ class _Reader:
             if number in self.absorbed or not (core.soft or number in self.used):
                 continue  # (DeepSeek's indexer chooses tokens, and mixes none)
             query, key, value = map(self._expanded, (core.query, core.key, core.value))
+            gates = {maker.op for maker in self._named(self.gates)}
+            proj = [linear for linear in core.proj if linear.op not in gates] or core.proj
             found = TracedAttention(
-                core.op, core.op.call, query, key, value, core.soft, bool(core.key), core.proj
+                core.op, core.op.call, query, key, value, core.soft, bool(core.key), proj
             )
             for maker in found.makers:
                 found.inner[maker.op] = self._named(self.inner.get(maker.op, 0))

@@ -23,12 +23,14 @@ class _Seen(NamedTuple):
     """A network that ran: its site, its projections, and the features that it read.
 
     spreads  whether a depthwise convolution over positions lies in between
+    normed   whether a norm feeds it, of what it is added to
     """
 
     site: Site
     layers: frozenset[Site]
     sources: set[Value]
     spreads: bool
+    normed: bool
 
 
 def find_traced_ffns(trace: Trace, projections: Projections, ffns: FFNs) -> FFNs:
@@ -80,7 +82,7 @@ class _Merge:
                 site._shape = Shape(ffn.width, ffn.out, ffn.axis)
                 ran = {self.by_path[path] for path in ffn.layers}
                 layers = frozenset(ran.intersection(self.projections.elements))
-                seen[site.path] = _Seen(site, layers, sources, ffn.spreads)
+                seen[site.path] = _Seen(site, layers, sources, ffn.spreads, ffn.prenormed)
         return list(seen.values())
 
     def _site_of(self, ffn: TracedFFN) -> Site | None:
@@ -126,11 +128,11 @@ class _Merge:
 
         Or in one of several that are alike, where another does (x-transformers lists attentions
         and networks in turn). What convolves over positions beside a network is none: a Conformer's
-        convolutions, RecurrentGemma's recurrence.
+        convolutions, RecurrentGemma's recurrence. In no list x + ff(norm(x)) will do (ST-MoE).
         """
         site, others = ran.site, [other.order for other in kept]
         if not site.is_element and element(site) is None:
-            return is_placed(site, self.projections)
+            return ran.normed or is_placed(site, self.projections)
         around = [s for holder in (site, *holders(site)) for s in _block_and_list(holder)]
         if any(_has(s, others) for s in around):
             return not ran.spreads

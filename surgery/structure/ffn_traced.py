@@ -50,6 +50,7 @@ class TracedFFN:
     inside         whether the sum with the residual happens inside the owner
     norm           the norm nearest upstream of the entry, None where there is none
     direct         whether that norm feeds it without a residual sum between
+    prenormed      whether what it is added to is what that norm took
     calls          how often it ran
     """
 
@@ -67,6 +68,7 @@ class TracedFFN:
     out: int
     layers: tuple[str, ...]
     spreads: bool
+    prenormed: bool
     calls: int = 1
 
 
@@ -151,7 +153,13 @@ def _described(trace: Trace, middle: _Middle, down: LinearOp, total: Op) -> Trac
         out=down.out,
         layers=(*(trace.path(each.owner) for each in middle.ups), exit),
         spreads=middle.spreads,
+        prenormed=direct and _takes_any(trace, norm, total.features),
     )
+
+
+def _takes_any(trace: Trace, norm: str | None, values: list[Value]) -> bool:
+    calls = trace.calls_of(norm) if norm and norm in trace.paths.values() else []
+    return any(value in values for call in calls for value in call.inputs)
 
 
 def _kind(middle: _Middle, down: LinearOp) -> str:

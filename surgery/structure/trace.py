@@ -31,6 +31,7 @@ class Value:
     shape       its sizes
     op          the operation that made it; None for parameters, constants and the example
     uses        the operations that read it
+    floats      whether its numbers are no whole ones; complex ones (spectra, rotary pairs) count
     weights     the parameters it is made of; None where the example or features went into it
     is_feature  whether it is made of the example, and no index or mask
     """
@@ -39,7 +40,7 @@ class Value:
 
     def __init__(self, number: int, tensor: torch.Tensor, weights: Weights | None) -> None:
         self.number, self.shape, self.weights = number, tuple(tensor.shape), weights
-        self.floats = tensor.is_floating_point()
+        self.floats = tensor.is_floating_point() or tensor.is_complex()
         self.op: Op | None = None
         self.uses: list[Op] = []
 

@@ -114,9 +114,50 @@ def decayed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * 0.9 ** (n[:, None] - n).clamp(min=0)) @ v
 
 
+def turning(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rotary positions as complex numbers (Llama as Meta writes it)."""
+    angle = torch.arange(q.shape[-2])[:, None] / 10 ** torch.arange(q.shape[-1] // 2)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def turned(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(rearrange(x, "... (d two) -> ... d two", two=2).contiguous())
+        return rearrange(torch.view_as_real(pairs * turn), "... d two -> ... (d two)")
+
+    return softmax(turned(q), turned(k), v)
+
+
+def correlation(q: Tensor, k: Tensor) -> Tensor:
+    n = q.shape[-2]
+    spectrum = torch.fft.rfft(q, n=n, dim=-2) * torch.conj(torch.fft.rfft(k, n=n, dim=-2))
+    return torch.fft.irfft(spectrum, n=n, dim=-2)
+
+
+def lags(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Autoformer: how like itself a series is some steps later weighs it, put off so long."""
+    scores, steps = torch.topk(correlation(q, k).mean((1, -1)), 2, dim=-1)
+    weights, twice = scores.softmax(-1), torch.cat([v, v], -2)
+    made = torch.zeros_like(v)
+    for i in range(2):
+        first = torch.arange(v.shape[-2]) + steps[:, i, None]
+        late = torch.gather(twice, -2, first[:, None, :, None].expand_as(v))
+        made += late * weights[:, i, None, None, None]
+    return made
+
+
+def lags_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in training, one lag for all samples; sizes averaged one after another."""
+    scores = correlation(q, k).mean(1).mean(-1)
+    steps = torch.topk(scores.mean(0), 2)[1]
+    weights = torch.stack([scores[:, step] for step in steps], -1).softmax(-1)
+    late = [
+        v.roll(-int(step), -2) * weights[:, i, None, None, None] for i, step in enumerate(steps)
+    ]
+    return sum(late[1:], late[0])
+
+
 MIXES = (
     softmax, written_out, elementwise, kernel, efficient, keys_first, cosine, channels, nystrom,
-    agents, rotary, sdpa, decayed,
+    agents, rotary, sdpa, decayed, turning, lags, lags_of_all,
 )  # fmt: skip
 
 

@@ -329,3 +329,33 @@ def test_layers_are_told_apart_wherever_they_are_registered() -> None:
         found = read(model, example)
         assert found["fc1"] == ["0.ff.gate", "0.ff.up", "1.ff.gate", "1.ff.up"]
         assert found["fc2"] == ["0.ff.down", "1.ff.down"]
+
+
+class Routing(nn.Module):
+    """Networks by themselves in no list, each behind its norm, with experts between (ST-MoE)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after, self.hint = (
+            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, H), nn.GELU(), nn.Linear(H, D))
+            for _ in range(3)
+        )
+        self.gate, self.norm = nn.Linear(D, 2, bias=False), nn.LayerNorm(D)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.hint(x.flip(1))  # of something else: conditions (DiffusionGemma)
+        x = x + self.before(x)
+        y = self.norm(x)
+        weights = self.gate(y).softmax(-1)
+        x = x + sum(e(y) * weights[..., i, None] for i, e in enumerate(self.experts))
+        return x + self.after(x)
+
+
+def test_a_network_in_no_list_that_a_norm_feeds_is_one_where_it_ran() -> None:
+    found = read(renamed(Routing().eval()), torch.randn(TOKENS))
+    networks = ["before.(1 to 3)", "after.(1 to 3)", "experts.0", "experts.1"]
+    assert sorted(found["ffn"]) == sorted(networks)
+    assert found["head"] == []
