@@ -98,7 +98,8 @@ def found(model: nn.Module, example: Any) -> dict[str, set[frozenset[int]]]:
     attach_dataflow(tree, example)
     roles = roles_of(tree)
     called = {role: [s for s in roles[role] if not hasattr(s, "reader")] for role in ROLES}
-    return {role: {projections_of(model, s) for s in called[role]} - {frozenset()} for role in ROLES}
+    held = {role: {projections_of(model, s) for s in sites} for role, sites in called.items()}
+    return {role: sites - {frozenset()} for role, sites in held.items()}
 
 
 def projections_of(model: nn.Module, site: Any) -> frozenset[int]:

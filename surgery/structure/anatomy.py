@@ -319,10 +319,6 @@ def _read_norms(tree: Tree, trace: Trace) -> None:
             norm._shape = norm_shape_in(trace, norm) or norm._shape
 
 
-def _holds(site: Site, ffn: Site) -> bool:
-    return site.order <= ffn.order < site.end
-
-
 def _narrowing(layers: list[Site], ffn: Site) -> list[Site]:
     """Those of the layers of a network that narrow; where d is h, all but the first that give d."""
     narrows = [s for s in layers if s.out == ffn.out != s.width != ffn.width]

@@ -229,11 +229,15 @@ class _Found:
                     return {}
                 if site and not _lies_in_any(site, self.sure):
                     makers.setdefault(site, set()).add(word)
-        stream = {self.site(maker.owner) for maker in attention.stream}
-        here = self.site(attention.call.module) if attention.call else None
-        stream = {s for s in stream if s and not (here and _lies_in(s, here))}  # Retinexformer's
+        stream = self._stream(attention)
         own = {s: words for s, words in makers.items() if s not in stream}
         return own or makers  # what came unprojected is of the stream, and no query (RvT)
+
+    def _stream(self, attention: TracedAttention) -> set[Site]:
+        """What made the stream; not in the module where it ran (Retinexformer's)."""
+        stream = (self.site(maker.owner) for maker in attention.stream)
+        here = self.site(attention.call.module) if attention.call else None
+        return {s for s in stream if s and not (here and _lies_in(s, here))}
 
     def _is_one(
         self, attention: TracedAttention, makers: dict[Site, set[str]], calls: list[Site]

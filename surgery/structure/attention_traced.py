@@ -296,11 +296,7 @@ class _Reader:
         cores, one = _cores(op, given), len(given) == 1
         pair = given[0].pair if one else None
         if op.name in SUMMED and one and not cores:
-            # a product written out, (q * k).sum(-1), or of two spectra (Autoformer), scores of
-            # which a mean is taken; or what weights have pooled (Enformer)
-            heads, scores = frozenset(op.outputs[0].shape[:-2]), given[0].scores
-            scores = Scores(*pair, heads=heads) if pair else scores
-            return State(near, behind, scores=None if scores and scores.soft else scores)
+            return State(near, behind, scores=_summed(op, given[0]))
         made = _scores(op, [] if cores else given, near)
         gate = op.name in GATES or (op.name in MOVES and all(state.gate for state in given))
         return State(near, behind, cores, made, pair, gate)
@@ -361,6 +357,14 @@ def _cores(op: Op, given: list[State]) -> frozenset[int]:
     if op.name in JOINS and not all(state.cores for state in given):
         return frozenset()  # what is joined with other features has no projection of its own
     return frozenset().union(*(state.cores for state in given))
+
+
+def _summed(op: Op, state: State) -> Scores | None:
+    """A product written out, (q * k).sum(-1), or of two spectra (Autoformer); scores of which a
+    mean is taken; not what weights have pooled (Enformer)."""
+    heads, scores = frozenset(op.outputs[0].shape[:-2]), state.scores
+    scores = Scores(*state.pair, heads=heads) if state.pair else scores
+    return None if scores and scores.soft else scores
 
 
 def _scores(op: Op, given: list[State], near: Bits) -> Scores | None:

@@ -81,9 +81,13 @@ class Ends:
         end = max(block.end for block in self.blocks)
         projecting = [s for s in self.projections.all if s.order >= end and linear_shape(s.module)]
         spatial = [s for s in self.tree.sites[end:] if _mixes_positions(s.module)][-1:]
-        is_last = spatial and (not projecting or projecting[-1].order < spatial[0].order)
-        whole = is_last and _around(spatial[0], self.blocks)[-1]
-        return spatial if whole and not _is_network(whole) else projecting
+        return spatial if self._is_head(spatial, projecting) else projecting
+
+    def _is_head(self, spatial: list[Site], projecting: list[Site]) -> bool:
+        """Whether a convolution is the head: registered last, and in no network of its own."""
+        if not spatial or (projecting and projecting[-1].order > spatial[0].order):
+            return False
+        return not _is_network(_around(spatial[0], self.blocks)[-1])
 
     def _in_stage(self, site: Site) -> bool:
         """Whether it lies in an element of a container that holds blocks too (MobileViT's)."""
@@ -127,16 +131,23 @@ class _Flow:
 
         (A U-Net's last convolution over positions; a table of words, or queries, is none.)
         """
-        making = {op for op in after if _makes_features(op)}
-        feeding = _reaching(after, making)
-        last = [op for op in making if not any(use in feeding for use in _uses(op))]
-        others = {op for op in last if not self._is_projection(op)}
+        others = self._last(after)
         feeding = _reaching(after, others)
         kept = [op for op in after if op in others or self._is_projection(op) > (op in feeding)]
-        tables = {s for s in self.before if not linear_shape(s.module)}
-        tables |= {s for s in self.by_module.values() if isinstance(s.module, nn.Embedding)}
-        sites = (site for site in self._sites(kept) if site.parent and site not in tables)
+        sites = (s for s in self._sites(kept) if s.parent and not self._is_table(s))
         return [s for s in sites if not any(s.order <= b.order < s.end for b in blocks)]
+
+    def _last(self, after: list[Op]) -> set[Op]:
+        """What makes features last and is no projection."""
+        making = {op for op in after if _makes_features(op)}
+        feeding = _reaching(after, making)
+        last = (op for op in making if not any(use in feeding for use in _uses(op)))
+        return {op for op in last if not self._is_projection(op)}
+
+    def _is_table(self, site: Site) -> bool:
+        """Whether it looks words up, here or before the blocks."""
+        tied = site in self.before and not linear_shape(site.module)
+        return tied or isinstance(site.module, nn.Embedding)
 
     def _is_projection(self, op: Op) -> bool:
         owner = _owner(op)
