@@ -136,6 +136,5 @@ def torch_projections(tree: Tree, attn: Site) -> tuple[list[Site], list[Site]]:
     own = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     held = attn.module._parameters
     makes: list[Site] = [parameter_site(tree, attn, n) for n in own if held.get(n) is not None]
-    outputs = [s for s in attn.children if s.module is attn.module.out_proj]
-    held_there = [s for s in outputs if s.module._parameters.get("weight") is not None]
-    return makes, [parameter_site(tree, s, "weight") for s in held_there]
+    holding = [s for s in attn.children if s.module._parameters.get("weight") is not None]
+    return makes, [parameter_site(tree, s, "weight") for s in holding]
