@@ -12,7 +12,8 @@ def enformer() -> Built:
     """Enformer: convolutions and softmax pooling, then attention with projected relative positions.
 
     ffn: transformer.*.1.fn
-    qkv: transformer.*.0.fn.1.to_{q,k,v} stem.2.to_attn_logits? conv_tower.*.2.to_attn_logits?
+    qkv: transformer.*.0.fn.1.to_{q,k,v} transformer.*.0.fn.1.to_rel_k? stem.2.to_attn_logits?
+        conv_tower.*.2.to_attn_logits?
     proj: transformer.*.0.fn.1.to_out
     head: _heads.human final_pointwise.1.2?
     prompts: some; distances are worked out anew in every attention

@@ -27,7 +27,7 @@ def conformer() -> Built:
     """Conformer: relative positions, a parameter for queries, keys and values.
 
     ffn: layers.*.{ffn_module1,ffn_module2}.1.ffn
-    qkv: -
+    qkv: layers.*.mha_layer.linear_pos?
     proj: layers.*.mha_layer.out_proj
     head: -
     prompts: no; 2 n - 1 relative positions
@@ -42,7 +42,7 @@ def branchformer() -> Built:
     """Branchformer: attention beside a gated convolution, one linear for both; no network.
 
     ffn: layers.*.convolution_branch?
-    qkv: -
+    qkv: layers.*.mha_layer.linear_pos?
     proj: layers.*.mha_layer.out_proj
     head: -
     prompts: no; 2 n - 1 relative positions
