@@ -234,6 +234,8 @@ COMPUTED = (
 
 def acting_between(hooked: HookedSite) -> bool:
     """Whether hooks of others meet what the module gives before the parts there do."""
+    if isinstance(hooked, HookedWeight):
+        return False
     owners = [owner_of(hook) for hook in hooked.entry._forward_hooks.values()]
     last = max((i for i, owner in enumerate(owners) if owner is hooked), default=0)
     return any(not isinstance(owner, HookedSite) for owner in owners[:last])

@@ -14,7 +14,6 @@ from ..errors import OperationError
 from .apply import operated
 from .conditions import DISABLED, MAKING, WRITING, check_state
 from .folding import Fold, acting_between, folded, written
-from .hooked_weights import HookedWeight
 from .journal import completed
 from .operation import Operation, additions_of
 from .plain import Followed, Kept, check_kept, let_go, make_plain
@@ -73,8 +72,7 @@ def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
     hooked_sites = [hooked for operation in done for hooked in operation.hooked_sites]
     besides = set[str]().union(*(operation.read_besides for operation in done))
     folds = folded(model, hooked_sites, besides)
-    at_modules = [each for each in hooked_sites if not isinstance(each, HookedWeight)]
-    between = [hooked.path for hooked in at_modules if acting_between(hooked)]
+    between = [hooked.path for hooked in hooked_sites if acting_between(hooked)]
     journal, additions = done[-1].merge_journal, additions_of(model) or nn.Module()
     try:
         weights = tuple(Kept.of(module, name) for module, name, _ in written(folds))

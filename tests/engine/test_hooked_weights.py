@@ -430,3 +430,12 @@ def test_a_weight_that_is_read_elsewhere_too_is_no_silence(proved: bool) -> None
         surgery.apply(model, rule, example=ids if proved else None)(ids)
     alone = at(weight("table.weight", tied=False), part)
     surgery.apply(ReadTwice(), alone, example=ids)
+
+
+def test_hooks_of_others_at_a_reader_are_not_between_it_and_its_parts(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    model = encoder()
+    model.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    surgery.merge(surgery.apply(model, at(qkv, part)))
+    assert not recwarn
