@@ -10,9 +10,9 @@ from ..parts.deltas import olora as by_qr
 from ..parts.deltas import pissa as principal
 from ..parts.deltas import rlrr as rows_and_columns
 from ..parts.low_rank import lora as low_rank
-from ..parts.magnitude import magnitude, rescale
 from ..parts.rotations import hra as reflections
 from ..parts.rotations import oft as rotations
+from ..parts.row_lengths import magnitude, rescale
 from ..rules.edits import append, parallel, prepend, unfreeze
 from ..rules.part import shared
 from ..rules.roles import fc1, fc2, fused, head, norm, proj, qkv

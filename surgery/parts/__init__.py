@@ -15,13 +15,13 @@ from .instance_prompts import InstancePrompt, instance_prompt
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
 from .low_and_high_rank import vida
 from .low_rank import dylora, lora, prolora
-from .magnitude import magnitude, rescale
 from .mixture import MixtureOfAdapters, moa
 from .mosa import sparse_experts
 from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
 from .rep_adapter import repadapter
 from .reversible_streams import reversible, small_adapter
 from .rotations import hra, oft
+from .row_lengths import magnitude, rescale
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
 from .skills import skill_lora
