@@ -131,7 +131,8 @@ def _unreadable(what: str) -> FileError:
 
 
 def _is_module_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
+    """Whether rules may tell places by it."""
+    return isinstance(value, type) and issubclass(value, (nn.Module, nn.Parameter))
 
 
 def _decode_all(named: dict[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:

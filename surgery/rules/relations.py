@@ -15,6 +15,7 @@ from ..errors import RuleError
 from ..structure.dataflow import dataflow_of
 from ..structure.layers import is_norm, linear_shape
 from ..structure.module_tree import Site, Tree, holders, stretch
+from ..structure.weights import ParameterSite
 from .expression import shown
 from .selector import Address, Selected, Selection, Selector, Where, plain, where
 
@@ -37,6 +38,9 @@ class Inside(_Around):
                 for end in (outer.entry, outer.exit)
                 for module in list(end.module.modules())[0 if outer.is_span else 1 :]
             }
+        holder = site.parent if isinstance(site, ParameterSite) else None
+        if holder in self.pattern.find(tree):  # a weight of the module itself
+            return {}
         return {} if id(site.entry.module) in inner and id(site.exit.module) in inner else None
 
 

@@ -21,12 +21,14 @@ from .._inputs import call, tensors_in
 from .._preserve import fingerprint
 from .._text import first_few
 from ..engine.apply import disabled
+from ..engine.hooked_weights import HookedWeight
 from ..rules.affine import affine
 from ..rules.edits import Parallel
 from ..rules.routing import Routed
 from ..rules.rule import at
 from ..rules.selector import where
 from ..structure.module_tree import Site
+from ..structure.weights import ParameterSite
 from . import isolation
 from .case import SEEDS, Case, actions, operation, stir, train
 from .isolation import map_samples, output_of, part_inputs, with_another
@@ -75,7 +77,8 @@ def _starts_at_zero(action: Any) -> bool:
 
 def scale_is_linear(case: Case, draw: Draw) -> None:
     """At a site, S_2s - m ~4 2 (S_s - m) in units of the site's output, and S_0 = m to the bit."""
-    scaled = [(r, e, s) for r, s in case.places for e in r.rest if isinstance(e, Parallel)]
+    called = [(r, s) for r, s in case.places if not isinstance(s, ParameterSite)]
+    scaled = [(r, e, s) for r, s in called for e in r.rest if isinstance(e, Parallel)]
     applies(scaled, "no rule puts a part beside a site, parallel(part, scale=...)")
     rule, edit, site = draw(st.sampled_from(scaled), "site", lambda triple: triple[2].path)
     seed = draw(SEEDS, "seed")
@@ -108,7 +111,10 @@ def _first(value: object) -> Tensor:
 
 
 def every_part_runs(case: Case, draw: Draw) -> None:
-    """In a forward each part runs once for each call of each of its sites, and each is called."""
+    """In a forward each part runs once for each call of each of its sites, and each is called.
+
+    Parts at a weight run by their map, and what computes with it is called.
+    """
     model = case.operated(stirred=draw(SEEDS, "seed"))
     applies(actions(model), "these rules join no part")
     runs(case, model)
@@ -116,14 +122,17 @@ def every_part_runs(case: Case, draw: Draw) -> None:
 
 def runs(case: Case, model: nn.Module) -> None:
     """Raise Broken unless every part of S runs in a forward as often as its sites are called."""
-    joined = [
+    every = [
         (hooked.path, hooked.entry if action.place == "before" else hooked.exit, action.part)
         for hooked, action in actions(model)
     ]
-    calls = _calls(case, model, [m for _, end, part in joined for m in (end, part)])
-    want: Counter[int] = Counter()
-    for path, end, part in joined:
+    at_weights = {h.path for h, _ in actions(model) if isinstance(h, HookedWeight)}
+    joined = [(path, end, part) for path, end, part in every if path not in at_weights]
+    calls = _calls(case, model, [m for _, end, part in every for m in (end, part)])
+    for path, end, _ in every:
         holds(calls[id(end)], f"{path} is never called")
+    want: Counter[int] = Counter()
+    for _, end, part in joined:
         want[id(part)] += calls[id(end)]
     for path, _, part in joined:
         n, times = want[id(part)], calls[id(part)]

@@ -18,6 +18,7 @@ from .._text import first_few
 from ..engine.apply import apply, revert
 from ..engine.merging import merge, unmerge
 from ..engine.operation import operations
+from ..engine.placement import Placement
 from ..errors import FileError, OperationError, SurgeryError
 from ..rules.edits import append
 from ..rules.rule import at
@@ -25,6 +26,7 @@ from ..rules.selector import where
 from ..state import checkpoint
 from ..structure.layers import named_modules
 from ..structure.module_tree import Site
+from ..structure.weights import ParameterSite
 from .case import FLAGS, SEEDS, Case, actions, mark, operation, stir, train
 from .fault_injection import Fault, Tripwire, committed, events, source
 from .function import gap_all
@@ -347,8 +349,8 @@ def _seen(model: nn.Module) -> dict[str, tuple[type[nn.Module], int, bool]]:
 def user_hooks_come_first(case: Case, draw: Draw) -> None:
     """Hooks of the user's own at a site fire once a call, in their old order, before any graft."""
     model = case.model()
-    placed = [p for p in case.plan(case.model()).placements if p.edit.place != "instead"]
-    applies(placed, "these rules join no part")
+    placed = [p for p in case.plan(case.model()).placements if _has_hooks(p)]
+    applies(placed, "these rules join no part to what is called")
     path = draw(st.sampled_from(sorted({p.site.path for p in placed})), "site")
     here = [p for p in placed if p.site.path == path]
     fired: list[str] = []
@@ -368,6 +370,11 @@ def user_hooks_come_first(case: Case, draw: Draw) -> None:
     acts_on_output = {p.edit.place for p in here} <= {"after", "beside"}
     if acts_on_output and len(parts) == 1:
         _check_part_is_last(path, fired)
+
+
+def _has_hooks(p: Placement) -> bool:
+    """Whether a part is joined by hooks at a module that is called."""
+    return p.edit.place != "instead" and not isinstance(p.site, ParameterSite)
 
 
 def _check_part_is_last(path: str, fired: list[str]) -> None:

@@ -263,7 +263,9 @@ def test_threads_see_the_weight_changed_once() -> None:
         with torch.no_grad():
             for _ in range(25):
                 pairs = zip(inputs, wanted, strict=True)
-                wrong.extend(i for i, (x, y) in enumerate(pairs) if not torch.equal(model(x), y))
+                wrong.extend(
+                    i for i, (x, y) in enumerate(pairs) if (model(x) - y).abs().max() > 1e-4
+                )
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -71,7 +71,7 @@ TOKENS = {
     "daptx", "idpt",
 }  # fmt: skip
 NO_ROOM = {"swin", "convnext", "gpt2", "llama"}  # windows, maps, masks, rotary positions
-NO_PROJECTIONS = {"convnext", "encoder"}  # no attention; nn.MultiheadAttention has its own
+NO_PROJECTIONS = {"convnext"}  # no attention
 REFUSED = {
     *((rules, backbone) for rules in TOKENS - {"llama_adapter"} for backbone in NO_ROOM),
     *((rules, backbone) for rules in ("lora",) for backbone in NO_PROJECTIONS),

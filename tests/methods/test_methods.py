@@ -86,9 +86,8 @@ def test_every_set_starts_as_it_says_and_reverts(name, build):
     assert surgery.fingerprint(model) == mark
 
 
-APART = {  # nn.MultiheadAttention has no projections that are called
-    "lora", "vera", "tied_lora", "prolora", "dylora", "krona", "kadaptation", "fact_tt", "fact_tk",
-    "bi_lora", "poly", "mhr", "mhr_z", "mhr_mu", "noah", "llama_adapter",
+APART = {  # dropout on features, which no weight of nn.MultiheadAttention meets; or it is no linear
+    "fact_tt", "fact_tk", "bi_lora", "kadaptation", "noah", "llama_adapter",
 }  # fmt: skip
 REFUSED = {
     *((name, torchvision_vit) for name in APART),
