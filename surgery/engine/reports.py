@@ -40,12 +40,14 @@ def anatomy(model: nn.Module, example: Any = None) -> Table:
     >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, norm_first=True), 2)
     >>> print(anatomy(model))
     Anatomy of TransformerEncoder
-    role   address                        sites  features  axis  blocks  stage  feeds
-    block  layers.*                           2  16        last  0 to 1  0
-    norm   layers.*.norm1                     2  16        last  0 to 1  0      attn
-    norm   layers.*.norm2                     2  16        last  0 to 1  0      ffn
-    attn   layers.*.self_attn                 2  16        last  0 to 1  0
-    ffn    layers.*.(linear1 to linear2)      2  16        last  0 to 1  0
+    role   address                             sites  features  axis  blocks  stage  feeds
+    block  layers.*                                2  16        last  0 to 1  0
+    norm   layers.*.norm1                          2  16        last  0 to 1  0      attn
+    norm   layers.*.norm2                          2  16        last  0 to 1  0      ffn
+    attn   layers.*.self_attn                      2  16        last  0 to 1  0
+    qkv    layers.*.self_attn.in_proj_weight       2  16 to 48  last  0 to 1  0
+    proj   layers.*.self_attn.out_proj.weight      2  16        last  0 to 1  0
+    ffn    layers.*.(linear1 to linear2)           2  16        last  0 to 1  0
     what feeds what: by order; anatomy(model, example) runs a forward to see
     """
     check_operable(model)

@@ -75,6 +75,7 @@ def joined(map: Affine, part: Affine, place: str, scale: float | None) -> Affine
 
     place  "before", "after", "beside" or "instead"; scale: None where it replaces
 
+    >>> import torch
     >>> one = Affine(torch.ones(2, 2), None)
     >>> joined(one, one, "beside", 0.5).weight[0]
     tensor([1.5000, 1.5000])

@@ -260,7 +260,8 @@ def test_a_rule_set_that_runs_is_seen_to(monkeypatch):
         return model(), torch.randn(2, 5, 16)
 
     assert judge.tried(build, "adapterx_ffn", RIGHT) == "runs"
-    assert judge.tried(build, "lora", RIGHT).startswith("refused: at(qkv, ...)")
+    assert judge.tried(build, "lora", RIGHT) == "runs"  # at weights
+    assert judge.tried(build, "fact_tt", RIGHT).startswith("refused: at(qkv, ...)")
     assert judge.tried(build, "vpt_deep", RIGHT) == "runs"
     one = nn.Sequential(Layer())
     came = judge.tried(lambda: (one, torch.randn(2, 5, 16)), "adapterx", RIGHT)
