@@ -25,8 +25,6 @@ class OFT(nn.Module):
     tensor([1., 1.], grad_fn=<SliceBackward0>)
     """
 
-    starts_at_zero = True
-
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
         self.size, self.width = size, width

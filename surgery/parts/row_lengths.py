@@ -25,8 +25,6 @@ class Magnitude(nn.Module):
     True
     """
 
-    starts_at_zero = True
-
     def __init__(self, weight: BaseWeight, update: LoRA) -> None:
         super().__init__()
         self.weight, self.update = weight, update
@@ -56,8 +54,6 @@ class Rescale(nn.Module):
     >>> Rescale(8)(torch.ones(1, 8)).shape
     torch.Size([1, 8])
     """
-
-    starts_at_zero = True
 
     def __init__(self, width: int, rows: list[slice] | None = None) -> None:
         super().__init__()
