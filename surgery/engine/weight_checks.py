@@ -1,4 +1,4 @@
-"""What may stand at a parameter: linear parts alone, that do in training what they do else."""
+"""What may stand at a parameter: linear parts alone, without dropout on features."""
 
 from __future__ import annotations
 
