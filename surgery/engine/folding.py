@@ -131,7 +131,7 @@ def _folded_weights(
         now = {name: hooked.kept(name) for name in names} | (known.tensors if known else {})
         _check_shared(hooked, memory)
         made = hooked.made(now)
-        for holder, names in hooked.held():
+        for holder, *names in (each[1:] for each in hooked.reads):
             renamed = dict(zip(names, made.values(), strict=False))
             folds[id(holder), names[0]] = Fold(hooked.path, holder, renamed, 1.0)
     return list(folds.values())

@@ -68,10 +68,6 @@ class HookedWeight(HookedSite):
         """A tensor of the module that holds it, as it is kept."""
         return _kept(self.reads[0].holder, name)
 
-    def held(self) -> list[tuple[nn.Module, list[str]]]:
-        """The modules that hold the parameter, and its name and its bias's there."""
-        return [(read.holder, [read.name, read.bias]) for read in self.reads]
-
     def own_weights(self) -> list[nn.Parameter]:
         """The parameter."""
         parameter: Any = self.parameter

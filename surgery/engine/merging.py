@@ -32,7 +32,7 @@ def merge(model: Model, *, keep: bool = True) -> Model:
     Parts must be linear (nn.Linear, nn.Sequential of these, or a module with a method `affine()`
     that returns weight (out, in), or (out,) where it scales each feature, and bias (out,) or
     None), at an nn.Linear, a convolution, or, where they scale after it, a norm, that shares its
-    weight with nothing.
+    weight with nothing; or at a parameter itself (`weight`), wherever that is shared.
 
     A merged model is plain: no hooks, and the keys, parameters and modules of the base alone, so
     that what follows (torch.jit.script, quantising, export, its `state_dict` in a plain model)

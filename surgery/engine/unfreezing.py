@@ -108,6 +108,12 @@ def _parameters(edit: Trained, end: Site) -> list[tuple[str, str, nn.Parameter]]
     named = edit.parameters(end.module)
     if not isinstance(end, ParameterSite):
         return [(end.path, name, p) for name, p in named]
+    if end.rows is not None and edit.trained:
+        raise RuleError(
+            f"at({end.path}, {edit!r})",
+            "some rows of a parameter cannot be trained alone, and the others be frozen.",
+            "Train all of it, at(qkv, unfreeze), or put a part at the rows.",
+        )
     holder = end.parent.path if end.parent else ""
     return [(holder, name, p) for name, p in named if name in (end.name, end.bias)]
 

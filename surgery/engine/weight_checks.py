@@ -1,4 +1,4 @@
-"""What may stand at a parameter: linear parts alone, that do in training what they do else."""
+"""What may stand at a parameter: linear parts alone, without dropout on features."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def _check(p: Placement, site: ParameterSite, part: nn.Module) -> None:
     if kind:
         fact = f"{site.path} is a {kind}, which holds no numbers to add to."
         raise RuleError(p.rule.short, fact, "Operate before it is quantised or sharded.")
+    if site.rows is not None and site.rows.stop > len(weight):
+        fact = f"{site.path} ends beyond the {len(weight)} rows that there are."
+        raise RuleError(p.rule.short, fact, f"Give rows up to {len(weight)}.")
     if p.edit.place not in LINEAR:
         raise _refused(p, f"{p.edit.word} puts in tokens, and {site.path} is a weight")
     map = affine(part)

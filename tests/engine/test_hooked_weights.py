@@ -441,3 +441,14 @@ def test_hooks_of_others_at_a_reader_are_not_between_it_and_its_parts(
     model.layers[0].self_attn.register_forward_hook(lambda *_: None)
     surgery.merge(surgery.apply(model, at(qkv, part)))
     assert not recwarn
+
+
+def test_rows_that_are_not_there_are_refused() -> None:
+    with pytest.raises(surgery.RuleError, match="beyond the 48 rows"):
+        surgery.plan(encoder(), at(weight("**.in_proj_weight", rows=(0, 999)), part))
+
+
+def test_rows_are_not_trained_alone() -> None:
+    with pytest.raises(surgery.RuleError, match="cannot be trained alone"):
+        surgery.plan(encoder(), at(surgery.query, surgery.unfreeze))
+    assert surgery.plan(encoder(), at(qkv, surgery.unfreeze)).trainable == 2 * 48 * 17
