@@ -35,14 +35,14 @@ class BaseWeight:
     def __call__(self, beside: Tensor | None = None) -> Tensor:
         """(out, in), or (out,) of a vector; without its gradient.
 
-        beside  a tensor of the part: one without memory, in a sketch, has the weight be without
+        beside  a tensor of the part, whose dtype and device it is brought to (a sketch has none)
         """
         weight: Any = self.module._parameters[self.name]
         whole: Tensor = weight.detach()
         whole = whole.t() if self.turned else whole
         whole = whole if self.rows is None else whole[self.rows]
         whole = whole.flatten(1) if whole.dim() > 1 else whole
-        return whole.to("meta") if beside is not None and beside.is_meta else whole
+        return whole if beside is None else whole.to(beside)
 
     def bias(self, beside: Tensor | None = None) -> Tensor | None:
         """The one that is added to what the weight gives, if there is one; rows and all as it."""
@@ -50,7 +50,7 @@ class BaseWeight:
         if bias is None:
             return None
         whole = bias.detach() if self.rows is None else bias.detach()[self.rows]
-        return whole.to("meta") if beside is not None and beside.is_meta else whole
+        return whole if beside is None else whole.to(beside)
 
 
 def base_weight(site: Site, rule: str) -> BaseWeight:
@@ -78,7 +78,12 @@ def base_weight(site: Site, rule: str) -> BaseWeight:
 
 def numbers(weight: BaseWeight) -> Tensor:
     """What a part is to start from; without values where it is only sketched."""
-    return weight(torch.empty(0))
+    return weight().to("meta") if torch.empty(0).is_meta else weight()
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: torch's linear algebra knows no half precision on the CPU."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +91,5 @@ def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if weight.is_meta:
         (out, width), k = weight.shape, min(weight.shape)
         return weight.new_empty(out, k), weight.new_empty(k), weight.new_empty(k, width)
-    U, S, V = torch.linalg.svd(
-        weight.float() if weight.itemsize < 4 else weight, full_matrices=False
-    )
+    U, S, V = torch.linalg.svd(wide(weight), full_matrices=False)
     return U.to(weight), S.to(weight), V.to(weight)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import fitted, positive
-from .base_weight import BaseWeight, base_weight, numbers, svd
+from .base_weight import BaseWeight, base_weight, numbers, svd, wide
 from .init import kaiming
 from .low_rank import scale_of
 
@@ -118,7 +118,7 @@ class RLRR(Delta):
         return self.left[:, None] * self.weight(self.left) * self.right
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x * self.right, self.weight()) * self.left + self.bias
+        return F.linear(x * self.right, self.weight(self.right)) * self.left + self.bias
 
     def affine(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return self.delta(), self.bias
@@ -286,6 +286,6 @@ def olora(site: Site, rank: int = 8, alpha: float | None = None) -> nn.Module:
     """
     positive("olora", rank=rank)
     weight = numbers(base_weight(site, "olora"))
-    Q, R = torch.linalg.qr(weight.float() if weight.itemsize < 4 else weight)
+    Q, R = torch.linalg.qr(wide(weight))
     scale = scale_of("olora", alpha, rank)
     return Principal(R[:rank].to(weight), Q[:, :rank].to(weight), scale)

@@ -13,6 +13,7 @@ from ..errors import RuleError, is_integer
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import fitted, positive
+from .base_weight import wide
 from .init import kaiming
 
 
@@ -37,10 +38,10 @@ class OFT(nn.Module):
         upper = upper.index_put(
             (torch.arange(len(self.skew), device=rows.device)[:, None], rows, columns), self.skew
         )
-        Q = upper - upper.mT
+        Q = wide(upper - upper.mT)
         eye = torch.eye(self.size, device=Q.device, dtype=Q.dtype)
         rotations: Tensor = torch.linalg.solve(eye - Q, eye + Q, left=False)
-        return rotations
+        return rotations.to(self.skew.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = rearrange(x, "... (b i) -> ... b i", i=self.size)

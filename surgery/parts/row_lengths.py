@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..rules.part import Maker, part, usually
 from ..structure.module_tree import Site
 from .arguments import borrowed
-from .base_weight import BaseWeight, base_weight, numbers
+from .base_weight import BaseWeight, base_weight
 from .low_rank import LoRA
 from .qkv_rows import chosen_rows, placed, row_size
 
@@ -16,8 +16,9 @@ from .qkv_rows import chosen_rows, placed, row_size
 class Magnitude(nn.Module):
     """g y + (1 - g) b, g = m / |W + B A| by row, of y = (W + B A) x + b: (..., out) to (..., out).
 
-    m starts at |W|, and g at one. The norm is formed by |W|^2 + 2 <W, B A> + |B A|^2, without the
-    sum itself, and no gradient goes through it.
+    m is |W| + dm with dm of zeros at the start, and so g is one, whatever W is: another base may
+    be loaded. The norm is formed by |W|^2 + 2 <W, B A> + |B A|^2, without the sum itself, and no
+    gradient goes through it.
 
     >>> linear = nn.Linear(8, 6)
     >>> part, y = Magnitude(BaseWeight(linear, "weight"), LoRA(8, 6)), torch.randn(3, 6)
@@ -28,19 +29,20 @@ class Magnitude(nn.Module):
     def __init__(self, weight: BaseWeight, update: LoRA) -> None:
         super().__init__()
         self.weight, self.update = weight, update
-        start = numbers(weight)
-        self.m = nn.Parameter(start.new_empty(len(start)) if start.is_meta else self.lengths())
+        self.dm = nn.Parameter(torch.zeros(len(weight())))
 
     @torch.no_grad()
-    def lengths(self) -> Tensor:
-        """Of the rows of W + B A."""
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Of the rows of W, and of W + B A."""
         A, B = self.update.maps()
         W = self.weight(A)
+        base = W.square().sum(1)
         cross = 2 * ((W @ A.t()) * B).sum(1)
-        return (W.square().sum(1) + cross + ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+        return base.sqrt(), (base + cross + ((B @ (A @ A.t())) * B).sum(1)).sqrt()
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
-        g, bias = self.m / self.lengths(), self.weight.bias(self.m)
+        base, now = self.lengths()
+        g, bias = (base + self.dm) / now, self.weight.bias(self.dm)
         return g, None if bias is None else (1 - g) * bias
 
     def forward(self, y: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Rescale(nn.Module):
 @part
 @usually("append")
 def magnitude(site: Site, update: Maker) -> nn.Module:
-    """The length of each row of W + B A, trained: what DoRA adds to LoRA.
+    """The length of each row of W + B A, trained as its difference to that of W: DoRA beside LoRA.
 
     update  the LoRA that the site has: at(qkv, parallel(update), append(magnitude(update))), with
             update = shared(lora(), by=qkv)
@@ -81,7 +83,7 @@ def magnitude(site: Site, update: Maker) -> nn.Module:
     >>> from surgery.rules.part import shared
     >>> from surgery.parts.low_rank import lora
     >>> magnitude(shared(lora(rank=4)))
-    magnitude(shared(lora(rank=4)))
+    magnitude(update=shared(lora(rank=4)))
     """
     weight = base_weight(site, "magnitude")
     out, width = weight().shape

@@ -119,7 +119,8 @@ def test_dora_is_a_length_and_a_direction_for_each_row(backbone: str) -> None:
         for key, p in lengths.items():
             linear: Any = plain.get_submodule(key.removesuffix("/append").replace("/", "."))
             V = linear.weight + p.update.B[0] @ p.update.A[0]
-            linear.weight.copy_(p.m[:, None] * V / V.norm(dim=1, keepdim=True))
+            m = linear.weight.norm(dim=1, keepdim=True) + p.dm[:, None]
+            linear.weight.copy_(m * V / V.norm(dim=1, keepdim=True))
 
     agrees(backbone, sets.dora(rank=3), rewrite)
 
@@ -259,7 +260,8 @@ def dora_of(theirs: Any, linear: nn.Linear) -> Tensor:
         B=theirs.lora_B["default"].weight[None],
     )
     part = row_lengths.Magnitude(BaseWeight(linear, "weight"), update)
-    part = taken(part.double(), m=theirs.lora_magnitude_vector["default"].weight)
+    m = theirs.lora_magnitude_vector["default"].weight
+    part = taken(part.double(), dm=m - linear.weight.norm(dim=1))
     g, _ = part.affine()
     return g[:, None] * (linear.weight + update.affine()[0])
 
