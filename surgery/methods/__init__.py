@@ -36,6 +36,20 @@ from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
 from .sparse_updates import sparse
 from .tensor_factors import fact_tk, fact_tt
+from .weight_updates import (
+    dora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    miss,
+    oft,
+    olora,
+    pissa,
+    rlrr,
+)
 
 _SETS: dict[str, Callable[..., list[Rule]]] = {
     method.__name__: method
@@ -46,6 +60,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         fact_tt, fact_tk, repadapter, repadapter_att, convpass, convpass_att, vida,
         bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
+        dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
     )
 }  # fmt: skip
 

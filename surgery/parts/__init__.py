@@ -5,6 +5,7 @@ from .adapters import Adapter, QuickGELU, adapter
 from .arc_adapters import arc, projection
 from .binary import binary_adapter, binary_lora
 from .conv import convpass
+from .deltas import hira, loha, lokr, miss, olora, pissa, rlrr
 from .domain_adapters import domains
 from .dynamic_adapters import DynamicAdapter, MixtureOfDynamicAdapters, dynamic_adapter, dynamic_moa
 from .elastic import elastic_adapter, elastic_lora, elastic_prompt
@@ -19,20 +20,24 @@ from .mosa import sparse_experts
 from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
 from .rep_adapter import repadapter
 from .reversible_streams import reversible, small_adapter
+from .rotations import hra, oft
+from .row_lengths import magnitude, rescale
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
 from .skills import skill_lora
 from .sparse_updates import sparse
 
 __all__ = [
-    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
-    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc", "binary_adapter", "binary_lora",
-    "coefficients", "combined", "compacter", "convpass", "domains", "dylora", "dynamic_adapter",
-    "dynamic_moa", "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt",
-    "frozen", "gated_prompt", "instance_prompt", "kadaptation", "krona", "lora", "moa", "phm_rule",
-    "projection", "prolora", "prompt", "prompt_generator", "repadapter", "reversible",
-    "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter", "sparse",
-    "sparse_experts", "tied", "tied_lora", "tk_factors", "tt_factors", "vera", "vida",
+    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters",
+    "MixtureOfDynamicAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc",
+    "binary_adapter", "binary_lora", "coefficients", "combined", "compacter", "convpass",
+    "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
+    "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "hira", "hra",
+    "instance_prompt", "kadaptation", "krona", "loha", "lokr", "lora", "magnitude", "miss",
+    "moa", "oft", "olora", "phm_rule", "pissa", "projection", "prolora", "prompt",
+    "prompt_generator", "repadapter", "rescale", "reversible", "rlrr", "scale_shift", "scaled",
+    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied",
+    "tied_lora", "tk_factors", "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -23,7 +23,7 @@ SMALL = {
 }  # for such widths
 AWAY = {  # from the base at the start, at random or as the paper writes
     "adapterx", "adapterx_serial", "arc", "bi_adaptformer", "bi_lora", "compacter", "compacter_pp",
-    "dapt", "daptx", "idpt", "meft", "noah", "ssf", "vpt_deep", "vpt_shallow",
+    "dapt", "daptx", "hra", "idpt", "meft", "noah", "ssf", "vpt_deep", "vpt_shallow",
 }  # fmt: skip
 UNREAD = {"dapt", "daptx"}  # the last prompt, by a head that looks at the class token alone
 LATER = {"mhr_z", "scalearn"}  # learn once they are filled with what was trained before
@@ -132,7 +132,8 @@ def test_every_set_travels_as_data(name, tmp_path):
 MERGE = {
     "lora", "vera", "tied_lora", "prolora", "dylora", "krona", "kadaptation", "fact_tt", "fact_tk",
     "bi_lora", "poly", "mhr", "mhr_z", "mhr_mu", "ssf", "arc", "arc_att", "repadapter",
-    "repadapter_att", "vida", "sparse", "bitfit", "linear_probe", "full",
+    "repadapter_att", "vida", "sparse", "bitfit", "linear_probe", "full", "dora", "pissa", "olora",
+    "hira", "rlrr", "loha", "lokr", "miss", "oft", "hra", "ia3", "ln_tuning",
 }  # fmt: skip
 
 

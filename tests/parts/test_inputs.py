@@ -31,7 +31,8 @@ ODD = {
     "bfloat16": torch.randn(2, 9, WIDTH).bfloat16(),
 }
 HELD = {"frozen", "phm_rule", "slow_factors", "tied", "tk_factors", "tt_factors", "coefficients"}
-OTHERS = {"arc", "gated_prompt", "kadaptation", "reversible", "prompt_generator"}  # need a place
+# they need a place, or another part
+OTHERS = {"arc", "gated_prompt", "kadaptation", "reversible", "prompt_generator", "magnitude"}
 
 
 def site() -> Site:

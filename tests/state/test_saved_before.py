@@ -1,4 +1,6 @@
-"""Files of before: what commit f63c2d9 saved, one a rule set, loads and answers as it did then.
+"""Files of before, one a rule set, load and answer as they did when they were saved.
+
+By commit f63c2d9, those of younger rule sets by the commit that brought them (tests.data.make).
 
 Each was made of `tiny_vit` with seed 0, operated and stirred.
 """
