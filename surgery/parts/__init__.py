@@ -24,20 +24,21 @@ from .rotations import hra, oft
 from .row_lengths import magnitude, rescale
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
+from .side_networks import back, climb, ladder, track
 from .skills import skill_lora
 from .sparse_updates import sparse
 
 __all__ = [
     "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters",
-    "MixtureOfDynamicAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc",
-    "binary_adapter", "binary_lora", "coefficients", "combined", "compacter", "convpass",
+    "MixtureOfDynamicAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc", "back",
+    "binary_adapter", "binary_lora", "climb", "coefficients", "combined", "compacter", "convpass",
     "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
     "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "hira", "hra",
-    "instance_prompt", "kadaptation", "krona", "loha", "lokr", "lora", "magnitude", "miss",
-    "moa", "oft", "olora", "phm_rule", "pissa", "projection", "prolora", "prompt",
+    "instance_prompt", "kadaptation", "krona", "ladder", "loha", "lokr", "lora", "magnitude",
+    "miss", "moa", "oft", "olora", "phm_rule", "pissa", "projection", "prolora", "prompt",
     "prompt_generator", "repadapter", "rescale", "reversible", "rlrr", "scale_shift", "scaled",
     "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied",
-    "tied_lora", "tk_factors", "tt_factors", "vera", "vida",
+    "tied_lora", "tk_factors", "track", "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call
