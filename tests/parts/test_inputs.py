@@ -86,7 +86,7 @@ def encoder() -> nn.Module:
             for name in sorted(HELD - {"coefficients"})
         ),
         (at("layers.*", parallel(coefficients())), r"Coefficients, whose forward\(\)"),
-        (at("layers.*", insert(prompt_generator())), r"'heard'.*\n.*insert\(\.\.\., hears=ffn\)"),
+        (at("layers.*", insert(prompt_generator())), r"'heard'.*\n.*hears=ffn"),
     ],
 )
 def test_what_cannot_be_called_is_told_before_any_change(rule: Any, told: str) -> None:
