@@ -1,9 +1,11 @@
-"""What a training loop needs beyond rules: sizes searched for (NOAH), sensitivities (SPT)."""
+"""What a training loop needs: parameter groups, sizes searched for (NOAH), sensitivities (SPT)."""
 
+from .groups import Groups, groups
 from .noah import Scored, Space, Subnet, carry, choose, cost, evolve, sample, subnet_rules
 from .spt import Allotment, allot, fill, measure, spt_adapter, spt_lora, spt_rules
 
 __all__ = [
-    "Allotment", "Scored", "Space", "Subnet", "allot", "carry", "choose", "cost", "evolve", "fill",
-    "measure", "sample", "spt_adapter", "spt_lora", "spt_rules", "subnet_rules",
+    "Allotment", "Groups", "Scored", "Space", "Subnet", "allot", "carry", "choose", "cost",
+    "evolve", "fill", "groups", "measure", "sample", "spt_adapter", "spt_lora", "spt_rules",
+    "subnet_rules",
 ]  # fmt: skip
