@@ -1,7 +1,7 @@
 """What a training loop needs: parameter groups, sizes searched for (NOAH), sensitivities (SPT)."""
 
-from .groups import Groups, groups
 from .noah import Scored, Space, Subnet, carry, choose, cost, evolve, sample, subnet_rules
+from .parameter_groups import Groups, groups
 from .spt import Allotment, allot, fill, measure, spt_adapter, spt_lora, spt_rules
 
 __all__ = [
