@@ -25,6 +25,7 @@ from .convolutions import convpass, convpass_att, repadapter, repadapter_att
 from .gated_prompts import llama_adapter
 from .kronecker import compacter, compacter_pp, kadaptation, krona
 from .low_rank import dylora, lora, prolora, tied_lora, vera, vida
+from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tinylora
 from .many_adapters import lae, language_adapter, scalearn
 from .noah_supernet import noah
 from .one_bit import bi_adaptformer, bi_lora
@@ -61,6 +62,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
+        mica, delora, tinylora, kasa, glora, deft, peanut,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from .instance_prompts import InstancePrompt, instance_prompt
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
 from .low_and_high_rank import vida
 from .low_rank import dylora, lora, prolora
+from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tiny_vector, tinylora
 from .mixture import MixtureOfAdapters, moa
 from .mosa import sparse_experts
 from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
@@ -28,16 +29,16 @@ from .skills import skill_lora
 from .sparse_updates import sparse
 
 __all__ = [
-    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters",
-    "MixtureOfDynamicAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc",
-    "binary_adapter", "binary_lora", "coefficients", "combined", "compacter", "convpass",
-    "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
-    "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "hira", "hra",
-    "instance_prompt", "kadaptation", "krona", "loha", "lokr", "lora", "magnitude", "miss",
-    "moa", "oft", "olora", "phm_rule", "pissa", "projection", "prolora", "prompt",
+    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
+    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc", "binary_adapter", "binary_lora",
+    "coefficients", "combined", "compacter", "convpass", "deft", "delora", "domains", "dylora",
+    "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora", "elastic_prompt",
+    "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora", "hira", "hra", "instance_prompt",
+    "kadaptation", "kasa", "krona", "loha", "lokr", "lora", "magnitude", "mica", "miss", "moa",
+    "oft", "olora", "peanut", "phm_rule", "pissa", "projection", "prolora", "prompt",
     "prompt_generator", "repadapter", "rescale", "reversible", "rlrr", "scale_shift", "scaled",
-    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied",
-    "tied_lora", "tk_factors", "tt_factors", "vera", "vida",
+    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora",
+    "tiny_vector", "tinylora", "tk_factors", "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -1,7 +1,7 @@
 """Updates of a weight that are no product of two factors alone: W + delta, delta of few numbers.
 
 LoHa (Hyeon-Woo et al. 2021), LoKr (Yeh et al. 2023), HiRA (Huang et al. 2025), PiSSA (Meng et al.
-2024), OLoRA (Buyukakyuz 2024), DeLoRA (Bini et al. 2025), RLRR (Dong et al. 2024).
+2024), OLoRA (Buyukakyuz 2024), RLRR (Dong et al. 2024).
 """
 
 from __future__ import annotations

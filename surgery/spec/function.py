@@ -173,7 +173,8 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
         if map := affine(part):
             want = x * map.weight if map.weight.dim() == 1 else x @ map.weight.T
             want = want if map.bias is None else want + map.bias
-            most = rounding(lambda: [output_of(part, x)], used(part), SITE)  # noqa: B023
+            numbers = [*used(part), *part.buffers()]
+            most = rounding(lambda: [output_of(part, x)], numbers, SITE)  # noqa: B023
             near([output_of(part, x)], [want], most, f"{place} is not what its affine() says")
 
 

@@ -84,6 +84,7 @@ EMPTY = {  # nothing is learned of what was trained before, until it is filled i
     ("scalearn", "gradients_reach_every_part"),
     ("dapt", "gradients_reach_every_part"),  # a class token does not read the last prompt
     ("daptx", "gradients_reach_every_part"),
+    ("glora", "gradients_reach_every_part"),  # what weighs the biases of a new model, zero
 }
 SILENT = {  # of mixtures, of what is traced, of models that hide no token
     "merge_is_equivalent",

@@ -23,7 +23,7 @@ SMALL = {
 }  # for such widths
 AWAY = {  # from the base at the start, at random or as the paper writes
     "adapterx", "adapterx_serial", "arc", "bi_adaptformer", "bi_lora", "compacter", "compacter_pp",
-    "dapt", "daptx", "hra", "idpt", "meft", "noah", "ssf", "vpt_deep", "vpt_shallow",
+    "dapt", "daptx", "hra", "idpt", "kasa", "meft", "noah", "ssf", "vpt_deep", "vpt_shallow",
 }  # fmt: skip
 UNREAD = {"dapt", "daptx"}  # the last prompt, by a head that looks at the class token alone
 LATER = {"mhr_z", "scalearn"}  # learn once they are filled with what was trained before
@@ -100,7 +100,7 @@ REFUSED = {
 def test_every_trainable_parameter_is_reached_by_the_gradient(name):
     model = surgery.apply(tiny_vit(), rules_of(name))
     torch.manual_seed(0)
-    for p in surgery.parameters(model):
+    for p in [*surgery.parameters(model), *(b for b in model.parameters() if b.dim() == 1)]:
         torch.nn.init.normal_(p, std=0.1)
     for m in model.modules():
         if isinstance(m, DynamicAdapter):  # which, where its scale is 0, adds and learns nothing
@@ -134,6 +134,7 @@ MERGE = {
     "bi_lora", "poly", "mhr", "mhr_z", "mhr_mu", "ssf", "arc", "arc_att", "repadapter",
     "repadapter_att", "vida", "sparse", "bitfit", "linear_probe", "full", "dora", "pissa", "olora",
     "hira", "rlrr", "loha", "lokr", "miss", "oft", "hra", "ia3", "ln_tuning",
+    "mica", "delora", "tinylora", "kasa", "glora", "deft", "peanut",
 }  # fmt: skip
 
 
