@@ -32,6 +32,7 @@ from .one_bit import bi_adaptformer, bi_lora
 from .point_clouds import dapt, idpt
 from .prompts import vpt_deep, vpt_shallow
 from .reversible import meft
+from .routed_low_rank import hydralora, lily, molora, toplora
 from .scale_and_shift import ssf
 from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
@@ -63,6 +64,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
         mica, delora, tinylora, kasa, glora, deft, peanut,
+        toplora, molora, hydralora, lily,
     )
 }  # fmt: skip
 

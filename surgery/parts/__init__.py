@@ -22,6 +22,7 @@ from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
 from .rep_adapter import repadapter
 from .reversible_streams import reversible, small_adapter
 from .rotations import hra, oft
+from .routed_low_rank import lily, lily_ups, molora, toplora
 from .row_lengths import magnitude, rescale
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
@@ -34,11 +35,12 @@ __all__ = [
     "coefficients", "combined", "compacter", "convpass", "deft", "delora", "domains", "dylora",
     "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora", "elastic_prompt",
     "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora", "hira", "hra", "instance_prompt",
-    "kadaptation", "kasa", "krona", "loha", "lokr", "lora", "magnitude", "mica", "miss", "moa",
-    "oft", "olora", "peanut", "phm_rule", "pissa", "projection", "prolora", "prompt",
-    "prompt_generator", "repadapter", "rescale", "reversible", "rlrr", "scale_shift", "scaled",
-    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora",
-    "tiny_vector", "tinylora", "tk_factors", "tt_factors", "vera", "vida",
+    "kadaptation", "kasa", "krona", "lily", "lily_ups", "loha", "lokr", "lora", "magnitude",
+    "mica", "miss", "moa", "molora", "oft", "olora", "peanut", "phm_rule", "pissa", "projection",
+    "prolora", "prompt", "prompt_generator", "repadapter", "rescale", "reversible", "rlrr",
+    "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter", "sparse",
+    "sparse_experts", "tied", "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora",
+    "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

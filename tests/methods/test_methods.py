@@ -88,6 +88,7 @@ def test_every_set_starts_as_it_says_and_reverts(name, build):
 
 APART = {  # dropout on features, which no weight of nn.MultiheadAttention meets; or it is no linear
     "fact_tt", "fact_tk", "bi_lora", "kadaptation", "noah", "llama_adapter",
+    "toplora", "molora", "hydralora", "lily",
 }  # fmt: skip
 REFUSED = {
     *((name, torchvision_vit) for name in APART),

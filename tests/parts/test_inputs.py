@@ -31,7 +31,7 @@ ODD = {
     "bfloat16": torch.randn(2, 9, WIDTH).bfloat16(),
 }
 HELD = {"frozen", "phm_rule", "slow_factors", "tied", "tk_factors", "tt_factors", "coefficients"}
-HELD |= {"tiny_vector"}
+HELD |= {"lily_ups", "tiny_vector"}
 # they need a place, or another part
 OTHERS = {"arc", "gated_prompt", "kadaptation", "reversible", "prompt_generator", "magnitude"}
 
