@@ -38,6 +38,7 @@ from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
 from .sparse_updates import sparse
 from .tensor_factors import fact_tk, fact_tt
+from .visual_adapters import adapter_plus, mona, sct
 from .weight_updates import (
     dora,
     hira,
@@ -65,6 +66,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
         mica, delora, tinylora, kasa, glora, deft, peanut,
         toplora, molora, hydralora, lily,
+        adapter_plus, mona, sct,
     )
 }  # fmt: skip
 

@@ -28,19 +28,20 @@ from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
 from .skills import skill_lora
 from .sparse_updates import sparse
+from .visual_adapters import adapter_plus, mona, salient
 
 __all__ = [
     "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
-    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc", "binary_adapter", "binary_lora",
-    "coefficients", "combined", "compacter", "convpass", "deft", "delora", "domains", "dylora",
-    "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora", "elastic_prompt",
-    "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora", "hira", "hra", "instance_prompt",
-    "kadaptation", "kasa", "krona", "lily", "lily_ups", "loha", "lokr", "lora", "magnitude",
-    "mica", "miss", "moa", "molora", "oft", "olora", "peanut", "phm_rule", "pissa", "projection",
-    "prolora", "prompt", "prompt_generator", "repadapter", "rescale", "reversible", "rlrr",
-    "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter", "sparse",
-    "sparse_experts", "tied", "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora",
-    "tt_factors", "vera", "vida",
+    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "adapter_plus", "arc", "binary_adapter",
+    "binary_lora", "coefficients", "combined", "compacter", "convpass", "deft", "delora",
+    "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
+    "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora", "hira", "hra",
+    "instance_prompt", "kadaptation", "kasa", "krona", "lily", "lily_ups", "loha", "lokr", "lora",
+    "magnitude", "mica", "miss", "moa", "molora", "mona", "oft", "olora", "peanut", "phm_rule",
+    "pissa", "projection", "prolora", "prompt", "prompt_generator", "repadapter", "rescale",
+    "reversible", "rlrr", "salient", "scale_shift", "scaled", "skill_lora", "slow_factors",
+    "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora", "tiny_vector", "tinylora",
+    "tk_factors", "toplora", "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call
