@@ -23,6 +23,7 @@ from .arc_adapters import arc, arc_att
 from .baselines import bitfit, full, linear_probe
 from .convolutions import convpass, convpass_att, repadapter, repadapter_att
 from .gated_prompts import llama_adapter
+from .interventions import loreft
 from .kronecker import compacter, compacter_pp, kadaptation, krona
 from .low_rank import dylora, lora, prolora, tied_lora, vera, vida
 from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tinylora
@@ -67,6 +68,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         mica, delora, tinylora, kasa, glora, deft, peanut,
         toplora, molora, hydralora, lily,
         adapter_plus, mona, sct,
+        loreft,
     )
 }  # fmt: skip
 

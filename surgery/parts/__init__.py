@@ -12,6 +12,7 @@ from .elastic import elastic_adapter, elastic_lora, elastic_prompt
 from .fact import fact_tk, fact_tt, tk_factors, tt_factors
 from .gated import gated_prompt
 from .instance_prompts import InstancePrompt, instance_prompt
+from .interventions import loreft
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
 from .low_and_high_rank import vida
 from .low_rank import dylora, lora, prolora
@@ -37,11 +38,11 @@ __all__ = [
     "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
     "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora", "hira", "hra",
     "instance_prompt", "kadaptation", "kasa", "krona", "lily", "lily_ups", "loha", "lokr", "lora",
-    "magnitude", "mica", "miss", "moa", "molora", "mona", "oft", "olora", "peanut", "phm_rule",
-    "pissa", "projection", "prolora", "prompt", "prompt_generator", "repadapter", "rescale",
-    "reversible", "rlrr", "salient", "scale_shift", "scaled", "skill_lora", "slow_factors",
-    "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora", "tiny_vector", "tinylora",
-    "tk_factors", "toplora", "tt_factors", "vera", "vida",
+    "loreft", "magnitude", "mica", "miss", "moa", "molora", "mona", "oft", "olora", "peanut",
+    "phm_rule", "pissa", "projection", "prolora", "prompt", "prompt_generator", "repadapter",
+    "rescale", "reversible", "rlrr", "salient", "scale_shift", "scaled", "skill_lora",
+    "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora",
+    "tiny_vector", "tinylora", "tk_factors", "toplora", "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call
