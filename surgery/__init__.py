@@ -23,7 +23,7 @@ from .errors import (
 from .methods import rulesets
 from .parts import QuickGELU, adapter, lora, moa, prompt, prompt_generator, scale_shift
 from .parts import functional as ops
-from .rules.edits import append, freeze, insert, parallel, prepend, replace, token, unfreeze
+from .rules.edits import append, freeze, insert, parallel, prepend, replace, side, token, unfreeze
 from .rules.part import part, shared
 from .rules.relations import holding, inside, nearest, span, until
 from .rules.roles import (
@@ -58,5 +58,6 @@ __all__ = [
     "load_state_dict", "lora", "merge", "methods", "moa", "nearest", "norm", "ops", "parallel",
     "parameters", "part", "parts", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv",
     "query", "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared",
-    "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight", "where",
+    "side", "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight",
+    "where",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
 from ..errors import GraftError
+from .fitting import run
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .tokens import Insertions
@@ -23,7 +24,7 @@ from .tracing import CALL
 
 CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
 OURS = {
-    HookedSite._run.__code__,
+    run.__code__,
     Insertions.insert.__code__,
     HookedWeight.made.__code__,
 }  # run parts, which may read weights

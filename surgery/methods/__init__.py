@@ -35,6 +35,7 @@ from .prompts import vpt_deep, vpt_shallow
 from .reversible import meft
 from .routed_low_rank import hydralora, lily, molora, toplora
 from .scale_and_shift import ssf
+from .side_networks import dtl, lst
 from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
 from .sparse_updates import sparse
@@ -65,6 +66,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
+        lst, dtl,
         mica, delora, tinylora, kasa, glora, deft, peanut,
         toplora, molora, hydralora, lily,
         adapter_plus, mona, sct,

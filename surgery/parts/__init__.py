@@ -27,22 +27,23 @@ from .routed_low_rank import lily, lily_ups, molora, toplora
 from .row_lengths import magnitude, rescale
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
+from .side_networks import back, climb, ladder, track
 from .skills import skill_lora
 from .sparse_updates import sparse
 from .visual_adapters import adapter_plus, mona, salient
 
 __all__ = [
     "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
-    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "adapter_plus", "arc", "binary_adapter",
-    "binary_lora", "coefficients", "combined", "compacter", "convpass", "deft", "delora",
-    "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
-    "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora", "hira", "hra",
-    "instance_prompt", "kadaptation", "kasa", "krona", "lily", "lily_ups", "loha", "lokr", "lora",
-    "loreft", "magnitude", "mica", "miss", "moa", "molora", "mona", "oft", "olora", "peanut",
-    "phm_rule", "pissa", "projection", "prolora", "prompt", "prompt_generator", "repadapter",
-    "rescale", "reversible", "rlrr", "salient", "scale_shift", "scaled", "skill_lora",
-    "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora",
-    "tiny_vector", "tinylora", "tk_factors", "toplora", "tt_factors", "vera", "vida",
+    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "adapter_plus", "arc", "back",
+    "binary_adapter", "binary_lora", "climb", "coefficients", "combined", "compacter", "convpass",
+    "deft", "delora", "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter",
+    "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora",
+    "hira", "hra", "instance_prompt", "kadaptation", "kasa", "krona", "ladder", "lily", "lily_ups",
+    "loha", "lokr", "lora", "loreft", "magnitude", "mica", "miss", "moa", "molora", "mona", "oft",
+    "olora", "peanut", "phm_rule", "pissa", "projection", "prolora", "prompt", "prompt_generator",
+    "repadapter", "rescale", "reversible", "rlrr", "salient", "scale_shift", "scaled",
+    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora",
+    "tiny_vector", "tinylora", "tk_factors", "toplora", "track", "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call
