@@ -30,7 +30,7 @@ from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tinylora
 from .many_adapters import lae, language_adapter, scalearn
 from .noah_supernet import noah
 from .one_bit import bi_adaptformer, bi_lora
-from .point_clouds import dapt, idpt
+from .point_clouds import dapt, idpt, pointgst
 from .prompts import vpt_deep, vpt_shallow
 from .reversible import meft
 from .routed_low_rank import hydralora, lily, molora, toplora
@@ -70,7 +70,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         mica, delora, tinylora, kasa, glora, deft, peanut,
         toplora, molora, hydralora, lily,
         adapter_plus, mona, sct,
-        loreft,
+        loreft, pointgst,
     )
 }  # fmt: skip
 

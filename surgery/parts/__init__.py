@@ -11,6 +11,7 @@ from .dynamic_adapters import DynamicAdapter, MixtureOfDynamicAdapters, dynamic_
 from .elastic import elastic_adapter, elastic_lora, elastic_prompt
 from .fact import fact_tk, fact_tt, tk_factors, tt_factors
 from .gated import gated_prompt
+from .graph_spectrum import spectral_adapter, spectral_basis
 from .instance_prompts import InstancePrompt, instance_prompt
 from .interventions import loreft
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
@@ -42,8 +43,9 @@ __all__ = [
     "loha", "lokr", "lora", "loreft", "magnitude", "mica", "miss", "moa", "molora", "mona", "oft",
     "olora", "peanut", "phm_rule", "pissa", "projection", "prolora", "prompt", "prompt_generator",
     "repadapter", "rescale", "reversible", "rlrr", "salient", "scale_shift", "scaled",
-    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied", "tied_lora",
-    "tiny_vector", "tinylora", "tk_factors", "toplora", "track", "tt_factors", "vera", "vida",
+    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "spectral_adapter",
+    "spectral_basis", "tied", "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora",
+    "track", "tt_factors", "vera", "vida",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -78,6 +78,7 @@ REFUSED = {
     ("arc", "convnext"),
     ("linear_probe", "encoder"),  # it has no head
     ("bitfit", "llama"),  # it has no bias
+    *(("pointgst", backbone) for backbone in BACKBONES),  # no cloud
 }
 EMPTY = {  # nothing is learned of what was trained before, until it is filled in
     ("mhr_z", "gradients_reach_every_part"),

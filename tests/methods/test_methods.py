@@ -14,7 +14,9 @@ from surgery import methods as sets
 from surgery.parts import Adapter, DynamicAdapter, MixtureOfAdapters, QuickGELU
 from tests.models import hf_vit, images, tiny_vit, torchvision_vit
 
-SETS = [str(row[0]) for row in rulesets().rows]
+ALL = [str(row[0]) for row in rulesets().rows]
+CLOUDS = {"pointgst"}  # not for images: tests/laws/test_points.py
+SETS = [name for name in ALL if name not in CLOUDS]
 SMALL = {
     "kadaptation": {"t": 4},
     "mhr": {"heads": 4},
@@ -47,7 +49,7 @@ def answer(model: nn.Module) -> torch.Tensor:
 
 def test_all_sets_are_listed_with_a_line_and_a_source():
     table = rulesets()
-    assert [row[0] for row in table.rows] == SETS
+    assert [row[0] for row in table.rows] == ALL
     for _, line, source in table.rows:
         assert line.endswith(".")
         assert source
@@ -57,7 +59,7 @@ def test_all_sets_are_listed_with_a_line_and_a_source():
 def test_a_set_is_a_list_of_rules():
     from surgery.methods import rules_named
 
-    for name in SETS:
+    for name in ALL:
         rules = rules_named(name)
         assert rules
         assert all(isinstance(rule, Rule) for rule in rules)
@@ -242,8 +244,8 @@ def test_the_equations_above_are_not_those_of_the_base(name):
 
 def test_rulesets_is_a_function_that_lists_what_methods_exports():
     assert inspect.isfunction(rulesets)
-    assert sorted(sets.__all__) == sorted(SETS)
-    assert all(inspect.isfunction(getattr(surgery.methods, name)) for name in SETS)
+    assert sorted(sets.__all__) == sorted(ALL)
+    assert all(inspect.isfunction(getattr(surgery.methods, name)) for name in ALL)
 
 
 @pytest.mark.parametrize("name", SETS)
