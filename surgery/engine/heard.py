@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError
 from .passes import Passes
-from .streams import Streams, is_recomputing
+from .streams import Streams, Tokens, is_recomputing
 from .tracing import Here
 
 
@@ -37,20 +37,23 @@ class Heard:
 
     def listen(self, i: int, path: str, part: nn.Module) -> None:
         """Action i hears a part, which is at `path`."""
-        self.sources[i], self.told[i] = (path, part), Here()
+        self.sources[i] = path, part
+        if path != self.path:  # what is told there is told right before
+            self.told[i] = Here()
 
     def tell(self, passes: Passes, i: int, out: Tensor) -> None:
         """What action i hears now."""
         if torch.compiler.is_compiling():
             self.traced[i] = out
-            self.told[i].note()
+            if i in self.told:
+                self.told[i].note()
         else:
             self.traced.pop(i, None)
             passes.mine().heard[self.path, i] = out
 
-    def is_here(self) -> bool:
-        """Whether compiled code has all that is heard."""
-        return all(here.noted() for here in self.told.values())
+    def is_here(self, numbers: list[int]) -> bool:
+        """Whether compiled code has what these actions hear."""
+        return all(self.told[i].noted() for i in numbers if i in self.told)
 
     def hear(self, passes: Passes, streams: Streams, i: int, given: Tensor) -> Tensor:
         """What the part that action i hears gave in this forward.
@@ -81,6 +84,21 @@ class Heard:
         if not torch.compiler.is_compiling():
             self.answered[given] = {**self.answered.get(given, {}), i: heard}
         return heard
+
+    def by_samples(self, i: int, heard: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+        """What action i hears, by samples, as the tokens x are.
+
+        Raises GraftError where it is one row for all samples (an FFN of tokens in a row).
+        """
+        rows, samples = tokens.rows(heard) if heard.dim() == 3 else heard, len(tokens.rows(x))
+        if len(rows) == samples:
+            return rows
+        raise GraftError(
+            f"the graft at {self.path}",
+            f"it hears {tuple(rows.shape)} from {self.sources[i][0]}, where tokens of {samples} "
+            "samples are needed.",
+            "Write insert(..., hears=) with a place that gives tokens by samples, (b, n, width).",
+        )
 
     def _last(self, passes: Passes, streams: Streams, i: int) -> Tensor | None:
         """What was told last in this forward, whoever told it."""

@@ -117,21 +117,23 @@ class HookedSite:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "traced": Pass()}
 
-    def _is_apart(self, leaving: bool) -> bool:
+    def _is_apart(self, *places: str) -> bool:
         """Whether this is compiled code, and goes on with what was left outside of it."""
         if not (torch.compiler.is_compiling() and self.switch.is_on()):
             return False
-        counts = self.stretches if leaving else self.inserts
+        leaving = "after" in places
+        counts = self.stretches if leaving else self.inserts and "before" in places
         if counts and not self.tokens.is_here(self.switch.streams, leaving):
             return True
-        return not self.heard.is_here()
+        acting = [i for i, action in enumerate(self.actions) if action.place in places]
+        return not self.heard.is_here(acting)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost.
 
         Tools that copy modules register it anew in torch's plain form, without keyword arguments.
         """
-        if self._is_apart(leaving=False):
+        if self._is_apart(*ENTERING):
             return apart(self.enter, module, args, kwargs)
         if self.begin_mark:
             self.switch.mark(self.begin_mark, self.compiled_begin)
@@ -162,7 +164,7 @@ class HookedSite:
 
         given  keyword arguments and output; the output alone in torch's plain form
         """
-        if self._is_apart(leaving=True):
+        if self._is_apart(*ON_OUTPUT):
             return apart(self.leave, module, args, *given)
         kwargs, output = given if len(given) == 2 else ({}, *given)
         self.switch.mark(self.path, self.compiled)
@@ -202,7 +204,7 @@ class HookedSite:
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
         passes, streams = self.switch.passes, self.switch.streams
-        heard = self._hear(i, given)
+        heard = [self.heard.by_samples(i, h, action.tokens, x) for h in self._hear(i, given)]
         whole = self.tokens.insert(passes, streams, i, action, x, others, heard)
         if action.place == "among":
             streams.know(whole, streams.mine().opened())
@@ -239,6 +241,8 @@ class HookedSite:
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
+        if self._is_apart("instead"):
+            return apart(self.instead, *args, **kwargs)
         self.switch.mark(self.path, self.compiled)
         if self.active() and self.replacement is not None:
             i = [action.place for action in self.actions].index("instead")

@@ -171,7 +171,9 @@ def _check_memory(leaves: list[Any], frame: FrameType | None) -> None:
         return
     while frame is not None:
         if frame.f_code in OURS:
-            path, part = frame.f_locals["self"].path, frame.f_locals["action"].part
+            own = frame.f_locals
+            part = own["part"] if frame.f_code is run.__code__ else own["action"].part
+            path = own["path"] if frame.f_code is run.__code__ else own["self"].path
             raise GraftError(
                 f"{type(part).__name__} at {path or 'the model'}",
                 "it reads a tensor on the meta device, without values, and its input has values.",

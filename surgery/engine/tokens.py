@@ -71,6 +71,12 @@ class Action(NamedTuple):
     optional: bool = False
     hears: bool = False
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the answer of the model is that of the base at the start, as the part says."""
+        added = self.scale is not None and getattr(self.part, "starts_at_zero", False)
+        return added or self.place in ASIDE
+
 
 ENTERING = ("before", "into", "among")  # what acts on the input
 ASIDE = ("aside", "along")  # what changes nothing, and is heard
@@ -134,12 +140,12 @@ class Insertions:
         others: list[Tensor],
         heard: list[Tensor],
     ) -> Tensor:
-        """The tokens x, with those of the part among them; others come along."""
+        """The tokens x, with those of the part among them; others come along.
+
+        heard   what the part hears, by samples
+        """
         action.tokens.check(x, others, self.path)
         rows = action.tokens.rows(x)
-        heard = [action.tokens.rows(h) if h.dim() == 3 else h for h in heard]
-        if heard and len(heard[0]) != len(rows):
-            raise self._without_samples(heard[0], len(rows))
         new = action.part(rows, *heard)
         shape = new.shape if isinstance(new, Tensor) else ()
         if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
@@ -184,14 +190,6 @@ class Insertions:
 
     def _place(self, i: int) -> Place:
         return self.operation, self.path, i
-
-    def _without_samples(self, heard: Tensor, samples: int) -> GraftError:
-        """The error of what is heard in one row for all samples (an FFN of tokens in a row)."""
-        return GraftError(
-            f"the graft at {self.path}",
-            f"it hears {tuple(heard.shape)} where tokens of {samples} samples are needed.",
-            "Write insert(..., hears=) with a place that gives tokens by samples, (b, n, width).",
-        )
 
     def _unmatched(self, fact: str) -> GraftError:
         return GraftError(

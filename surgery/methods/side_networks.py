@@ -17,7 +17,7 @@ def lst(reduction: int = 8) -> list[Rule]:
     """
     return [
         at(block, side(ladder(reduction=reduction))),
-        at(block[-1], append(climb(reduction=reduction), residual=True, hears=block)),
+        at(block & "**.[-1]", append(climb(reduction=reduction), residual=True, hears=block)),
         HEAD,
     ]
 

@@ -21,8 +21,6 @@ class Rung(nn.Module):
     torch.Size([2, 5, 4])
     """
 
-    starts_at_zero = True  # nothing is added where it stands
-
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.down = nn.Linear(width, inner)
@@ -63,8 +61,6 @@ class Track(nn.Module):
     >>> Track(8, 2)(torch.randn(3, 8), None).abs().max()
     tensor(0., grad_fn=<MaxBackward1>)
     """
-
-    starts_at_zero = True
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()

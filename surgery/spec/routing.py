@@ -76,8 +76,8 @@ def _routers(case: Case, draw: Draw) -> list[_Router]:
     """Every router at each of its sites."""
     model = _routed(case, draw)
     routers = [
-        _Router(hooked.path, action.part, x)
-        for hooked, action, x in part_inputs(model, case.inputs())
+        _Router(hooked.path, action.part, given[0])
+        for hooked, action, given in part_inputs(model, case.inputs())
         if routes(action)
     ]
     silent = [type(router.part).__name__ for router in routers if not router.names]
