@@ -26,6 +26,8 @@ class SpectralBasis(nn.Module):
     torch.Size([2, 2, 8, 8])
     """
 
+    mixes_tokens = True
+
     def __init__(self, local: int = 32) -> None:
         super().__init__()
         self.local = local

@@ -74,8 +74,12 @@ def parts_start_as_the_identity(case: Case, draw: Draw) -> None:
 def scale_is_linear(case: Case, draw: Draw) -> None:
     """At a site, S_2s - m ~4 2 (S_s - m) in units of the site's output, and S_0 = m to the bit."""
     called = [(r, s) for r, s in case.places if not isinstance(s, ParameterSite)]
-    scaled = [(r, e, s) for r, s in called for e in r.rest if isinstance(e, Parallel)]
-    applies(scaled, "no rule puts a part beside a site, parallel(part, scale=...)")
+    scaled = [
+        (r, e, s) for r, s in called for e in r.rest if isinstance(e, Parallel) and not e.hears
+    ]
+    applies(
+        scaled, "no rule puts a part that hears no other beside a site, parallel(part, scale=...)"
+    )
     rule, edit, site = draw(st.sampled_from(scaled), "site", lambda triple: triple[2].path)
     seed = draw(SEEDS, "seed")
 
