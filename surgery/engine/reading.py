@@ -156,7 +156,9 @@ def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
     called = " or ".join(f'at("{holder.rstrip(".")}", ...)' for holder in list(holders)[:2])
     how = "without calling it" if len(paths) == 1 else "without calling them"
     return f": the model reads the weight of {first_few(paths)} {how}", (
-        f"Put the rule on a module that is called, such as {called}. unfreeze works there. "
+        "Give apply(..., example=inputs): a forward shows that, and qkv and proj are the weights "
+        f"then (linear parts). Or put the rule on a module that is called, such as {called}. "
+        "unfreeze works there. "
         "(checkpoint(layer.forward, x) goes round a layer's hooks: give it the layer itself.)"
     )
 
