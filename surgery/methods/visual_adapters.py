@@ -27,6 +27,8 @@ def adapter_plus(rank: int = 8) -> list[Rule]:
 def mona(hidden: int = 64, prefix: int | None = None, dropout: float = 0.1) -> list[Rule]:
     """A bottleneck with convolutions of three sizes over the patches, behind attention and FFN.
 
+    For blocks whose norms come first.
+
     Source: Yin et al. 2025 (Mona)
     """
     part = of_three_sizes(hidden=hidden, prefix=prefix, dropout=dropout)
@@ -36,7 +38,8 @@ def mona(hidden: int = 64, prefix: int | None = None, dropout: float = 0.1) -> l
 def sct(channels: int = 96, scale: float = 1.0) -> list[Rule]:
     """A linear map among the salient channels behind every attention.
 
-    `surgery.training.aim_at_salient` chooses the channels by the features of a task.
+    For blocks whose norms come first. `surgery.training.aim_at_salient` chooses the channels by the
+    features of a task.
 
     Source: Zhao et al. 2023 (SCT)
     """

@@ -150,7 +150,10 @@ def test_delora_stays_as_near_to_the_weight_as_its_bound_says() -> None:
 
 
 def test_the_penalty_of_kasa_is_that_of_the_paper() -> None:
-    for p in parts(stirred("vit", sets.kasa(rank=3))).values():
+    model = stirred("vit", sets.kasa(rank=3))
+    total = sum(p.penalty() for p in parts(model).values())
+    close(surgery.penalty(model), total)
+    for p in parts(model).values():
         eye = torch.eye(3, dtype=torch.float64)
         want = 1e-4 * (p.s**2).sum() + 1e-3 * (
             ((p.B.t() @ p.B - eye) ** 2).sum().sqrt() + ((p.A @ p.A.t() - eye) ** 2).sum().sqrt()
