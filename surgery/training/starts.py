@@ -3,14 +3,15 @@
     model = surgery.apply(model, surgery.methods.lora(rank=8))
     eva(model, batches)  # before training
 
-EVA (Paischer et al. 2024), CorDA (Yang et al. 2024), LoRA-GA (Wang et al. 2024), SCT (Zhao et al.
-2023). The base stays as it is, and what is added stays zero. EVA's other half, ranks moved to where
+EVA (Paischer et al. 2024), CorDA (Yang et al. 2024), LoRA-GA (Wang et al. 2024), LoftQ (Li et al.
+2023), SCT (Zhao et al. 2023). The base stays as it is, and but for LoftQ what is added stays zero.
+EVA's other half, ranks moved to where
 they explain more, needs other rules: at(address, lora(rank=...)).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -125,6 +126,41 @@ def lora_ga(model: Model, batches: Iterable[Any], loss: Loss, gamma: float = 16.
 
 def _slope(value: Tensor, parts: dict[Any, str]) -> None:
     torch.autograd.grad(value, [part.B for part in parts], allow_unused=True)
+
+
+@torch.no_grad()
+def loftq(
+    model: Model, weights: Mapping[str, Tensor], quantise: Callable[[Tensor], Tensor]
+) -> Model:
+    """A and B of every LoRA become what quantising took away: the best of W - quantise(W).
+
+    The base, which holds quantise(W), is so brought back near to W. Of LoftQ's alternation this is
+    the first step (PEFT's default): later ones would change the base.
+
+    weights   W (out, width) before it was quantised, by address of the module that a LoRA is at
+    quantise  gives the values that a weight has afterwards, as numbers
+
+    Returns the model. Raises OperationError where there is no LoRA, or no weight for one.
+    Source: Li et al. 2023 (LoftQ).
+    """
+    parts = _found(model, LoRA, "loftq", "lora")
+    if lost := [path for path in parts.values() if path not in weights]:
+        raise OperationError(
+            "loftq(model, ...)",
+            f"weights holds none for {lost[0]}.",
+            "Give those of the model as it was before, by address of the module.",
+        )
+    for part, path in parts.items():
+        W = weights[path]
+        lost_to_rounding = (W - quantise(W)).to(part.A.device).double()
+        for A, B, rows in zip(part.A, part.B, part.rows, strict=True):
+            U, S, V = torch.linalg.svd(lost_to_rounding[rows], full_matrices=False)
+            root = (S[: part.rank] / part.scale).sqrt()
+            A[: len(root)], B[:, : len(root)] = (
+                root[:, None] * V[: len(root)],
+                U[:, : len(root)] * root,
+            )
+    return model
 
 
 @torch.no_grad()

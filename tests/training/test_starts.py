@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import surgery
 from surgery import OperationError, RuleError
 from surgery.methods import lora, pissa, sct
-from surgery.training import aim_at_salient, corda, eva, lora_ga
+from surgery.training import aim_at_salient, corda, eva, loftq, lora_ga
 from surgery.training.starts import oriented
 from tests.methods.reference import close, parts, vit
 
@@ -114,6 +114,48 @@ def test_lora_ga_starts_along_the_gradient_of_the_weight() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def rounded(W: Tensor) -> Tensor:
+    """To 3 bits or so."""
+    step = W.abs().max() / 4
+    return (W / step).round() * step
+
+
+def test_loftq_starts_from_what_quantising_took_away() -> None:
+    weights = {path: vit().get_submodule(path).weight.detach() for path in QKV}
+    model: Any = vit()
+    with torch.no_grad():
+        for path in QKV:
+            model.get_submodule(path).weight.copy_(rounded(weights[path]))
+    surgery.apply(model, surgery.at(surgery.qkv, surgery.lora(rank=4, alpha=8)))
+    loftq(model, weights, rounded)
+    surgery.merge(model)
+    for path, W in weights.items():
+        U, S, V = torch.linalg.svd(W - rounded(W), full_matrices=False)
+        close(model.get_submodule(path).weight, rounded(W) + U[:, :4] @ S[:4].diag() @ V[:4], 64)
+        assert (model.get_submodule(path).weight - W).norm() < (rounded(W) - W).norm()
+
+
+def test_loftq_is_what_peft_starts_from() -> None:
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    torch.manual_seed(0)
+    W = torch.randn(64, 64)
+    theirs = _low_rank_decomposition(W - rounded(W), 3)
+    model: Any = surgery.apply(nn.Sequential(nn.Linear(64, 64)), surgery.at("0", surgery.lora(3)))
+    (part,) = parts(loftq(model, {"0": W}, rounded)).values()
+    torch.testing.assert_close(part.B[0] @ part.A[0], theirs["L"] @ theirs["R"], atol=1e-5, rtol=0)
+
+
+def test_loftq_is_of_each_chunk_of_rows() -> None:
+    rules = surgery.at(surgery.fused, surgery.lora(rank=2, rows="q _k v"))
+    weights = {path: vit().get_submodule(path).weight.detach() for path in QKV}
+    for path, p in at_qkv(loftq(surgery.apply(vit(), rules), weights, rounded)).items():
+        W: Any = weights[path] - rounded(weights[path])
+        for k, rows in enumerate((slice(0, 24), slice(48, 72))):
+            U, S, V = torch.linalg.svd(W[rows], full_matrices=False)
+            close(p.B[k] @ p.A[k], U[:, :2] @ S[:2].diag() @ V[:2], 64)
+
+
 def test_salient_channels_are_those_of_the_longest_features_in_the_base() -> None:
     model = surgery.apply(vit(), sct(channels=5, scale=100.0))
     aim_at_salient(model, BATCHES)
@@ -137,6 +179,8 @@ def test_the_model_is_left_as_it_was_but_for_the_starts() -> None:
 def test_what_cannot_be_is_told() -> None:
     with pytest.raises(OperationError, match="no part of the kind LoRA"):
         eva(surgery.apply(vit(), pissa(rank=2)), BATCHES)
+    with pytest.raises(OperationError, match=r"holds none for blocks\.0\.attn\.qkv"):
+        loftq(surgery.apply(vit(), lora(rank=2)), {}, rounded)
     with pytest.raises(RuleError, match="holds no batch"):
         corda(surgery.apply(vit(), pissa(rank=2)), [])
     with pytest.raises(RuleError, match="no 2 \\* 13 singular triplets"):
