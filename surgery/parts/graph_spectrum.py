@@ -21,9 +21,6 @@ class SpectralBasis(nn.Module):
     Their columns are the eigenvectors of the Laplacian of the graph whose edges weigh the inverse
     of their lengths. Neighbours follow one another along a Morton curve; where `local` does not
     divide g, the nearest that does is taken. Of no parameters, and without gradient.
-
-    >>> SpectralBasis(local=4)(torch.zeros(()), torch.randn(2, 8, 3)).shape
-    torch.Size([2, 2, 8, 8])
     """
 
     mixes_tokens = True
@@ -68,9 +65,6 @@ class SpectralAdapter(Adapter):
     """up(silu(h) + sum_U U s), h = down(x), s = t + silu(M LN(t)), t = U^T h: (b, n, width).
 
     The sum, over the two bases of `heard` (b, 2, g, g), is of the last g tokens, the cloud's own.
-
-    >>> SpectralAdapter(8, 4)(torch.randn(2, 9, 8), torch.randn(2, 2, 8, 8)).shape
-    torch.Size([2, 9, 8])
     """
 
     mixes_tokens = True

@@ -19,11 +19,7 @@ from .low_rank import scale_of
 
 
 class TopLoRA(nn.Module):
-    """scale * B diag(exp(norm(T x))) A x, norm the root mean square's: (..., width) to (..., out).
-
-    >>> TopLoRA(8, 6, 2)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
-    """
+    """scale * B diag(exp(norm(T x))) A x, norm the RMS: (..., width) to (..., out)."""
 
     starts_at_zero = True
 
@@ -43,9 +39,6 @@ class MoLoRA(nn.Module):
     """scale * sum_i g_i B_i A_i x, g = softmax(R x): Routed((..., out), gates (tokens, experts)).
 
     one_A  all experts have the same
-
-    >>> MoLoRA(8, 6, 2, experts=3)(torch.randn(5, 8)).gates.shape
-    torch.Size([5, 3])
     """
 
     starts_at_zero = routes = True
@@ -74,11 +67,7 @@ class Ups(nn.Module):
 
 
 class Lily(nn.Module):
-    """scale * sum_i g_i B_i A x, g = softmax(R A x): A and R its own, B of all layers.
-
-    >>> Lily(8, Ups(6, 2, experts=3))(torch.randn(5, 8)).output.shape
-    torch.Size([5, 6])
-    """
+    """scale * sum_i g_i B_i A x, g = softmax(R A x): A and R its own, B of all layers."""
 
     starts_at_zero = routes = True
 

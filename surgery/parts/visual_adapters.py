@@ -22,9 +22,6 @@ class AdapterPlus(Adapter):
 
     As published, it starts near adding nothing: both layers normal of deviation 0.01, cut at two
     deviations, biases zero, s one.
-
-    >>> AdapterPlus(768, rank=8)(torch.randn(2, 197, 768)).shape
-    torch.Size([2, 197, 768])
     """
 
     starts_at_zero = False
@@ -83,9 +80,6 @@ class Mona(Convpass):
     """up(drop(gelu(scales(down(scaled norm(x)))))): as Convpass, (b, n, width) or (b, h, w, width).
 
     As published, nothing of it starts at zero.
-
-    >>> Mona(768)(torch.randn(2, 197, 768)).shape
-    torch.Size([2, 197, 768])
     """
 
     starts_at_zero = False
@@ -118,9 +112,6 @@ class Salient(nn.Module):
     `index` (channels,) says which, and is never trained: it starts as drawn; `aim` sets it, and
     `surgery.training.aim_at_salient` chooses by the features of a task. As published, M starts
     normal of deviation 0.02.
-
-    >>> Salient(768)(torch.randn(2, 197, 768)).shape
-    torch.Size([2, 197, 768])
     """
 
     index: Tensor
