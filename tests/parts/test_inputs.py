@@ -34,7 +34,7 @@ HELD = {"frozen", "phm_rule", "slow_factors", "tied", "tk_factors", "tt_factors"
 HELD |= {"lily_ups", "tiny_vector"}
 # they need a place, or another part
 OTHERS = {"arc", "gated_prompt", "kadaptation", "reversible", "prompt_generator", "magnitude"}
-OTHERS |= {"spectral_adapter", "spectral_basis"}  # they hear others
+OTHERS |= {"back", "climb", "ladder", "spectral_adapter", "spectral_basis", "track"}  # hear others
 
 
 def site() -> Site:
