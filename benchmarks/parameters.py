@@ -161,11 +161,29 @@ def second() -> list[Figure]:
     ]  # fmt: skip
 
 
+def fourth() -> list[Figure]:
+    """What is made of the base weight, or of each token; what stands in the stream."""
+    counted = {
+        "mica": 73_728, "delora": 294_912 + 12, "tinylora": 13, "kasa": 294_912 + 12 * 8,
+        "glora": 1_410_048, "deft": 294_912, "peanut": 12 * 2 * 8 * 2304,
+        "toplora": 12 * 8 * (2 * 768 + 2304 + 1), "molora": 1_216_512, "hydralora": 764_928,
+        "lily": 12 * 16 * (768 + 4) + 4 * 16 * 2304, "mona": 2_684_928,
+        "loreft": 12 * (2 * 4 * 768 + 4), "lst": 1_853_196, "dtl": 36_864,
+    }  # fmt: skip
+    return [
+        Figure("adapter_plus", "rank 8", "adapter_plus", 165_984, "0.20 M", MEAN_HEAD,
+            "recalled, of the mean VTAB head"),
+        Figure("sct", "96 channels", "sct", 12 * (96 * 96 + 96), "0.11 M"),
+        *(Figure(name, "as listed", name, count) for name, count in counted.items()),
+    ]  # fmt: skip
+
+
 def report(rounds: int = 0) -> list[Table]:
     """The whole table; what does not come to its integer is told below it."""
     on = "trained on ViT-B/16, head left out"
     return [
         table(f"First ring: {on}", first()),
         table(f"Second ring: {on}", second()),
+        table(f"Of weights, of tokens, in the stream: {on}", fourth()),
         table("Point clouds: trained on Point-MAE, head counted", points.figures(), 22.1),
     ]

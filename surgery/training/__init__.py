@@ -1,11 +1,12 @@
-"""What a training loop needs: parameter groups, sizes searched for (NOAH), sensitivities (SPT)."""
+"""What a training loop needs: parameter groups, sizes searched for, sensitivities, starts."""
 
 from .noah import Scored, Space, Subnet, carry, choose, cost, evolve, sample, subnet_rules
 from .parameter_groups import Groups, groups
 from .spt import Allotment, allot, fill, measure, spt_adapter, spt_lora, spt_rules
+from .starts import aim_at_salient, corda, eva, loftq, lora_ga
 
 __all__ = [
-    "Allotment", "Groups", "Scored", "Space", "Subnet", "allot", "carry", "choose", "cost",
-    "evolve", "fill", "groups", "measure", "sample", "spt_adapter", "spt_lora", "spt_rules",
-    "subnet_rules",
+    "Allotment", "Groups", "Scored", "Space", "Subnet", "aim_at_salient", "allot", "carry",
+    "choose", "corda", "cost", "eva", "evolve", "fill", "groups", "loftq", "lora_ga", "measure",
+    "sample", "spt_adapter", "spt_lora", "spt_rules", "subnet_rules",
 ]  # fmt: skip
