@@ -210,8 +210,8 @@ def parts_start_at_random(patch: Patch) -> None:
 
 
 def parts_do_nothing(patch: Patch) -> None:
-    def act(real: Any, self: HookedSite, i: int, step: Any, x: Any, base: Any) -> Any:
-        return base + 1e-30 * real(self, i, step, x, base)  # a gradient comes to them
+    def act(real: Any, self: HookedSite, i: int, step: Any, x: Any, base: Any, came: Any) -> Any:
+        return base + 1e-30 * real(self, i, step, x, base, came)  # a gradient comes to them
 
     wrapped(patch, HookedSite, "_act", act)
 
@@ -354,7 +354,7 @@ def reporting_writes(patch: Patch) -> None:
 
 
 def gates_lose_their_gradient(patch: Patch) -> None:
-    patch.setattr("surgery.engine.apply._check_gradient", lambda hooks, gates: None)
+    patch.setattr("surgery.engine.losses._check_gradient", lambda hooks, gates: None)
 
 
 def errors_have_no_remedy(patch: Patch) -> None:

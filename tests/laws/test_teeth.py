@@ -37,6 +37,7 @@ from surgery import (
 )
 from surgery.engine import apply as engine_apply
 from surgery.engine import journal, plain, reports, trained
+from surgery.engine import losses as engine_losses
 from surgery.engine import planning as plan
 from surgery.engine.hooks import HookedSite
 from surgery.engine.journal import Journal
@@ -328,7 +329,7 @@ def balance_in_apply_does_nothing(patch: Patch) -> None:
 
 
 def of_two_routers_one_counts(patch: Patch) -> None:
-    wrapped(patch, engine_apply, "_gates", lambda real, *args: real(*args)[-1:])
+    wrapped(patch, engine_losses, "_gates", lambda real, *args: real(*args)[-1:])
 
 
 def twice_is_fine(patch: Patch) -> None:
