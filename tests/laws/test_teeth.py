@@ -39,6 +39,7 @@ from surgery.engine import apply as engine_apply
 from surgery.engine import journal, plain, reports, trained
 from surgery.engine import losses as engine_losses
 from surgery.engine import planning as plan
+from surgery.engine.hooked_weights import HookedWeight
 from surgery.engine.hooks import HookedSite
 from surgery.engine.journal import Journal
 from surgery.engine.operation import Operation, additions_of, operations
@@ -328,6 +329,14 @@ def balance_in_apply_does_nothing(patch: Patch) -> None:
     patch.setattr(routing, "with_balance", lambda output, gates, coefficient: output)
 
 
+def a_weight_stays_what_parts_make(patch: Patch) -> None:
+    patch.setattr(HookedWeight, "leave", lambda self, *given: None)
+
+
+def a_weight_is_read_as_it_is(patch: Patch) -> None:
+    wrapped(patch, HookedWeight, "made", lambda real, self, now: dict(now))
+
+
 def of_two_routers_one_counts(patch: Patch) -> None:
     wrapped(patch, engine_losses, "_gates", lambda real, *args: real(*args)[-1:])
 
@@ -514,6 +523,8 @@ TEETH: list[Tooth] = [
     ("disabled_is_the_base", engine.disabled_keeps_trained_values, "adapterx"),
     ("disabled_is_the_base", engine.disabled_keeps_parts, "adapterx"),
     ("it_compiles_whole", none, beside(BreaksTheGraph)),
+    ("weights_are_theirs_outside", a_weight_stays_what_parts_make, "encoder"),
+    ("weights_are_theirs_outside", a_weight_is_read_as_it_is, "encoder"),
     ("freezing_is_exact", engine.nothing_is_frozen, "adapterx"),
     ("freezing_is_exact", engine.what_is_unfrozen_stays_so, "freeze"),
     ("gradients_reach_every_part", none, beside(Detaches)),
@@ -588,6 +599,10 @@ def worded(form: str) -> Case:
 def case_of(what: Any) -> Case:
     if what in ("causal", "padded"):
         return worded(what)
+    if what == "encoder":  # torch's own attention, whose weights nobody calls
+        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        return Case(encoder, "lora", torch.randn(2, 5, 16))
     if isinstance(what, str):
         return named(*(("serial", "aliased") if what == "aliased" else (what,)))
     model = Transformer()
