@@ -28,6 +28,7 @@ from .low_rank import dylora, lora, prolora, tied_lora, vera, vida
 from .many_adapters import lae, language_adapter, scalearn
 from .noah_supernet import noah
 from .one_bit import bi_adaptformer, bi_lora
+from .orthogonal import boft, goft, psoft, road
 from .point_clouds import dapt, idpt
 from .prompts import vpt_deep, vpt_shallow
 from .reversible import meft
@@ -36,6 +37,22 @@ from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
 from .sparse_updates import sparse
 from .tensor_factors import fact_tk, fact_tt
+from .weight_free import (
+    adalora,
+    beft,
+    c3a,
+    fourierft,
+    gralora,
+    hydra,
+    lora_fa,
+    mlae,
+    randlora,
+    rslora,
+    snell,
+    unilora,
+    vblora,
+    waveft,
+)
 from .weight_updates import (
     dora,
     hira,
@@ -61,6 +78,8 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
+        rslora, lora_fa, hydra, beft, fourierft, waveft, c3a, randlora, vblora, unilora, gralora,
+        mlae, adalora, snell, boft, goft, psoft, road,
     )
 }  # fmt: skip
 

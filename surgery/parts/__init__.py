@@ -3,6 +3,7 @@
 from .adapter_sum import coefficients, combined, scaled
 from .adapters import Adapter, QuickGELU, adapter
 from .arc_adapters import arc, projection
+from .banks import bank, bases, pool, randlora, unilora, vblora
 from .binary import binary_adapter, binary_lora
 from .conv import convpass
 from .deltas import hira, loha, lokr, miss, olora, pissa, rlrr
@@ -15,29 +16,32 @@ from .instance_prompts import InstancePrompt, instance_prompt
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
 from .low_and_high_rank import vida
 from .low_rank import dylora, lora, prolora
+from .low_rank_forms import adalora, gralora, mlae, snell
 from .mixture import MixtureOfAdapters, moa
 from .mosa import sparse_experts
 from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
 from .rep_adapter import repadapter
 from .reversible_streams import reversible, small_adapter
-from .rotations import hra, oft
-from .row_lengths import magnitude, rescale
+from .rotations import boft, goft, hra, oft, psoft, road
+from .row_lengths import magnitude, rescale, shift
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
 from .skills import skill_lora
 from .sparse_updates import sparse
+from .spectral import c3a, fourierft, places, waveft
 
 __all__ = [
-    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters",
-    "MixtureOfDynamicAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adapter", "arc",
-    "binary_adapter", "binary_lora", "coefficients", "combined", "compacter", "convpass",
-    "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
-    "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "hira", "hra",
-    "instance_prompt", "kadaptation", "krona", "loha", "lokr", "lora", "magnitude", "miss",
-    "moa", "oft", "olora", "phm_rule", "pissa", "projection", "prolora", "prompt",
-    "prompt_generator", "repadapter", "rescale", "reversible", "rlrr", "scale_shift", "scaled",
-    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "tied",
-    "tied_lora", "tk_factors", "tt_factors", "vera", "vida",
+    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
+    "Prompt", "PromptGenerator", "QuickGELU", "adalora", "adapter", "arc", "bank", "bases",
+    "binary_adapter", "binary_lora", "boft", "c3a", "coefficients", "combined", "compacter",
+    "convpass", "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter",
+    "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "fourierft", "frozen", "gated_prompt",
+    "goft", "gralora", "hira", "hra", "instance_prompt", "kadaptation", "krona", "loha", "lokr",
+    "lora", "magnitude", "miss", "mlae", "moa", "oft", "olora", "phm_rule", "pissa", "places",
+    "pool", "projection", "prolora", "prompt", "prompt_generator", "psoft", "randlora",
+    "repadapter", "rescale", "reversible", "rlrr", "road", "scale_shift", "scaled", "shift",
+    "skill_lora", "slow_factors", "small_adapter", "snell", "sparse", "sparse_experts", "tied",
+    "tied_lora", "tk_factors", "tt_factors", "unilora", "vblora", "vera", "vida", "waveft",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -24,6 +24,7 @@ SMALL = {
 AWAY = {  # from the base at the start, at random or as the paper writes
     "adapterx", "adapterx_serial", "arc", "bi_adaptformer", "bi_lora", "compacter", "compacter_pp",
     "dapt", "daptx", "hra", "idpt", "meft", "noah", "ssf", "vpt_deep", "vpt_shallow",
+    "fourierft", "vblora", "unilora", "snell",
 }  # fmt: skip
 UNREAD = {"dapt", "daptx"}  # the last prompt, by a head that looks at the class token alone
 LATER = {"mhr_z", "scalearn"}  # learn once they are filled with what was trained before
@@ -87,7 +88,7 @@ def test_every_set_starts_as_it_says_and_reverts(name, build):
 
 
 APART = {  # dropout on features, which no weight of nn.MultiheadAttention meets; or it is no linear
-    "fact_tt", "fact_tk", "bi_lora", "kadaptation", "noah", "llama_adapter",
+    "fact_tt", "fact_tk", "bi_lora", "kadaptation", "noah", "llama_adapter", "mlae",
 }  # fmt: skip
 REFUSED = {
     *((name, torchvision_vit) for name in APART),
@@ -133,7 +134,9 @@ MERGE = {
     "lora", "vera", "tied_lora", "prolora", "dylora", "krona", "kadaptation", "fact_tt", "fact_tk",
     "bi_lora", "poly", "mhr", "mhr_z", "mhr_mu", "ssf", "arc", "arc_att", "repadapter",
     "repadapter_att", "vida", "sparse", "bitfit", "linear_probe", "full", "dora", "pissa", "olora",
-    "hira", "rlrr", "loha", "lokr", "miss", "oft", "hra", "ia3", "ln_tuning",
+    "hira", "rlrr", "loha", "lokr", "miss", "oft", "hra", "ia3", "ln_tuning", "rslora", "lora_fa",
+    "hydra", "beft", "fourierft", "waveft", "c3a", "randlora", "vblora", "unilora", "gralora",
+    "mlae", "adalora", "snell", "boft", "goft", "psoft", "road",
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ ODD = {
     "bfloat16": torch.randn(2, 9, WIDTH).bfloat16(),
 }
 HELD = {"frozen", "phm_rule", "slow_factors", "tied", "tk_factors", "tt_factors", "coefficients"}
+HELD |= {"bank", "bases", "places", "pool"}
 # they need a place, or another part
 OTHERS = {"arc", "gated_prompt", "kadaptation", "reversible", "prompt_generator", "magnitude"}
 
