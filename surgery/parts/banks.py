@@ -98,14 +98,12 @@ class Pool(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.empty(size).uniform_(-0.02, 0.02))
-        self.register_buffer("uses", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("uses", torch.zeros(size, dtype=torch.int32))
 
     def places(self, *shape: int) -> Tensor:
         """Draw for each place of a tensor the number that it uses."""
         index = torch.randint(len(self.theta), shape)
-        self.uses += torch.zeros_like(self.uses).scatter_add_(
-            0, index.flatten(), torch.ones_like(index.flatten())
-        )
+        self.uses.index_add_(0, index.flatten(), self.uses.new_ones(index.numel()))
         return index
 
     def numbers(self) -> Tensor:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import RuleError, is_number
 from ..rules.part import Maker, part, shared, usually
 from ..structure.module_tree import Site
 from .arguments import borrowed, fitted, positive
@@ -80,8 +79,8 @@ class WaveFT(FourierFT):
 
 def _unfolded(mean: Tensor, difference: Tensor, dim: int) -> Tensor:
     """One step of the inverse Haar transform along an axis, which becomes twice as long."""
-    pair = torch.stack([mean + difference, mean - difference], mean.dim() + dim + 1)
-    return pair.flatten(dim - 1, dim) / 2**0.5 if dim == -2 else pair.flatten(-2) / 2**0.5
+    pair = torch.stack([mean + difference, mean - difference], dim)
+    return pair.flatten(dim - 1, dim) / 2**0.5
 
 
 class C3A(Delta):
@@ -132,8 +131,6 @@ def _on_places(
     word: str, kind: type[FourierFT], site: Site, core: Maker, rows: str | None, *given: float
 ) -> nn.Module:
     """One for each of the chosen rows, all at the same places."""
-    if not all(is_number(number) and math.isfinite(number) for number in given):
-        raise RuleError(f"{word}{given}", "these must be numbers.", "Give finite ones.")
     size = row_size(chosen_rows(rows, site.out, word))
     at = borrowed(word, "core", core, site.sized(site.width, size), Places)
     return on_rows(rows, site, word, lambda out: kind(at, site.width, out, *given))

@@ -83,8 +83,9 @@ class Budget:
     def _prune(self) -> None:
         scores = torch.cat([self._importance(means) for means in self.means])
         keep = torch.zeros_like(scores).scatter(0, scores.topk(min(self.size(), len(scores)))[1], 1)
-        for part, kept in zip(self.parts, keep.split([len(p.l) for p in self.parts]), strict=True):
-            part.l.mul_(kept.to(part.l))
+        each = torch.split(keep, [len(part.l) for part in self.parts])
+        for part, kept in zip(self.parts, each, strict=True):
+            part.l.mul_(kept)
 
     def _importance(self, means: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Of each triplet of a part: of its l, and the means over its two vectors."""
