@@ -162,7 +162,7 @@ def second() -> list[Figure]:
 
 
 def third() -> list[Figure]:
-    """Updates of weights."""
+    """Updates of weights, and networks beside the model."""
     counted = {
         "dora": 294_912 + 12 * 2304, "pissa": 294_912, "olora": 294_912, "hira": 294_912,
         "rlrr": 230_400, "loha": 589_824, "lokr": 37_632, "miss": 12 * 64 * 2304,
@@ -172,6 +172,7 @@ def third() -> list[Figure]:
         "vblora": 90 * 256 + 24 * 24 * 90, "unilora": 23_040, "gralora": 4 * 294_912,
         "mlae": 295_008, "adalora": 144 * 12_292, "snell": 96 * 13_824, "boft": 24 * 96 * 28,
         "goft": 12 * 767, "psoft": 48 * 560, "road": 12 * 6912,
+        "lst": 1_853_196, "dtl": 36_864,
     }  # fmt: skip
     biases = 12 * 2 * 2 * (2 + 768)
     return [
@@ -188,6 +189,6 @@ def report(rounds: int = 0) -> list[Table]:
     return [
         table(f"First ring: {on}", first()),
         table(f"Second ring: {on}", second()),
-        table(f"Updates of weights: {on}", third()),
+        table(f"Updates of weights, and beside: {on}", third()),
         table("Point clouds: trained on Point-MAE, head counted", points.figures(), 22.1),
     ]

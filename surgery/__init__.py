@@ -7,7 +7,8 @@ surgery.save(model, "tuned.safetensors")
 
 from . import methods, parts
 from ._preserve import fingerprint
-from .engine.apply import Routing, apply, balance_loss, disabled, parameters, revert, routing
+from .engine.apply import apply, disabled, parameters, revert
+from .engine.losses import Routing, balance_loss, penalty, routing
 from .engine.merging import merge, unmerge
 from .engine.planning import Plan, plan
 from .engine.reports import anatomy, draw_loads, report
@@ -23,7 +24,7 @@ from .errors import (
 from .methods import rulesets
 from .parts import QuickGELU, adapter, lora, moa, prompt, prompt_generator, scale_shift
 from .parts import functional as ops
-from .rules.edits import append, freeze, insert, parallel, prepend, replace, token, unfreeze
+from .rules.edits import append, freeze, insert, parallel, prepend, replace, side, token, unfreeze
 from .rules.part import part, shared
 from .rules.relations import holding, inside, nearest, span, until
 from .rules.roles import (
@@ -47,16 +48,18 @@ from .rules.selector import where
 from .rules.weights import weight
 from .state.checkpoint import load, load_state_dict, save, state_dict
 from .structure.module_tree import Site
+from .training.parameter_groups import groups
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan", "QuickGELU",
-    "Routing", "Rule", "RuleError", "Site", "SurgeryError", "adapter", "anatomy", "append", "apply",
-    "at", "attn", "balance_loss", "block", "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn",
-    "fingerprint", "freeze", "fused", "head", "holding", "insert", "inside", "key", "load",
-    "load_state_dict", "lora", "merge", "methods", "moa", "nearest", "norm", "ops", "parallel",
-    "parameters", "part", "parts", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv",
-    "query", "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared",
-    "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight", "where",
+    "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
+    "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError", "adapter", "anatomy",
+    "append", "apply", "at", "attn", "balance_loss", "block", "disabled", "draw_loads", "embed",
+    "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused", "groups", "head", "holding",
+    "insert", "inside", "key", "load", "load_state_dict", "lora", "merge", "methods", "moa",
+    "nearest", "norm", "ops", "parallel", "parameters", "part", "parts", "penalty", "plan",
+    "prepend", "proj", "prompt", "prompt_generator", "qkv", "query", "replace", "report",
+    "revert", "routing", "rulesets", "save", "scale_shift", "shared", "side", "span",
+    "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight", "where",
 ]  # fmt: skip

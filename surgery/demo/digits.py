@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from .._table import Table
-from ..engine.apply import apply, balance_loss, parameters, revert, routing
+from ..engine.apply import apply, parameters, revert
+from ..engine.losses import balance_loss, routing
 from ..engine.planning import plan
 from ..engine.reports import draw_loads
 from ..state.checkpoint import load, save

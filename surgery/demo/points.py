@@ -20,7 +20,8 @@ from rich.progress import Progress
 from pointcloud.clouds import Clouds
 from pointcloud.shapes import procedural
 
-from ..engine.apply import parameters, revert, routing
+from ..engine.apply import parameters, revert
+from ..engine.losses import routing
 from ..engine.planning import plan
 from ..engine.reports import draw_loads
 from ..state.checkpoint import load, save

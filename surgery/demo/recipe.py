@@ -21,7 +21,8 @@ from pointcloud.metrics import overall_accuracy
 from pointcloud.shapes import procedural
 
 from .._files import write_whole
-from ..engine.apply import apply, balance_loss
+from ..engine.apply import apply
+from ..engine.losses import balance_loss
 from ..methods.adapter_x import adapterx_ffn, daptx
 from ..methods.point_clouds import dapt
 from ..rules.rule import Rule, Rules

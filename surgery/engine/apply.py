@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._preserve import same
 from .._text import first_few
-from ..errors import GraftError, OperationError
-from ..rules import routing as _routing
+from ..errors import OperationError
 from ..rules.rule import Rules
 from .conditions import ALONE, APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
-from .hooks import HookedSite
 from .journal import Journal, Value, completed
 from .obstacles import refuse
 from .operation import Operation, check_operable, operations
@@ -27,13 +24,6 @@ from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, st
 
 Model = TypeVar("Model", bound=nn.Module)
 AFTER = "Its trained values are lost: change shapes outside of disabled(model)."
-
-
-class Routing(NamedTuple):
-    """One site's last forward: gates (sub-tokens, experts); load (experts,), fractions of 1."""
-
-    gates: Tensor
-    load: Tensor
 
 
 def apply(
@@ -196,59 +186,6 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def balance_loss(model: nn.Module) -> Tensor:
-    """The Switch balance loss of the last forward, summed over sites: a scalar to add to the loss.
-
-    Each site gives N * sum_p t_p * mean(g_p), which is 1 when all is even and at most N (Eq. 6 of
-    Li et al. 2024). 0 where no part routes. With apply(..., balance=...) its gradient is added
-    anyway, and this is its value without gradient. A module called twice counts its last call.
-
-    Raises GraftError before any forward, and where the last forward ran without gradients though
-    gradients are asked for now (no_grad, or reentrant checkpointing, where they would be missing).
-
-    >>> from surgery import at, ffn, moa, parallel, shared
-    >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = apply(nn.Sequential(layer), at(ffn, parallel(shared(moa(heads=2, rank=4)))))
-    >>> _ = model(torch.randn(1, 5, 16))
-    >>> 0 < balance_loss(model).item() <= 4
-    True
-    """
-    done = operated(model, "balance_loss(model)", alone=False)  # once a step: nothing slow
-    losses: list[Tensor] = []
-    for operation in done:
-        for hooked, gates in _gates(operation, "balance_loss(model)"):
-            if operation.balance is None:
-                _check_gradient(hooked, gates)
-            losses.append(_routing.balance(gates))
-    place = losses[0] if losses else next(model.parameters(), torch.zeros(()))
-    return sum((loss.to(place.device) for loss in losses), place.new_zeros(()))
-
-
-def routing(model: nn.Module) -> dict[str, Routing]:
-    """Per site, what its router did in the last forward: gates, and the load of each expert.
-
-    Further routers at one site stand under its address and a number, "blocks.0.mlp/2".
-
-    Raises OperationError on a model never operated, GraftError before any forward.
-
-    >>> from surgery import at, ffn, moa, parallel, shared
-    >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = apply(nn.Sequential(layer), at(ffn, parallel(shared(moa(heads=2, rank=4)))))
-    >>> _ = model(torch.randn(1, 5, 16))
-    >>> [(path, round(r.load.sum().item(), 6)) for path, r in routing(model).items()]
-    [('0.(linear1 to linear2)', 1.0)]
-    """
-    kept, seen = dict[str, Routing](), Counter[str]()
-    for operation in operated(model, "routing(model)"):
-        for hooked, gates in _gates(operation, "routing(model)"):
-            seen[hooked.path] += 1
-            n = seen[hooked.path]
-            kept[hooked.path if n == 1 else f"{hooked.path}/{n}"] = Routing(
-                gates.detach(), _routing.load(gates.detach())
-            )
-    return kept
-
-
 def operated(
     model: nn.Module, call: str, merged: bool | None = False, alone: bool = True
 ) -> list[Operation]:
@@ -278,39 +215,6 @@ def operated(
             "Call surgery.merge(model) first." if merged else "Call surgery.unmerge(model) first.",
         )
     return done
-
-
-def _gates(operation: Operation, call: str) -> list[tuple[HookedSite, Tensor]]:
-    """Those of the last forward in this thread, of each router at each site, in rule order.
-
-    Routers that it did not come to (layers that are dropped at random) have none.
-    """
-    gates, routers = sorted(operation.gates().items()), operation.routers
-    found = [(g, value) for g in routers for (path, _), value in gates if path == g.path]
-    if routers and not found:
-        elsewhere = operation.passes.elsewhere()
-        where = " in this thread (or asyncio task), but in another" if elsewhere else ""
-        raise GraftError(
-            call,
-            f"the router at {routers[0].path} has not run{where} since the model was operated, "
-            "copied or loaded.",
-            "Run a forward first; under torch.compile with balance=..., run one outside of it."
-            if not elsewhere
-            else "Call it in the thread that ran the forward, right after it.",
-        )
-    return found
-
-
-def _check_gradient(hooked: HookedSite, gates: Tensor) -> None:
-    trained = any(p.requires_grad for action in hooked.actions for p in action.part.parameters())
-    if torch.is_grad_enabled() and trained and not gates.requires_grad:
-        raise GraftError(
-            "balance_loss(model)",
-            f"the last forward at {hooked.path} kept no gradient (no_grad, or reentrant "
-            "checkpointing): its own would silently be missing.",
-            "Read its value under torch.no_grad(), use checkpointing with use_reentrant=False, or "
-            "give apply(..., balance=0.01), which is right in every case.",
-        )
 
 
 def _changed(done: list[Operation]) -> list[Value]:

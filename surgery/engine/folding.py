@@ -20,7 +20,7 @@ from .hooks import HookedSite, is_replaced
 from .journal import owner_of
 from .merge_targets import MergeTarget, merge_target
 from .obstacles import tensor_of
-from .tokens import Action
+from .tokens import LINEAR, Action
 
 HALF = 16  # bits: below 32, sums are made in float32 and rounded once
 
@@ -270,10 +270,11 @@ def _with(target: MergeTarget, action: Action, path: str) -> Affine:
     """The map of a site with one more action, around what came before."""
     map, own = target.map, affine(action.part)
     part = None if own is None else _fine_map(own)
-    if part is None or action.place in ("into", "among"):
+    if part is None or action.hears or action.place not in LINEAR:
+        fact = "hears another part" if action.hears else "is not linear"
         raise OperationError(
             f"merge(model) at {path}",
-            f"{type(action.part).__name__} is not linear, so it cannot be folded into a weight.",
+            f"{type(action.part).__name__} {fact}, so it cannot be folded into a weight.",
             "Leave the model unmerged, or use a method that merges (a linear part).",
         )
     if action.place != "after" and not target.pointwise:

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from ..errors import RuleError
-from ..rules.edits import Insert
+from ..rules.edits import Side
 from ..rules.selector import Selector
 from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
 from ..structure.trace import Op, Trace, Value, upstream
 from .decided import Decided
 from .placement import Placement
+from .tokens import ON_OUTPUT
 
 
 def sources_of(
@@ -24,10 +25,14 @@ def sources_of(
 ) -> dict[Placement, list[Placement]]:
     """For each place that hears a part, those that it could be, of which the first is heard.
 
-    None where there are none, and the rule is optional: at the first block of each tower.
+    None where there are none, and the rule is optional: at the first block of each tower. What
+    runs aside hears what ran aside last, if anything.
     """
-    edits = [(p, p.edit.hears) for p in placements if isinstance(p.edit, Insert)]
+    asides = [p for p in placements if isinstance(p.edit, Side)]
+    implied = {p: _last(p, asides) for p in asides if not p.edit.hears}
+    edits = [(p, p.edit.hears) for p in placements]
     sources = {p: _sources(p, heard, placements, tree) for p, heard in edits if heard}
+    sources |= {p: those for p, those in implied.items() if those}
     if decided and decided.modules:
         for p in guessed(sources, tree)[:1]:
             raise RuleError(
@@ -51,7 +56,7 @@ def _sources(
 ) -> list[Placement]:
     """What it may hear, the last first. Raises RuleError where that is nothing, and need be."""
     sites = heard.find(tree)
-    joined = [other for other in placements if other.edit.can_be_heard and other.place in sites]
+    joined = [o for o in placements if o.edit.can_be_heard and o.place in sites]
     tower = _tower(p.place, [other.place for other in joined])
     sources = [other for other in joined if _is_before(other, p, tower)]
     last = max((_beginning(other.place, tower) for other in sources), default=0)
@@ -67,6 +72,15 @@ def _sources(
         "Join one there, or leave the first places out: block[1:], or optional=True for those of "
         "every tower.",
     )
+
+
+def _last(p: Placement, asides: list[Placement]) -> list[Placement]:
+    """What ran aside before, the last first: in its tower, or where no tower is (an embedding)."""
+    before = [o for o in asides if _runs_before(o, p)]
+    tower = _tower(p.place, [o.place for o in asides])
+    mine = [o for o in before if tower is None or _holds(tower, o.place)]
+    those = mine or [o for o in before if not o.place.entry.is_element]
+    return sorted(those, key=lambda o: (o.place.exit.end, o.number), reverse=True)
 
 
 def _tower(place: Site, sources: list[Site]) -> Site | None:
@@ -86,11 +100,21 @@ def _holds(holder: Site, site: Site) -> bool:
 
 
 def _is_before(other: Placement, p: Placement, tower: Site | None) -> bool:
-    """Whether it lies before a place in its tower, and gives features as wide."""
+    """Whether it runs before a place in its tower, and gives features as wide (aside: of any)."""
     width, out = p.site.shape.width, other.site.shape.out
-    if other.place.exit.end > p.place.entry.order or 0 not in (width, out, width - out):
+    aside = isinstance(other.edit, Side) or isinstance(p.edit, Side)
+    if not _runs_before(other, p) or not (aside or 0 in (width, out, width - out)):
         return False
     return tower is None or _holds(tower, other.place)
+
+
+def _runs_before(other: Placement, p: Placement) -> bool:
+    """Whether all of it is over when a part hears it: at the end of its place, or the beginning."""
+    if p.edit.place not in ON_OUTPUT:
+        return other.place.exit.end <= p.place.entry.order
+    if other.place == p.place:
+        return other.edit.place in ON_OUTPUT and other.number < p.number
+    return other.place.exit.end <= p.place.exit.end
 
 
 def _beginning(place: Site, tower: Site | None) -> int:
@@ -107,16 +131,18 @@ def _coming(p: Placement, sources: list[Placement], tree: Tree) -> list[Placemen
     dataflow = dataflow_of(tree)
     if dataflow is None or not sources:
         return sources
-    given = list(_given(dataflow.trace, p.place))
+    given = list(_given(dataflow.trace, p))
     if not given:
         return sources
     behind = set(upstream(given, _any))
     return [each for each in sources if behind & set(_gives(dataflow.trace, each.place))]
 
 
-def _given(trace: Trace, place: Site) -> Iterator[Value]:
-    """The tokens that come to a place; none where it is not called."""
-    for call in trace.calls_of(place.entry.module):
+def _given(trace: Trace, p: Placement) -> Iterator[Value]:
+    """The tokens that come to a place, or it gives; none where it is not called."""
+    if p.edit.place in ON_OUTPUT:
+        yield from _gives(trace, p.place)
+    for call in trace.calls_of(p.place.entry.module):
         yield from [value for value in call.inputs if value.is_feature][:1]
 
 

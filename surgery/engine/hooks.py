@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._text import first_few
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site, elements_of
@@ -21,11 +20,13 @@ from ..structure.stretches import Stretch
 from .caches import check_caches, given_beside
 from .ends import EndHook
 from .features import declared, first_tensor, input_of
+from .fitting import feature_axis, fitting, run
+from .heard import Heard
 from .journal import owner_of
 from .passes import Key, Pass
 from .streams import Inserted
 from .switch import Switch
-from .tokens import ENTERING, Action, Fits, Insertions
+from .tokens import ASIDE, ENTERING, ON_OUTPUT, Action, Fits, Insertions
 from .tracing import Traced, apart
 
 
@@ -34,7 +35,8 @@ class HookedSite:
 
     enters, leaves  whether anything acts on the input, on the output
     remembers       whether the input is kept for parts that run beside the site
-    listeners       (j, insertions, i): action i of another site hears what action j gives
+    heard           what its actions hear from others
+    listeners       (j, heard, i): action i of another site hears what action j gives
     like            its path, but for what tells those apart that a container lists
     optional        its rules say that it need not be of use
     extent          where the entry begins and the exit ends, in the order of the walk
@@ -56,12 +58,13 @@ class HookedSite:
         besides = [i for i, place in enumerate(places) if place == "beside"]
         self.remembers = bool(besides) and (in_two or first < besides[-1])
         self.enters = first < len(actions)
-        self.leaves = not {"after", "beside", "among"}.isdisjoint(places)
+        self.leaves = not {*ON_OUTPUT, "among"}.isdisjoint(places)
         replaces = "instead" in places
         self.replacement = actions[places.index("instead")].part if replaces else None
         self.was_forward = self.entry.__dict__.get("forward")
         self.names = declared(getattr(type(self.entry), "forward", None))
-        self.listeners: list[tuple[int, Insertions, int]] = []
+        self.heard = Heard(self.path)
+        self.listeners: list[tuple[int, Heard, int]] = []
         self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
         self.stretches = "among" in places and stretch is None
@@ -114,18 +117,23 @@ class HookedSite:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "traced": Pass()}
 
-    def _is_apart(self, leaving: bool) -> bool:
+    def _is_apart(self, *places: str) -> bool:
         """Whether this is compiled code, and goes on with what was left outside of it."""
-        if not (self.inserts and torch.compiler.is_compiling() and self.switch.is_on()):
+        if not (torch.compiler.is_compiling() and self.switch.is_on()):
             return False
-        return not self.tokens.is_here(self.switch.streams, leaving)
+        leaving = "after" in places
+        counts = self.stretches if leaving else self.inserts and "before" in places
+        if counts and not self.tokens.is_here(self.switch.streams, leaving):
+            return True
+        acting = [i for i, action in enumerate(self.actions) if action.place in places]
+        return not self.heard.is_here(acting)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook: what happens to the input, the last rule outermost.
 
         Tools that copy modules register it anew in torch's plain form, without keyword arguments.
         """
-        if self._is_apart(leaving=False):
+        if self._is_apart(*ENTERING):
             return apart(self.enter, module, args, kwargs)
         if self.begin_mark:
             self.switch.mark(self.begin_mark, self.compiled_begin)
@@ -142,7 +150,7 @@ class HookedSite:
         x = first
         for i, action in reversed(list(enumerate(self.actions))):
             if action.place == "before":
-                x = self._act(i, action, x, x)
+                x = self._act(i, action, x, x, first)
             elif action.place in ENTERING:
                 leaves = pytree.tree_leaves((args, kwargs))
                 others = [t for t in leaves if isinstance(t, Tensor) and t is not first]
@@ -156,7 +164,7 @@ class HookedSite:
 
         given  keyword arguments and output; the output alone in torch's plain form
         """
-        if self.stretches and self._is_apart(leaving=True):
+        if self._is_apart(*ON_OUTPUT):
             return apart(self.leave, module, args, *given)
         kwargs, output = given if len(given) == 2 else ({}, *given)
         self.switch.mark(self.path, self.compiled)
@@ -167,14 +175,15 @@ class HookedSite:
         if not (self.leaves and self.active()):
             return None
         y, put = first_tensor(output, self.path)
+        came = input_of(args, kwargs, self)[0] if self.heard.sources else y
         for i, action in enumerate(self.actions):
-            if action.place == "after":
-                y = self._act(i, action, y, y)
+            if action.place == "after" or action.place in ASIDE:
+                y = self._act(i, action, y, y, came)
             elif action.place == "among":
                 y = self.tokens.take_out(self.switch.streams, i, action.tokens, y)
             elif action.place == "beside":
                 x = self._remembered(i) if self.remembers else input_of(args, kwargs, self)[0]
-                y = self._act(i, action, x, y)
+                y = self._act(i, action, x, y, came)
         return put(y)
 
     def opened(self) -> list[Inserted]:
@@ -195,15 +204,22 @@ class HookedSite:
         self, i: int, action: Action, x: Tensor, given: Tensor, others: list[Tensor]
     ) -> Tensor:
         passes, streams = self.switch.passes, self.switch.streams
-        whole = self.tokens.insert(passes, streams, i, action, x, given, others)
+        heard = [self.heard.by_samples(i, h, action.tokens, x) for h in self._hear(i, given)]
+        whole = self.tokens.insert(passes, streams, i, action, x, others, heard)
         if action.place == "among":
             streams.know(whole, streams.mine().opened())
         return whole
 
     def listen(self, i: int, source: HookedSite, j: int) -> None:
         """Let action i hear what action j of another site gives."""
-        self.tokens.listen(i, source.path, source.actions[j].part)
-        source.listeners.append((j, self.tokens, i))
+        self.heard.listen(i, source.path, source.actions[j].part)
+        source.listeners.append((j, self.heard, i))
+
+    def _hear(self, i: int, given: Tensor) -> list[Tensor]:
+        """What action i hears, if anything, where that came to the site."""
+        if i not in self.heard.sources:
+            return []
+        return [self.heard.hear(self.switch.passes, self.switch.streams, i, given)]
 
     def _remembered(self, i: int) -> Tensor:
         inputs, key = self._inputs(), self._key(i)
@@ -225,9 +241,13 @@ class HookedSite:
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replaced module."""
+        if self._is_apart("instead"):
+            return apart(self.instead, *args, **kwargs)
         self.switch.mark(self.path, self.compiled)
         if self.active() and self.replacement is not None:
-            return self.replacement(*args, **kwargs)
+            i = [action.place for action in self.actions].index("instead")
+            heard = self._hear(i, input_of(args, kwargs, self)[0]) if self.heard.sources else []
+            return self.replacement(*args[:1], *heard, *args[1:], **kwargs)
         return self._base(*args, **kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,60 +268,39 @@ class HookedSite:
             )
         return self.switch.enabled
 
-    def _act(self, i: int, action: Action, x: Tensor, base: Tensor) -> Tensor:
-        """`base` with the part's answer to `x`; parts see features on the last axis."""
+    def _act(self, i: int, action: Action, x: Tensor, base: Tensor, came: Tensor) -> Tensor:
+        """`base` with the part's answer to `x`; parts see features on the last axis.
+
+        came  what the site was given, by which it is known again when a checkpoint runs again
+        """
         if x.is_nested or base.is_nested:
             raise GraftError(
                 f"the graft at {self.path or 'the model'}",
                 "it was given a nested tensor, and parts take tensors of one shape.",
                 "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
             )
-        taken = (self.axis_out, self.out) if action.place == "after" else (self.axis_in, self.width)
+        on_output = action.place == "after" or action.place in ASIDE
+        taken = (self.axis_out, self.out) if on_output else (self.axis_in, self.width)
         given = (
             (self.axis_in, self.width) if action.place == "before" else (self.axis_out, self.out)
         )
-        axis, axis_out = _axis(x, *taken), _axis(base, *given)
-        out = self._run(action, x if axis == -1 else x.movedim(axis, -1), taken[1])
+        axis, axis_out = feature_axis(x, *taken), feature_axis(base, *given)
+        x = x if axis == -1 else x.movedim(axis, -1)
+        heard: list[Any] = self._hear(i, came)
+        if action.place in ASIDE:
+            x, heard = x.detach() if action.place == "aside" else x, heard or [None]
+        out = run(action.part, x, heard, taken[1], self.path)
         if isinstance(out, routing.Routed):
             out = self._routed(i, out, x)
         for j, listener, k in self.listeners:
             if i == j and isinstance(out, Tensor):
-                self._tell(listener, k, out)
+                listener.tell(self.switch.passes, k, out)
+        if action.place in ASIDE:
+            return base
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
-        out = self._fitting(action, out, base)
+        out = fitting(action.part, out, base, (self.entry, self.exit), self.path)
         return out if action.scale is None else torch.add(base, out, alpha=action.scale)
-
-    def _tell(self, listener: Insertions, k: int, out: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            listener.tell(k, out)
-        else:
-            listener.traced.pop(k, None)
-            self.switch.passes.mine().heard[listener.path, k] = out
-
-    def _run(self, action: Action, x: Tensor, width: int) -> Any:
-        try:
-            return action.part(x)
-        except RuntimeError as error:
-            fact, remedy = self._misfit(action.part, x, width)
-            if not fact:
-                raise
-            name = f"{type(action.part).__name__} at {self.path or 'the model'}"
-            raise GraftError(name, f"it was given {_described(x)}, {fact}.", remedy) from error
-
-    def _misfit(self, part: nn.Module, x: Tensor, width: int) -> tuple[str, str]:
-        """Why a part may not take what it was given, and what to do; "" where it should."""
-        if width and x.shape[-1] != width:
-            return f"and the place was taken to have {width} features", (
-                "Put the rule on a module with weights of that width, or give the width yourself."
-            )
-        kinds = {p.dtype for p in part.parameters() if p.is_floating_point()}
-        if x.is_floating_point() and kinds and x.dtype not in kinds:
-            names = first_few(str(kind).removeprefix("torch.") for kind in kinds)
-            return f"and its own tensors are {names}", (
-                f"Cast the parts, model.surgery.to({x.dtype}), or run under torch.autocast."
-            )
-        return "", ""
 
     def _routed(self, i: int, routed: routing.Routed, x: Tensor) -> Tensor:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
@@ -324,26 +323,6 @@ class HookedSite:
             self.traced.gates["", i] = gates
         else:
             self.switch.passes.keep_gates((self.path, i), gates, self.traced.gates.get(("", i)))
-
-    def _fitting(self, action: Action, out: Any, base: Tensor) -> Tensor:
-        if isinstance(out, Tensor) and base.dim() == 2 < out.dim():
-            out = out.flatten(0, -2)  # tokens in a row, as mixtures of experts give them
-        if isinstance(out, Tensor) and out.shape == base.shape:
-            if out.dtype == base.dtype:
-                return out
-            if torch.is_autocast_enabled(base.device.type):
-                return out.to(base.dtype)
-        want, got = _described(base), _described(out)
-        if isinstance(out, Tensor) and (stride := _stride(self.entry)) and out.shape != base.shape:
-            want += f" (the module has stride {stride}, and a part beside it sees every position)"
-        remedy = "A part is given features on the last axis, site.width of them, returns site.out."
-        if self.entry is not self.exit:
-            remedy += " With apply(..., example=inputs) a forward tells where to begin."
-        raise GraftError(
-            f"{type(action.part).__name__} at {self.path or 'the model'}",
-            f"it returned {got} where {want} is needed.",
-            remedy,
-        )
 
 
 def _first_entering(places: list[str]) -> int:
@@ -376,13 +355,6 @@ def _blocks(site: Site) -> list[Site]:
     return elements_of(site) if site.is_span and site.entry.is_element else []
 
 
-def _axis(x: Tensor, axis: int, width: int) -> int:
-    """Where features lie: as the model's weights tell, but where so many lie on the other only."""
-    if width and x.dim() > 1 and x.shape[axis] != width and x.shape[-axis] == width:
-        return -axis
-    return axis
-
-
 def is_replaced(module: nn.Module) -> bool:
     """Whether a part of some operation runs instead of the module."""
     hooked = owner_of(module.__dict__.get("forward"))
@@ -397,16 +369,3 @@ def routes(action: Action) -> bool:
 def _in_half_autocast(x: Tensor) -> bool:
     kind = x.device.type
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-
-
-def _stride(module: nn.Module) -> str:
-    """That of a module which makes a map smaller; "" where it does not."""
-    stride = getattr(module, "stride", 1)
-    sides = stride if isinstance(stride, tuple) else (stride,)
-    return str(stride) if any(isinstance(n, int) and n > 1 for n in sides) else ""
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import ConflictError, RuleError
-from ..rules.edits import Insert, Joined
+from ..rules.edits import Joined, Side
 from ..rules.expression import shown
 from ..rules.part import Maker, Shared, call_of
 from ..rules.roles import Role, attn
@@ -42,6 +42,7 @@ class Placement:
     edit: Joined
     place: Site
     site: Site
+    number: int = 0  # in the order of the rules: at one place the first rule's part runs first
     key: str = ""  # of the part in the operation; the same for all sites that share it
     text: str = ""  # its edit, as it prints
     foreign: Collection[int] = ()  # ids of modules that are no part's own: of the base, borrowed
@@ -280,7 +281,7 @@ def check_parts(placements: Iterable[Placement], parts: Mapping[str, nn.Module])
                 f"{shown(p.edit.part)} at {p.site.path or 'the model'} is a "
                 f"{type(parts[p.key]).__name__}, {fact}.",
                 "Join a part that takes features, forward(self, x)"
-                + ("; what it hears comes by insert(..., hears=ffn)." if "heard" in fact else "."),
+                + ("; what it hears comes by hears=ffn, for example." if "heard" in fact else "."),
             )
 
 
@@ -289,7 +290,7 @@ def _uncallable(part: nn.Module, edit: Joined) -> str:
     forward = part.forward
     if forward_of(part) is nn.Module.forward:
         return "which has no forward: it is for other parts to hold"
-    given = (None, None) if isinstance(edit, Insert) and edit.hears else (None,)
+    given = (None, None) if edit.hears or isinstance(edit, Side) else (None,)
     try:
         signature = inspect.signature(forward)
     except (TypeError, ValueError):

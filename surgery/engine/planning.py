@@ -35,7 +35,7 @@ from .probe import prove_tokens
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
 from .switch import Balance
-from .tokens import Action, tokens_at
+from .tokens import ASIDE, Action, tokens_at
 from .trained import adopt
 from .unattended import check_attended
 from .uncalled import Stretches, check_called, stretches_of
@@ -103,6 +103,8 @@ class Plan:
             if isinstance(edit, Joined)
             for site, captures in sites.items()
         ]
+        for number, p in enumerate(self.placements):
+            p.number = number
         self._leave_out(sources_of(self.placements, self.tree, self.decided))
         check_conflicts(self.placements)
         check_attended(self.placements, self.tree)
@@ -285,7 +287,8 @@ class Plan:
 
     def _action(self, p: Placement, part: nn.Module) -> Action:
         tokens = self.tokens.get(p, Tokens(0))
-        return Action(p.edit.place, part, p.edit.scale, tokens, p.rule.optional)
+        hears = p.edit.hears is not None or p.edit.place in ASIDE
+        return Action(p.edit.place, part, p.edit.scale, tokens, p.rule.optional, hears)
 
     def _train_targets(self, operation: Operation) -> Iterator[TrainTarget]:
         """What is to be trained: each part, and each module that a rule unfreezes."""

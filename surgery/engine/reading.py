@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .._text import first_few
 from ..errors import GraftError
+from .fitting import run
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .tokens import Insertions
@@ -23,7 +24,7 @@ from .tracing import CALL
 
 CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
 OURS = {
-    HookedSite._run.__code__,
+    run.__code__,
     Insertions.insert.__code__,
     HookedWeight.made.__code__,
 }  # run parts, which may read weights
@@ -155,7 +156,9 @@ def why_idle(read: list[HookedSite], here: str) -> tuple[str, str]:
     called = " or ".join(f'at("{holder.rstrip(".")}", ...)' for holder in list(holders)[:2])
     how = "without calling it" if len(paths) == 1 else "without calling them"
     return f": the model reads the weight of {first_few(paths)} {how}", (
-        f"Put the rule on a module that is called, such as {called}. unfreeze works there. "
+        "Give apply(..., example=inputs): a forward shows that, and qkv and proj are the weights "
+        f"then (linear parts). Or put the rule on a module that is called, such as {called}. "
+        "unfreeze works there. "
         "(checkpoint(layer.forward, x) goes round a layer's hooks: give it the layer itself.)"
     )
 
@@ -170,7 +173,9 @@ def _check_memory(leaves: list[Any], frame: FrameType | None) -> None:
         return
     while frame is not None:
         if frame.f_code in OURS:
-            path, part = frame.f_locals["self"].path, frame.f_locals["action"].part
+            own = frame.f_locals
+            part = own["part"] if frame.f_code is run.__code__ else own["action"].part
+            path = own["path"] if frame.f_code is run.__code__ else own["self"].path
             raise GraftError(
                 f"{type(part).__name__} at {path or 'the model'}",
                 "it reads a tensor on the meta device, without values, and its input has values.",

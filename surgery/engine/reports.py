@@ -18,8 +18,9 @@ from ..structure.attention_states import OPERANDS
 from ..structure.dataflow import attach_dataflow
 from ..structure.module_tree import Site, Tree
 from ..structure.path import generalise
-from .apply import Routing, operated
+from .apply import operated
 from .conditions import check_example
+from .losses import Routing
 from .notes import corrections
 from .operation import Operation, additions_of, check_operable, without_parts
 from .summary import count_parameters, summary

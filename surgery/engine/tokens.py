@@ -1,4 +1,4 @@
-"""One part at one site, and tokens: put among those of a model, heard of, and taken out again."""
+"""One part at one site, and tokens: put among those of a model, and taken out again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError, RuleError
 from ..structure.module_tree import Site, Tree
@@ -17,7 +16,6 @@ from .counting import Counted, recounted
 from .features import declared, input_of
 from .passes import Passes
 from .streams import Inserted, Place, Stream, Streams, Tokens, is_recomputing
-from .tracing import Here
 
 
 def tokens_at(
@@ -58,9 +56,11 @@ class Action(NamedTuple):
     """One part at one site.
 
     place   "before" acts on the input, "after" on the output, "beside" on the input for the
-            output, "instead" in place of the module; "into" puts tokens into the input, "among"
+            output, "aside" and "along" on the output for others to hear, without and with its
+            gradient, "instead" in place of the module; "into" puts tokens into the input, "among"
             takes them out of the output too
     optional  its rule says that it need not be of use
+    hears   whether its part is given, besides, what another gave
     scale   what is added is `scale` times what the part gives; None: it replaces what it was given
     """
 
@@ -69,9 +69,19 @@ class Action(NamedTuple):
     scale: float | None
     tokens: Tokens = Tokens(0)
     optional: bool = False
+    hears: bool = False
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the answer of the model is that of the base at the start, as the part says."""
+        added = self.scale is not None and getattr(self.part, "starts_at_zero", False)
+        return added or self.place in ASIDE
 
 
 ENTERING = ("before", "into", "among")  # what acts on the input
+ASIDE = ("aside", "along")  # what changes nothing, and is heard
+LINEAR = ("beside", "after", "before", "instead")  # what a weight can be made of
+ON_OUTPUT = ("after", "beside", *ASIDE)  # what runs when the place has given its output
 
 
 class Fits:
@@ -105,7 +115,6 @@ class Fits:
 class Insertions:
     """The tokens that are put in at one site.
 
-    hears    the number of an action, and where the part is that it hears, and that part
     doubles  in a proof, whether so many are put in that there are twice as many in all
     """
 
@@ -113,34 +122,13 @@ class Insertions:
 
     def __init__(self, path: str, operation: str) -> None:
         self.path, self.operation = path, operation
-        self.hears: dict[int, tuple[str, nn.Module]] = {}
-        self.traced: dict[int, Tensor] = {}  # what compiled code told
-        self.told: dict[int, Here] = {}
-        self.answered: Any = WeakTensorKeyDictionary()  # what was heard for an input
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "operation": self.operation, "hears": self.hears}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["operation"])  # type: ignore[misc]
-        for i, (path, part) in state["hears"].items():
-            self.listen(i, path, part)
-
-    def listen(self, i: int, path: str, part: nn.Module) -> None:
-        """Action i hears a part, which is at `path`."""
-        self.hears[i], self.told[i] = (path, part), Here()
-
-    def tell(self, i: int, out: Tensor) -> None:
-        """In compiled code, what action i hears."""
-        self.traced[i] = out
-        self.told[i].note()
+        return {"path": self.path, "operation": self.operation}
 
     def is_here(self, streams: Streams, leaving: bool) -> bool:
-        """Whether compiled code has all that it goes on with: what is heard, what is in."""
-        if leaving:
-            return streams.here.noted()
-        told = all(here.noted() for here in self.told.values())
-        return told and (not streams.traced.holds or streams.here.noted())
+        """Whether compiled code has all that it goes on with: what is in."""
+        return (not leaving and not streams.traced.holds) or streams.here.noted()
 
     def insert(
         self,
@@ -149,18 +137,15 @@ class Insertions:
         i: int,
         action: Action,
         x: Tensor,
-        given: Tensor,
         others: list[Tensor],
+        heard: list[Tensor],
     ) -> Tensor:
-        """The tokens x, with those of the part among them.
+        """The tokens x, with those of the part among them; others come along.
 
-        given   what came to the site first, of which x may have been made; others come along
+        heard   what the part hears, by samples
         """
         action.tokens.check(x, others, self.path)
         rows = action.tokens.rows(x)
-        heard = [self._hear(passes, streams, i, action, given)] if i in self.hears else []
-        if heard and len(heard[0]) != len(rows):
-            raise self._without_samples(i, heard[0], len(rows))
         new = action.part(rows, *heard)
         shape = new.shape if isinstance(new, Tensor) else ()
         if len(shape) != 3 or (shape[0], shape[2]) != (rows.shape[0], rows.shape[2]):
@@ -206,57 +191,9 @@ class Insertions:
     def _place(self, i: int) -> Place:
         return self.operation, self.path, i
 
-    def _heard(self, passes: Passes, streams: Streams, i: int) -> Tensor | None:
-        """What was told last in this forward, whoever told it."""
-        if torch.compiler.is_compiling():
-            return self.traced.get(i)
-        kept = passes.mine()
-        if i in self.traced:  # compiled code told it, of another block, and later
-            kept.heard[self.path, i] = self.traced.pop(i)
-            streams.check_alone(self.path)
-        return kept.heard.get((self.path, i))
-
     def _unmatched(self, fact: str) -> GraftError:
         return GraftError(
             f"insert(...) at {self.path or 'the model'}",
             f"{fact}: blocks are shared, or skipped, and tokens would be lost or left in.",
             "Put it on blocks one by one: at(block, insert(...)).",
         )
-
-    def _without_samples(self, i: int, heard: Tensor, samples: int) -> GraftError:
-        """The error of what is heard in one row for all samples (an FFN of tokens in a row)."""
-        return GraftError(
-            f"the graft at {self.path}",
-            f"it hears {tuple(heard.shape)} from {self.hears[i][0]}, where tokens of {samples} "
-            "samples are needed.",
-            "Write insert(..., hears=) with a place that gives tokens by samples, (b, n, width).",
-        )
-
-    def _hear(
-        self, passes: Passes, streams: Streams, i: int, action: Action, given: Tensor
-    ) -> Tensor:
-        """What the part that action i hears gave in this forward.
-
-        A checkpoint that runs again gives the same input, and is answered as it was then.
-        """
-        earlier = self.answered.get(given, {}) if is_recomputing() else {}
-        heard = earlier[i] if i in earlier else self._heard(passes, streams, i)
-        path, part = self.hears[i]
-        if heard is None:
-            raise GraftError(
-                f"the graft at {self.path}",
-                f"the part that it hears, at {path}, did not run before it in this forward.",
-                "Write insert(..., hears=) with a place that runs before this one.",
-            )
-        trained = any(p.requires_grad for p in part.parameters())
-        transformed = torch._C._are_functorch_transforms_active()  # there it does not show
-        if torch.is_grad_enabled() and trained and not (heard.requires_grad or transformed):
-            raise GraftError(
-                f"the graft at {self.path}",
-                f"what it hears from {path} came without a gradient (reentrant checkpointing), "
-                "which would silently be missing.",
-                "Use checkpointing with use_reentrant=False.",
-            )
-        if not torch.compiler.is_compiling():
-            self.answered[given] = {**self.answered.get(given, {}), i: heard}
-        return action.tokens.rows(heard) if heard.dim() == 3 else heard

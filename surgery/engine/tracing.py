@@ -93,14 +93,14 @@ class Here(nn.Module):
         return self._surgery_noted()
 
 
-def apart(function: Callable[..., Any], *args: Any) -> Any:
+def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What it gives, uncompiled: torch.compile breaks its graph here.
 
     (As torch.compiler.disable, which would import torch's whole compiler.)
     """
     import torch._dynamo
 
-    return torch._dynamo.disable(function)(*args)  # type: ignore[no-untyped-call]
+    return torch._dynamo.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 apart._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -351,11 +351,7 @@ def _names(targets: list[TrainTarget]) -> list[str]:
 def _check_start(operation: Operation, run: Run, answer: Any) -> None:
     """Parts that say that they start by adding nothing must leave the output what it was."""
     actions = [action for hooked in operation.hooked_sites for action in hooked.actions]
-    claims = [
-        action.scale is not None and getattr(action.part, "starts_at_zero", False)
-        for action in actions
-    ]
-    if not actions or not all(claims):
+    if not actions or not all(action.starts_as_base for action in actions):
         return
     with _without_parts(operation):
         base, again = run(), run()

@@ -147,8 +147,8 @@ class Watch:
     def _tell_anew(self) -> None:
         """Forget what compiled code has told."""
         for hooked in self.operation.hooked_sites:
-            if hooked.tokens.traced:
-                hooked.tokens.traced.clear()
+            if hooked.heard.traced:
+                hooked.heard.traced.clear()
 
     def _has_memory(self) -> bool:
         """Whether all parts have values here; libraries that offload keep some elsewhere."""

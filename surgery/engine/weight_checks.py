@@ -12,8 +12,7 @@ from ..rules.expression import shown
 from ..structure.memory import own_form
 from ..structure.weights import ParameterSite
 from .placement import Placement
-
-LINEAR = ("beside", "after", "before", "instead")
+from .tokens import LINEAR
 
 
 def check_weights(placements: Iterable[Placement], parts: Mapping[str, nn.Module]) -> None:
@@ -33,7 +32,9 @@ def _check(p: Placement, site: ParameterSite, part: nn.Module) -> None:
         fact = f"{site.path} ends beyond the {len(weight)} rows that there are."
         raise RuleError(p.rule.short, fact, f"Give rows up to {len(weight)}.")
     if p.edit.place not in LINEAR:
-        raise _refused(p, f"{p.edit.word} puts in tokens, and {site.path} is a weight")
+        raise _refused(p, f"{p.edit.word} acts on features, and {site.path} is a weight")
+    if p.edit.hears is not None:
+        raise _refused(p, f"its part hears features, and {site.path} is a weight")
     map = affine(part)
     if map is None:
         raise _refused(p, f"{type(part).__name__} is not linear, so no weight is made by it")

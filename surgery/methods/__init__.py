@@ -33,6 +33,7 @@ from .point_clouds import dapt, idpt
 from .prompts import vpt_deep, vpt_shallow
 from .reversible import meft
 from .scale_and_shift import ssf
+from .side_networks import dtl, lst
 from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
 from .sparse_updates import sparse
@@ -78,6 +79,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
+        lst, dtl,
         rslora, lora_fa, hydra, beft, fourierft, waveft, c3a, randlora, vblora, unilora, gralora,
         mlae, adalora, snell, boft, goft, psoft, road,
     )

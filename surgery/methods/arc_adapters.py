@@ -8,12 +8,14 @@ from ..parts.arc_adapters import arc as rescaled
 from ..parts.arc_adapters import projection
 from ..rules.edits import prepend, unfreeze
 from ..rules.part import shared
+from ..rules.relations import holding
 from ..rules.roles import attn, fc1, ffn, head, qkv
 from ..rules.rule import Rule, at
 from ..rules.selector import where
 
-# what reads the input of an attention: torch's own is called as a whole
-readers = (qkv & ~where(nn.Parameter)) | (attn & nn.MultiheadAttention)
+# what reads the input of an attention: one that does not call its projections does so itself
+uncalled = qkv & where(nn.Parameter)
+readers = (qkv & ~uncalled) | (attn & (nn.MultiheadAttention | holding(uncalled)))
 
 
 def arc(rank: int = 50, dropout: float = 0.1) -> list[Rule]:

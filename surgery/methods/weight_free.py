@@ -150,8 +150,8 @@ def mlae(rank: int = 8, mask: float = 0.5) -> list[Rule]:
 def adalora(rank: int = 12) -> list[Rule]:
     """LoRA of every linear of attention and FFN as singular triplets, pruned by importance.
 
-    Left to the training loop: the penalty of the parts, and `surgery.training.Budget`, which
-    brings the mean rank down to two thirds in the paper.
+    Left to the training loop: `surgery.penalty(model)`, to be added to the loss, and
+    `surgery.training.Budget`, which brings the mean rank down to two thirds in the paper.
 
     Source: Zhang et al. 2023 (AdaLoRA), Eq. 3
     """

@@ -26,22 +26,24 @@ from .rotations import boft, goft, hra, oft, psoft, road
 from .row_lengths import magnitude, rescale, shift
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
+from .side_networks import back, climb, ladder, track
 from .skills import skill_lora
 from .sparse_updates import sparse
 from .spectral import c3a, fourierft, places, waveft
 
 __all__ = [
     "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
-    "Prompt", "PromptGenerator", "QuickGELU", "adalora", "adapter", "arc", "bank", "bases",
-    "binary_adapter", "binary_lora", "boft", "c3a", "coefficients", "combined", "compacter",
-    "convpass", "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter",
-    "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "fourierft", "frozen", "gated_prompt",
-    "goft", "gralora", "hira", "hra", "instance_prompt", "kadaptation", "krona", "loha", "lokr",
-    "lora", "magnitude", "miss", "mlae", "moa", "oft", "olora", "phm_rule", "pissa", "places",
-    "pool", "projection", "prolora", "prompt", "prompt_generator", "psoft", "randlora",
-    "repadapter", "rescale", "reversible", "rlrr", "road", "scale_shift", "scaled", "shift",
-    "skill_lora", "slow_factors", "small_adapter", "snell", "sparse", "sparse_experts", "tied",
-    "tied_lora", "tk_factors", "tt_factors", "unilora", "vblora", "vera", "vida", "waveft",
+    "Prompt", "PromptGenerator", "QuickGELU", "adalora", "adapter", "arc", "back", "bank", "bases",
+    "binary_adapter", "binary_lora", "boft", "c3a", "climb", "coefficients", "combined",
+    "compacter", "convpass", "domains", "dylora", "dynamic_adapter", "dynamic_moa",
+    "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "fourierft",
+    "frozen", "gated_prompt", "goft", "gralora", "hira", "hra", "instance_prompt", "kadaptation",
+    "krona", "ladder", "loha", "lokr", "lora", "magnitude", "miss", "mlae", "moa", "oft", "olora",
+    "phm_rule", "pissa", "places", "pool", "projection", "prolora", "prompt", "prompt_generator",
+    "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr", "road", "scale_shift",
+    "scaled", "shift", "skill_lora", "slow_factors", "small_adapter", "snell", "sparse",
+    "sparse_experts", "tied", "tied_lora", "tk_factors", "track", "tt_factors", "unilora",
+    "vblora", "vera", "vida", "waveft",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -78,8 +78,8 @@ class VBLoRA(LowRank):
         super().__init__([slice(0, out)], out)
         self.bank, self.k = bank, k
         size, length = bank.vectors.shape
-        self.A = nn.Parameter(torch.randn(rank, width // length, size) * 0.01)
-        self.B = nn.Parameter(torch.randn(rank, out // length, size) * 0.01)
+        self.down = nn.Parameter(torch.randn(rank, width // length, size) * 0.01)
+        self.up = nn.Parameter(torch.randn(rank, out // length, size) * 0.01)
 
     def mixed(self, logits: Tensor) -> Tensor:
         """(rank, pieces, size) to (rank, pieces * length)."""
@@ -87,7 +87,7 @@ class VBLoRA(LowRank):
         return (best.softmax(-1)[..., None] * self.bank.vectors[index]).sum(-2).flatten(1)
 
     def maps(self) -> tuple[Tensor, Tensor]:
-        return self.mixed(self.A), self.mixed(self.B).t()
+        return self.mixed(self.down), self.mixed(self.up).t()
 
 
 class Pool(nn.Module):

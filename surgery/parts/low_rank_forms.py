@@ -79,22 +79,27 @@ class Ranks(LowRank):
 class AdaLoRA(Ranks):
     """Triplets P diag(l) Q with P, `B`, and Q, `A`, held orthogonal by a penalty; l starts at zero.
 
+    gamma  the weight of the penalty
+
     `surgery.training.Budget` sets the l of the least important triplets to zero.
 
     >>> AdaLoRA(8, 6, 4).penalty().shape
     torch.Size([])
     """
 
-    def __init__(self, width: int, out: int, rank: int, scale: float = 1.0) -> None:
+    def __init__(
+        self, width: int, out: int, rank: int, scale: float = 1.0, gamma: float = 0.1
+    ) -> None:
         super().__init__(width, out, rank, scale)
+        self.gamma = gamma
         self.A, self.B = nn.Parameter(_small(rank, width)), nn.Parameter(_small(out, rank))
         self.l = nn.Parameter(torch.zeros(rank))
 
     def penalty(self) -> Tensor:
-        """|P^T P - I|^2 + |Q Q^T - I|^2, squared Frobenius norms: to be added to the loss."""
+        """gamma (|P^T P - I|^2 + |Q Q^T - I|^2), of Frobenius: a term of `surgery.penalty`."""
         eye = torch.eye(len(self.l), device=self.l.device, dtype=self.l.dtype)
         far = (self.B.t() @ self.B - eye).square().sum()
-        return far + (self.A @ self.A.t() - eye).square().sum()
+        return self.gamma * (far + (self.A @ self.A.t() - eye).square().sum())
 
 
 def _small(*shape: int) -> Tensor:
@@ -105,7 +110,8 @@ class SNELL(Delta):
     """0.1 (|b - a| - |b' - a'|) of each output's and input's vectors, where it is large, weighed.
 
     A number d of that matrix becomes d |d| where |d| is above the `sparsity` quantile, and zero
-    elsewhere; no gradient goes through |d|. A (2, width, rank / 2), B (2, out, rank / 2).
+    elsewhere; no gradient goes through |d|. Of the vectors, `inputs` are (2, width, rank / 2) and
+    `outputs` (2, out, rank / 2).
 
     >>> SNELL(8, 6, 4)(torch.randn(3, 8)).shape
     torch.Size([3, 6])
@@ -116,17 +122,17 @@ class SNELL(Delta):
     def __init__(self, width: int, out: int, rank: int, sparsity: float = 0.9) -> None:
         super().__init__()
         self.sparsity = sparsity
-        self.A = nn.Parameter(kaiming(2, width, rank // 2))
-        self.B = nn.Parameter(kaiming(2, out, rank // 2))
+        self.inputs = nn.Parameter(kaiming(2, width, rank // 2))
+        self.outputs = nn.Parameter(kaiming(2, out, rank // 2))
 
     def delta(self) -> Tensor:
         distances: Tensor = torch.cdist(
-            wide(self.B), wide(self.A), compute_mode="donot_use_mm_for_euclid_dist"
+            wide(self.outputs), wide(self.inputs), compute_mode="donot_use_mm_for_euclid_dist"
         )
         whole = 0.1 * (distances[0] - distances[1])
         size = whole.detach().abs()
         least = size.flatten().kthvalue(math.floor(self.sparsity * (size.numel() - 1)) + 1).values
-        return (whole * torch.where(size > least, size, 0.0)).to(self.A.dtype)
+        return (whole * torch.where(size > least, size, 0.0)).to(self.inputs.dtype)
 
 
 @part
@@ -169,20 +175,23 @@ def mlae(site: Site, rank: int = 8, mask: float = 0.5) -> nn.Module:
 
 @part
 @usually("parallel")
-def adalora(site: Site, rank: int = 12, alpha: float | None = None) -> nn.Module:
+def adalora(
+    site: Site, rank: int = 12, alpha: float | None = None, gamma: float = 0.1
+) -> nn.Module:
     """LoRA as singular triplets, alpha / rank * P diag(l) Q, of which a budget keeps the important.
 
     alpha  None: the scale is 1
+    gamma  weighs what keeps P and Q near orthogonal: its term in `surgery.penalty(model)`
 
-    Starts by adding nothing. `penalty` of the part keeps P and Q near orthogonal;
-    `surgery.training.Budget` prunes. Parameters: rank * (width + out + 1).
+    Starts by adding nothing. `surgery.training.Budget` prunes.
+    Parameters: rank * (width + out + 1).
     Source: Zhang et al. 2023 (AdaLoRA), Eq. 3 and 4.
 
     >>> adalora(rank=6)
     adalora(rank=6)
     """
     positive("adalora", rank=rank)
-    return AdaLoRA(site.width, site.out, rank, scale_of("adalora", alpha, rank))
+    return AdaLoRA(site.width, site.out, rank, scale_of("adalora", alpha, rank), gamma)
 
 
 @part

@@ -180,8 +180,8 @@ class PSOFT(Delta):
 class RoAd(Turns):
     """Each pair of features (x, y) as (a cos t x - a sin t y, a sin t x + a cos t y).
 
-    alpha (kinds, width / 2) of ones and theta of zeros: one number of each for a pair, two, one a
-    row, or four, one an entry: those of cosines first.
+    alpha (kinds * width / 2,) of ones and theta of zeros: one number of each for a pair; two, one a
+    row; or four, one an entry, those of cosines first.
 
     >>> RoAd(8)(torch.ones(1, 8))[0, :2]
     tensor([1., 1.], grad_fn=<SliceBackward0>)
@@ -190,11 +190,12 @@ class RoAd(Turns):
     def __init__(self, width: int, kinds: int = 1) -> None:
         super().__init__()
         self.width = width
-        self.theta = nn.Parameter(torch.zeros(kinds, width // 2))
-        self.alpha = nn.Parameter(torch.ones(kinds, width // 2))
+        self.theta = nn.Parameter(torch.zeros(kinds * width // 2))
+        self.alpha = nn.Parameter(torch.ones(kinds * width // 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        theta, alpha = (t.repeat(4 // len(t), 1) for t in (self.theta, self.alpha))
+        theta, alpha = (t.repeat(2 * self.width // len(t)).view(4, -1)
+                        for t in (self.theta, self.alpha))  # fmt: skip
         cos, sin = alpha[:2] * theta[:2].cos(), alpha[2:] * theta[2:].sin()
         a, b = x[..., ::2], x[..., 1::2]
         return torch.stack([cos[0] * a - sin[0] * b, sin[1] * a + cos[1] * b], -1).flatten(-2)

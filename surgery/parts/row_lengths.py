@@ -80,10 +80,10 @@ class Shift(nn.Module):
     def __init__(self, width: int, rows: list[slice] | None = None) -> None:
         super().__init__()
         self.width, self.rows = width, rows or [slice(0, width)]
-        self.b = nn.Parameter(torch.zeros(len(self.rows), row_size(self.rows)))
+        self.bias = nn.Parameter(torch.zeros(len(self.rows), row_size(self.rows)))
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        return self.b.new_ones(self.width), placed([*self.b], self.rows, self.width)
+        return self.bias.new_ones(self.width), placed([*self.bias], self.rows, self.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.affine()[1]

@@ -6,6 +6,7 @@ forward is in `engine/hooks` (HookedSite.enter, leave), how it merges in `engine
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -99,11 +100,19 @@ freeze, unfreeze = Trained(False), Trained(True)
 
 @dataclass(frozen=True, repr=False)
 class Joined(Edit):
-    """Joins a part to a site."""
+    """Joins a part to a site.
+
+    hears   whose part's answer its part is given, besides what the site has
+    """
 
     place: ClassVar[str]
     can_be_heard: ClassVar[bool] = True  # whether what its part gives can be heard
     part: Maker
+    hears: Selector | None = field(default=None, kw_only=True)
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        given, named = super().arguments()
+        return given, {**named, **({"hears": plain(self.hears)} if self.hears else {})}
 
     @property
     def scale(self) -> float | None:
@@ -120,7 +129,9 @@ class Parallel(Joined):
     weight: float = field(default=1.0, kw_only=True)
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        return (self.part,), {} if self.weight == 1.0 else {"scale": self.weight}
+        (part, *_), named = super().arguments()
+        weight = named.pop("weight", 1.0)
+        return (part,), {**({} if weight == 1.0 else {"scale": weight}), **named}
 
     @property
     def scale(self) -> float | None:
@@ -156,36 +167,48 @@ class Replace(Joined):
 
 
 @dataclass(frozen=True, repr=False)
+class Side(Joined):
+    """Runs a part aside, for others to hear."""
+
+    detach: bool = field(default=True, kw_only=True)
+
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        return "aside" if self.detach else "along"
+
+    def port(self, site: Site) -> Shape:
+        return Shape(site.shape.out, site.shape.out, site.exit.axis)
+
+
+@dataclass(frozen=True, repr=False)
 class Insert(Joined):
     """Puts the tokens that a part gives among those of the site."""
 
     can_be_heard = False
     after: int = field(default=1, kw_only=True)
-    hears: Selector | None = field(default=None, kw_only=True)
     keep: bool = field(default=False, kw_only=True)
 
     @property
     def place(self) -> str:  # type: ignore[override]
         return "into" if self.keep else "among"
 
-    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        given, named = super().arguments()
-        return given, {**named, **({"hears": plain(self.hears)} if self.hears else {})}
-
     def port(self, site: Site) -> Shape:
         return Shape(site.shape.width, site.shape.width, site.axis)
 
 
-def parallel(part: Maker, *, scale: float = 1.0) -> Parallel:
+def parallel(part: Maker, *, scale: float = 1.0, hears: Where | None = None) -> Parallel:
     """Run `part` beside the site, on the site's own input: y = site(x) + scale * part(x).
+
+    hears   a pattern: the part is given, as a second argument, what the part at the last such
+            site before this one gave in this forward, features last; so in all edits
 
     >>> parallel(lambda site: nn.Linear(site.width, site.out), scale=0.1)  # doctest: +ELLIPSIS
     parallel(<<lambda> at ...>, scale=0.1)
     """
-    return Parallel(maker(part, "parallel"), weight=float(scale))
+    return Parallel(maker(part, "parallel"), weight=float(scale), hears=_heard(hears))
 
 
-def append(part: Maker, *, residual: bool = False) -> Append:
+def append(part: Maker, *, residual: bool = False, hears: Where | None = None) -> Append:
     """Run `part` on the site's output: y = part(site(x)).
 
     With `residual` it is added: y = site(x) + part(site(x)).
@@ -193,10 +216,10 @@ def append(part: Maker, *, residual: bool = False) -> Append:
     >>> append(lambda site: nn.LayerNorm(site.width))  # doctest: +ELLIPSIS
     append(<<lambda> at ...>)
     """
-    return Append(maker(part, "append"), residual=residual)
+    return Append(maker(part, "append"), residual=residual, hears=_heard(hears))
 
 
-def prepend(part: Maker, *, residual: bool = False) -> Prepend:
+def prepend(part: Maker, *, residual: bool = False, hears: Where | None = None) -> Prepend:
     """Run `part` on the site's input: y = site(part(x)).
 
     With `residual` it is added: y = site(x + part(x)).
@@ -204,10 +227,26 @@ def prepend(part: Maker, *, residual: bool = False) -> Prepend:
     >>> prepend(lambda site: nn.LayerNorm(site.width))  # doctest: +ELLIPSIS
     prepend(<<lambda> at ...>)
     """
-    return Prepend(maker(part, "prepend"), residual=residual)
+    return Prepend(maker(part, "prepend"), residual=residual, hears=_heard(hears))
 
 
-def replace(part: Maker) -> Replace:
+def side(part: Maker, *, hears: Where | None = None, detach: bool = True) -> Side:
+    """Run `part` aside, on the site's output without its gradient: s = part(y, s before).
+
+    The model goes on as it was. What the part gives is heard by the part that runs aside next (the
+    first is given None), so that they are a network of their own beside the model (LST, Sung et
+    al. 2022), and comes back where an edit hears it: at(head, prepend(part, hears=block)).
+
+    hears   a pattern: others than those that run aside are heard, at such sites
+    detach  False: with the gradient of the site's output, where something before it is trained
+
+    >>> side(lambda site: nn.Bilinear(site.out, 8, 8))  # doctest: +ELLIPSIS
+    side(<<lambda> at ...>)
+    """
+    return Side(maker(part, "side"), hears=_heard(hears), detach=detach)
+
+
+def replace(part: Maker, *, hears: Where | None = None) -> Replace:
     """Run `part` in place of the site's module, which stays where it is, unused, in the base.
 
     The part is given what the module is given, as it is (features are not moved to the last axis).
@@ -215,7 +254,7 @@ def replace(part: Maker) -> Replace:
     >>> replace(lambda site: nn.Identity())  # doctest: +ELLIPSIS
     replace(<<lambda> at ...>)
     """
-    return Replace(maker(part, "replace"))
+    return Replace(maker(part, "replace"), hears=_heard(hears))
 
 
 def insert(
@@ -228,8 +267,7 @@ def insert(
     block has its own, and at(until(block[0], block), insert(...)) is VPT-shallow (Jia et al. 2022).
 
     after   how many tokens stay before them: 1, the class token
-    hears   a pattern: the part is given, as a second argument, what the part at the last such
-            site before this one gave in this forward, features last (Adapter-X's prompts)
+    hears   a pattern: the part is given what another gave, as in `parallel` (Adapter-X's prompts)
     keep    they are not taken out again
 
     Raises RuleError or GraftError where the model's attention fixes the number of tokens.
@@ -242,15 +280,24 @@ def insert(
         raise RuleError(
             f"insert(after={after!r})", "it is no number of tokens.", "Give 0, or 1 (class token)."
         )
-    heard = None if hears is None else where(hears)
-    return Insert(maker(part, "insert"), after=after, hears=heard, keep=keep)
+    return Insert(maker(part, "insert"), after=after, hears=_heard(hears), keep=keep)
 
 
-USUAL = {"parallel": parallel, "append": append, "prepend": prepend, "insert": insert}
+def _heard(pattern: Where | None) -> Selector | None:
+    return None if pattern is None else where(pattern)
+
+
+USUAL: dict[str, Callable[[Maker], Joined]] = {
+    "parallel": parallel,
+    "append": append,
+    "prepend": prepend,
+    "insert": insert,
+    "side": side,
+}
 
 
 def usual(edit: object) -> object:
     """A part that is mostly joined in one way, joined so; anything else as it is."""
     inner = edit.part if isinstance(edit, Shared) else edit
     word = getattr(inner.build, "edit", None) if isinstance(inner, Part) else None
-    return USUAL[word](edit) if word else edit  # type: ignore[operator]
+    return USUAL[word](edit) if word else edit  # type: ignore[arg-type]

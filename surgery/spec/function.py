@@ -66,13 +66,9 @@ def _other(before: list[object], after: list[object]) -> str:
 def parts_start_as_the_identity(case: Case, draw: Draw) -> None:
     """S(x) = m(x) to the bit at the start, where all parts declare `starts_at_zero`."""
     model = case.operated(seed=draw(SEEDS, "seed"))
-    kinds = {type(a.part).__name__ for _, a in actions(model) if not _starts_at_zero(a)}
+    kinds = {type(a.part).__name__ for _, a in actions(model) if not a.starts_as_base}
     applies(not kinds, f"{first_few(sorted(kinds))} does not say that it starts at zero")
     equal(case.outputs(model), case.outputs(case.twin(model)), "S(x) at the start is not m(x)")
-
-
-def _starts_at_zero(action: Any) -> bool:
-    return action.scale is not None and getattr(action.part, "starts_at_zero", False)
 
 
 def scale_is_linear(case: Case, draw: Draw) -> None:
@@ -163,18 +159,19 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
     fresh, model = case.operated(), case.operated(stirred=draw(SEEDS, "seed"))
     parts = part_inputs(model, case.inputs())
     applies(parts, "no part here is given features")
-    for hooked, action, x in part_inputs(fresh, case.inputs()):
-        if getattr(action.part, "starts_at_zero", False) and output_of(action.part, x).any():
+    for hooked, action, given in part_inputs(fresh, case.inputs()):
+        if getattr(action.part, "starts_at_zero", False) and output_of(action.part, given).any():
             raise Broken(f"{type(action.part).__name__} at {hooked.path} does not start at zero")
-    for hooked, action, x in parts:
+    for hooked, action, given in parts:
         place, part = f"{type(action.part).__name__} at {hooked.path}", action.part
-        gates, says = isinstance(part(x), Routed), bool(getattr(part, "routes", False))
+        gates, says = isinstance(part(*given), Routed), bool(getattr(part, "routes", False))
         holds(gates == says, f"{place} gives {'gates' if gates else 'no gates'}, and routes={says}")
         if map := affine(part):
+            x = given[0]
             want = x * map.weight if map.weight.dim() == 1 else x @ map.weight.T
             want = want if map.bias is None else want + map.bias
-            most = rounding(lambda: [output_of(part, x)], used(part), SITE)  # noqa: B023
-            near([output_of(part, x)], [want], most, f"{place} is not what its affine() says")
+            most = rounding(lambda: [output_of(part, given)], used(part), SITE)  # noqa: B023
+            near([output_of(part, given)], [want], most, f"{place} is not what its affine() says")
 
 
 def forward_changes_nothing(case: Case, draw: Draw) -> None:

@@ -7,7 +7,7 @@ must not depend on the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from hypothesis import strategies as st
@@ -22,6 +22,8 @@ from ..rules.routing import Routed
 from .case import SEEDS, Case, actions
 from .laws import Broken, Draw, applies, holds
 from .snapshot import MODEL, SITE, gap, near, real, rounding, used
+
+Given: TypeAlias = tuple[Any, ...]
 
 
 def samples_do_not_mix(case: Case, draw: Draw) -> None:
@@ -123,25 +125,27 @@ def _run(model: nn.Module, x: Any) -> list[Tensor]:
 
 def _suspect(model: nn.Module, x: Any, i: int, j: int) -> str:
     """The first part whose own answer mixes samples, in words."""
-    for hooked, action, features in part_inputs(model, x):
-        if features.dim() < 2 or features.shape[0] <= max(i, j):
+    for hooked, action, given in part_inputs(model, x):
+        if given[0].dim() < 2 or given[0].shape[0] <= max(i, j):
             continue
-        changed = (with_another(features, j), features[i : i + 1])
-        answers = [output_of(action.part, t) for t in changed]
-        want = output_of(action.part, features)[i]
+        changed = (_each(given, lambda t: with_another(t, j)), _each(given, lambda t: t[i : i + 1]))
+        answers = [output_of(action.part, some) for some in changed]
+        want = output_of(action.part, given)[i]
         if any(gap(a[0] if len(a) == 1 else a[i], want) > SITE for a in answers):
             return f": {type(action.part).__name__} at {hooked.path} does"
     return ""
 
 
-def part_inputs(model: nn.Module, x: Any) -> list[tuple[HookedSite, Action, Tensor]]:
-    """(hooked site, action, what its part is first given) of every part that maps features."""
-    features: dict[int, Tensor] = {}
+def part_inputs(model: nn.Module, x: Any) -> list[tuple[HookedSite, Action, Given]]:
+    """(hooked site, action, what its part is first given) of every part that maps features.
+
+    Which are features alone, or, where it hears another part, what that gave too.
+    """
+    features: dict[int, Given] = {}
 
     def hook(module: nn.Module, args: Any) -> None:
-        given = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        if given and given[0].is_floating_point():
-            features.setdefault(id(module), given[0].detach().clone())
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            features.setdefault(id(module), _each(args, lambda t: t.detach().clone()))
 
     handles = [action.part.register_forward_pre_hook(hook) for _, action in actions(model)]
     try:
@@ -156,9 +160,14 @@ def part_inputs(model: nn.Module, x: Any) -> list[tuple[HookedSite, Action, Tens
     ]
 
 
-def output_of(part: nn.Module, x: Tensor) -> Tensor:
+def _each(given: Given, change: Callable[[Tensor], Tensor]) -> Given:
+    """All tensors of what a part is given, changed alike."""
+    return tuple(change(value) if isinstance(value, Tensor) else value for value in given)
+
+
+def output_of(part: nn.Module, given: Given) -> Tensor:
     """What a part gives, without its gates where it routes."""
-    answer = part(x)
+    answer = part(*given)
     output: Tensor = answer.output if isinstance(answer, Routed) else answer
     return output
 
@@ -170,17 +179,18 @@ def tokens_do_not_mix(case: Case, draw: Draw) -> None:
     """
     model = case.operated(stirred=draw(SEEDS, "seed"))
     share = draw(st.floats(0, 1, exclude_max=True), "which token")
-    for place, part, x in _tokens(model, case):
-        i = int(share * x.shape[-2])
-        leaf = x.clone().requires_grad_()
+    for place, part, given in _tokens(model, case):
+        i = int(share * given[0].shape[-2])
+        leaves = _each(given, lambda t: t.clone().requires_grad_())
         with torch.enable_grad():
-            row = output_of(part, leaf).select(-2, i)
+            row = output_of(part, leaves).select(-2, i)
         if not row.requires_grad:
             continue
-        (slope,) = torch.autograd.grad(row.square().sum(), leaf, allow_unused=True)
-        reads = torch.zeros(0) if slope is None else slope.abs().amax(-1).flatten(0, -2).amax(0)
-        others = [j for j in reads.nonzero().flatten().tolist() if j != i]
-        holds(not others, f"{place}: token {i} depends on token {first_few(others)}")
+        tensors = tensors_in(leaves)
+        for slope in torch.autograd.grad(row.square().sum(), [*tensors], allow_unused=True):
+            reads = torch.zeros(0) if slope is None else slope.abs().amax(-1).flatten(0, -2).amax(0)
+            others = [j for j in reads.nonzero().flatten().tolist() if j != i]
+            holds(not others, f"{place}: token {i} depends on token {first_few(others)}")
 
 
 def tokens_have_no_order(case: Case, draw: Draw) -> None:
@@ -190,21 +200,23 @@ def tokens_have_no_order(case: Case, draw: Draw) -> None:
     """
     model = case.operated(stirred=draw(SEEDS, "seed"))
     generator = torch.Generator().manual_seed(draw(SEEDS, "seed of the order"))
-    for place, part, x in _tokens(model, case):
-        order = torch.randperm(x.shape[-2], generator=generator)
+    for place, part, given in _tokens(model, case):
+        order = torch.randperm(given[0].shape[-2], generator=generator)
         with torch.no_grad():
-            moved = output_of(part, x.index_select(-2, order))
-            want = output_of(part, x).index_select(-2, order)
-        most = rounding(lambda: [output_of(part, x)], used(part), SITE)  # noqa: B023
+            moved = output_of(part, _each(given, lambda t: t.index_select(-2, order)))  # noqa: B023
+            want = output_of(part, given).index_select(-2, order)
+        most = rounding(lambda: [output_of(part, given)], used(part), SITE)  # noqa: B023
         near([moved], [want], most, f"{place}: tokens in another order give another answer")
 
 
-def _tokens(model: nn.Module, case: Case) -> list[tuple[str, nn.Module, Tensor]]:
+def _tokens(model: nn.Module, case: Case) -> list[tuple[str, nn.Module, Given]]:
     """(place in words, part, what it is given) of every part that should keep tokens apart."""
     parts = [
-        (f"{type(action.part).__name__} at {hooked.path}", action.part, x)
-        for hooked, action, x in part_inputs(model, case.inputs())
-        if x.dim() > 2 and x.shape[-2] > 1 and not getattr(action.part, "mixes_tokens", False)
+        (f"{type(action.part).__name__} at {hooked.path}", action.part, given)
+        for hooked, action, given in part_inputs(model, case.inputs())
+        if given[0].dim() > 2
+        and given[0].shape[-2] > 1
+        and not getattr(action.part, "mixes_tokens", False)
     ]
     applies(parts, "no part here is given tokens that it should keep apart")
     return parts

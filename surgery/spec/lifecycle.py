@@ -19,6 +19,7 @@ from ..engine.apply import apply, revert
 from ..engine.merging import merge, unmerge
 from ..engine.operation import operations
 from ..engine.placement import Placement
+from ..engine.tokens import ON_OUTPUT
 from ..errors import FileError, OperationError, SurgeryError
 from ..rules.edits import append
 from ..rules.rule import at
@@ -367,7 +368,7 @@ def user_hooks_come_first(case: Case, draw: Draw) -> None:
         [word for word in fired if word != "part"] == want,
         f"{path}: hooks fire as {first_few(fired)}, not {first_few(want)}",
     )
-    acts_on_output = {p.edit.place for p in here} <= {"after", "beside"}
+    acts_on_output = {p.edit.place for p in here} <= {*ON_OUTPUT}
     if acts_on_output and len(parts) == 1:
         _check_part_is_last(path, fired)
 

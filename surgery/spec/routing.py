@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .._text import first_few
-from ..engine import apply
+from ..engine import losses
 from ..engine.hooks import routes
 from ..rules import routing
 from .case import SEEDS, Case, operation
@@ -28,7 +28,7 @@ def gates_lie_on_the_simplex(case: Case, draw: Draw) -> None:
     """g >= 0 and |sum g - 1| <= N eps, for every sub-token; the chosen one of top-1 is one."""
     model = _routed(case, draw)
     case.outputs(model)
-    for path, routed in apply.routing(model).items():
+    for path, routed in losses.routing(model).items():
         gates = routed.gates
         least, n = gates.min().item(), gates.shape[-1]
         holds(least >= 0, f"{path}: a gate is {least:.3g}")
@@ -76,8 +76,8 @@ def _routers(case: Case, draw: Draw) -> list[_Router]:
     """Every router at each of its sites."""
     model = _routed(case, draw)
     routers = [
-        _Router(hooked.path, action.part, x)
-        for hooked, action, x in part_inputs(model, case.inputs())
+        _Router(hooked.path, action.part, given[0])
+        for hooked, action, given in part_inputs(model, case.inputs())
         if routes(action)
     ]
     silent = [type(router.part).__name__ for router in routers if not router.names]
@@ -146,7 +146,7 @@ def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
     """
     model = _routed(case, draw)
     loss = case.loss(model)
-    balance = apply.balance_loss(model)
+    balance = losses.balance_loss(model)
     want = _switch_loss(model)
     far = (balance.double() - want).abs().item()
     most = 64 * torch.finfo(balance.dtype).eps * max(want.item(), 1.0)
@@ -172,7 +172,7 @@ def balance_is_the_switch_loss(case: Case, draw: Draw) -> None:
 def _switch_loss(model: nn.Module) -> Tensor:
     """The formula, written out; Broken where a site leaves its bounds."""
     total = torch.zeros((), dtype=torch.float64)
-    for path, routed in apply.routing(model).items():
+    for path, routed in losses.routing(model).items():
         gates = routed.gates.double()
         n, mean = gates.shape[-1], gates.mean(0)
         loads = torch.stack([(gates.argmax(-1) == p).double().mean() for p in range(n)])

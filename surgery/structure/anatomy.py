@@ -26,7 +26,13 @@ from .layers import Shape, is_conv, is_list, is_norm, is_spatial_conv, linear_sh
 from .module_tree import Projections, Site, Tree, element, holders, in_order, stretch
 from .path import generalise
 from .trace import Trace
-from .weights import operand_weights, torch_projections
+from .weights import (
+    ParameterSite,
+    operand_weights,
+    parameter_site,
+    reader_by_forward,
+    torch_projections,
+)
 
 
 def roles_of(tree: Tree) -> dict[str, list[Site]]:
@@ -336,7 +342,11 @@ def _are_apart(layers: list[Site], feeding: dict[int, set[int]]) -> bool:
 
 
 def _with_weights(a: Attention, tree: Tree) -> Attention:
-    """An attention with the weights of torch's own, which it holds, as projections."""
+    """An attention with the weights of torch's own, which it holds, as projections.
+
+    And those of layers that are not called, as a forward tells.
+    """
+    a = _with_uncalled(a, tree)
     whole = {s: torch_projections(tree, s) for s in (*a.qkv, *a.proj, *a.other)}
     if not any(makes for makes, _ in whole.values()):
         return a
@@ -344,6 +354,20 @@ def _with_weights(a: Attention, tree: Tree) -> Attention:
     qkv = [*rest[0], *(s for makes, _ in whole.values() for s in makes)]
     proj = [*rest[1], *(s for _, gives in whole.values() for s in gives)]
     return Attention(a.site, qkv, proj, a.words, rest[2])
+
+
+def _with_uncalled(a: Attention, tree: Tree) -> Attention:
+    """An attention whose layers that it does not call are their weights."""
+    uncalled = {
+        site: parameter_site(tree, site, "weight")
+        for site in (*a.qkv, *a.proj)
+        if not isinstance(site, ParameterSite) and reader_by_forward(tree, site)
+    }
+    if not uncalled:
+        return a
+    qkv, proj = ([uncalled.get(s, s) for s in sites] for sites in (a.qkv, a.proj))
+    words = {uncalled.get(s, s): made for s, made in a.words.items()}
+    return Attention(a.site, qkv, proj, words, a.other)
 
 
 def _makes_thirds(attention: Attention) -> bool:

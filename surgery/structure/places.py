@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .anatomy import roles_of
+from .layers import linear_shape
 from .module_tree import Site, Tree, stretch
 from .path import match, split_span
 from .weights import parameter_site
@@ -31,7 +32,8 @@ def _parameter(tree: Tree, path: str, paths: dict[str, Site]) -> Site | None:
     if site is None or site.module._parameters.get(name) is None:
         return None
     ends = [int(n) for n in rows[0].split(":")] if rows else []
-    return parameter_site(tree, site, name, slice(*ends) if ends else None)
+    uncalled = linear_shape(site.module) is not None  # else it would be a place itself
+    return parameter_site(tree, site, name, slice(*ends) if ends else None, uncalled=uncalled)
 
 
 def spans_at(

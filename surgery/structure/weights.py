@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .layers import CONVS, Shape, forward_of, is_torch_attention
+from .dataflow import dataflow_of
+from .layers import CONVS, Shape, forward_of, is_torch_attention, linear_shape
 from .module_tree import Site, Tree
 from .path import Step
 
@@ -62,16 +63,23 @@ class ParameterSite(Site):
 
 
 def parameter_site(
-    tree: Tree, holder: Site, name: str, rows: slice | None = None, tied: bool = True
+    tree: Tree,
+    holder: Site,
+    name: str,
+    rows: slice | None = None,
+    tied: bool = True,
+    uncalled: bool = False,
 ) -> ParameterSite:
     """The place of a parameter of a module, the same one each time.
 
-    tied  wherever modules share it; False: of this one alone
+    tied      wherever modules share it; False: of this one alone
+    uncalled  whether it is read by what is called around the module, as a file says
     """
     known = tree.memo.setdefault("parameters", {})
     key = (holder, name, None if rows is None else (rows.start, rows.stop), tied)
     if key not in known:
-        site = known[key] = ParameterSite(holder, name, rows, _reader(holder))
+        reader = reader_by_forward(tree, holder) or _reader(holder, uncalled)
+        site = known[key] = ParameterSite(holder, name, rows, reader)
         site.tied = tied
         if tied:
             site.others = [
@@ -95,9 +103,30 @@ def _names(tree: Tree) -> dict[int, list[tuple[Site, str]]]:
     return found
 
 
-def _reader(holder: Site) -> Site:
+def reader_by_forward(tree: Tree, holder: Site) -> Site | None:
+    """What computes with the weight of a layer that it does not call, as a forward tells.
+
+    None where the layer is called, or nothing tells. (F.linear(x, self.qkv.weight, bias) in timm's
+    BEiT, EVA and Swin V2, whose bias is another for queries and values alone.)
+    """
+    dataflow = dataflow_of(tree)
+    if dataflow is None or linear_shape(holder.module) is None:
+        return None
+    trace = dataflow.trace
+    if trace.calls_of(holder.module):
+        return None
+    readers = {
+        id(op.call.module)
+        for op in trace.ops
+        for value in op.inputs
+        if op.call and any(holder.module in w.holders for w in value.weights or ())
+    }
+    return next((site for site in holder.above() if id(site.module) in readers), None)
+
+
+def _reader(holder: Site, uncalled: bool = False) -> Site:
     """Who computes with what a module holds: itself, or what is called around it."""
-    above = [holder, *holder.above()]
+    above = [*([] if uncalled else [holder]), *holder.above()]
     if holder.parent is not None and reads_its_projection(holder.parent.module):
         return holder.parent
     called = (s for s in above if forward_of(s.module) is not nn.Module.forward)

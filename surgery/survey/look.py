@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._inputs import tensors_in
 from .._preserve import Marks, fingerprint
-from ..engine import apply
+from ..engine import apply, losses
 from ..engine.planning import plan
 from ..errors import SurgeryError
 from ..structure.anatomy import instead_of_ffns, roles_of
@@ -149,7 +149,7 @@ def _went_back(model: nn.Module, inputs: Any) -> bool:
         outputs = [t for t in tensors_in(forward(model, inputs)) if t.requires_grad]
         if outputs:
             loss = torch.stack([t.abs().float().mean() for t in outputs]).sum()
-            torch.autograd.backward(loss + apply.balance_loss(model))
+            torch.autograd.backward(loss + losses.balance_loss(model))
     return bool(outputs)
 
 

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import surgery
+from surgery import append, at, ffn, moa, parallel, prepend, shared
 from tests.engine.balanced import (
     BOTH_KINDS,
     BOTH_WAYS,
@@ -84,3 +86,40 @@ def test_gradient_accumulation_adds_up() -> None:
     implicit(model)
     got = implicit(model)
     assert_close(got, {k: 2 * g for k, g in reference().items()})
+
+
+class Pulled(nn.Module):
+    """A part with a loss of its own: the squares of its weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    def penalty(self) -> Tensor:
+        return self.weight.square().sum()
+
+
+def test_penalty_is_one_sum_of_what_parts_add_to_the_loss() -> None:
+    rules = [
+        at("0.linear1", append(lambda site: Pulled(site.out))),
+        at("1.linear1", append(shared(lambda site: Pulled(site.out)))),
+        at("1.linear2", prepend(shared(lambda site: Pulled(site.width)))),
+        at(ffn, parallel(shared(moa(heads=2, rank=4)))),
+    ]
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
+    model = surgery.apply(nn.Sequential(*layers), rules)
+    model(torch.randn(2, 5, 16))
+    own = sum(p.numel() for m in model.modules() if isinstance(m, Pulled) for p in m.parameters())
+    for balance in (0.5, 0.01, 0.0):
+        got = surgery.penalty(model, balance=balance)
+        torch.testing.assert_close(got, own + balance * surgery.balance_loss(model))
+    got.backward()
+    assert all((m.weight.grad == 2).all() for m in model.modules() if isinstance(m, Pulled))
+
+
+def test_penalty_of_parts_that_neither_route_nor_pull_is_zero() -> None:
+    model = surgery.apply(nn.Sequential(nn.Linear(4, 4)), at("0", surgery.lora(rank=2)))
+    assert surgery.penalty(model) == 0  # and no forward has run

@@ -355,7 +355,7 @@ def test_a_table_that_is_tied_can_be_changed_in_one_place_alone() -> None:
     [
         (parallel(surgery.adapter(rank=2)), "Adapter is not linear"),
         (lora(rank=2, dropout=0.1), "a dropout acts on features"),
-        (surgery.prompt(tokens=2), "puts in tokens"),
+        (surgery.prompt(tokens=2), "acts on features"),
     ],
 )
 def test_what_no_weight_can_be_made_by_is_refused(edit: Any, fact: str) -> None:

@@ -100,7 +100,7 @@ def of_vblora(p: Any, W: Tensor) -> Tensor:
         assert isinstance(mixed, Tensor)
         return mixed
 
-    A, B = (torch.stack([torch.cat([*map(piece, r)]) for r in m]) for m in (p.A, p.B))
+    A, B = (torch.stack([torch.cat([*map(piece, r)]) for r in m]) for m in (p.down, p.up))
     return W + B.t() @ A
 
 
@@ -130,7 +130,9 @@ def of_ranks(p: Any, W: Tensor) -> Tensor:
 
 def of_snell(p: Any, W: Tensor) -> Tensor:
     def d(i: int, j: int) -> Tensor:
-        return 0.1 * ((p.B[0, i] - p.A[0, j]).norm() - (p.B[1, i] - p.A[1, j]).norm())
+        return 0.1 * (
+            (p.outputs[0, i] - p.inputs[0, j]).norm() - (p.outputs[1, i] - p.inputs[1, j]).norm()
+        )
 
     whole = entries(W, d)
     least = whole.abs().flatten().sort().values[int(p.sparsity * (W.numel() - 1))]
@@ -244,7 +246,7 @@ def test_beft_shifts_the_values(backbone: str) -> None:
     def rewrite(plain: nn.Module, parts: dict[str, Any]) -> None:
         for block in blocks(plain):
             path = next(name for name, m in plain.named_modules() if m is block).replace(".", "/")
-            b = parts[f"{path}/attn/qkv/append"].b[0]
+            b = parts[f"{path}/attn/qkv/append"].bias[0]
             block.attn.qkv.bias[-len(b) :] += b
             assert len(block.attn.qkv.bias) == 3 * len(b)
 
@@ -260,7 +262,9 @@ def test_road_turns_and_scales_pairs(kinds: int, backbone: str) -> None:
             linear: Any = plain.get_submodule(key.removesuffix("/append").replace("/", "."))
             R = torch.zeros(2 * [len(linear.weight)], dtype=torch.float64)
             for i in range(len(R) // 2):
-                t, a = ([m[k % kinds, i] for k in range(4)] for m in (p.theta, p.alpha))
+                t, a = (
+                    [m.view(kinds, -1)[k % kinds, i] for k in range(4)] for m in (p.theta, p.alpha)
+                )
                 R[2 * i, 2 * i] = a[0] * t[0].cos()
                 R[2 * i + 1, 2 * i + 1] = a[1] * t[1].cos()
                 R[2 * i, 2 * i + 1] = -a[2] * t[2].sin()
@@ -365,7 +369,8 @@ def vblora_of(theirs: Any, linear: nn.Linear) -> Tensor:
     bank = taken(banks.Bank(6, 4).double(), vectors=theirs.vblora_vector_bank["default"])
     part = taken(
         banks.VBLoRA(bank, 12, 8, rank=3).double(),
-        A=theirs.vblora_logits_A["default"], B=theirs.vblora_logits_B["default"].transpose(0, 1),
+        down=theirs.vblora_logits_A["default"],
+        up=theirs.vblora_logits_B["default"].transpose(0, 1),
     )  # fmt: skip
     return linear.weight + part.affine()[0]
 
@@ -414,7 +419,7 @@ def psoft_of(theirs: Any, linear: nn.Linear) -> Tensor:
 
 
 def beft_of(theirs: Any, linear: nn.Linear) -> Tensor:
-    part = taken(row_lengths.Shift(8).double(), b=theirs.beft_bias["default"])
+    part = taken(row_lengths.Shift(8).double(), bias=theirs.beft_bias["default"])
     linear.bias += part.affine()[1]
     return linear.weight + 0.01
 
@@ -423,7 +428,7 @@ def road_of(kinds: int) -> Callable[[Any, nn.Linear], Tensor]:
     def weight(theirs: Any, linear: nn.Linear) -> Tensor:
         """Numbers of a group of two: of its first row, of its second, or of both cosines first."""
         of_pairs = {
-            name: getattr(theirs, f"road_{name}")["default"].view(-1, kinds).t()
+            name: getattr(theirs, f"road_{name}")["default"].view(-1, kinds).t().flatten()
             for name in ("theta", "alpha")
         }
         R, _ = taken(rotations.RoAd(8, kinds).double(), **of_pairs).affine()

@@ -1,0 +1,266 @@
+"""Parts that hear others, whatever joins them, and networks that run beside a model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import surgery
+from surgery import append, at, block, norm, parallel, part, prepend, replace, side, weight
+from surgery.errors import OperationError, RuleError
+
+WIDTH = 6
+
+
+class Sum(nn.Module):
+    """W (x + heard)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, heard: Tensor | None = None) -> Tensor:
+        answer: Tensor = self.map(x if heard is None else x + heard)
+        return answer
+
+
+class Rung(nn.Module):
+    """s = tanh(D y + U s_before), s of a width of its own."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.down, self.on = nn.Linear(width, inner), nn.Linear(inner, inner)
+
+    def forward(self, y: Tensor, before: Tensor | None) -> Tensor:
+        new: Tensor = self.down(y)
+        return torch.tanh(new if before is None else new + self.on(before))
+
+
+class Back(nn.Module):
+    """U s."""
+
+    def __init__(self, inner: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor, heard: Tensor) -> Tensor:
+        answer: Tensor = self.up(heard)
+        return answer
+
+
+@part
+def summed(site: Any) -> nn.Module:
+    return Sum(site.width, site.out)
+
+
+@part
+def rung(site: Any, inner: int = 3) -> nn.Module:
+    return Rung(site.width, inner)
+
+
+@part
+def back(site: Any, inner: int = 3) -> nn.Module:
+    return Back(inner, site.width)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+        self.last = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.blocks:
+            x = each(x).relu()
+        answer: Tensor = self.last(x)
+        return answer
+
+
+LADDER = [
+    at("blocks.*", side(rung())),
+    at("last", prepend(back(), residual=True, hears="blocks.*")),
+]
+X = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def stack(rules: Any = LADDER) -> Any:
+    torch.manual_seed(0)
+    return surgery.apply(Stack(), rules)
+
+
+def parts_of(model: Any) -> list[Any]:
+    return list(model.surgery.default.children())
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Copies, but of the first rung's map of what it does not hear."""
+    named = model.surgery.named_parameters()
+    found = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    assert len(found) == 12
+    return found
+
+
+def by_hand(model: Any, x: Tensor) -> Tensor:
+    """The ladder, written out."""
+    rungs, s = dict(model.surgery.default.named_children()), None
+    for i, each in enumerate(model.blocks):
+        y = nn.functional.linear(x, each.weight, each.bias)
+        s = rungs[f"blocks/{i}/side"](y.detach(), s)
+        x = y.relu()
+    x = x + rungs["last/prepend"](x, s)
+    return nn.functional.linear(x, model.last.weight, model.last.bias)
+
+
+def test_a_network_beside_is_what_is_written_out() -> None:
+    model = stack()
+    torch.testing.assert_close(model(X), by_hand(model, X), rtol=0, atol=0)
+    model(X).square().sum().backward()
+    got = gradients(model)
+    model.zero_grad()
+    by_hand(model, X).square().sum().backward()
+    torch.testing.assert_close(gradients(model), got)
+
+
+def test_no_gradient_goes_through_the_model() -> None:
+    x = X.clone().requires_grad_()
+    model = stack([*LADDER[:1], at("last", replace(back(), hears="blocks.*"))])
+    model(x).sum().backward()
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("edit", [parallel, append, prepend, replace], ids=lambda e: e.__name__)
+def test_every_edit_hears(edit: Any) -> None:
+    rules = [at("blocks.0", parallel(summed())), at("blocks.2", edit(summed(), hears="blocks.0"))]
+    model = stack(rules)
+    first, second = parts_of(model)
+    a, b, c = (model.blocks[i] for i in range(3))
+
+    def linear(m: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, m.weight, m.bias)
+
+    heard = first(X)
+    x = linear(b, (linear(a, X) + heard).relu()).relu()
+    want = {
+        parallel: lambda: linear(c, x) + second(x, heard),
+        append: lambda: second(linear(c, x), heard),
+        prepend: lambda: linear(c, second(x, heard)),
+        replace: lambda: second(x, heard),
+    }[edit]()
+    torch.testing.assert_close(model(X), linear(model.last, want.relu()), rtol=0, atol=0)
+    assert "hears=" in repr(rules[1])
+
+
+def test_what_is_aside_of_one_place_is_heard_by_the_next_rule_there() -> None:
+    rules = [at("blocks.*", side(rung(WIDTH)), append(summed(), hears="blocks.*"))]
+    model = stack(rules)
+    parts = dict(model.surgery.default.named_children())
+    x, s = X, None
+    for i, each in enumerate(model.blocks):
+        y = nn.functional.linear(x, each.weight, each.bias)
+        s = parts[f"blocks/{i}/side"](y.detach(), s)
+        x = parts[f"blocks/{i}/append"](y, s).relu()
+    want = nn.functional.linear(x, model.last.weight, model.last.bias)
+    torch.testing.assert_close(model(X), want, rtol=0, atol=0)
+
+
+def test_copies_and_pickles_go_on_with_their_own() -> None:
+    model = stack()
+    want = model(X)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(X), want, rtol=0, atol=0)
+        with torch.no_grad():
+            for p in surgery.parameters(twin):
+                p.zero_()
+        torch.testing.assert_close(twin(X), by_hand(twin, X), rtol=0, atol=0)
+    torch.testing.assert_close(model(X), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_it_is_the_same(whole: bool) -> None:
+    model = stack()
+    want = model(X)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    if not whole:
+        compiled = copy.deepcopy(model)
+        for each in compiled.blocks:
+            each.compile(backend="aot_eager")
+    torch.testing.assert_close(compiled(X), want)
+    compiled(X).sum().backward()
+    torch._dynamo.reset()
+
+
+class Checkpointed(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.blocks:
+            x = checkpoint(lambda x, each=each: each(x).relu(), x, use_reentrant=False)
+        answer: Tensor = self.last(x)
+        return answer
+
+
+def test_checkpoints_of_two_forwards_keep_their_own() -> None:
+    torch.manual_seed(0)
+    model, other = surgery.apply(Checkpointed(), LADDER), -X
+    one, _ = model(X), model(other)
+    one.square().sum().backward()
+    got = gradients(model)
+    model.zero_grad()
+    by_hand(model, X).square().sum().backward()
+    torch.testing.assert_close(gradients(model), got)
+
+
+def test_merging_refuses_what_hears_or_is_heard() -> None:
+    with pytest.raises(OperationError, match="Rung hears another part"):
+        surgery.merge(stack())
+
+
+def test_a_weight_hears_nothing() -> None:
+    for edit in (side(rung()), parallel(summed(), hears="blocks.0")):
+        with pytest.raises(RuleError, match=r"acts on features|hears features"):
+            stack([at("blocks.0", parallel(summed())), at(weight("blocks.1.weight"), edit)])
+
+
+def test_without_anything_to_hear_it_is_an_error() -> None:
+    with pytest.raises(RuleError, match="no rule joins a part"):
+        stack([at("last", append(summed(), hears="blocks.*"))])
+
+
+class Towers(nn.Module):
+    """An embedding, and two lists of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(WIDTH, WIDTH), Stack(), Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        answer: Tensor = self.a(x) + self.b(x)
+        return answer
+
+
+def test_towers_have_networks_of_their_own_and_an_embedding_begins_them() -> None:
+    rules = [at("first", side(rung())), at("*.blocks.*", side(rung())),
+             at("*.last", prepend(back(), residual=True, hears="*.blocks.*"))]  # fmt: skip
+    model: Any = surgery.apply(Towers(), rules, example=X)
+    told = {h.path: h.heard.sources for h in model.surgery.default.hooked_sites}
+    assert told.pop("first") == {}
+    heard = {path: sources[0][0] for path, sources in told.items()}
+    assert heard["a.blocks.0"] == heard["b.blocks.0"] == "first"
+    assert heard["b.blocks.1"] == "b.blocks.0"
+    assert heard["b.last"] == "b.blocks.2"
+
+
+def test_the_rules_evaluate_back() -> None:
+    rules = [
+        at(norm, side(surgery.adapter(rank=2), hears=block)),
+        at(block, append(summed(), hears="b.*")),
+    ]
+    for rule in rules:
+        again = eval(repr(rule), {**vars(surgery), **vars(surgery.parts), "summed": summed})
+        assert again == rule
