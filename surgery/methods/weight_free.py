@@ -1,4 +1,7 @@
-"""Updates of weights that do not look at W: LoRA's further forms, shared numbers, spectra."""
+"""Updates of weights that do not look at W: LoRA's further forms, shared numbers, spectra.
+
+Of queries and values, or values alone: where these are made apart, all three have it (`dylora`).
+"""
 
 from __future__ import annotations
 
@@ -55,22 +58,15 @@ def hydra(rank: int = 2) -> list[Rule]:
 def beft() -> list[Rule]:
     """The bias of the values alone.
 
-    Where queries, keys and values are made apart, all three have one (see `dylora`).
-
     Source: Huang et al. 2025 (BEFT)
     """
-    return [
-        at(fused, append(shift(rows="_q _k v")), optional=True),
-        at(qkv & ~fused, append(shift()), optional=True),
-        HEAD,
-    ]
+    return on_queries_and_values(lambda rows: append(shift(rows=rows)), rows="_q _k v")
 
 
 def fourierft(n: int = 3000, alpha: float = 300.0) -> list[Rule]:
     """An update of queries and values of which a few numbers of the spectrum are trained.
 
-    Their places are drawn once for all layers of one size. Where queries, keys and values are made
-    apart, all three have it (see `dylora`).
+    Their places are drawn once for all layers of one size.
 
     Source: Gao et al. 2024 (FourierFT), Algorithm 1
     """
@@ -80,8 +76,6 @@ def fourierft(n: int = 3000, alpha: float = 300.0) -> list[Rule]:
 
 def waveft(n: int = 3000, alpha: float = 25.0) -> list[Rule]:
     """An update of queries and values of which a few wavelet coefficients are trained.
-
-    Where queries, keys and values are made apart, all three have it (see `dylora`).
 
     Source: Bilican et al. 2025 (WaveFT)
     """
@@ -100,8 +94,6 @@ def c3a(size: int = 256) -> list[Rule]:
 def randlora(rank: int = 32, scale: float = 20.0) -> list[Rule]:
     """A full-rank sum of low-rank updates on random bases, of queries and values.
 
-    Where queries, keys and values are made apart, all three have it (see `dylora`).
-
     Source: Albert et al. 2025 (RandLoRA)
     """
     core = shared(bases(rank=rank))
@@ -110,8 +102,6 @@ def randlora(rank: int = 32, scale: float = 20.0) -> list[Rule]:
 
 def vblora(rank: int = 4, size: int = 90, length: int = 256, k: int = 2) -> list[Rule]:
     """LoRA of queries and values, composed of the vectors of one bank.
-
-    Where queries, keys and values are made apart, all three have it (see `dylora`).
 
     Source: Li et al. 2024 (VB-LoRA)
     """
@@ -122,8 +112,7 @@ def vblora(rank: int = 4, size: int = 90, length: int = 256, k: int = 2) -> list
 def unilora(rank: int = 4, size: int = 23_040) -> list[Rule]:
     """LoRA of queries and values, all of whose numbers are those of one pool.
 
-    Layers of one width share a pool. Where queries, keys and values are made apart, all three have
-    it (see `dylora`).
+    Layers of one width share a pool.
 
     Source: Li et al. 2025 (Uni-LoRA)
     """

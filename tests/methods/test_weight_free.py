@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import RuleError, at, proj, qkv
+from surgery import MatchError, RuleError, at, proj, qkv
 from surgery import methods as sets
 from surgery.parts import banks, low_rank, low_rank_forms, rotations, row_lengths, spectral
 from surgery.parts.qkv_rows import OnRows
@@ -251,6 +251,13 @@ def test_beft_shifts_the_values(backbone: str) -> None:
             assert len(block.attn.qkv.bias) == 3 * len(b)
 
     agrees(backbone, sets.beft(), rewrite)
+
+
+def test_beft_is_refused_where_there_are_no_values() -> None:
+    from tests.laws.test_backbones import convnext
+
+    with pytest.raises(MatchError):
+        surgery.plan(convnext(), "beft")
 
 
 @BOTH
