@@ -22,13 +22,14 @@ def preserved(
     *,
     modes: bool = False,
     flags: bool = False,
-    buffers: bool = False,
+    kept: bool = False,
 ) -> Iterator[None]:
     """While it lasts all may be changed; then random numbers and settings are as they were.
 
     modes    those of all modules (train, eval), too
     flags    `requires_grad` of all parameters, too
-    buffers  which tensors they are, and their values, too
+    kept     what a forward keeps: buffers, which tensors they are, and their values, and what else
+             modules have as attributes (how much of a buffer is filled, in rotary embeddings), too
 
     Settings are torch's default dtype, and whether it may take the fused kernels of attention, and
     keeps gradients.
@@ -43,7 +44,7 @@ def preserved(
     if model is not None:
         ways += [_modes(model)] if modes else []
         ways += [_flags(model)] if flags else []
-        ways += [_buffers(model)] if buffers else []
+        ways += [_buffers(model), _attributes(model)] if kept else []
 
     def give_back() -> None:
         for way in reversed(ways):
@@ -109,6 +110,56 @@ def _buffers(model: nn.Module) -> Callable[[], None]:
     return give_back
 
 
+def _attributes(model: nn.Module) -> Callable[[], None]:
+    """Those of modules of the base, and what lies in lists, dicts and sets that are attributes."""
+    was = [(module, _plain(module)) for module in _base(model)]
+    inside = [
+        (value, value.copy())
+        for _, plain in was
+        for value in plain.values()
+        if type(value) in (list, dict, set)
+    ]
+
+    def give_back() -> None:
+        for module, plain in was:
+            own = vars(module)
+            for name in _plain(module).keys() - plain.keys():
+                del own[name]
+            own.update(plain)
+        for value, before in inside:
+            if type(value) is list:
+                value[:] = before
+            else:
+                value.clear()
+                value.update(before)
+
+    return give_back
+
+
+def _base(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are not ours; without those that become others when they first run."""
+    if getattr(type(model), "_is_surgery_additions", False):
+        return
+    lazy = isinstance(model, nn.modules.lazy.LazyModuleMixin)
+    if isinstance(model._buffers, dict) and not lazy:  # TorchScript's are not
+        yield model
+    for child in model._modules.values():
+        if child is not None:
+            yield from _base(child)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that torch's own machinery has no part in."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _TORCHS and not name.endswith("_hooks")
+    }
+
+
+_TORCHS = {*vars(nn.Module()), "_forward_impl", "_compiled_call_impl", "forward", "train"}
+
+
 # to see whether anything changed ----------------------------------------------------------------
 
 
@@ -137,6 +188,11 @@ def fingerprint(model: nn.Module) -> Marks:
         marks[f"{place}: identity"] = (id(module), type(module))
         marks[f"{place}: training"] = module.training
         marks[f"{place}: attributes"] = tuple(vars(module))
+        marks[f"{place}: numbers"] = {
+            name: value
+            for name, value in _plain(module).items()
+            if type(value) in (int, float, str)
+        }
         marks[f"{place}: children"] = tuple(module._modules)
         marks[f"{place}: hooks"] = [
             (k, list(map(id, v.values() if isinstance(v, Mapping) else v)))

@@ -10,8 +10,9 @@ import timm
 import torch
 
 import surgery
+from backbones.point_mae import PointMAE
 from surgery import rulesets
-from tests.methods.test_methods import MERGE
+from tests.methods.test_methods import CLOUDS, MERGE
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 ROWS = {
@@ -31,5 +32,9 @@ def test_what_it_trains_and_whether_it_merges(name: str) -> None:
     count, merges = ROWS[name]
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", num_classes=10)
-    assert surgery.plan(model, name).trainable == count + 769 * 10
+        cloud = PointMAE(10)
+    if name in CLOUDS:
+        assert surgery.plan(cloud, name).added == count
+    else:
+        assert surgery.plan(model, name).trainable == count + 769 * 10
     assert merges == "-" or (merges != "no") is (name in MERGE)

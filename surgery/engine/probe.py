@@ -88,7 +88,7 @@ def prove_tokens(
     operation.enabled = False
     try:
         eager = torch.compiler.set_stance("force_eager")
-        with preserved(model, modes=True, buffers=True), torch.no_grad(), eager:
+        with preserved(model, modes=True, kept=True), torch.no_grad(), eager:
             model.eval()
             for patches in maps:
                 if _check(model, example, patches):

@@ -64,7 +64,7 @@ def verify(
     run = _runner(model, example)
     operation.watcher.resting = True
     try:
-        with preserved(model, modes=True, buffers=True), torch.compiler.set_stance("force_eager"):
+        with preserved(model, modes=True, kept=True), torch.compiler.set_stance("force_eager"):
             model.eval()
             with torch.no_grad():
                 answer, _, _ = _proved(operation, run)
@@ -145,7 +145,7 @@ def _check_training(model: nn.Module, operation: Operation, run: Run) -> None:
     Layers may be skipped, which are dropped at random; a model may need more than an example (more
     samples, for the norm of a batch), which is a note.
     """
-    with preserved(model, modes=True, buffers=True), torch.enable_grad():
+    with preserved(model, modes=True, kept=True), torch.enable_grad():
         model.train()
         try:
             _, reading = _answer(operation, run)

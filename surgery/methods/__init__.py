@@ -23,21 +23,25 @@ from .arc_adapters import arc, arc_att
 from .baselines import bitfit, full, linear_probe
 from .convolutions import convpass, convpass_att, repadapter, repadapter_att
 from .gated_prompts import llama_adapter
+from .interventions import loreft
 from .kronecker import compacter, compacter_pp, kadaptation, krona
 from .low_rank import dylora, lora, prolora, tied_lora, vera, vida
+from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tinylora
 from .many_adapters import lae, language_adapter, scalearn
 from .noah_supernet import noah
 from .one_bit import bi_adaptformer, bi_lora
 from .orthogonal import boft, goft, psoft, road
-from .point_clouds import dapt, idpt
+from .point_clouds import dapt, idpt, pointgst
 from .prompts import vpt_deep, vpt_shallow
 from .reversible import meft
+from .routed_low_rank import hydralora, lily, molora, toplora
 from .scale_and_shift import ssf
 from .side_networks import dtl, lst
 from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
 from .sparse_updates import sparse
 from .tensor_factors import fact_tk, fact_tt
+from .visual_adapters import adapter_plus, mona, sct
 from .weight_free import (
     adalora,
     beft,
@@ -80,6 +84,10 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
         lst, dtl,
+        mica, delora, tinylora, kasa, glora, deft, peanut,
+        toplora, molora, hydralora, lily,
+        adapter_plus, mona, sct,
+        loreft, pointgst,
         rslora, lora_fa, hydra, beft, fourierft, waveft, c3a, randlora, vblora, unilora, gralora,
         mlae, adalora, snell, boft, goft, psoft, road,
     )

@@ -1,4 +1,4 @@
-"""Methods first made for point clouds: DAPT (Zhou et al. 2024) and IDPT (Zha et al. 2023).
+"""Methods first made for point clouds: DAPT (Zhou et al. 2024), IDPT (Zha et al. 2023), PointGST.
 
 Prompts are left in, for a head that reads them (`reads=` of `backbones.point_mae.PointMAE`).
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from torch import nn
 
 from ..parts import dynamic_adapter, instance_prompt, prompt_generator, scale_shift
-from ..rules.edits import insert, parallel, token, unfreeze
-from ..rules.relations import holding, inside, nearest
-from ..rules.roles import block, embed, fc1, fc2, ffn, head, norm, proj, qkv
+from ..parts.graph_spectrum import spectral_adapter, spectral_basis
+from ..rules.edits import insert, parallel, prepend, side, token, unfreeze
+from ..rules.relations import holding, inside, nearest, span
+from ..rules.roles import attn, block, embed, fc1, fc2, ffn, head, norm, proj, qkv
 from ..rules.rule import Rule, at
 from ..rules.selector import where
 from .adapter_x import left_in
@@ -57,5 +58,24 @@ def idpt(k: int = 20, first: int = 1) -> list[Rule]:
     return [
         at(block[-1:], insert(instance_prompt(k=k, skip=first), after=first, keep=True)),
         at("", unfreeze(token), optional=first == 0),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def pointgst(rank: int = 36, local: int = 32, centers: str = "**.pos_embed") -> list[Rule]:
+    """An adapter beside each FFN and its norm, in the spectrum of the graph of the cloud's centres.
+
+    The centres are what comes to the module that embeds them; attention of the first block makes
+    their bases, once for all.
+
+    centers  the address of that module
+
+    Source: Liang et al. 2024 (PointGST)
+    """
+    first = attn[:1]
+    return [
+        at(centers, prepend(nn.Identity)),
+        at(first, side(spectral_basis(local=local), hears=centers)),
+        at(span(norm, ffn), parallel(spectral_adapter(rank=rank), hears=first)),
         at(head, unfreeze, optional=True),
     ]

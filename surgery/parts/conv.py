@@ -35,6 +35,7 @@ class Convpass(Adapter):
     """
 
     mixes_tokens = reads_map = True
+    word = "convpass"
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Convpass(Adapter):
             return self(x.transpose(0, 1), layout._replace(axis=1)).transpose(0, 1)  # type: ignore[no-any-return]
         if x.dim() not in (3, 4):
             raise GraftError(
-                "convpass()",
+                f"{self.word}()",
                 f"it was given {tuple(x.shape)}, which is neither tokens (b, n, width) nor a map "
                 "(b, h, w, width).",
                 "Put it where such features pass, at attn or ffn.",
@@ -74,13 +75,18 @@ class Convpass(Adapter):
 
     def _tokens(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         n = x.shape[1]
-        first, rows, columns = _laid_out(n, self.prefix, grid)
-        alone = F.linear(x[:, :first], self.conv.weight[:, :, 1, 1], self.conv.bias)
+        first, rows, columns = _laid_out(n, self.prefix, grid, self.word)
         mixed = self._map(rearrange(x[:, first:], "b (h w) c -> b h w c", h=rows, w=columns))
-        return torch.cat([alone, rearrange(mixed, "b h w c -> b (h w) c")], 1)
+        return torch.cat([self._alone(x[:, :first]), rearrange(mixed, "b h w c -> b (h w) c")], 1)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """What becomes of tokens (..., hidden) that are a map each."""
+        return F.linear(x, self.conv.weight[:, :, 1, 1], self.conv.bias)
 
 
-def _laid_out(n: int, prefix: int | None, grid: tuple[int, int] | None) -> tuple[int, int, int]:
+def _laid_out(
+    n: int, prefix: int | None, grid: tuple[int, int] | None, word: str
+) -> tuple[int, int, int]:
     """(tokens before the patches, rows, columns of these) of n tokens. Raises GraftError."""
     side = math.isqrt(max(n - (prefix or 0), 0))
     rows, columns = grid or (side, side)
@@ -98,7 +104,7 @@ def _laid_out(n: int, prefix: int | None, grid: tuple[int, int] | None) -> tuple
             "Give prefix, the number of tokens before the patches (1: a class token); patches "
             "that are no square it takes as a map (b, h, w, width)."
         )
-    call = f"convpass({'' if prefix is None else f'prefix={prefix}'})"
+    call = f"{word}({'' if prefix is None else f'prefix={prefix}'})"
     raise GraftError(call, f"it was given {n} tokens, {fact}.", f"{remedy[0].upper()}{remedy[1:]}")
 
 

@@ -1,7 +1,7 @@
 """Updates of a weight that are no product of two factors alone: W + delta, delta of few numbers.
 
 LoHa (Hyeon-Woo et al. 2021), LoKr (Yeh et al. 2023), HiRA (Huang et al. 2025), PiSSA (Meng et al.
-2024), OLoRA (Buyukakyuz 2024), DeLoRA (Bini et al. 2025), RLRR (Dong et al. 2024).
+2024), OLoRA (Buyukakyuz 2024), RLRR (Dong et al. 2024).
 """
 
 from __future__ import annotations
@@ -134,12 +134,20 @@ class Principal(Delta):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float = 1.0) -> None:
+    def __init__(
+        self, A: Tensor, B: Tensor, scale: float = 1.0, weight: BaseWeight | None = None
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.weight = scale, weight
         self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
         self.register_buffer("A0", A.clone())
         self.register_buffer("B0", B.clone())
+
+    @torch.no_grad()
+    def restart(self, A: Tensor, B: Tensor) -> None:
+        """Start from other factors, as large: nothing is added again."""
+        for mine, start in ((self.A, A), (self.A0, A), (self.B, B), (self.B0, B)):
+            mine.copy_(start)
 
     def delta(self) -> Tensor:
         return self.scale * (self.B @ self.A - self.B0 @ self.A0)
@@ -267,9 +275,10 @@ def pissa(site: Site, rank: int = 8) -> nn.Module:
     pissa(rank=4)
     """
     positive("pissa", rank=rank)
-    U, S, V = svd(numbers(base_weight(site, "pissa")))
+    weight = base_weight(site, "pissa")
+    U, S, V = svd(numbers(weight))
     root = S[:rank].sqrt()
-    return Principal(root[:, None] * V[:rank], U[:, :rank] * root)
+    return Principal(root[:, None] * V[:rank], U[:, :rank] * root, weight=weight)
 
 
 @part

@@ -74,8 +74,12 @@ def parts_start_as_the_identity(case: Case, draw: Draw) -> None:
 def scale_is_linear(case: Case, draw: Draw) -> None:
     """At a site, S_2s - m ~4 2 (S_s - m) in units of the site's output, and S_0 = m to the bit."""
     called = [(r, s) for r, s in case.places if not isinstance(s, ParameterSite)]
-    scaled = [(r, e, s) for r, s in called for e in r.rest if isinstance(e, Parallel)]
-    applies(scaled, "no rule puts a part beside a site, parallel(part, scale=...)")
+    scaled = [
+        (r, e, s) for r, s in called for e in r.rest if isinstance(e, Parallel) and not e.hears
+    ]
+    applies(
+        scaled, "no rule puts a part that hears no other beside a site, parallel(part, scale=...)"
+    )
     rule, edit, site = draw(st.sampled_from(scaled), "site", lambda triple: triple[2].path)
     seed = draw(SEEDS, "seed")
 
@@ -170,7 +174,8 @@ def parts_are_what_they_declare(case: Case, draw: Draw) -> None:
             x = given[0]
             want = x * map.weight if map.weight.dim() == 1 else x @ map.weight.T
             want = want if map.bias is None else want + map.bias
-            most = rounding(lambda: [output_of(part, given)], used(part), SITE)  # noqa: B023
+            numbers = [*used(part), *part.buffers()]
+            most = rounding(lambda: [output_of(part, given)], numbers, SITE)  # noqa: B023
             near([output_of(part, given)], [want], most, f"{place} is not what its affine() says")
 
 

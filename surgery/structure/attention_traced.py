@@ -319,9 +319,19 @@ class _Reader:
                 core.op, core.op.call, query, key, value, core.soft, bool(core.key), proj
             )
             for maker in found.makers:
-                found.inner[maker.op] = self._named(self.inner.get(maker.op, 0))
+                made_of = self._named(self.inner.get(maker.op, 0))
+                found.inner[maker.op] = [m for m in made_of if not self._is_of_result(m)]
             found.stream = self._named(core.operands & self.streams)
             yield found
+
+    def _is_of_result(self, maker: Maker) -> bool:
+        """Whether it is made of nothing but what attention gave, without a residual sum.
+
+        (The gate of a state that the next segment reads: block-recurrent transformers.)
+        """
+        results = {linear.op for core in self.cores.values() for linear in core.proj}
+        made_of = self._named(self.inner.get(maker.op, 0))
+        return bool(made_of) and all(m.op in results for m in made_of)
 
     def feeding(self) -> dict[int, set[int]]:
         feeding: dict[int, set[int]] = {}

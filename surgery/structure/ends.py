@@ -90,9 +90,18 @@ class Ends:
         return not _is_network(_around(spatial[0], self.blocks)[-1])
 
     def _in_stage(self, site: Site) -> bool:
-        """Whether it lies in an element of a container that holds blocks too (MobileViT's)."""
+        """Whether it lies in an element of a container that holds blocks too (MobileViT's).
+
+        Or in one of those that take turns with them (convolutions between axial attentions).
+        """
         around = [s for s in (site, *site.above()) if s.is_element and s.parent and s.parent.parent]
-        return any(s.order <= b.order < s.end for s in around for b in self.blocks)
+        if any(s.order <= b.order < s.end for s in around for b in self.blocks):
+            return True
+        first, last = self.blocks[0].order, self.blocks[-1].order
+        between = [
+            s for e in around if e.parent for s in e.parent.children if first < s.order < last
+        ]
+        return any(s.parent is e.parent and _alike(s, e) for e in around for s in between)
 
     def _statistics(self, first: Site) -> list[Site]:
         if self.flow:
@@ -152,6 +161,12 @@ class _Flow:
     def _is_projection(self, op: Op) -> bool:
         owner = _owner(op)
         return owner is not None and linear_shape(owner) is not None
+
+
+def _alike(a: Site, b: Site) -> bool:
+    """Whether they are of the same classes, and the same lie in both; a lone layer is none."""
+    kinds = [[type(s.module) for s in (each, *each.below())] for each in (a, b)]
+    return kinds[0] == kinds[1] and len(kinds[0]) > 1
 
 
 def _repeated(projections: Projections) -> list[Site]:

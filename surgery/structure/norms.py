@@ -126,13 +126,17 @@ def _normalises(module: nn.Module, sizes: tuple[int, ...]) -> bool | None:
 
 
 def _twin(module: nn.Module, training: bool = False) -> nn.Module:
-    """A copy whose vectors hold ones, wherever those of the module lie and whatever they hold."""
+    """A copy whose vectors hold ones, wherever those of the module lie and whatever they hold.
+
+    With lists of its own: what it writes into them it does not write into the module's.
+    """
     twin = copy.copy(module)
+    own = {n: v.copy() for n, v in vars(module).items() if type(v) in (list, dict, set)}
     parameters = {
         n: p if p is None else nn.Parameter(_ones(p)) for n, p in module._parameters.items()
     }
     buffers = {n: b if b is None else _ones(b) for n, b in module._buffers.items()}
-    twin.__dict__.update(_parameters=parameters, _buffers=buffers, training=training)
+    twin.__dict__.update(own, _parameters=parameters, _buffers=buffers, training=training)
     return twin
 
 

@@ -210,7 +210,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     example = copied(example)
     for tensor in _pick(example, torch.Tensor):
         recorder.know(tensor, recorder.value(tensor, None))
-    with preserved(model, modes=True, buffers=True), recorder.watching(model):
+    with preserved(model, modes=True, kept=True), recorder.watching(model):
         _run(model, example, recorder)
     return recorder.trace
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from surgery.structure.anatomy import roles_of
+from surgery.structure.dataflow import attach_dataflow
+from surgery.structure.module_tree import Tree
 from tests.structure.test_attention import Apart, D, found, heads, joined, model, softmax
 
 
@@ -152,3 +155,41 @@ def test_values_convolved_beside_an_attention_are_no_skip() -> None:
 
     roles, _ = found(model(lambda: nn.Sequential(Mixed(), nn.Sequential(nn.Linear(D, D)))))
     assert set(roles["proj"]) == {"1.attention.1.0", "2.attention.1.0"}
+
+
+class Recurrent(nn.Module):
+    """An attention over a state, whose gate, of what it gave, makes the state read next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+        self.gate, self.decay = nn.Linear(16, 16), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x)
+        for _ in range(2):
+            q, k, v = self.a(state), self.b(x + state), self.c(x + state)
+            out = self.d(torch.softmax(q @ k.mT / 4, -1) @ v)
+            z, decay = self.gate(out), self.decay.sigmoid()
+            state = decay * z + (1 - decay) * state
+        return state
+
+
+class Segments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm = Recurrent(), nn.LayerNorm(16)
+        self.ffn = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        answer: Tensor = x + self.ffn(self.norm(x))
+        return answer
+
+
+def test_the_gate_of_a_state_is_none_of_the_next_segments_projections() -> None:
+    tree = Tree(nn.Sequential(*[Segments() for _ in range(2)]).eval())
+    attach_dataflow(tree, torch.randn(2, 6, 16))
+    roles = roles_of(tree)
+    assert [s.path.rsplit(".", 1)[1] for s in roles["qkv"]] == ["a", "b", "c"] * 2
+    assert [s.path.rsplit(".", 1)[1] for s in roles["proj"]] == ["d"] * 2

@@ -213,3 +213,27 @@ class Asking(Speaking):
 
 def test_a_table_of_queries_is_no_head() -> None:
     assert heads(Asking(), WORDS) == []
+
+
+class Turns(nn.Module):
+    """Attentions in turn with convolutions, in one list, and perhaps a head behind."""
+
+    def __init__(self, headed: bool) -> None:
+        super().__init__()
+        attns = [nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2)]
+        convs = [nn.Sequential(nn.Conv1d(16, 32, 3, padding=1), nn.GELU(), nn.Conv1d(32, 16, 1))
+                 for _ in range(2)]  # fmt: skip
+        self.steps = nn.Module()
+        self.steps.all = nn.ModuleList([attns[0], convs[0], attns[1], convs[1]])
+        self.last = nn.Linear(16, 5) if headed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, step in enumerate(self.steps.all):
+            x = x + (step(x.mT).mT if i % 2 else step(x, x, x)[0])
+        answer: Tensor = self.last(x)
+        return answer
+
+
+@pytest.mark.parametrize("headed", [True, False])
+def test_what_takes_turns_with_attentions_is_no_head(headed: bool) -> None:
+    assert heads(Turns(headed), torch.randn(2, 6, 16)) == ["last"] * headed
