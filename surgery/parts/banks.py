@@ -39,9 +39,6 @@ class RandLoRA(LowRank):
     """scale * sum_j B_j diag(l_j) A diag(g_j): of full rank, with the bases random and shared.
 
     Where the output is the smaller side, A and the vectors stand there: the sum is turned.
-
-    >>> RandLoRA(Bases(8, 6, 2), 8, 6)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
     """
 
     def __init__(self, core: Bases, width: int, out: int, scale: float = 1.0) -> None:
@@ -66,11 +63,7 @@ class Bank(nn.Module):
 
 
 class VBLoRA(LowRank):
-    """B A, every piece of which is a mixture of the `k` vectors of a bank that its logits prefer.
-
-    >>> VBLoRA(Bank(9, 2), 8, 6, rank=2)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
-    """
+    """B A, every piece of which mixes the `k` vectors of a bank that its logits prefer."""
 
     starts_at_zero = False
 
@@ -112,11 +105,7 @@ class Pool(nn.Module):
 
 
 class UniLoRA(LowRank):
-    """B A, all of whose numbers are numbers of one pool, P theta: P isometric, drawn and fixed.
-
-    >>> UniLoRA(Pool(20), 8, 6, rank=2)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
-    """
+    """B A, all of whose numbers are numbers of one pool, P theta: P isometric, drawn and fixed."""
 
     starts_at_zero = False
     A: Tensor

@@ -25,11 +25,7 @@ from .qkv_rows import on_rows
 
 
 class GraLoRA(Delta):
-    """A grid of k x k low-rank updates, each of rank / k, of LoRA's cost: full rank k times LoRA's.
-
-    >>> GraLoRA(8, 6, rank=4, k=2)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
-    """
+    """A grid of k x k low-rank updates of rank / k each: LoRA's cost, and k times its rank."""
 
     def __init__(self, width: int, out: int, rank: int, k: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -55,9 +51,6 @@ class Ranks(LowRank):
     """scale * B diag(l) A: ranks with a number each, which training may mask at random.
 
     A (rank, width), l (rank,), B (out, rank); l or B starts at zero.
-
-    >>> Ranks(8, 6, 4, mask=0.5)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
     """
 
     def __init__(
@@ -82,9 +75,6 @@ class AdaLoRA(Ranks):
     gamma  the weight of the penalty
 
     `surgery.training.Budget` sets the l of the least important triplets to zero.
-
-    >>> AdaLoRA(8, 6, 4).penalty().shape
-    torch.Size([])
     """
 
     def __init__(
@@ -112,9 +102,6 @@ class SNELL(Delta):
     A number d of that matrix becomes d |d| where |d| is above the `sparsity` quantile, and zero
     elsewhere; no gradient goes through |d|. Of the vectors, `inputs` are (2, width, rank / 2) and
     `outputs` (2, out, rank / 2).
-
-    >>> SNELL(8, 6, 4)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
     """
 
     starts_at_zero = False

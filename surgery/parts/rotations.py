@@ -78,9 +78,6 @@ class BOFT(Turns):
     """R_0 ... R_(m - 1) x, each a block-diagonal rotation of features that a butterfly brings near.
 
     R_i turns halves of blocks that lie 2 ** i halves apart: all features meet in a few factors.
-
-    >>> BOFT(16, 4, 2)(torch.ones(1, 16))[0, :2]
-    tensor([1., 1.], grad_fn=<SliceBackward0>)
     """
 
     def __init__(self, width: int, size: int, factors: int) -> None:
@@ -96,11 +93,7 @@ class BOFT(Turns):
 
 
 class GOFT(Turns):
-    """width - 1 Givens rotations in a tree: of pairs, then of the first ones of pairs, and so on.
-
-    >>> GOFT(8)(torch.ones(1, 8))[0, :2]
-    tensor([1., 1.], grad_fn=<SliceBackward0>)
-    """
+    """width - 1 Givens rotations in a tree: of pairs, then of the first ones of pairs, ..."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -149,9 +142,6 @@ class PSOFT(Delta):
     """B (diag(b) R diag(a) - I) A, where B A is the principal part of W: U S and V^T, fixed.
 
     R (rank, rank) is a rotation, a and b re-scale: they start as the identity.
-
-    >>> PSOFT(torch.randn(4, 8), torch.randn(6, 4))(torch.randn(3, 8)).abs().max()
-    tensor(0., grad_fn=<MaxBackward1>)
     """
 
     A: Tensor
@@ -182,9 +172,6 @@ class RoAd(Turns):
 
     alpha (kinds * width / 2,) of ones and theta of zeros: one number of each for a pair; two, one a
     row; or four, one an entry, those of cosines first.
-
-    >>> RoAd(8)(torch.ones(1, 8))[0, :2]
-    tensor([1., 1.], grad_fn=<SliceBackward0>)
     """
 
     def __init__(self, width: int, kinds: int = 1) -> None:

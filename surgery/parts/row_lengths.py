@@ -71,11 +71,7 @@ class Rescale(nn.Module):
 
 
 class Shift(nn.Module):
-    """x + b, b of zero at the start; of the chosen rows alone.
-
-    >>> Shift(8)(torch.ones(1, 8)).shape
-    torch.Size([1, 8])
-    """
+    """x + b, b of zero at the start; of the chosen rows alone."""
 
     def __init__(self, width: int, rows: list[slice] | None = None) -> None:
         super().__init__()

@@ -31,11 +31,7 @@ class Places(nn.Module):
 
 
 class FourierFT(Delta):
-    """alpha * Re(ifft2(F)), where F (out, width) has the trained c at fixed places, else zeros.
-
-    >>> FourierFT(Places(8, 6, 10), 8, 6)(torch.randn(3, 8)).shape
-    torch.Size([3, 6])
-    """
+    """alpha * Re(ifft2(F)), where F (out, width) has the trained c at fixed places, else zeros."""
 
     starts_at_zero = False
 
@@ -84,11 +80,7 @@ def _unfolded(mean: Tensor, difference: Tensor, dim: int) -> Tensor:
 
 
 class C3A(Delta):
-    """A grid of circulant blocks over the width: each block is its first row, turned step by step.
-
-    >>> C3A(8, 4, 2)(torch.randn(3, 8)).shape
-    torch.Size([3, 4])
-    """
+    """A grid of circulant blocks over the width: each is its first row, turned step by step."""
 
     def __init__(self, width: int, out: int, size: int) -> None:
         super().__init__()
