@@ -161,6 +161,27 @@ def second() -> list[Figure]:
     ]  # fmt: skip
 
 
+def third() -> list[Figure]:
+    """Updates of weights."""
+    counted = {
+        "dora": 294_912 + 12 * 2304, "pissa": 294_912, "olora": 294_912, "hira": 294_912,
+        "rlrr": 230_400, "loha": 589_824, "lokr": 37_632, "miss": 12 * 64 * 2304,
+        "oft": 12 * 24 * 496, "hra": 12 * 8 * 768, "ia3": 12 * (2 * 768 + 3072),
+        "ln_tuning": 25 * 2 * 768, "rslora": 294_912, "lora_fa": 12 * 8 * 2304, "beft": 12 * 768,
+        "waveft": 72_000, "c3a": 12 * 3 * 9 * 256, "randlora": 24 * 24 * (32 + 768),
+        "vblora": 90 * 256 + 24 * 24 * 90, "unilora": 23_040, "gralora": 4 * 294_912,
+        "mlae": 295_008, "adalora": 144 * 12_292, "snell": 96 * 13_824, "boft": 24 * 96 * 28,
+        "goft": 12 * 767, "psoft": 48 * 560, "road": 12 * 6912,
+    }  # fmt: skip
+    biases = 12 * 2 * 2 * (2 + 768)
+    return [
+        Figure("fourierft", "3000 numbers", "fourierft", 72_000, "72 K"),
+        Figure("hydra", "rank 2", "hydra", 202_752, "0.28 M", biases + MEAN_HEAD,
+            "recalled; the biases of its code and the mean VTAB head"),
+        *(Figure(name, "as listed", name, count) for name, count in counted.items()),
+    ]  # fmt: skip
+
+
 def fourth() -> list[Figure]:
     """What is made of the base weight, or of each token; what stands in the stream."""
     counted = {
@@ -184,6 +205,7 @@ def report(rounds: int = 0) -> list[Table]:
     return [
         table(f"First ring: {on}", first()),
         table(f"Second ring: {on}", second()),
+        table(f"Updates of weights: {on}", third()),
         table(f"Of weights, of tokens, in the stream: {on}", fourth()),
         table("Point clouds: trained on Point-MAE, head counted", points.figures(), 22.1),
     ]

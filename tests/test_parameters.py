@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks import points
 from benchmarks.figures import Figure, matches, table
-from benchmarks.parameters import first, fourth, second
+from benchmarks.parameters import first, fourth, second, third
 from surgery import rulesets
 
-FIGURES = [*first(), *second(), *fourth(), *points.figures()]
+FIGURES = [*first(), *second(), *third(), *fourth(), *points.figures()]
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.method} {figure.setting}")

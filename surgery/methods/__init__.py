@@ -30,6 +30,7 @@ from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tinylora
 from .many_adapters import lae, language_adapter, scalearn
 from .noah_supernet import noah
 from .one_bit import bi_adaptformer, bi_lora
+from .orthogonal import boft, goft, psoft, road
 from .point_clouds import dapt, idpt, pointgst
 from .prompts import vpt_deep, vpt_shallow
 from .reversible import meft
@@ -41,6 +42,22 @@ from .sparse_experts import mosa
 from .sparse_updates import sparse
 from .tensor_factors import fact_tk, fact_tt
 from .visual_adapters import adapter_plus, mona, sct
+from .weight_free import (
+    adalora,
+    beft,
+    c3a,
+    fourierft,
+    gralora,
+    hydra,
+    lora_fa,
+    mlae,
+    randlora,
+    rslora,
+    snell,
+    unilora,
+    vblora,
+    waveft,
+)
 from .weight_updates import (
     dora,
     hira,
@@ -71,6 +88,8 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         toplora, molora, hydralora, lily,
         adapter_plus, mona, sct,
         loreft, pointgst,
+        rslora, lora_fa, hydra, beft, fourierft, waveft, c3a, randlora, vblora, unilora, gralora,
+        mlae, adalora, snell, boft, goft, psoft, road,
     )
 }  # fmt: skip
 

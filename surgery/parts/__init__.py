@@ -3,6 +3,7 @@
 from .adapter_sum import coefficients, combined, scaled
 from .adapters import Adapter, QuickGELU, adapter
 from .arc_adapters import arc, projection
+from .banks import bank, bases, pool, randlora, unilora, vblora
 from .binary import binary_adapter, binary_lora
 from .conv import convpass
 from .deltas import hira, loha, lokr, miss, olora, pissa, rlrr
@@ -17,35 +18,39 @@ from .interventions import loreft
 from .kronecker import compacter, kadaptation, krona, phm_rule, slow_factors
 from .low_and_high_rank import vida
 from .low_rank import dylora, lora, prolora
+from .low_rank_forms import adalora, gralora, mlae, snell
 from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tiny_vector, tinylora
 from .mixture import MixtureOfAdapters, moa
 from .mosa import sparse_experts
 from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
 from .rep_adapter import repadapter
 from .reversible_streams import reversible, small_adapter
-from .rotations import hra, oft
+from .rotations import boft, goft, hra, oft, psoft, road
 from .routed_low_rank import lily, lily_ups, molora, toplora
-from .row_lengths import magnitude, rescale
+from .row_lengths import magnitude, rescale, shift
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
 from .side_networks import back, climb, ladder, track
 from .skills import skill_lora
 from .sparse_updates import sparse
+from .spectral import c3a, fourierft, places, waveft
 from .visual_adapters import adapter_plus, mona, salient
 
 __all__ = [
     "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
-    "Prompt", "PromptGenerator", "QuickGELU", "adapter", "adapter_plus", "arc", "back",
-    "binary_adapter", "binary_lora", "climb", "coefficients", "combined", "compacter", "convpass",
-    "deft", "delora", "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter",
-    "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt", "glora",
-    "hira", "hra", "instance_prompt", "kadaptation", "kasa", "krona", "ladder", "lily", "lily_ups",
-    "loha", "lokr", "lora", "loreft", "magnitude", "mica", "miss", "moa", "molora", "mona", "oft",
-    "olora", "peanut", "phm_rule", "pissa", "projection", "prolora", "prompt", "prompt_generator",
-    "repadapter", "rescale", "reversible", "rlrr", "salient", "scale_shift", "scaled",
-    "skill_lora", "slow_factors", "small_adapter", "sparse", "sparse_experts", "spectral_adapter",
-    "spectral_basis", "tied", "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora",
-    "track", "tt_factors", "vera", "vida",
+    "Prompt", "PromptGenerator", "QuickGELU", "adalora", "adapter", "adapter_plus", "arc", "back",
+    "bank", "bases", "binary_adapter", "binary_lora", "boft", "c3a", "climb", "coefficients",
+    "combined", "compacter", "convpass", "deft", "delora", "domains", "dylora", "dynamic_adapter",
+    "dynamic_moa", "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt",
+    "fourierft", "frozen", "gated_prompt", "glora", "goft", "gralora", "hira", "hra",
+    "instance_prompt", "kadaptation", "kasa", "krona", "ladder", "lily", "lily_ups", "loha",
+    "lokr", "lora", "loreft", "magnitude", "mica", "miss", "mlae", "moa", "molora", "mona", "oft",
+    "olora", "peanut", "phm_rule", "pissa", "places", "pool", "projection", "prolora", "prompt",
+    "prompt_generator", "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr", "road",
+    "salient", "scale_shift", "scaled", "shift", "skill_lora", "slow_factors", "small_adapter",
+    "snell", "sparse", "sparse_experts", "spectral_adapter", "spectral_basis", "tied", "tied_lora",
+    "tiny_vector", "tinylora", "tk_factors", "toplora", "track", "tt_factors", "unilora", "vblora",
+    "vera", "vida", "waveft",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -12,7 +12,7 @@ from ..errors import RuleError, is_integer, is_number
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import positive
-from .init import kaiming
+from .init import kaiming, register
 from .qkv_rows import chosen_rows, placed, row_size
 
 
@@ -55,10 +55,13 @@ class LoRA(LowRank):
     """scale * B A drop(x): (..., width) to (..., out), for each of the chosen rows of `out` alone.
 
     A (k, rank, width) starts Kaiming uniform (a = sqrt 5), B (k, out / chunks, rank) at zero.
+    With `frozen_A`, A stays as it is.
 
     >>> LoRA(768, 2304, rank=8)(torch.randn(2, 197, 768)).shape
     torch.Size([2, 197, 2304])
     """
+
+    A: Tensor
 
     def __init__(
         self,
@@ -69,11 +72,12 @@ class LoRA(LowRank):
         rows: list[slice] | None = None,
         scale: float = 1.0,
         dropout: float = 0.0,
+        frozen_A: bool = False,
     ) -> None:
         super().__init__(rows or [slice(0, out)], out, dropout)
         self.rank, self.scale = rank, scale
         k, size = len(self.rows), row_size(self.rows)
-        self.A = nn.Parameter(kaiming(k, rank, width))
+        register(self, "A", kaiming(k, rank, width), trained=not frozen_A)
         self.B = nn.Parameter(torch.zeros(k, size, rank))
 
     def maps(self) -> tuple[Tensor, Tensor]:
@@ -171,15 +175,18 @@ def _tiled(chunk: Tensor, times: int, size: int) -> Tensor:
     return torch.cat([chunk.roll(i * step, 1) for i in range(times)], -1)[..., :size]
 
 
-def scale_of(rule: str, alpha: float | None, rank: int) -> float:
-    """alpha / rank; 1 without alpha. Raises RuleError where alpha is no positive number."""
+def scale_of(rule: str, alpha: float | None, rank: int, root: bool = False) -> float:
+    """alpha / rank, or over its root; alpha is the rank where there is none.
+
+    Raises RuleError where alpha is no positive number.
+    """
     if alpha is None:
-        return 1.0
+        return math.sqrt(rank) if root else 1.0
     if not (is_number(alpha) and 0 < alpha < math.inf):
         raise RuleError(
             f"{rule}(alpha={alpha!r})", "it is no positive number.", "Give one, or None for rank."
         )
-    return alpha / rank
+    return alpha / (math.sqrt(rank) if root else rank)
 
 
 @part
@@ -190,26 +197,33 @@ def lora(
     alpha: float | None = None,
     rows: str | None = None,
     dropout: float = 0.0,
+    root: bool = False,
+    frozen_A: bool = False,
 ) -> nn.Module:
     """A low-rank update of a linear: W x + alpha / rank * B A x.
 
-    rank     of the update
-    alpha    None: the scale alpha / rank is 1
-    rows     chunks of the output that have an A and a B each, "q _k v"; a "_" leaves one alone;
-             None: one A and B over all
-    dropout  probability, on x
+    rank      of the update
+    alpha     None: it is the rank
+    rows      chunks of the output that have an A and a B each, "q _k v"; a "_" leaves one alone;
+              None: one A and B over all
+    dropout   probability, on x
+    root      the scale is alpha / sqrt(rank) (Kalajdzievski 2023, rsLoRA)
+    frozen_A  A stays as it was drawn (Zhang et al. 2023, LoRA-FA)
 
     Raises RuleError where the output is not as many equal chunks. Starts by adding nothing.
-    Parameters: rank * (width + out); with rows, rank * (width + out / chunks) for each chosen one.
-    Source: Hu et al. 2021 (LoRA), Eq. 3.
+    Parameters: rank * (width + out); with rows, rank * (width + out / chunks) for each chosen one;
+    without A's where it is frozen. Source: Hu et al. 2021 (LoRA), Eq. 3.
 
     >>> lora(rank=4, rows="q _k v")
     lora(rank=4, rows="q _k v")
     """
     positive("lora", rank=rank)
     chosen = chosen_rows(rows, site.out, "lora")
-    scale = scale_of("lora", alpha, rank)
-    return LoRA(site.width, site.out, rank, rows=chosen, scale=scale, dropout=dropout)
+    scale = scale_of("lora", alpha, rank, root)
+    return LoRA(
+        site.width, site.out, rank,
+        rows=chosen, scale=scale, dropout=dropout, frozen_A=frozen_A,
+    )  # fmt: skip
 
 
 @part

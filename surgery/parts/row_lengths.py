@@ -1,4 +1,5 @@
-"""How long the rows of a changed weight are: DoRA's magnitude; and vectors that re-scale (IA3)."""
+"""How long the rows of a changed weight are: DoRA's magnitude; and vectors that re-scale (IA3) or
+shift (BEFT) features."""
 
 from __future__ import annotations
 
@@ -69,6 +70,21 @@ class Rescale(nn.Module):
         return x * self.affine()[0]
 
 
+class Shift(nn.Module):
+    """x + b, b of zero at the start; of the chosen rows alone."""
+
+    def __init__(self, width: int, rows: list[slice] | None = None) -> None:
+        super().__init__()
+        self.width, self.rows = width, rows or [slice(0, width)]
+        self.bias = nn.Parameter(torch.zeros(len(self.rows), row_size(self.rows)))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.bias.new_ones(self.width), placed([*self.bias], self.rows, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.affine()[1]
+
+
 @part
 @usually("append")
 def magnitude(site: Site, update: Maker) -> nn.Module:
@@ -106,3 +122,19 @@ def rescale(site: Site, rows: str | None = None) -> nn.Module:
     rescale(rows="_q k v")
     """
     return Rescale(site.width, chosen_rows(rows, site.width, "rescale"))
+
+
+@part
+@usually("append")
+def shift(site: Site, rows: str | None = None) -> nn.Module:
+    """A bias that is added to features, of zeros at the start.
+
+    rows  as of `lora`: "_q _k v" for that of the values alone
+
+    Linear, and merges where the layer has a bias. Parameters: width, or that of the chosen rows.
+    Source: Huang et al. 2025 (BEFT).
+
+    >>> shift(rows="_q _k v")
+    shift(rows="_q _k v")
+    """
+    return Shift(site.width, chosen_rows(rows, site.width, "shift"))

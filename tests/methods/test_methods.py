@@ -26,7 +26,7 @@ SMALL = {
 AWAY = {  # from the base at the start, at random or as the paper writes
     "adapter_plus", "adapterx", "adapterx_serial", "arc", "bi_adaptformer", "bi_lora", "compacter",
     "compacter_pp", "dapt", "daptx", "hra", "idpt", "kasa", "loreft", "meft", "mona", "noah", "sct",
-    "ssf", "vpt_deep", "vpt_shallow",
+    "ssf", "vpt_deep", "vpt_shallow", "fourierft", "vblora", "unilora", "snell",
 }  # fmt: skip
 UNREAD = {"dapt", "daptx"}  # the last prompt, by a head that looks at the class token alone
 LATER = {"mhr_z", "scalearn"}  # learn once they are filled with what was trained before
@@ -91,7 +91,7 @@ def test_every_set_starts_as_it_says_and_reverts(name, build):
 
 APART = {  # dropout on features, which no weight of nn.MultiheadAttention meets; or it is no linear
     "fact_tt", "fact_tk", "bi_lora", "kadaptation", "noah", "llama_adapter",
-    "toplora", "molora", "hydralora", "lily",
+    "toplora", "molora", "hydralora", "lily", "mlae",
 }  # fmt: skip
 REFUSED = {
     *((name, torchvision_vit) for name in APART),
@@ -139,6 +139,9 @@ MERGE = {
     "repadapter_att", "vida", "sparse", "bitfit", "linear_probe", "full", "dora", "pissa", "olora",
     "hira", "rlrr", "loha", "lokr", "miss", "oft", "hra", "ia3", "ln_tuning",
     "mica", "delora", "tinylora", "kasa", "glora", "deft", "peanut",
+    "rslora", "lora_fa",
+    "hydra", "beft", "fourierft", "waveft", "c3a", "randlora", "vblora", "unilora", "gralora",
+    "mlae", "adalora", "snell", "boft", "goft", "psoft", "road",
 }  # fmt: skip
 
 

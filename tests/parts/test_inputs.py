@@ -31,7 +31,7 @@ ODD = {
     "bfloat16": torch.randn(2, 9, WIDTH).bfloat16(),
 }
 HELD = {"frozen", "phm_rule", "slow_factors", "tied", "tk_factors", "tt_factors", "coefficients"}
-HELD |= {"lily_ups", "tiny_vector"}
+HELD |= {"bank", "bases", "places", "pool", "lily_ups", "tiny_vector"}
 # they need a place, or another part
 OTHERS = {"arc", "gated_prompt", "kadaptation", "reversible", "prompt_generator", "magnitude"}
 OTHERS |= {"back", "climb", "ladder", "spectral_adapter", "spectral_basis", "track"}  # hear others
