@@ -6,6 +6,7 @@ RandLoRA (Albert et al. 2025), VB-LoRA (Li et al. 2024), Uni-LoRA (Li et al. 202
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class RandLoRA(LowRank):
 
     Where the output is the smaller side, A and the vectors stand there: the sum is turned.
     """
+
+    kinds: ClassVar = {"l": "vector", "g": "vector"}  # which do not decay
 
     def __init__(self, core: Bases, width: int, out: int, scale: float = 1.0) -> None:
         super().__init__([slice(0, out)], out)

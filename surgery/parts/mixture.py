@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import gcd
+from typing import ClassVar
 
 import torch
 from einops import repeat
@@ -41,7 +42,7 @@ class MixtureOfAdapters(nn.Module):
 
     starts_at_zero = True  # apply(..., example=x) holds it to that
     routes = True  # it returns gates, for balance_loss and routing
-    router: tuple[str, ...] = ("reduction", "embeddings")  # what decides, for surgery.groups
+    kinds: ClassVar = {"reduction": "router", "embeddings": "router"}  # for surgery.groups
     # what has a row for each expert
     by_expert: tuple[str, ...] = ("embeddings", "down", "down_bias", "up", "up_bias")
     note: str | None = None  # for the report

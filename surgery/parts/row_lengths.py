@@ -3,6 +3,8 @@ shift (BEFT) features."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,8 @@ class Rescale(nn.Module):
     >>> Rescale(8)(torch.ones(1, 8)).shape
     torch.Size([1, 8])
     """
+
+    kinds: ClassVar = {"v": "vector"}  # it starts at one, and is not to decay
 
     def __init__(self, width: int, rows: list[slice] | None = None) -> None:
         super().__init__()

@@ -160,8 +160,9 @@ def _is_in(path: str, holder: str) -> bool:
 
 def _kind(module: nn.Module, name: str, p: nn.Parameter) -> str:
     """What a tensor of a module is to an optimiser."""
-    if name in getattr(module, "router", ()):
-        return "router"
+    known = getattr(module, "kinds", {}).get(name, "")  # where a part says it itself
+    if known or name == "router":
+        return str(known or name)
     if "bias" in name:  # bias, down_bias (one for each expert), relative_position_bias_table
         return "bias"
     if is_norm(module) or name.startswith("norm_"):
