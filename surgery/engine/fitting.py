@@ -11,6 +11,16 @@ from .._text import first_few
 from ..errors import GraftError
 
 
+def check_one_shape(x: Tensor, base: Tensor, path: str) -> None:
+    """Raise GraftError where tensors are nested."""
+    if x.is_nested or base.is_nested:
+        raise GraftError(
+            f"the graft at {path or 'the model'}",
+            "it was given a nested tensor, and parts take tensors of one shape.",
+            "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
+        )
+
+
 def run(part: nn.Module, x: Tensor, heard: list[Tensor | None], width: int, path: str) -> Any:
     """The answer of a part. Raises GraftError where it may not take what it is given."""
     try:

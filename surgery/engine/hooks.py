@@ -20,7 +20,7 @@ from ..structure.stretches import Stretch
 from .caches import check_caches, given_beside
 from .ends import EndHook
 from .features import declared, first_tensor, input_of
-from .fitting import feature_axis, fitting, run
+from .fitting import check_one_shape, feature_axis, fitting, run
 from .heard import Heard
 from .journal import owner_of
 from .passes import Key, Pass
@@ -273,34 +273,33 @@ class HookedSite:
 
         came  what the site was given, by which it is known again when a checkpoint runs again
         """
-        if x.is_nested or base.is_nested:
-            raise GraftError(
-                f"the graft at {self.path or 'the model'}",
-                "it was given a nested tensor, and parts take tensors of one shape.",
-                "Give padded tensors (nn.TransformerEncoder(..., enable_nested_tensor=False)).",
-            )
+        check_one_shape(x, base, self.path)
         on_output = action.place == "after" or action.place in ASIDE
         taken = (self.axis_out, self.out) if on_output else (self.axis_in, self.width)
         given = (
             (self.axis_in, self.width) if action.place == "before" else (self.axis_out, self.out)
         )
         axis, axis_out = feature_axis(x, *taken), feature_axis(base, *given)
-        x = x if axis == -1 else x.movedim(axis, -1)
-        heard: list[Any] = self._hear(i, came)
-        if action.place in ASIDE:
-            x, heard = x.detach() if action.place == "aside" else x, heard or [None]
-        out = run(action.part, x, heard, taken[1], self.path)
-        if isinstance(out, routing.Routed):
-            out = self._routed(i, out, x)
-        for j, listener, k in self.listeners:
-            if i == j and isinstance(out, Tensor):
-                listener.tell(self.switch.passes, k, out)
+        out = self._answer(i, action, x if axis == -1 else x.movedim(axis, -1), came, taken[1])
         if action.place in ASIDE:
             return base
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = fitting(action.part, out, base, (self.entry, self.exit), self.path)
         return out if action.scale is None else torch.add(base, out, alpha=action.scale)
+
+    def _answer(self, i: int, action: Action, x: Tensor, came: Tensor, width: int) -> Any:
+        """What a part gives, told to those that hear it."""
+        heard: list[Any] = self._hear(i, came)
+        if action.place in ASIDE:
+            x, heard = x.detach() if action.place == "aside" else x, heard or [None]
+        out = run(action.part, x, heard, width, self.path)
+        if isinstance(out, routing.Routed):
+            out = self._routed(i, out, x)
+        for j, listener, k in self.listeners:
+            if i == j and isinstance(out, Tensor):
+                listener.tell(self.switch.passes, k, out)
+        return out
 
     def _routed(self, i: int, routed: routing.Routed, x: Tensor) -> Tensor:
         """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""

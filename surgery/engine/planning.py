@@ -114,14 +114,17 @@ class Plan:
         self.names = PartNames(self.tree)
         name_all(self.placements, self.names)
         self.unfrozen, self._left = unfrozen_by(self.matches, decided is None)
+        self._check_trains()
+        self._roles = roles_told(self.tree, self.rules)
+        self._sketches: BuiltParts | None = None
+
+    def _check_trains(self) -> None:
         if not (self.placements or self.unfrozen):
             raise RuleError(
                 self.rules[0].short,
                 "nothing would be left to train: what no rule unfreezes is frozen anyway.",
                 'Put at("", unfreeze) before rules that freeze.',
             )
-        self._roles = roles_told(self.tree, self.rules)
-        self._sketches: BuiltParts | None = None
 
     def _match(self, number: int, rule: Rule) -> dict[Site, dict[str, str]]:
         """The sites of a rule: as a forward decided for its file, or as they are found here."""

@@ -23,19 +23,12 @@ def check_weights(placements: Iterable[Placement], parts: Mapping[str, nn.Module
 
 
 def _check(p: Placement, site: ParameterSite, part: nn.Module) -> None:
-    weight = site.parameter
-    kind = own_form(weight) or ("" if weight.is_floating_point() else str(weight.dtype))
-    if kind:
-        fact = f"{site.path} is a {kind}, which holds no numbers to add to."
-        raise RuleError(p.rule.short, fact, "Operate before it is quantised or sharded.")
-    if site.rows is not None and site.rows.stop > len(weight):
-        fact = f"{site.path} ends beyond the {len(weight)} rows that there are."
-        raise RuleError(p.rule.short, fact, f"Give rows up to {len(weight)}.")
+    _check_numbers(p, site)
     if p.edit.place not in LINEAR:
         raise _refused(p, f"{p.edit.word} acts on features, and {site.path} is a weight")
     if p.edit.hears is not None:
         raise _refused(p, f"its part hears features, and {site.path} is a weight")
-    map = affine(part)
+    weight, map = site.parameter, affine(part)
     if map is None:
         raise _refused(p, f"{type(part).__name__} is not linear, so no weight is made by it")
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in part.modules()):
@@ -44,6 +37,18 @@ def _check(p: Placement, site: ParameterSite, part: nn.Module) -> None:
         raise _refused(p, f"{type(part).__name__} adds a bias, and {site.path} has none beside it")
     if weight.dim() == 1 and map.weight.dim() != 1:
         raise _refused(p, f"{type(part).__name__} is a matrix, and {site.path} is a vector")
+
+
+def _check_numbers(p: Placement, site: ParameterSite) -> None:
+    """Raise RuleError where there are no numbers to add to, or no such rows."""
+    weight = site.parameter
+    kind = own_form(weight) or ("" if weight.is_floating_point() else str(weight.dtype))
+    if kind:
+        fact = f"{site.path} is a {kind}, which holds no numbers to add to."
+        raise RuleError(p.rule.short, fact, "Operate before it is quantised or sharded.")
+    if site.rows is not None and site.rows.stop > len(weight):
+        fact = f"{site.path} ends beyond the {len(weight)} rows that there are."
+        raise RuleError(p.rule.short, fact, f"Give rows up to {len(weight)}.")
 
 
 def _refused(p: Placement, fact: str) -> RuleError:

@@ -373,16 +373,13 @@ def weights_are_theirs_outside(case: Case, draw: Draw) -> None:
         reads = [r for each in hooked for r in each.reads if r.reader is reader]
         reader.register_forward_pre_hook(partial(_note, reads, inside))
     case.outputs(model)
-    for each in hooked:
-        for read in each.reads:
-            own = read.holder._parameters[read.name]
-            holds(getattr(read.holder, read.name) is own, f"{each.path} is not itself afterwards")
-    last = {(id(r.holder), r.name): each for each in hooked for r in each.reads}
-    for (holder, name), now in inside.items():
-        each = last[holder, name]
+    for each, read in [(h, read) for h in hooked for read in h.reads]:
+        own = read.holder._parameters[read.name]
+        holds(getattr(read.holder, read.name) is own, f"{each.path} is not itself afterwards")
+        now = inside[id(read.holder), read.name]
+        holds(not torch.equal(now, each.parameter), f"{each.path} is read without its parts")
         made = [each.made(each._now(each.reads[0]))[each.reads[0].name] for _ in range(2)]
         equal([made[0]], [made[1]], f"{each.path}, made twice")
-        holds(not torch.equal(now, each.parameter), f"{each.path} is read without its parts")
         alone = sum(h.parameter is each.parameter for h in hooked) == 1
         holds(not alone or torch.equal(made[0], now), f"{each.path} is read otherwise than made")
     holds(ties(model) == shared, "parameters that are one are not one any more")

@@ -12,11 +12,11 @@ from torch import nn
 
 from .._table import Table
 from ..engine.apply import operated, parameters
-from ..engine.operation import operations
+from ..engine.operation import Operation, operations
 from ..errors import OperationError, RuleError
 from ..rules.roles import block, head
 from ..rules.selector import Selector
-from ..structure.layers import is_norm, is_token, named_modules
+from ..structure.layers import is_conv, is_norm, is_token, named_modules
 from ..structure.module_tree import Tree
 
 DECAYED = ("weight", "B")
@@ -123,18 +123,24 @@ def _tensors(model: nn.Module, by_depth: bool) -> Iterator[Tensor]:
     for path, module in named_modules(model):
         inside, depth = any(_is_in(path, each) for each in heads), _depth(path, blocks, order)
         for name, p in _own(module):
-            is_position = p.dim() == 3 and len(p) == 1  # (1, n, width), one for each place
+            is_position = p.dim() == 3 and len(p) == 1 and not is_conv(module)  # (1, n, width)
             yield Tensor(p, "tokens" if is_position else _kind(module, name, p), inside, depth)
     for operation in operations(model):
-        depths: dict[int, int] = {}
-        for hooked in operation.hooked_sites:
-            depth = _depth(re.sub(r"\.?\(.*", "", hooked.path), blocks, order)
-            for module in [m for action in hooked.actions for m in action.part.modules()]:
-                depths[id(module)] = max(depth, depths.get(id(module), 0))
+        depths = _depths(operation, blocks, order)
         for module in operation.modules():
             depth = depths.get(id(module), len(blocks))  # what parts share is at no place itself
             for name, p in _own(module):
                 yield Tensor(p, _kind(module, name, p), False, depth)
+
+
+def _depths(operation: Operation, blocks: list[str], order: dict[str, int]) -> dict[int, int]:
+    """By the id of a module of a part, the depth of the last place where it acts."""
+    depths: dict[int, int] = {}
+    for hooked in operation.hooked_sites:
+        depth = _depth(re.sub(r"\.?\(.*", "", hooked.path), blocks, order)
+        for module in [m for action in hooked.actions for m in action.part.modules()]:
+            depths[id(module)] = max(depth, depths.get(id(module), 0))
+    return depths
 
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
