@@ -47,6 +47,7 @@ from .rules.rule import Rule, at
 from .rules.selector import where
 from .rules.weights import weight
 from .state.checkpoint import load, load_state_dict, save, state_dict
+from .state.lora_conversion import as_lora
 from .structure.module_tree import Site
 from .training.parameter_groups import groups
 
@@ -55,11 +56,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
     "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError", "adapter", "anatomy",
-    "append", "apply", "at", "attn", "balance_loss", "block", "disabled", "draw_loads", "embed",
-    "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused", "groups", "head", "holding",
-    "insert", "inside", "key", "load", "load_state_dict", "lora", "merge", "methods", "moa",
-    "nearest", "norm", "ops", "parallel", "parameters", "part", "parts", "penalty", "plan",
-    "prepend", "proj", "prompt", "prompt_generator", "qkv", "query", "replace", "report",
-    "revert", "routing", "rulesets", "save", "scale_shift", "shared", "side", "span",
-    "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight", "where",
+    "append", "apply", "as_lora", "at", "attn", "balance_loss", "block", "disabled",
+    "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused", "groups",
+    "head", "holding", "insert", "inside", "key", "load", "load_state_dict", "lora", "merge",
+    "methods", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part", "parts",
+    "penalty", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv", "query",
+    "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared",
+    "side", "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight",
+    "where",
 ]  # fmt: skip
