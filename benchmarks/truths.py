@@ -86,9 +86,9 @@ def _sites(model: nn.Module, address: str) -> Iterator[frozenset[int]]:
 
 
 def found(model: nn.Module, example: Any) -> dict[str, set[frozenset[int]]]:
-    """The sites of every role, each as its projections; without weights that nobody calls.
+    """The sites of every role, each as its projections; without those of torch's own attention.
 
-    (Those of nn.MultiheadAttention, which are right wherever it stands.)
+    (The weights of nn.MultiheadAttention are right wherever it stands.)
     """
     from surgery.structure.anatomy import roles_of
     from surgery.structure.dataflow import attach_dataflow
@@ -97,12 +97,20 @@ def found(model: nn.Module, example: Any) -> dict[str, set[frozenset[int]]]:
     tree = Tree(model)
     attach_dataflow(tree, example)
     roles = roles_of(tree)
-    called = {role: [s for s in roles[role] if not hasattr(s, "reader")] for role in ROLES}
+    called = {role: [s for s in roles[role] if not is_of_torch(s)] for role in ROLES}
     held = {role: {projections_of(model, s) for s in sites} for role, sites in called.items()}
     return {role: sites - {frozenset()} for role, sites in held.items()}
 
 
+def is_of_torch(site: Any) -> bool:
+    """Whether it is a weight of torch's own attention."""
+    return hasattr(site, "reader") and isinstance(site.reader.module, nn.MultiheadAttention)
+
+
 def projections_of(model: nn.Module, site: Any) -> frozenset[int]:
+    if hasattr(site, "reader"):  # the weight of a layer that is not called
+        path = site.path.rpartition(".")[0]
+        return projections(model, path, path)
     return projections(model, site.entry.path, site.exit.path)
 
 

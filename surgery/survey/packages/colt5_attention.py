@@ -27,7 +27,7 @@ def blocks() -> Built:
     proj: *.conditional_attn.{light_attn,heavy_attn}.to_out
     head: -
     prompts: some; windows and the number of routed tokens would count them
-    refuses: without calling; of to_kv the model reads the weight
+    refuses: none beside it; of to_kv the model reads the weight, without a bias to shift
     """
     model = nn.Sequential(*(_block() for _ in range(2)))
     return model, torch.randn(2, 16, 32)

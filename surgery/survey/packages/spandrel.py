@@ -61,7 +61,7 @@ def dat() -> Built:
     from spandrel.architectures.DAT import DAT
 
     model = DAT(
-        img_size=16, embed_dim=24, split_size=[4, 4], depth=[2, 2], num_heads=[2, 2],
+        img_size=16, embed_dim=64, split_size=[4, 4], depth=[2, 2], num_heads=[2, 2],
         expansion_factor=2.0,
     )  # fmt: skip
     return model, _picture()
@@ -116,7 +116,7 @@ def craft() -> Built:
     from spandrel.architectures.CRAFT import CRAFT
 
     model = CRAFT(
-        embed_dim=24, depths=[2, 2], num_heads=[4, 4], window_size=4, split_size_0=2,
+        embed_dim=64, depths=[2, 2], num_heads=[4, 4], window_size=4, split_size_0=2,
         split_size_1=4,
         upscale=2,
     )  # fmt: skip
@@ -205,7 +205,7 @@ def swin2sr() -> Built:
     proj: layers.*.residual_group.blocks.*.attn.proj
     head: any
     prompts: no; windows of maps
-    refuses: without calling; of qkv the model reads the weight
+    refuses: none beside it; of qkv the model reads the weight, without a bias to shift
     """
     from spandrel.architectures.Swin2SR import Swin2SR
 
