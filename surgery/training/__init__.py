@@ -1,6 +1,7 @@
 """What a training loop needs: parameter groups, sizes and ranks, sensitivities, starts."""
 
 from .adalora import Budget
+from .masks import chosen, magnitudes
 from .noah import Scored, Space, Subnet, carry, choose, cost, evolve, sample, subnet_rules
 from .parameter_groups import Groups, groups
 from .spt import Allotment, allot, fill, measure, spt_adapter, spt_lora, spt_rules
@@ -8,6 +9,7 @@ from .starts import aim_at_salient, corda, eva, loftq, lora_ga
 
 __all__ = [
     "Allotment", "Budget", "Groups", "Scored", "Space", "Subnet", "aim_at_salient", "allot",
-    "carry", "choose", "corda", "cost", "eva", "evolve", "fill", "groups", "loftq", "lora_ga",
-    "measure", "sample", "spt_adapter", "spt_lora", "spt_rules", "subnet_rules",
+    "carry", "choose", "chosen", "corda", "cost", "eva", "evolve", "fill", "groups", "loftq",
+    "lora_ga", "magnitudes", "measure", "sample", "spt_adapter", "spt_lora", "spt_rules",
+    "subnet_rules",
 ]  # fmt: skip
