@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import at, lora, unfreeze
+from surgery.spec.case import stir
 
 RULES = [at("layers.*.linear1", lora(rank=2)), at("layers.*.norm2", unfreeze)]
 X = torch.linspace(-1, 1, 160).view(2, 5, 16)
@@ -74,6 +75,33 @@ def calls(folder: str) -> dict[str, Callable[[nn.Module], Any]]:
     }
 
 
+def ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def at_weights(wrap: Callable[[nn.Module], nn.Module]) -> list[float]:
+    """How far answers and gradients of parts at weights are from those of one process."""
+
+    def operated() -> nn.Module:
+        model = surgery.apply(build(), "lora")
+        stir(model, 1)
+        return model
+
+    alone, wrapped = operated(), wrap(operated())
+    off = [(alone(X) - wrapped(X)).abs().max().item()]
+    alone(X).square().sum().backward()
+    wrapped(X).square().sum().backward()
+    for (name, own), (_, theirs) in zip(
+        alone.named_parameters(), wrapped.named_parameters(), strict=True
+    ):
+        if own.grad is not None:
+            assert theirs.grad is not None, name
+            grad: Any = theirs.grad
+            whole = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            off.append(((whole - own.grad).abs().max() / own.grad.abs().max()).item())
+    return off
+
+
 def outcomes(kind: str, folder: str) -> dict[str, Any]:
     """What came of every call, as text; and answers after the remedy."""
     model = trained()
@@ -111,7 +139,9 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    torch.save({kind: outcomes(kind, folder) for kind in SHARDED}, f"{folder}/rank-{rank}.pt")
+    done: dict[str, Any] = {kind: outcomes(kind, folder) for kind in SHARDED}
+    done["at weights"] = {wrap.__name__: at_weights(wrap) for wrap in (ddp, fsdp2)}
+    torch.save(done, f"{folder}/rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -137,6 +167,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for process in started:
             process.kill()
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_weights_that_nobody_calls_are_changed_in_shards_too(
+    ranks: list[dict[str, Any]], kind: str
+) -> None:
+    for rank in ranks:
+        off = rank["at weights"][kind]
+        assert len(off) == 5
+        assert max(off) < 1e-5
 
 
 @pytest.mark.processes
