@@ -32,25 +32,26 @@ from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
 from .side_networks import back, climb, ladder, track
 from .skills import skill_lora
-from .sparse_updates import sparse
+from .sparse_updates import rows, sparse
 from .spectral import c3a, fourierft, places, waveft
 from .visual_adapters import adapter_plus, mona, salient
 
 __all__ = [
-    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters", "MixtureOfDynamicAdapters",
-    "Prompt", "PromptGenerator", "QuickGELU", "adalora", "adapter", "adapter_plus", "arc", "back",
-    "bank", "bases", "binary_adapter", "binary_lora", "boft", "c3a", "climb", "coefficients",
-    "combined", "compacter", "convpass", "deft", "delora", "domains", "dylora", "dynamic_adapter",
-    "dynamic_moa", "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt",
-    "fourierft", "frozen", "gated_prompt", "glora", "goft", "gralora", "hira", "hra",
-    "instance_prompt", "kadaptation", "kasa", "krona", "ladder", "lily", "lily_ups", "loha",
-    "lokr", "lora", "loreft", "magnitude", "mica", "miss", "mlae", "moa", "molora", "mona", "oft",
-    "olora", "peanut", "phm_rule", "pissa", "places", "pool", "projection", "prolora", "prompt",
-    "prompt_generator", "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr", "road",
-    "salient", "scale_shift", "scaled", "shift", "skill_lora", "slow_factors", "small_adapter",
-    "snell", "sparse", "sparse_experts", "spectral_adapter", "spectral_basis", "tied", "tied_lora",
-    "tiny_vector", "tinylora", "tk_factors", "toplora", "track", "tt_factors", "unilora", "vblora",
-    "vera", "vida", "waveft",
+    "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters",
+    "MixtureOfDynamicAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adalora", "adapter",
+    "adapter_plus", "arc", "back", "bank", "bases", "binary_adapter", "binary_lora", "boft",
+    "c3a", "climb", "coefficients", "combined", "compacter", "convpass", "deft", "delora",
+    "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
+    "elastic_prompt", "fact_tk", "fact_tt", "fourierft", "frozen", "gated_prompt", "glora",
+    "goft", "gralora", "hira", "hra", "instance_prompt", "kadaptation", "kasa", "krona",
+    "ladder", "lily", "lily_ups", "loha", "lokr", "lora", "loreft", "magnitude", "mica", "miss",
+    "mlae", "moa", "molora", "mona", "oft", "olora", "peanut", "phm_rule", "pissa", "places",
+    "pool", "projection", "prolora", "prompt", "prompt_generator", "psoft", "randlora",
+    "repadapter", "rescale", "reversible", "rlrr", "rows", "road", "salient", "scale_shift",
+    "scaled", "shift", "skill_lora", "slow_factors", "small_adapter", "snell", "sparse",
+    "sparse_experts", "spectral_adapter", "spectral_basis", "tied", "tied_lora", "tiny_vector",
+    "tinylora", "tk_factors", "toplora", "track", "tt_factors", "unilora", "vblora", "vera",
+    "vida", "waveft",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

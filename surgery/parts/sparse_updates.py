@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import RuleError
+from ..errors import RuleError, is_integer
 from ..rules.part import part, usually
 from ..structure.module_tree import Site
 from .arguments import positive
@@ -94,3 +94,54 @@ def sparse(site: Site, entries: int | None = None, share: float = 0.01) -> nn.Mo
             "Give that many at most.",
         )
     return Sparse(site.width, site.out, count)
+
+
+class Rows(nn.Module):
+    """D (out, width), which is `values` (n, width) at n rows, and 0 elsewhere.
+
+    >>> Rows([1, 4], 8, 6)(torch.randn(3, 8)).shape
+    torch.Size([3, 6])
+    """
+
+    starts_at_zero = True
+    index: Tensor
+
+    def __init__(self, ids: list[int], width: int, out: int) -> None:
+        super().__init__()
+        self.out = out
+        self.values = nn.Parameter(torch.zeros(len(ids), width))
+        self.register_buffer("index", torch.tensor(ids))
+
+    def weight(self) -> Tensor:
+        """D (out, width)."""
+        empty = self.values.new_zeros(self.out, self.values.shape[1])
+        return empty.index_copy(0, self.index, self.values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight())
+
+    def affine(self) -> tuple[Tensor, None]:
+        return self.weight(), None
+
+
+@part
+@usually("parallel")
+def rows(site: Site, ids: list[int]) -> nn.Module:
+    """Trains some rows of a weight as a sum beside it: at(weight("**.wte.weight"), rows(ids)).
+
+    ids  which, each once: the tokens of a table of words, those that a resized one has got
+
+    Starts by adding nothing. Parameters: len(ids) * width. Raises RuleError where there is no such
+    row. Source: trainable tokens of PEFT (2025).
+
+    >>> rows(ids=[0, 7])
+    rows(ids=[0, 7])
+    """
+    whole = bool(ids) and all(is_integer(i, least=0) and i < site.out for i in ids)
+    if not whole or len(set(ids)) < len(ids):
+        raise RuleError(
+            f"rows(ids={list(ids)!r})",
+            f"the weight at {site!r} has rows 0 to {site.out - 1}, and each is trained once.",
+            "Give the numbers of tokens that the table has.",
+        )
+    return Rows([*ids], site.width, site.out)
