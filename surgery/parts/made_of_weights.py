@@ -169,27 +169,30 @@ class GLoRA(Delta):
 class DEFT(LowRank):
     """(I - Q N^T) W + Q R - W = Q (R - N^T W): a subspace of W's outputs is exchanged.
 
-    Q = N is the orthonormal basis of P (out, rank), or Q = P and N = relu(P). R starts at N^T W.
+    Q = N is the orthonormal basis of P (out, rank), or Q = P and N = relu(P). R is dR and what it
+    starts at, N^T W with the P at the start, whatever W is: another base may be loaded.
     """
 
-    def __init__(self, weight: BaseWeight, rank: int, orthogonal: bool = False) -> None:
-        W = numbers(weight)
-        super().__init__([slice(0, len(W))], len(W))
-        self.weight, self.orthogonal = weight, orthogonal
-        self.P = nn.Parameter(torch.empty(len(W), rank).normal_(std=0.02).to(W))
-        with torch.no_grad():
-            self.R = nn.Parameter(self._bases()[1].t() @ W)
+    P0: Tensor
 
-    def _bases(self) -> tuple[Tensor, Tensor]:
+    def __init__(self, weight: BaseWeight, rank: int, orthogonal: bool = False) -> None:
+        out, width = weight().shape
+        super().__init__([slice(0, out)], out)
+        self.weight, self.orthogonal = weight, orthogonal
+        self.P = nn.Parameter(torch.empty(out, rank).normal_(std=0.02))
+        self.dR = nn.Parameter(torch.zeros(rank, width))
+        self.register_buffer("P0", self.P.detach().clone())
+
+    def _bases(self, P: Tensor) -> tuple[Tensor, Tensor]:
         """Q and N (out, rank)."""
         if self.orthogonal:
-            Q = torch.linalg.qr(wide(self.P))[0].to(self.P)
+            Q = torch.linalg.qr(wide(P))[0].to(P)
             return Q, Q
-        return self.P, self.P.relu()
+        return P, P.relu()
 
     def maps(self) -> tuple[Tensor, Tensor]:
-        Q, N = self._bases()
-        return self.R - N.t() @ self.weight(self.P), Q
+        (Q, N), (_, N0) = self._bases(self.P), self._bases(self.P0)
+        return self.dR - (N - N0).t() @ self.weight(self.P), Q
 
 
 class PEANuT(LowRank):

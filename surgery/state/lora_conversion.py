@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._table import Table
 from ..engine.apply import apply, operated, revert
-from ..engine.conditions import DISABLED, MAKING, WRITING, check_state
+from ..engine.conditions import APPLYING, DISABLED, MAKING, WRITING, check_state
 from ..engine.folding import folded, written
 from ..engine.hooked_weights import HookedWeight
 from ..engine.hooks import HookedSite
@@ -61,7 +61,7 @@ def as_lora(
     """
     _check(rank, share)
     (operation, *others) = operated(model, "as_lora(model, ...)", merged=False)
-    check_state(model, "as_lora(model, ...)", WRITING, MAKING, DISABLED)
+    check_state(model, "as_lora(model, ...)", APPLYING, WRITING, MAKING, DISABLED)
     if others:
         raise OperationError(
             "as_lora(model, ...)",

@@ -71,11 +71,14 @@ BARE: dict[str, Call] = {
 }
 OPERATED: dict[str, Call] = {
     "apply, a second time": lambda m, f: surgery.apply(m, RULES, name="second"),
+    "as_lora": lambda m, f: surgery.as_lora(m, rank=1),
     "balance_loss": lambda m, f: surgery.balance_loss(m),
     "disabled": _disabled,
+    "groups": lambda m, f: surgery.groups(m, lr=1e-3),
     "load_state_dict": lambda m, f: surgery.load_state_dict(m, STATE),
     "merge": lambda m, f: surgery.merge(m),
     "parameters": lambda m, f: surgery.parameters(m),
+    "penalty": lambda m, f: surgery.penalty(m),
     "report": lambda m, f: str(surgery.report(m)),
     "revert": lambda m, f: surgery.revert(m),
     "routing": lambda m, f: surgery.routing(m),
@@ -177,9 +180,9 @@ def _in_inference(model: nn.Module) -> nn.Module:
 
 CPU = torch.device("cpu")
 PURE = {"anatomy", "fingerprint", "plan"}
-RUNNING = {"balance_loss", "parameters", "report", "routing"}  # of one that goes on training
+RUNNING = {"balance_loss", "groups", "parameters", "penalty", "report", "routing"}  # it goes on
 ALL = {*BARE, *OPERATED, *MERGED}
-NEW = {"apply", "apply, a second time", "Plan.apply", "load"}
+NEW = {"apply", "apply, a second time", "Plan.apply", "load", "as_lora"}
 
 
 class State(NamedTuple):
@@ -205,7 +208,10 @@ STATES = {
     "on meta": State(
         lambda m: m.to("meta"),
         "meta",
-        PURE | RUNNING | NEW - {"load"} | {"disabled", "revert", "state_dict", "unmerge"},
+        PURE
+        | RUNNING
+        | NEW - {"load", "as_lora"}
+        | {"disabled", "revert", "state_dict", "unmerge"},
     ),
     "made in inference mode": State(
         _in_inference, "inference", PURE | RUNNING | {"save", "state_dict"}

@@ -64,15 +64,17 @@ def of_glora(p: Any, f: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def of_deft(p: Any, f: nn.Linear) -> tuple[Tensor, Tensor]:
+    R = p.dR + p.P0.clamp(min=0).t() @ f.weight
     eye = torch.eye(len(f.weight), dtype=f.weight.dtype)
-    return (eye - p.P @ p.P.clamp(min=0).t()) @ f.weight + p.P @ p.R, f.bias
+    return (eye - p.P @ p.P.clamp(min=0).t()) @ f.weight + p.P @ R, f.bias
 
 
 def of_orthogonal_deft(p: Any, f: nn.Linear) -> tuple[Tensor, Tensor]:
     Q = torch.linalg.qr(p.P)[0]
+    R = p.dR + torch.linalg.qr(p.P0)[0].t() @ f.weight
     eye = torch.eye(len(f.weight), dtype=f.weight.dtype)
     close(Q.t() @ Q, torch.eye(3, dtype=Q.dtype))
-    return (eye - Q @ Q.t()) @ f.weight + Q @ p.R, f.bias
+    return (eye - Q @ Q.t()) @ f.weight + Q @ R, f.bias
 
 
 def of_peanut(p: Any, f: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -234,7 +236,10 @@ def glora_of(theirs: Any, f: nn.Linear) -> Any:
 
 def deft_of(theirs: Any, f: nn.Linear) -> Any:
     part = family.DEFT(reads(f), 3, theirs.deft_decomposition["default"] == "qr")
-    return taken(part, P=theirs.deft_P["default"], R=theirs.deft_R["default"])
+    P = theirs.deft_P["default"]
+    part = taken(part.double(), P=P, P0=P)
+    begun = part._bases(part.P0)[1].t() @ f.weight
+    return taken(part, dR=theirs.deft_R["default"] - begun)
 
 
 def peanut_of(theirs: Any, f: nn.Linear) -> Any:

@@ -33,7 +33,15 @@ ODD = {
 HELD = {"frozen", "phm_rule", "slow_factors", "tied", "tk_factors", "tt_factors", "coefficients"}
 HELD |= {"bank", "bases", "places", "pool", "lily_ups", "tiny_vector"}
 # they need a place, or another part
-OTHERS = {"arc", "gated_prompt", "kadaptation", "reversible", "prompt_generator", "magnitude", "rows"}
+OTHERS = {
+    "arc",
+    "gated_prompt",
+    "kadaptation",
+    "reversible",
+    "prompt_generator",
+    "magnitude",
+    "rows",
+}
 OTHERS |= {"back", "climb", "ladder", "spectral_adapter", "spectral_basis", "track"}  # hear others
 
 

@@ -548,17 +548,23 @@ def test_no_word_of_rules_acts_on_anything() -> None:
     harmless |= {"inside", "holding", "nearest", "span", "at", "adapter", "moa", "QuickGELU"}
     harmless |= {"&", "|", "~", "[]", "insert", "token", "until", "fused", "fc1", "fc2"}
     harmless |= {  # each makes a module, and does nothing else
-        "arc", "binary_adapter", "binary_lora", "coefficients", "combined", "compacter",
-        "convpass", "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter",
-        "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "frozen", "gated_prompt",
-        "instance_prompt", "kadaptation", "krona", "lora",
-        "phm_rule", "projection", "prolora", "prompt", "prompt_generator", "repadapter",
-        "reversible", "scale_shift", "scaled", "skill_lora", "slow_factors", "small_adapter",
-        "sparse", "sparse_experts", "tied", "tied_lora", "tk_factors", "tt_factors", "vera",
-        "vida",
+        "adalora", "adapter_plus", "arc", "back", "bank", "bases", "binary_adapter",
+        "binary_lora", "boft", "c3a", "climb", "coefficients", "combined", "compacter",
+        "convpass", "deft", "delora", "domains", "dylora", "dynamic_adapter", "dynamic_moa",
+        "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "fourierft",
+        "frozen", "gated_prompt", "glora", "goft", "gralora", "hira", "hra", "instance_prompt",
+        "kadaptation", "kasa", "krona", "ladder", "lily", "lily_ups", "loha", "lokr", "lora",
+        "loreft", "magnitude", "mica", "miss", "mlae", "molora", "mona", "oft", "olora",
+        "peanut", "phm_rule", "pissa", "places", "pool", "projection", "prolora", "prompt",
+        "prompt_generator", "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr",
+        "road", "rows", "salient", "scale_shift", "scaled", "shift", "skill_lora",
+        "slow_factors", "small_adapter", "snell", "sparse", "sparse_experts",
+        "spectral_adapter", "spectral_basis", "tied", "tied_lora", "tiny_vector", "tinylora",
+        "tk_factors", "toplora", "track", "tt_factors", "unilora", "vblora", "vera", "vida",
+        "waveft",
     }  # fmt: skip
     harmless |= {"embed", "block", "norm", "attn", "qkv", "proj", "ffn", "head"}
-    harmless |= {"query", "key", "value", "weight"}
+    harmless |= {"query", "key", "value", "weight", "side"}
     assert set(vocabulary()) == harmless, "a new word: may a file call it? then add it here"
 
 
