@@ -49,8 +49,15 @@ TESTS = {  # of each file in surgery/, the tests that hold it
         "tests/laws/test_laws.py",
         *SPEC,
     ],
+    "engine/heard": ["tests/engine/test_side.py", "tests/engine/test_hearing.py"],
+    "engine/losses": [*ROUTING, *SPEC],
+    "engine/hooked_weights": [
+        "tests/engine/test_hooked_weights.py",
+        "tests/engine/test_uncalled_weights.py",
+    ],
     "engine/registration": [
         "tests/engine/test_hooks.py",
+        "tests/engine/test_streams.py",
         "tests/engine/test_tokens.py",
         "tests/engine/test_uncalled_blocks.py",
         "tests/laws/test_laws.py",
