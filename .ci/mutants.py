@@ -49,7 +49,11 @@ TESTS = {  # of each file in surgery/, the tests that hold it
         "tests/laws/test_laws.py",
         *SPEC,
     ],
-    "engine/heard": ["tests/engine/test_side.py", "tests/engine/test_hearing.py"],
+    "engine/heard": [
+        "tests/engine/test_side.py",
+        "tests/engine/test_hearing.py",
+        "tests/engine/test_uncalled_blocks.py",
+    ],
     "engine/losses": [*ROUTING, *SPEC],
     "engine/hooked_weights": [
         "tests/engine/test_hooked_weights.py",

@@ -169,6 +169,19 @@ def test_what_is_aside_of_one_place_is_heard_by_the_next_rule_there() -> None:
     torch.testing.assert_close(model(X), want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_heard_of_one_place_compiles_whole(whole: bool) -> None:
+    model = stack([at("blocks.*", side(rung(WIDTH)), append(summed(), hears="blocks.*"))])
+    want = model(X)
+    torch._dynamo.reset()
+    if not whole:
+        for each in model.blocks[1:]:
+            each.compile(backend="aot_eager")
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if whole else model
+    torch.testing.assert_close(compiled(X), want)
+    torch._dynamo.reset()
+
+
 def test_copies_and_pickles_go_on_with_their_own() -> None:
     model = stack()
     want = model(X)
