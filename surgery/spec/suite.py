@@ -17,7 +17,7 @@ from .._preserve import preserved
 from .._table import Table
 from ..errors import RuleError, nearest_names
 from ..rules.rule import Rules
-from . import function, lifecycle, matching, parameters, routing
+from . import function, lifecycle, matching, parameters, routing, weights
 from .case import Case, Property
 from .laws import Absent, Broken, Draw, applies, law
 
@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[Property, ...]] = {
     "matching": matching.LAWS,
     "function": function.LAWS,
     "parameters": parameters.LAWS,
+    "weights": weights.LAWS,
     "routing": routing.LAWS,
     "life": lifecycle.LAWS,
 }
