@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,14 +113,10 @@ def _buffers(model: nn.Module) -> Callable[[], None]:
 
 
 def _attributes(model: nn.Module) -> Callable[[], None]:
-    """Those of modules of the base, and what lies in lists, dicts and sets that are attributes."""
+    """Those of modules of the base, and what lies in containers and tensors that are attributes."""
     was = [(module, _plain(module)) for module in _base(model)]
-    inside = [
-        (value, value.copy())
-        for _, plain in was
-        for value in plain.values()
-        if type(value) in (list, dict, set)
-    ]
+    known = {id(t) for table in (model.parameters(), model.buffers()) for t in table}
+    inside = [way for _, plain in was for value in plain.values() for way in _inside(value, known)]
 
     def give_back() -> None:
         for module, plain in was:
@@ -126,14 +124,42 @@ def _attributes(model: nn.Module) -> Callable[[], None]:
             for name in _plain(module).keys() - plain.keys():
                 del own[name]
             own.update(plain)
-        for value, before in inside:
-            if type(value) is list:
-                value[:] = before
-            else:
-                value.clear()
-                value.update(before)
+        for way in inside:
+            way()
 
     return give_back
+
+
+def _inside(value: Any, known: set[int]) -> Iterator[Callable[[], None]]:
+    """What gives back the content of a container, of those in it, and of a tensor; each once."""
+    if id(value) in known or not isinstance(value, (*_CONTAINERS, Tensor)):
+        return
+    known.add(id(value))
+    if isinstance(value, Tensor):
+        if value.is_leaf and not (value.is_meta or value.is_inference() or value.requires_grad):
+            yield partial(_copy_back, value, value.clone())
+        return
+    before = value.copy()
+    yield partial(_refill, value, before)
+    for each in before.values() if isinstance(before, dict) else before:
+        yield from _inside(each, known)
+
+
+_CONTAINERS = (list, dict, set, deque)
+
+
+def _copy_back(tensor: Tensor, before: Tensor) -> None:
+    with torch.no_grad():
+        if not same(tensor, before):
+            tensor.copy_(before)
+
+
+def _refill(value: Any, before: Any) -> None:
+    value.clear()
+    if isinstance(value, (list, deque)):
+        value.extend(before)
+    else:
+        value.update(before)
 
 
 def _base(model: nn.Module) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ class Filling(nn.Module):
         super().__init__()
         self.register_buffer("table", torch.zeros(64, width), persistent=False)
         self.filled, self.seen, self.by_length = 0, [], {}
+        self.cache = {"k": [deque(maxlen=3)]}
+        self.total = torch.zeros(())
         self.last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,6 +31,8 @@ class Filling(nn.Module):
             self.table[:n] = torch.arange(1.0, n + 1)[:, None].sin()
             self.filled = n
         self.seen.append(n)
+        self.cache["k"][0].append(n)
+        self.total += n
         self.by_length[n] = self.table[:n]
         self.last = x
         return x + self.table[:n]
@@ -68,6 +73,8 @@ def test_a_model_that_fills_a_table_answers_as_before(rules: Any) -> None:
     assert surgery.fingerprint(planned) == before
     assert (planned.positions.seen, planned.positions.by_length) == ([], {})
     assert planned.positions.last is None
+    assert planned.positions.total == 0
+    assert not planned.positions.cache["k"][0]
     torch.testing.assert_close(planned(X), want, rtol=0, atol=0)
     operated = surgery.apply(model(), rules, example=X)
     assert operated.positions.filled == 0

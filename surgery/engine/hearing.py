@@ -13,7 +13,7 @@ from ..errors import RuleError
 from ..rules.edits import Side
 from ..rules.selector import Selector
 from ..structure.dataflow import dataflow_of
-from ..structure.module_tree import Site, Tree
+from ..structure.module_tree import CONTAINERS, Site, Tree
 from ..structure.trace import Op, Trace, Value, upstream
 from .decided import Decided
 from .placement import Placement
@@ -29,7 +29,7 @@ def sources_of(
     runs aside hears what ran aside last, if anything.
     """
     asides = [p for p in placements if isinstance(p.edit, Side)]
-    implied = {p: _last(p, asides) for p in asides if not p.edit.hears}
+    implied = {p: _last(p, asides, tree) for p in asides if not p.edit.hears}
     edits = [(p, p.edit.hears) for p in placements]
     sources = {p: _sources(p, heard, placements, tree) for p, heard in edits if heard}
     sources |= {p: those for p, those in implied.items() if those}
@@ -48,7 +48,8 @@ def guessed(sources: Mapping[Placement, list[Placement]], tree: Tree) -> list[Pl
     """Those that could hear one of several places (two streams in a block), and no forward told."""
     if dataflow_of(tree):
         return []
-    return [p for p, those in sources.items() if len({other.place for other in those}) > 1]
+    told = {p: those for p, those in sources.items() if p.edit.hears}  # asides hear the last
+    return [p for p, those in told.items() if len({other.place for other in those}) > 1]
 
 
 def _sources(
@@ -74,13 +75,27 @@ def _sources(
     )
 
 
-def _last(p: Placement, asides: list[Placement]) -> list[Placement]:
-    """What ran aside before, the last first: in its tower, or where no tower is (an embedding)."""
+def _last(p: Placement, asides: list[Placement], tree: Tree) -> list[Placement]:
+    """What ran aside before, the last first: in its tower, or where no tower is (an embedding).
+
+    The tower is the outermost list around that holds another place as wide (blocks may lie in
+    modules of their own there); without one, the smallest module that does.
+    """
+    out = p.site.shape.out
+    alike = [o for o in asides if o.site.shape.out == out]
+    others = [o.place for o in alike if o.place != p.place]
+    around = [h for h in p.place.entry.above() if any(_holds(h, s) for s in others)]
+    lists = [h for h in around if isinstance(h.module, CONTAINERS)]
+    tower = lists[-1] if lists else next(iter(around), None)
     before = [o for o in asides if _runs_before(o, p)]
-    tower = _tower(p.place, [o.place for o in asides])
-    mine = [o for o in before if tower is None or _holds(tower, o.place)]
+    mine = [o for o in before if o in alike and (tower is None or _holds(tower, o.place))]
     those = mine or [o for o in before if not o.place.entry.is_element]
-    return sorted(those, key=lambda o: (o.place.exit.end, o.number), reverse=True)
+    return _coming(p, sorted(those, key=_when, reverse=True), tree)
+
+
+def _when(p: Placement) -> tuple[int, int]:
+    """Where it is over, and of one place which rule's comes first."""
+    return p.place.exit.end, p.number
 
 
 def _tower(place: Site, sources: list[Site]) -> Site | None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import GraftError
 from ..rules.affine import Affine, affine, joined
 from ..structure.weights import ParameterSite
 from .hooks import HookedSite
@@ -83,7 +84,7 @@ class HookedWeight(HookedSite):
             return
         if not torch.compiler.is_compiling():
             self.turn.take()
-        for read in self._read_by(module):
+        for read in self._read_by(module) or [self._no_replica(module)]:
             for name, value in self.made(self._now(read)).items():
                 read.holder.__dict__[name] = value
 
@@ -98,6 +99,15 @@ class HookedWeight(HookedSite):
 
     def _read_by(self, module: nn.Module) -> list[Read]:
         return [read for read in self.reads if read.reader is module]
+
+    def _no_replica(self, module: nn.Module) -> NoReturn:
+        """Raise GraftError for a module that has hooks of ours, and is none that they were for."""
+        raise GraftError(
+            f"the graft at {self.path}",
+            f"a replica of a {type(module).__name__} computes with it (nn.DataParallel), and parts "
+            "at a weight do not follow into those.",
+            "Use DistributedDataParallel, or merge(model) first.",
+        )
 
     def _now(self, read: Read) -> dict[str, Tensor]:
         """Weight and bias by name, as earlier operations make them, where these are on."""

@@ -20,6 +20,7 @@ from ..errors import GraftError, SurgeryError
 from .answers import apart, without_numbers
 from .count_proof import check_counting
 from .gradients import Reached, carrying, moved, overwritten, reached
+from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .operation import Operation
 from .reading import Reading, why_idle
@@ -74,6 +75,7 @@ def verify(
                 after, reading, spared = _proved(operation, run)
                 theirs = _without(spared, targets)
                 notes = _check_gradients(model, run, after, reading, theirs)
+            notes += _read_besides(operation, reading)
             operation.record["notes"] += [*_unreached(spared), *notes]
             with torch.no_grad():
                 _check_start(operation, run, answer)
@@ -125,6 +127,14 @@ def _answer(operation: Operation, run: Run) -> tuple[Any, Reading]:
         if told := ours(error, operation, run):
             raise told from error
         raise
+
+
+def _read_besides(operation: Operation, reading: Reading) -> list[str]:
+    """A note of layers that are called, and whose weight is read elsewhere too."""
+    called = [h for h in operation.hooked_sites if not isinstance(h, HookedWeight) and h.ran]
+    paths = first_few([h.path for h in called if reading.besides_its_own(h)])
+    told = f"the model also reads the weight of {paths} without a call: parts act on calls alone"
+    return [told] if paths else []
 
 
 def _unreached(spared: list[HookedSite]) -> list[str]:

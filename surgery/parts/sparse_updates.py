@@ -137,11 +137,16 @@ def rows(site: Site, ids: list[int]) -> nn.Module:
     >>> rows(ids=[0, 7])
     rows(ids=[0, 7])
     """
-    whole = bool(ids) and all(is_integer(i, least=0) and i < site.out for i in ids)
-    if not whole or len(set(ids)) < len(ids):
+    listed: object = ids
+    whole = isinstance(listed, (list, tuple)) and len(ids) > 0
+    if not whole or not all(is_integer(i, least=0) and i < site.out for i in ids) or _repeats(ids):
         raise RuleError(
-            f"rows(ids={list(ids)!r})",
+            f"rows(ids={ids!r})",
             f"the weight at {site!r} has rows 0 to {site.out - 1}, and each is trained once.",
-            "Give the numbers of tokens that the table has.",
+            "Give a list of the numbers of tokens that the table has.",
         )
     return Rows([*ids], site.width, site.out)
+
+
+def _repeats(ids: list[int]) -> bool:
+    return len(set(ids)) < len(ids)

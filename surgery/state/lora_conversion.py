@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._table import Table
+from .._text import first_few
 from ..engine.apply import apply, operated, revert
 from ..engine.conditions import APPLYING, DISABLED, MAKING, WRITING, check_state
 from ..engine.folding import folded, written
@@ -23,8 +25,8 @@ from ..parts.low_rank import lora
 from ..rules.edits import unfreeze
 from ..rules.rule import Rule, at
 from ..rules.weights import weight
-from ..structure.layers import CONVS, linear_shape
-from ..structure.weights import BIASES
+from ..structure.layers import CONVS, linear_shape, named_modules
+from ..structure.module_tree import ADDITIONS
 
 
 class Factors(NamedTuple):
@@ -68,15 +70,30 @@ def as_lora(
             f"there are {len(others) + 1} operations on this {type(model).__name__}.",
             "Revert the others first, or merge(model, keep=False) those that are to stay.",
         )
+    if example is None and (uncalled := [h.path for h in operation.hooked_sites if _is_read(h)]):
+        raise OperationError(
+            "as_lora(model, ...)",
+            f"a forward told that the model reads {first_few(uncalled)} without calling the layer.",
+            "Give as_lora(model, ..., example=inputs).",
+        )
     with torch.no_grad():
-        factors, values = _changes(model, operation, rank, share)
         at_weights = {h.path.partition("[")[0] for h in operation.hooked_sites if _is_weight(h)}
+        factors, values = _changes(model, operation, at_weights, rank, share)
         kernels = {path for path in factors if model.get_parameter(path).dim() > 2}
         rules = _rules(factors, values, at_weights | kernels)
         plan(model, rules, name=f"{operation.name} as LoRA")  # what cannot be, cannot be now
+        if example is not None:  # nor what a forward does not bear
+            apply(revert(copy.deepcopy(model)), rules, name=operation.name, example=example)
+        modes = [(module, module.training) for _, module in named_modules(model)]
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
         revert(model)
         apply(model, rules, name=operation.name, example=example)
         _fill(model, factors, values)
+        for module, training in modes:
+            module.training = training
+        for name, buffer in model.named_buffers():
+            if name in buffers and not name.startswith(ADDITIONS):
+                buffer.copy_(buffers[name])
     rows: list[tuple[object, ...]] = [
         (path, f"{len(f.B)} x {f.A.shape[1]}", len(f.A), float(f"{f.error:.3g}"))
         for path, f in factors.items()
@@ -85,8 +102,8 @@ def as_lora(
 
 
 def _check(rank: int | None, share: float | None) -> None:
-    fine = is_integer(rank, least=1) if share is None else rank is None and 0 < share <= 1
-    if not fine:
+    number = isinstance(share, (int, float)) and 0 < share <= 1
+    if not (is_integer(rank, least=1) if share is None else rank is None and number):
         raise RuleError(
             f"as_lora(rank={rank!r}, share={share!r})",
             "one of both says how much is kept.",
@@ -95,26 +112,32 @@ def _check(rank: int | None, share: float | None) -> None:
 
 
 def _changes(
-    model: nn.Module, operation: Operation, rank: int | None, share: float | None
+    model: nn.Module,
+    operation: Operation,
+    at_weights: set[str],
+    rank: int | None,
+    share: float | None,
 ) -> tuple[dict[str, Factors], dict[str, Tensor]]:
     """By path: the factors of each weight that changes, and the values of all else that does."""
-    names = first_paths(model)
+    names, seen = first_paths(model), set[int]()
     values = {p.path: p.tensor.detach().clone() for p in trained_of(model, operation)}
     factors: dict[str, Factors] = {}
     for module, name, new in written(folded(model, operation.hooked_sites, operation.read_besides)):
         old = tensor_of(module, name)
         path = f"{names[id(module)]}.{name}".strip(".")
-        if old is None or old.dim() < 2:
-            values[path] = new
+        if old is None or id(old) in seen or torch.equal(new, old):
+            continue  # one that modules share is changed in all of them
+        seen.add(id(old))
+        if old.dim() < 2:
+            values[path] = new.detach().clone()
         elif new.dim() == 3 and not isinstance(module, CONVS):
             raise OperationError(
                 "as_lora(model, ...)", f"{path} is a stack of experts.", "Leave it as it is."
             )
         else:
             change = wide(new) - wide(old)
-            turned = name not in BIASES or not _is_turned(module)
-            matrix = change.flatten(1) if turned else change.t()
-            factors[path] = _factors(matrix, rank, share)
+            turned = path not in at_weights and _is_turned(module)
+            factors[path] = _factors(change.t() if turned else change.flatten(1), rank, share)
     return factors, values
 
 
@@ -154,6 +177,15 @@ def _rules(
 
 def _is_weight(hooked: HookedSite) -> bool:
     return isinstance(hooked, HookedWeight)
+
+
+def _is_read(hooked: HookedSite) -> bool:
+    """Whether it is the weight of a layer that another module computes with."""
+    if not isinstance(hooked, HookedWeight):
+        return False
+    reader, holder, *_ = hooked.reads[0]
+    torchs = isinstance(reader, nn.MultiheadAttention)
+    return reader is not holder and linear_shape(holder) is not None and not torchs
 
 
 def _fill(model: nn.Module, factors: dict[str, Factors], values: dict[str, Tensor]) -> None:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._preserve import preserved
+
 WIDEST = 1 << 16  # features that a norm without vectors may have been made for
 MANY = 8  # numbers that a result holds: a sign, or a mask, holds fewer
 COLOURS = 3  # of an image, whose statistics the input is scaled by
@@ -117,7 +119,7 @@ def _normalises(module: nn.Module, sizes: tuple[int, ...]) -> bool | None:
     generator = torch.Generator().manual_seed(0)
     x, other = (2 * torch.randn(sizes, generator=generator, device="cpu") for _ in range(2))
     try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with preserved(module, kept=True), torch.device("cpu"), torch.no_grad():
             return _is_frozen(module, x) or any(
                 _forgets_scale(_twin(module, training), x, other) for training in (False, True)
             )
@@ -126,17 +128,13 @@ def _normalises(module: nn.Module, sizes: tuple[int, ...]) -> bool | None:
 
 
 def _twin(module: nn.Module, training: bool = False) -> nn.Module:
-    """A copy whose vectors hold ones, wherever those of the module lie and whatever they hold.
-
-    With lists of its own: what it writes into them it does not write into the module's.
-    """
+    """A copy whose vectors hold ones, wherever those of the module lie and whatever they hold."""
     twin = copy.copy(module)
-    own = {n: v.copy() for n, v in vars(module).items() if type(v) in (list, dict, set)}
     parameters = {
         n: p if p is None else nn.Parameter(_ones(p)) for n, p in module._parameters.items()
     }
     buffers = {n: b if b is None else _ones(b) for n, b in module._buffers.items()}
-    twin.__dict__.update(own, _parameters=parameters, _buffers=buffers, training=training)
+    twin.__dict__.update(_parameters=parameters, _buffers=buffers, training=training)
     return twin
 
 

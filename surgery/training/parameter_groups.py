@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,9 +14,8 @@ from ..engine.apply import operated, parameters
 from ..engine.operation import Operation, operations
 from ..errors import OperationError, RuleError
 from ..rules.roles import block, head
-from ..rules.selector import Selector
 from ..structure.layers import is_conv, is_norm, is_token, named_modules
-from ..structure.module_tree import Tree
+from ..structure.module_tree import Site, Tree
 
 DECAYED = ("weight", "B")
 TOKENS = ("tokens", "prompts")  # of parts that hold learned tokens
@@ -112,32 +110,33 @@ def _check(name: str, value: Any) -> None:
 def _tensors(model: nn.Module, by_depth: bool) -> Iterator[Tensor]:
     """Each tensor of the base and of the parts, with what it is."""
     tree = Tree(model)
-    heads, blocks = _paths(head, tree), _paths(block, tree) if by_depth else []
+    heads, blocks = _heads(model, tree), _blocks(tree) if by_depth else []
     if by_depth and not blocks:
         raise OperationError(
             "groups(layer_decay=...)",
             f"no blocks are found in this {type(model).__name__}.",
             "Leave layer_decay out.",
         )
-    order = {site.path: site.order for site in tree.sites}
+    sites = {site.path: site for site in tree.sites}
     for path, module in named_modules(model):
-        inside, depth = any(_is_in(path, each) for each in heads), _depth(path, blocks, order)
+        begins = sites[path].order if path in sites else 0
+        inside, depth = any(_is_in(path, h) for h in heads), _depth(begins, begins + 1, blocks)
         for name, p in _own(module):
             is_position = p.dim() == 3 and len(p) == 1 and not is_conv(module)  # (1, n, width)
             yield Tensor(p, "tokens" if is_position else _kind(module, name, p), inside, depth)
     for operation in operations(model):
-        depths = _depths(operation, blocks, order)
+        depths = _depths(operation, blocks)
         for module in operation.modules():
             depth = depths.get(id(module), len(blocks))  # what parts share is at no place itself
             for name, p in _own(module):
                 yield Tensor(p, _kind(module, name, p), False, depth)
 
 
-def _depths(operation: Operation, blocks: list[str], order: dict[str, int]) -> dict[int, int]:
+def _depths(operation: Operation, blocks: list[Site]) -> dict[int, int]:
     """By the id of a module of a part, the depth of the last place where it acts."""
     depths: dict[int, int] = {}
     for hooked in operation.hooked_sites:
-        depth = _depth(re.sub(r"\.?\(.*", "", hooked.path), blocks, order)
+        depth = _depth(*hooked.extent, blocks)
         for module in [m for action in hooked.actions for m in action.part.modules()]:
             depths[id(module)] = max(depth, depths.get(id(module), 0))
     return depths
@@ -147,17 +146,22 @@ def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module._parameters.items() if p is not None]
 
 
-def _paths(role: Selector, tree: Tree) -> list[str]:
-    return [site.path for site in sorted(role.find(tree), key=lambda site: site.order)]
+def _heads(model: nn.Module, tree: Tree) -> list[str]:
+    """The paths of heads, as a forward told them when rules were applied, or as modules do."""
+    told = [o.record["roles"].get("head") for o in operations(model)]
+    known = [[path for path, *_ in heads] for heads in told if heads]
+    return known[-1] if known else [site.path for site in head.find(tree)]
 
 
-def _depth(path: str, blocks: list[str], order: dict[str, int]) -> int:
-    """1 for the first block, and so on; 0 before all of them, one more behind."""
-    for i, each in enumerate(blocks):
-        if _is_in(path, each):
-            return i + 1
-    before = sum(order[each] < order.get(path, len(order)) for each in blocks)
-    return before + (before == len(blocks))
+def _blocks(tree: Tree) -> list[Site]:
+    return sorted(block.find(tree), key=lambda site: site.order)
+
+
+def _depth(order: int, end: int, blocks: list[Site]) -> int:
+    """Of what lies there: 1 for the first block, and so on; 0 before, one more behind all."""
+    if blocks and order >= blocks[-1].exit.end:
+        return len(blocks) + 1
+    return sum(site.order < end for site in blocks)
 
 
 def _is_in(path: str, holder: str) -> bool:

@@ -452,3 +452,12 @@ def test_rows_are_not_trained_alone() -> None:
     with pytest.raises(surgery.RuleError, match="cannot be trained alone"):
         surgery.plan(encoder(), at(surgery.query, surgery.unfreeze))
     assert surgery.plan(encoder(), at(qkv, surgery.unfreeze)).trainable == 2 * 48 * 17
+
+
+def test_replicas_of_data_parallel_are_refused() -> None:
+    model = surgery.apply(encoder(), "lora")
+    attention: Any = next(m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    replica = attention._replicate_for_data_parallel()
+    x = torch.randn(2, 5, 24)
+    with pytest.raises(surgery.GraftError, match="replica of a MultiheadAttention"):
+        replica(x, x, x)

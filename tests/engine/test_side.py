@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import surgery
 from surgery import append, at, block, norm, parallel, part, prepend, replace, side, weight
 from surgery.errors import OperationError, RuleError
+from tests.models import images, tiny_vit
 
 WIDTH = 6
 
@@ -277,3 +279,53 @@ def test_the_rules_evaluate_back() -> None:
     for rule in rules:
         again = eval(repr(rule), {**vars(surgery), **vars(surgery.parts), "summed": summed})
         assert again == rule
+
+
+def sources(model: Any) -> dict[str, list[str]]:
+    hooked = model.surgery.default.hooked_sites
+    return {h.path: [path for path, _ in h.heard.sources.values()] for h in hooked}
+
+
+class Nested(nn.Module):
+    """Blocks each in a container of its own, perhaps of two streams."""
+
+    def __init__(self, streams: int) -> None:
+        super().__init__()
+        names = ("t", "v")[:streams]
+        self.layers = nn.ModuleList(
+            [nn.ModuleDict({name: layer() for name in names}) for _ in range(3)]
+        )
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = dict.fromkeys(self.layers[0], x)
+        for each in self.layers:
+            xs = {name: each[name](y) for name, y in xs.items()}
+        answer: Tensor = self.head(sum(xs.values()))  # type: ignore[arg-type]
+        return answer
+
+
+def layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+
+
+def test_rungs_of_blocks_in_containers_of_their_own_hear_one_another() -> None:
+    def heard(streams: int, **named: Any) -> dict[str, str]:
+        plan = surgery.plan(Nested(streams), at("layers.*.*", side(rung(16))), **named)
+        return {p.place.path: source.place.path for p, source in plan.heard_from.items()}
+
+    x = torch.randn(2, 5, 16)
+    alone = {"layers.1.t": "layers.0.t", "layers.2.t": "layers.1.t"}
+    assert heard(1) == heard(1, example=x) == alone
+    assert heard(2, example=x) == {
+        f"layers.{i}.{name}": f"layers.{i - 1}.{name}" for i in (1, 2) for name in "tv"
+    }
+
+
+@pytest.mark.parametrize("rules", ["lst", "dtl"])
+def test_files_of_side_networks_need_no_example(rules: str, tmp_path: Path) -> None:
+    model = surgery.apply(tiny_vit().eval(), rules, example=images())
+    surgery.save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    again = surgery.load(tiny_vit().eval(), tmp_path / "a.safetensors")
+    assert sources(again) == sources(model)

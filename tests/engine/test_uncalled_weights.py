@@ -171,3 +171,20 @@ def test_layers_that_are_called_stay_the_places() -> None:
     plan = surgery.plan(base("beit"), at(qkv | proj, lora(rank=2)), example=X.double())
     paths = {site.path.split(".", 2)[2] for site in plan.sites}
     assert paths == {"attn.qkv.weight", "attn.proj"}
+
+
+class Both(Reads):
+    """It calls a layer, and reads its weight besides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = (self.a(x) + F.linear(x, self.a.weight, self.a.bias)) / 2
+        k, v = self.b(x), self.c(x)
+        answer: Tensor = self.d(torch.softmax(q @ k.mT / 24**0.5, -1) @ v)
+        return answer
+
+
+def test_a_layer_that_is_called_and_read_is_a_note() -> None:
+    model: Any = Own().eval()
+    model.attns = nn.ModuleList([Both() for _ in range(2)])
+    surgery.apply(model, "lora", example=X)
+    assert "reads the weight of attns.0.a, attns.1.a without a call" in str(surgery.report(model))

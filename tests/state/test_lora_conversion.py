@@ -116,7 +116,9 @@ def test_weights_that_are_turned_or_not_called() -> None:
     torch.testing.assert_close(model(picture), want)
 
 
-@pytest.mark.parametrize("named", [{}, {"rank": 0}, {"rank": 2, "share": 0.5}, {"share": 2.0}])
+@pytest.mark.parametrize(
+    "named", [{}, {"share": "a"}, {"rank": 0}, {"rank": 2, "share": 0.5}, {"share": 2.0}]
+)
 def test_one_number_says_how_much(named: Any) -> None:
     with pytest.raises(RuleError, match="one of both"):
         as_lora(operated("lora"), **named)
@@ -134,3 +136,69 @@ def test_what_cannot_be_is_refused_and_the_model_as_it_was() -> None:
         assert surgery.fingerprint(model) == before
     with pytest.raises(OperationError, match="never operated"):
         as_lora(nn.Linear(2, 2), rank=1)
+
+
+def test_what_was_trained_beside_stays_as_trained() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    rules = [at("0", lora(rank=2)), at("0", surgery.unfreeze("bias")), at("1", surgery.unfreeze)]
+    surgery.apply(model, [*rules, at("2", lora(rank=2))])
+    with torch.no_grad():
+        model[0].bias.fill_(7.0)
+        for p in model.surgery.parameters():
+            p.normal_()
+    for _ in range(5):
+        model(torch.randn(16, 8))
+    model.eval()
+    x = torch.randn(4, 8)
+    want = model(x)
+    as_lora(model, rank=2)
+    assert not model.training
+    torch.testing.assert_close(model(x), want)
+    trained = {k for k, p in model.named_parameters() if p.requires_grad and "surgery" not in k}
+    assert trained == {"0.bias", "1.weight", "1.bias"}
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.a = nn.Embedding(10, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 10, bias=False)
+        self.head.weight = self.e.weight
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.head(self.a(self.e(words)))
+        return answer
+
+
+@pytest.mark.parametrize("name", ["e.weight", "head.weight"])
+def test_a_tied_weight_is_changed_once(name: str) -> None:
+    words = torch.arange(6)[None]
+    model = operated(at(surgery.weight(name), surgery.parts.rows([1, 2])), Tied())
+    want = model(words)
+    assert len(as_lora(model, rank=16).rows) == 1
+    torch.testing.assert_close(model(words), want)
+
+
+def test_a_turned_weight_is_taken_as_it_stands_where_it_is_the_place() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    layers = nn.Sequential(Conv1D(16, 16), nn.Tanh(), Conv1D(24, 16)).double()
+    loha = surgery.parts.loha(rank=1)
+    model = operated([at(surgery.weight("0.weight"), loha), at("2", loha)], layers)
+    x = torch.randn(2, 5, 16).double()
+    want = model(x)
+    as_lora(model, rank=16)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_where_it_fails_the_operation_is_as_it_was() -> None:
+    model = operated(at("0", surgery.parts.loha(rank=1)), nn.Sequential(nn.Linear(8, 8)))
+    wrong = torch.randn(2, 3)
+    before = surgery.fingerprint(model)
+    with pytest.raises(Exception, match=r"shapes|mat1"):
+        as_lora(model, rank=1, example=wrong)
+    assert surgery.fingerprint(model) == before
+    picture = torch.randn(2, 3, 32, 32)
+    model = operated("oft", beit(), example=picture)
+    with pytest.raises(OperationError, match="example=inputs"):
+        as_lora(model, rank=1)

@@ -86,3 +86,34 @@ def test_what_can_not_be_is_refused() -> None:
     plain = surgery.apply(nn.Sequential(nn.Linear(4, 4)), surgery.at("0", surgery.lora(rank=2)))
     with pytest.raises(OperationError, match="no blocks"):
         surgery.groups(plain, lr=1.0, layer_decay=0.5)
+
+
+class HeadFirst(nn.Module):
+    """A head, and a last norm, that are registered before the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(16, 3)
+        layers = [nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(2)]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        answer: torch.Tensor = self.out(x.mean(1))
+        return answer
+
+
+def test_a_head_is_what_a_forward_told() -> None:
+    model = surgery.apply(HeadFirst(), "lora", example=torch.randn(2, 5, 16))
+    got = rates(model, lr=1.0, head_lr=7.0)
+    assert got["out.weight"] == (7.0, 0.0, "head weight")
+
+
+def test_what_stands_from_one_block_to_another_has_the_rate_of_the_last() -> None:
+    model = surgery.apply(tiny_vit(depth=3), "adapterx")
+    got = {key: lr for key, (lr, _, _) in rates(model, lr=1.0, layer_decay=0.5).items()}
+    spans = {key: lr for key, lr in got.items() if "(1 to 2)" in key}
+    assert spans
+    assert set(spans.values()) == {0.5}
+    assert got["cls_token"] == 0.5**4
