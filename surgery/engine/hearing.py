@@ -78,19 +78,24 @@ def _sources(
 def _last(p: Placement, asides: list[Placement], tree: Tree) -> list[Placement]:
     """What ran aside before, the last first: in its tower, or where no tower is (an embedding).
 
-    The tower is the outermost list around that holds another place as wide (blocks may lie in
-    modules of their own there); without one, the smallest module that does.
+    Of those that are as wide, where one of them lies in its tower.
     """
-    out = p.site.shape.out
-    alike = [o for o in asides if o.site.shape.out == out]
-    others = [o.place for o in alike if o.place != p.place]
-    around = [h for h in p.place.entry.above() if any(_holds(h, s) for s in others)]
-    lists = [h for h in around if isinstance(h.module, CONTAINERS)]
-    tower = lists[-1] if lists else next(iter(around), None)
+    alike = [o for o in asides if o.site.shape.out == p.site.shape.out]
+    tower = _outermost(p.place, [o.place for o in alike if o.place != p.place])
     before = [o for o in asides if _runs_before(o, p)]
     mine = [o for o in before if o in alike and (tower is None or _holds(tower, o.place))]
     those = mine or [o for o in before if not o.place.entry.is_element]
     return _coming(p, sorted(those, key=_when, reverse=True), tree)
+
+
+def _outermost(place: Site, others: list[Site]) -> Site | None:
+    """The outermost list around that holds another place (blocks may lie in modules of their own).
+
+    Without one, the smallest module that does.
+    """
+    around = [h for h in place.entry.above() if any(_holds(h, s) for s in others)]
+    lists = [h for h in around if isinstance(h.module, CONTAINERS)]
+    return lists[-1] if lists else next(iter(around), None)
 
 
 def _when(p: Placement) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +72,7 @@ def as_lora(
             f"there are {len(others) + 1} operations on this {type(model).__name__}.",
             "Revert the others first, or merge(model, keep=False) those that are to stay.",
         )
-    if example is None and (uncalled := [h.path for h in operation.hooked_sites if _is_read(h)]):
-        raise OperationError(
-            "as_lora(model, ...)",
-            f"a forward told that the model reads {first_few(uncalled)} without calling the layer.",
-            "Give as_lora(model, ..., example=inputs).",
-        )
+    _check_example(operation, example)
     with torch.no_grad():
         at_weights = {h.path.partition("[")[0] for h in operation.hooked_sites if _is_weight(h)}
         factors, values = _changes(model, operation, at_weights, rank, share)
@@ -84,21 +81,38 @@ def as_lora(
         plan(model, rules, name=f"{operation.name} as LoRA")  # what cannot be, cannot be now
         if example is not None:  # nor what a forward does not bear
             apply(revert(copy.deepcopy(model)), rules, name=operation.name, example=example)
-        modes = [(module, module.training) for _, module in named_modules(model)]
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
-        revert(model)
-        apply(model, rules, name=operation.name, example=example)
-        _fill(model, factors, values)
-        for module, training in modes:
-            module.training = training
-        for name, buffer in model.named_buffers():
-            if name in buffers and not name.startswith(ADDITIONS):
-                buffer.copy_(buffers[name])
+        with _as_trained(model):
+            revert(model)
+            apply(model, rules, name=operation.name, example=example)
+            _fill(model, factors, values)
     rows: list[tuple[object, ...]] = [
         (path, f"{len(f.B)} x {f.A.shape[1]}", len(f.A), float(f"{f.error:.3g}"))
         for path, f in factors.items()
     ]
     return Table("As LoRA", ("weight", "shape", "rank", "relative error"), rows)
+
+
+@contextmanager
+def _as_trained(model: nn.Module) -> Iterator[None]:
+    """Modes of modules, and buffers (the statistics of norms), are at the end what they are now."""
+    modes = [(module, module.training) for _, module in named_modules(model)]
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    yield
+    for module, training in modes:
+        module.training = training
+    for name, buffer in model.named_buffers():
+        if name in buffers and not name.startswith(ADDITIONS):
+            buffer.copy_(buffers[name])
+
+
+def _check_example(operation: Operation, example: Any) -> None:
+    uncalled = [h.path for h in operation.hooked_sites if _is_read(h)]
+    if example is None and uncalled:
+        raise OperationError(
+            "as_lora(model, ...)",
+            f"a forward told that the model reads {first_few(uncalled)} without calling the layer.",
+            "Give as_lora(model, ..., example=inputs).",
+        )
 
 
 def _check(rank: int | None, share: float | None) -> None:
