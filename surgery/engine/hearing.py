@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
+from .._text import first_few
 from ..errors import RuleError
 from ..rules.edits import Side
 from ..rules.selector import Selector
@@ -17,7 +18,7 @@ from ..structure.module_tree import CONTAINERS, Site, Tree
 from ..structure.trace import Op, Trace, Value, upstream
 from .decided import Decided
 from .placement import Placement
-from .tokens import ON_OUTPUT
+from .tokens import ASIDE, ON_OUTPUT
 
 
 def sources_of(
@@ -50,6 +51,16 @@ def guessed(sources: Mapping[Placement, list[Placement]], tree: Tree) -> list[Pl
         return []
     told = {p: those for p, those in sources.items() if p.edit.hears}  # asides hear the last
     return [p for p, those in told.items() if len({other.place for other in those}) > 1]
+
+
+def unheard_asides(
+    placements: list[Placement], heard_from: Mapping[Placement, Placement]
+) -> list[str]:
+    """A note of what runs aside, and nothing hears: it is not trained."""
+    heard = list(heard_from.values())
+    lost = [p.site.path for p in placements if p.edit.place in ASIDE and p not in heard]
+    told = f"nothing hears what runs aside at {first_few(lost)}: hears= brings it back"
+    return [told] if lost else []
 
 
 def _sources(

@@ -24,7 +24,7 @@ from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
 from .decided import Decided, modules_of, roles_told
-from .hearing import guessed, sources_of
+from .hearing import guessed, sources_of, unheard_asides
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
@@ -205,6 +205,7 @@ class Plan:
             first = first_few(p.place.entry.path for p in self.unheard)
             notes.append(f"nothing is heard before {first}: no token is put in there")
         notes += without_tokens(self.matches, self.tree, [p.place for p in self.unheard])
+        notes += unheard_asides(self.placements, self.heard_from)
         if self.guessed:
             told = [f"{self.heard_from[p].place.path} ({p.site.path})" for p in self.guessed]
             notes.append(f"heard is the last in each block, {told[0]}: example=inputs shows which")

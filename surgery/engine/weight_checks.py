@@ -34,7 +34,8 @@ def _check(p: Placement, site: ParameterSite, part: nn.Module) -> None:
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in part.modules()):
         raise _refused(p, "a dropout acts on features, which a weight does not meet (dropout=0.0)")
     if map.bias is not None and not site.bias:
-        raise _refused(p, f"{type(part).__name__} adds a bias, and {site.path} has none beside it")
+        fact = f"{type(part).__name__} adds a bias, and {site.path} has none beside it"
+        raise _refused(p, fact, "Leave it out, & ~where(nn.Parameter), or use lora.")
     if weight.dim() == 1 and map.weight.dim() != 1:
         raise _refused(p, f"{type(part).__name__} is a matrix, and {site.path} is a vector")
 
@@ -51,9 +52,11 @@ def _check_numbers(p: Placement, site: ParameterSite) -> None:
         raise RuleError(p.rule.short, fact, f"Give rows up to {len(weight)}.")
 
 
-def _refused(p: Placement, fact: str) -> RuleError:
-    return RuleError(
-        p.rule.short,
-        f"{fact}: {shown(p.edit)} cannot stand at {p.site.path}.",
-        "Use a linear part there (lora, scale_shift), or put this one on a module that is called.",
-    )
+LINEAR_PART = (
+    "Use a linear part there (lora, scale_shift), or put this one on a module that is called."
+)
+
+
+def _refused(p: Placement, fact: str, remedy: str = LINEAR_PART) -> RuleError:
+    fact = f"{fact}: {shown(p.edit)} cannot stand at {p.site.path}."
+    return RuleError(p.rule.short, fact, remedy)

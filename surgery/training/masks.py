@@ -61,10 +61,10 @@ def chosen(
     for site in tree.sites:
         if type(site.module) is nn.Linear and id(site.module) not in heads:
             score = scores.get(f"{site.path}.weight".strip("."))
-            if score is None or score.shape != site.module.weight.shape:
+            if score is None or score.shape != site.module.weight.shape or score.isnan().any():
                 raise RuleError(
                     "chosen(scores, ...)",
-                    f"they tell nothing of {site.path} {tuple(site.module.weight.shape)}.",
+                    f"they tell nothing of {site.path} {tuple(site.module.weight.shape)}, or nan.",
                     "Give what measure(model, batches, loss) gave for this model.",
                 )
             indices[site.path] = _highest(score, share, inputs)

@@ -329,3 +329,9 @@ def test_files_of_side_networks_need_no_example(rules: str, tmp_path: Path) -> N
     torch.manual_seed(0)
     again = surgery.load(tiny_vit().eval(), tmp_path / "a.safetensors")
     assert sources(again) == sources(model)
+
+
+def test_what_nothing_hears_is_a_note() -> None:
+    told = str(surgery.plan(Stack(), LADDER[:1]))
+    assert "nothing hears what runs aside at blocks.2" in told
+    assert "nothing hears" not in str(surgery.plan(Stack(), LADDER))
