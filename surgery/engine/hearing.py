@@ -123,7 +123,8 @@ def _tower(place: Site, sources: list[Site]) -> Site | None:
     if place.entry.is_element:
         return place.entry.parent
     others = [site for site in sources if not _holds(place.entry, site)]
-    return next((h for h in place.entry.above() if any(_holds(h, s) for s in others)), None)
+    above = place.entry.above()
+    return next((h for h in above if any(_holds(h, s) and s is not h for s in others)), None)
 
 
 def _holds(holder: Site, site: Site) -> bool:

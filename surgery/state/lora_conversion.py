@@ -139,11 +139,11 @@ def _changes(
     for module, name, new in written(folded(model, operation.hooked_sites, operation.read_besides)):
         old = tensor_of(module, name)
         path = f"{names[id(module)]}.{name}".strip(".")
-        if old is None or id(old) in seen or torch.equal(new, old):
+        if old is None or id(old) in seen:
             continue  # one that modules share is changed in all of them
         seen.add(id(old))
         if old.dim() < 2:
-            values[path] = new.detach().clone()
+            values |= {} if torch.equal(new, old) else {path: new.detach().clone()}
         elif new.dim() == 3 and not isinstance(module, CONVS):
             raise OperationError(
                 "as_lora(model, ...)", f"{path} is a stack of experts.", "Leave it as it is."

@@ -335,3 +335,12 @@ def test_what_nothing_hears_is_a_note() -> None:
     told = str(surgery.plan(Stack(), LADDER[:1]))
     assert "nothing hears what runs aside at blocks.2" in told
     assert "nothing hears" not in str(surgery.plan(Stack(), LADDER))
+
+
+def test_a_place_within_a_block_hears_the_block_before() -> None:
+    rules = [at(block, side(rung(24))), at("blocks.[1:].mlp", append(summed(), hears=block))]
+    model = surgery.apply(tiny_vit(), rules)
+    told = {h.path: [path for path, _ in h.heard.sources.values()] for h in
+            model.surgery.default.hooked_sites if h.path.endswith("mlp")}  # fmt: skip
+    assert told == {"blocks.1.mlp": ["blocks.0"], "blocks.2.mlp": ["blocks.1"]}
+    model(images()).sum().backward()

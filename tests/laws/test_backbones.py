@@ -114,18 +114,21 @@ def case(rules: str, backbone: str) -> Case:
     return base(backbone).under(getattr(sets, rules)(**SMALL.get(rules, {})))
 
 
-TWO = ("vit", "swin")
 FULL = [t for t in TRIED if t not in REFUSED]
 
 
 def by_turns() -> list[tuple[str, str, str]]:
-    """Each law of each set; of most sets a law on one of two backbones, the next on the other."""
-    alone = {rules for rules, _ in FULL if {(rules, b) for b in TWO} - {*FULL}}
+    """Each law of each set: a law on every other of its backbones, the next on those between.
+
+    On all of them of whole Adapter-X, of LoRA, and of sets that are for one backbone alone.
+    """
+    on = {rules: [b for r, b in FULL if r == rules] for rules in SETS}
+    whole = {rules for rules in SETS if len(on[rules]) < 2} | {"adapterx", "adapterx_ffn", "lora"}
     return [
         (rules, backbone, law)
         for rules, backbone in FULL
         for n, law in enumerate(PROPERTIES)
-        if rules in EVERYWHERE | alone or TWO[(SETS.index(rules) + n) % 2] == backbone
+        if rules in whole or (SETS.index(rules) + n + on[rules].index(backbone)) % 2 == 0
     ]
 
 
