@@ -57,7 +57,7 @@ def unheard_asides(
     placements: list[Placement], heard_from: Mapping[Placement, Placement]
 ) -> list[str]:
     """A note of what runs aside, and nothing hears: it is not trained."""
-    heard = list(heard_from.values())
+    heard = {*heard_from.values()}
     lost = [p.site.path for p in placements if p.edit.place in ASIDE and p not in heard]
     told = f"nothing hears what runs aside at {first_few(lost)}: hears= brings it back"
     return [told] if lost else []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..structure.layers import CONVS, linear_shape
+from ..structure.layers import is_turned
 from ..structure.memory import own_form
 from ..structure.module_tree import Site
 from ..structure.weights import BIASES, ParameterSite
@@ -71,9 +71,7 @@ def base_weight(site: Site, rule: str) -> BaseWeight:
             + (f"one that is a {form}." if form else "none of that name."),
             "Put it on linear layers, qkv | proj | fc1 | fc2, of a base that is not quantised.",
         )
-    known = linear_shape(module)
-    turned = known is not None and not isinstance(module, (nn.Linear, *CONVS))
-    return BaseWeight(module, "weight", turned=turned)
+    return BaseWeight(module, "weight", turned=is_turned(module))
 
 
 def numbers(weight: BaseWeight) -> Tensor:

@@ -27,7 +27,7 @@ from ..parts.low_rank import lora
 from ..rules.edits import unfreeze
 from ..rules.rule import Rule, at
 from ..rules.weights import weight
-from ..structure.layers import CONVS, linear_shape, named_modules
+from ..structure.layers import CONVS, is_turned, linear_shape, named_modules
 from ..structure.module_tree import ADDITIONS
 
 
@@ -150,14 +150,9 @@ def _changes(
             )
         else:
             change = wide(new) - wide(old)
-            turned = path not in at_weights and _is_turned(module)
+            turned = path not in at_weights and is_turned(module)
             factors[path] = _factors(change.t() if turned else change.flatten(1), rank, share)
     return factors, values
-
-
-def _is_turned(module: nn.Module) -> bool:
-    """Whether a weight is kept as (in, out), as GPT-2's Conv1D keeps it."""
-    return linear_shape(module) is not None and not isinstance(module, (nn.Linear, *CONVS))
 
 
 def _factors(change: Tensor, rank: int | None, share: float | None) -> Factors:

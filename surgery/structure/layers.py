@@ -36,11 +36,16 @@ def linear_shape(module: nn.Module) -> Shape | None:
     weight = dict(module._parameters.items()).get("weight")
     if weight is None or weight.dim() != 2 or children(module):
         return None
-    if isinstance(vars(module).get("nf"), int):  # GPT-2's Conv1D
+    if is_turned(module):
         return Shape(weight.shape[0], weight.shape[1], -1)
     if "linear" in type(module).__name__.lower():  # of no common class, as in I-BERT
         return Shape(weight.shape[1], weight.shape[0], -1)
     return None
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as (in, out), as GPT-2's Conv1D does."""
+    return isinstance(vars(module).get("nf"), int) and not isinstance(module, nn.Linear)
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:

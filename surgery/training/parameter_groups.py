@@ -14,7 +14,7 @@ from ..engine.apply import operated, parameters
 from ..engine.operation import Operation, operations
 from ..errors import OperationError, RuleError
 from ..rules.roles import block, head
-from ..structure.layers import is_conv, is_norm, is_token, named_modules
+from ..structure.layers import held_weights, is_conv, is_norm, is_token, named_modules
 from ..structure.module_tree import Site, Tree
 
 DECAYED = ("weight", "B")
@@ -34,10 +34,10 @@ class Groups(list[dict[str, Any]]):
         return str(Table(title, ("what", "tensors", "parameters", "lr", "weight decay"), rows))
 
 
-class Tensor(NamedTuple):
+class TrainedTensor(NamedTuple):
     """A trained tensor: what it is ("weight", "bias", ...), and where.
 
-    depth  of its block: 0 before all blocks, then 1, 2, ...; the highest of those that share it
+    depth  of its block: 0 before all blocks, then 1, 2, ...; of a tied one, where it is last
     """
 
     parameter: nn.Parameter
@@ -107,7 +107,7 @@ def _check(name: str, value: Any) -> None:
         raise RuleError(f"groups({name}={value!r})", "it is no rate.", "Give a number, 0 or more.")
 
 
-def _tensors(model: nn.Module, by_depth: bool) -> Iterator[Tensor]:
+def _tensors(model: nn.Module, by_depth: bool) -> Iterator[TrainedTensor]:
     """Each tensor of the base and of the parts, with what it is."""
     tree = Tree(model)
     heads, blocks = _heads(model, tree), _blocks(tree) if by_depth else []
@@ -121,15 +121,16 @@ def _tensors(model: nn.Module, by_depth: bool) -> Iterator[Tensor]:
     for path, module in named_modules(model):
         begins = sites[path].order if path in sites else 0
         inside, depth = any(_is_in(path, h) for h in heads), _depth(begins, begins + 1, blocks)
-        for name, p in _own(module):
+        for name, p in held_weights(module):
             is_position = p.dim() == 3 and len(p) == 1 and not is_conv(module)  # (1, n, width)
-            yield Tensor(p, "tokens" if is_position else _kind(module, name, p), inside, depth)
+            kind = "tokens" if is_position else _kind(module, name, p)
+            yield TrainedTensor(p, kind, inside, depth)
     for operation in operations(model):
         depths = _depths(operation, blocks)
         for module in operation.modules():
             depth = depths.get(id(module), len(blocks))  # what parts share is at no place itself
-            for name, p in _own(module):
-                yield Tensor(p, _kind(module, name, p), False, depth)
+            for name, p in held_weights(module):
+                yield TrainedTensor(p, _kind(module, name, p), False, depth)
 
 
 def _depths(operation: Operation, blocks: list[Site]) -> dict[int, int]:
@@ -140,10 +141,6 @@ def _depths(operation: Operation, blocks: list[Site]) -> dict[int, int]:
         for module in [m for action in hooked.actions for m in action.part.modules()]:
             depths[id(module)] = max(depth, depths.get(id(module), 0))
     return depths
-
-
-def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module._parameters.items() if p is not None]
 
 
 def _heads(model: nn.Module, tree: Tree) -> list[str]:

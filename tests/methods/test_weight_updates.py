@@ -338,3 +338,24 @@ def test_a_turned_weight_is_read_as_out_and_in() -> None:
     model = nn.Sequential(Conv1D(6, 4))
     site = surgery.plan(model, at("0", deltas.miss(rank=2))).sites[0]
     assert base_weight(site, "hira")().shape == (6, 4)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer of no class of torch's, (out, in) as nn.Linear (I-BERT)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_a_linear_layer_of_another_class_is_read_as_it_lies() -> None:
+    model: Any = surgery.apply(nn.Sequential(QuantLinear(6, 4)), at("0", deltas.hira(rank=2)))
+    (part,) = model.surgery.default.children()
+    with torch.no_grad():
+        part.B.normal_()
+    x, layer = torch.randn(3, 6), model[0]
+    want = nn.functional.linear(x, layer.weight * (1 + part.B @ part.A))
+    torch.testing.assert_close(model(x), want)
