@@ -190,6 +190,7 @@ def fourth() -> list[Figure]:
         "toplora": 12 * 8 * (2 * 768 + 2304 + 1), "molora": 1_216_512, "hydralora": 764_928,
         "lily": 12 * 16 * (768 + 4) + 4 * 16 * 2304, "mona": 2_684_928,
         "loreft": 12 * (2 * 4 * 768 + 4), "lst": 1_853_196, "dtl": 36_864,
+        "prefix_tuning": 12 * 2 * 10 * 768,
     }  # fmt: skip
     return [
         Figure("adapter_plus", "rank 8", "adapter_plus", 165_984, "0.20 M", MEAN_HEAD,

@@ -24,7 +24,18 @@ from .errors import (
 from .methods import rulesets
 from .parts import QuickGELU, adapter, lora, moa, prompt, prompt_generator, scale_shift
 from .parts import functional as ops
-from .rules.edits import append, freeze, insert, parallel, prepend, replace, side, token, unfreeze
+from .rules.edits import (
+    append,
+    attend,
+    freeze,
+    insert,
+    parallel,
+    prepend,
+    replace,
+    side,
+    token,
+    unfreeze,
+)
 from .rules.part import part, shared
 from .rules.relations import holding, inside, nearest, span, until
 from .rules.roles import (
@@ -56,7 +67,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
     "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError", "adapter", "anatomy",
-    "append", "apply", "as_lora", "at", "attn", "balance_loss", "block", "disabled",
+    "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block", "disabled",
     "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused", "groups",
     "head", "holding", "insert", "inside", "key", "load", "load_state_dict", "lora", "merge",
     "methods", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part", "parts",

@@ -17,6 +17,7 @@ from ..rules import routing
 from ..structure.module_tree import Site, elements_of
 from ..structure.path import generalise
 from ..structure.stretches import Stretch
+from .attending import Attending, no_attention
 from .caches import check_caches, given_beside
 from .ends import EndHook
 from .features import declared, first_tensor, input_of
@@ -26,7 +27,7 @@ from .journal import owner_of
 from .passes import Key, Pass
 from .streams import Inserted
 from .switch import Switch
-from .tokens import ASIDE, ENTERING, ON_OUTPUT, Action, Fits, Insertions
+from .tokens import ASIDE, ENTERING, ON_OUTPUT, WRAPPING, Action, Fits, Insertions
 from .tracing import Traced, apart
 
 
@@ -60,6 +61,7 @@ class HookedSite:
         self.enters = first < len(actions)
         self.leaves = not {*ON_OUTPUT, "among"}.isdisjoint(places)
         replaces = "instead" in places
+        self.wraps = not {*WRAPPING}.isdisjoint(places)
         self.replacement = actions[places.index("instead")].part if replaces else None
         self.was_forward = self.entry.__dict__.get("forward")
         self.names = declared(getattr(type(self.entry), "forward", None))
@@ -240,15 +242,40 @@ class HookedSite:
         return ("", i) if torch.compiler.is_compiling() else (self.path, i)
 
     def instead(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a replaced module."""
-        if self._is_apart("instead"):
+        """The forward of a module that is replaced, or attends to more than it makes."""
+        if self._is_apart(*WRAPPING):
             return apart(self.instead, *args, **kwargs)
-        self.switch.mark(self.path, self.compiled)
-        if self.active() and self.replacement is not None:
-            i = [action.place for action in self.actions].index("instead")
-            heard = self._hear(i, input_of(args, kwargs, self)[0]) if self.heard.sources else []
-            return self.replacement(*args[:1], *heard, *args[1:], **kwargs)
-        return self._base(*args, **kwargs)
+        if self.replacement is not None:
+            self.switch.mark(self.path, self.compiled)
+        if not self.active():
+            return self._base(*args, **kwargs)
+        prefixes = [
+            self._prefix(i, action, args, kwargs)
+            for i, action in enumerate(self.actions)
+            if action.place == "attended"
+        ]
+        if not prefixes:
+            return self._replaced(*args, **kwargs)
+        attending = Attending(prefixes, self.path)
+        with attending:
+            answer = self._replaced(*args, **kwargs)
+        if not attending.ran:
+            raise no_attention(self.path)
+        return answer
+
+    def _prefix(self, i: int, action: Action, args: Any, kwargs: Any) -> Any:
+        """Keys and values that a part gives."""
+        x, _ = input_of(args, kwargs, self)
+        axis = feature_axis(x, self.axis_in, self.width)
+        given = x if axis == -1 else x.movedim(axis, -1)
+        return run(action.part, given, [*self._hear(i, x)], self.width, self.path)
+
+    def _replaced(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replacement is None:
+            return self._base(*args, **kwargs)
+        i = [action.place for action in self.actions].index("instead")
+        heard = self._hear(i, input_of(args, kwargs, self)[0]) if self.heard.sources else []
+        return self.replacement(*args[:1], *heard, *args[1:], **kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         if self.was_forward is not None:

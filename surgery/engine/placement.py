@@ -29,6 +29,7 @@ from ..structure.path import generalise
 from ..structure.weights import ParameterSite
 from .hooks import is_replaced
 from .stack import Stack
+from .tokens import WRAPPING
 
 Spot: TypeAlias = tuple[int, int, str]
 FEATURES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -306,14 +307,14 @@ def check_conflicts(placements: list[Placement]) -> None:
     """Raise ConflictError where a module would be replaced twice, or what is no one module once."""
     replacing: dict[int, Placement] = {}
     for p in placements:
-        if p.edit.place != "instead":
-            continue
-        if p.site.is_span:
+        if p.edit.place in WRAPPING and p.site.is_span:
             raise ConflictError(
                 p.rule.short,
-                f"{p.site.path} runs from one module to another, and replace acts on one.",
-                "Replace the module that holds both.",
+                f"{p.site.path} runs from one module to another, and {p.edit.word} acts on one.",
+                "Put the rule on the module that holds both.",
             )
+        if p.edit.place != "instead":
+            continue
         if is_replaced(p.site.module):
             raise ConflictError(
                 repr(p.rule),

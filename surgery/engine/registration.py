@@ -39,7 +39,7 @@ def _register(hooked: HookedSite, journal: Journal) -> None:
         journal.hook(hooked.entry, hooked.enter, before=True, with_kwargs=True)
         for key in earlier:
             hooks[key] = hooks.pop(key)
-    if replaces:
+    if hooked.wraps:
         journal.set(hooked.entry, "forward", hooked.instead)
     if hooked.leaves or not replaces:
         journal.hook(hooked.exit, hooked.leave, with_kwargs=True)

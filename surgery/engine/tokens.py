@@ -57,8 +57,8 @@ class Action(NamedTuple):
 
     place   "before" acts on the input, "after" on the output, "beside" on the input for the
             output, "aside" and "along" on the output for others to hear, without and with its
-            gradient, "instead" in place of the module; "into" puts tokens into the input, "among"
-            takes them out of the output too
+            gradient, "instead" in place of the module, "attended" while it runs; "into" puts
+            tokens into the input, "among" takes them out of the output too
     optional  its rule says that it need not be of use
     hears   whether its part is given, besides, what another gave
     scale   what is added is `scale` times what the part gives; None: it replaces what it was given
@@ -80,6 +80,7 @@ class Action(NamedTuple):
 
 ENTERING = ("before", "into", "among")  # what acts on the input
 ASIDE = ("aside", "along")  # what changes nothing, and is heard
+WRAPPING = ("instead", "attended")  # what takes the place of the forward of a module
 LINEAR = ("beside", "after", "before", "instead")  # what a weight can be made of
 ON_OUTPUT = ("after", "beside", *ASIDE)  # what runs when the place has given its output
 

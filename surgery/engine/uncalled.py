@@ -15,6 +15,7 @@ from ..structure.module_tree import Site, Tree
 from ..structure.stretches import Stretch, is_called, is_met, stretch_of
 from ..structure.weights import ParameterSite, reads_its_projection
 from .placement import Placement, Spot
+from .tokens import WRAPPING
 
 EXAMPLE = "Give example=inputs: a forward may tell what it takes and what it gives. Or put"
 Stretches: TypeAlias = dict[Spot, Stretch]  # by the spot of their placements
@@ -29,7 +30,7 @@ def stretches_of(placements: list[Placement], tree: Tree) -> Stretches:
     placements = [p for p in placements if not isinstance(p.place, ParameterSite)]
     for p in placements if dataflow is None else ():
         _check_told(p, tree)
-    places = {p.spot: p for p in placements if dataflow and p.edit.place != "instead"}
+    places = {p.spot: p for p in placements if dataflow and p.edit.place not in WRAPPING}
     found = {spot: _stretch(p, dataflow) for spot, p in places.items() if dataflow}
     return {spot: stretch for spot, stretch in found.items() if stretch}
 
@@ -85,7 +86,7 @@ def check_called(placements: list[Placement], stretches: Stretches) -> None:
             ):
                 raise _unread(p, end)
             if p.spot not in stretches and forward_of(end.module) is nn.Module.forward:
-                raise _uncalled(p, end, "", "" if p.edit.place == "instead" else EXAMPLE)
+                raise _uncalled(p, end, "", "" if p.edit.place in WRAPPING else EXAMPLE)
 
 
 def _uncalled(p: Placement, end: Site, why: str, example: str) -> RuleError:

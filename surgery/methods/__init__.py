@@ -32,7 +32,7 @@ from .noah_supernet import noah
 from .one_bit import bi_adaptformer, bi_lora
 from .orthogonal import boft, goft, psoft, road
 from .point_clouds import dapt, idpt, pointgst
-from .prompts import vpt_deep, vpt_shallow
+from .prompts import prefix_tuning, vpt_deep, vpt_shallow
 from .reversible import meft
 from .routed_low_rank import hydralora, lily, molora, toplora
 from .scale_and_shift import ssf
@@ -83,7 +83,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         bi_adaptformer, bi_lora, poly, mhr, mhr_z, mhr_mu, mosa, noah, sparse,
         lae, scalearn, language_adapter, llama_adapter, meft, dapt, daptx, idpt,
         dora, pissa, olora, hira, rlrr, loha, lokr, miss, oft, hra, ia3, ln_tuning,
-        lst, dtl,
+        lst, dtl, prefix_tuning,
         mica, delora, tinylora, kasa, glora, deft, peanut,
         toplora, molora, hydralora, lily,
         adapter_plus, mona, sct,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..parts import prompt
+from ..parts import prefix, prefix_features, prompt
 from ..rules.edits import unfreeze
+from ..rules.part import shared
 from ..rules.relations import until
-from ..rules.roles import block, head
+from ..rules.roles import attn, block, head
 from ..rules.rule import Rule, at
 
 
@@ -34,3 +35,16 @@ def vpt_deep(tokens: int = 10) -> list[Rule]:
         at(block, prompt(tokens=tokens, dropout=0.1)),
         at(head, unfreeze, optional=True),
     ]
+
+
+def prefix_tuning(tokens: int = 10, inner: int = 0) -> list[Rule]:
+    """Trained keys and values before those of every attention.
+
+    inner  features of a network that makes them for all layers of one table, of which Li & Liang
+           keep what it gives alone after training (512 and 800 there); 0: they are trained
+
+    Source: Li & Liang 2021 (prefix tuning), sections 4.2 and 4.3
+    """
+    of = shared(prefix_features(tokens=tokens, inner=inner)) if inner else None
+    made = prefix(features=of) if of else prefix(tokens=tokens)
+    return [at(attn, made), at(head, unfreeze, optional=True)]

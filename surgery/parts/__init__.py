@@ -22,6 +22,7 @@ from .low_rank_forms import adalora, gralora, mlae, snell
 from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tiny_vector, tinylora
 from .mixture import MixtureOfAdapters, moa
 from .mosa import sparse_experts
+from .prefixes import prefix, prefix_features
 from .prompts import Prompt, PromptGenerator, prompt, prompt_generator
 from .rep_adapter import repadapter
 from .reversible_streams import reversible, small_adapter
@@ -46,12 +47,12 @@ __all__ = [
     "goft", "gralora", "hira", "hra", "instance_prompt", "kadaptation", "kasa", "krona",
     "ladder", "lily", "lily_ups", "loha", "lokr", "lora", "loreft", "magnitude", "mica", "miss",
     "mlae", "moa", "molora", "mona", "oft", "olora", "peanut", "phm_rule", "pissa", "places",
-    "pool", "projection", "prolora", "prompt", "prompt_generator", "psoft", "randlora",
-    "repadapter", "rescale", "reversible", "rlrr", "rows", "road", "salient", "scale_shift",
-    "scaled", "shift", "skill_lora", "slow_factors", "small_adapter", "snell", "sparse",
-    "sparse_experts", "spectral_adapter", "spectral_basis", "tied", "tied_lora", "tiny_vector",
-    "tinylora", "tk_factors", "toplora", "track", "tt_factors", "unilora", "vblora", "vera",
-    "vida", "waveft",
+    "pool", "projection", "prolora", "prefix", "prefix_features", "prompt", "prompt_generator",
+    "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr", "rows", "road",
+    "salient", "scale_shift", "scaled", "shift", "skill_lora", "slow_factors", "small_adapter",
+    "snell", "sparse", "sparse_experts", "spectral_adapter", "spectral_basis", "tied",
+    "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora", "track", "tt_factors",
+    "unilora", "vblora", "vera", "vida", "waveft",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..errors import RuleError, is_integer
+from ..structure.key_width import key_width
 from ..structure.layers import Shape, is_token
 from ..structure.module_tree import Site
 from ..structure.path import Step, match, parse
@@ -166,6 +167,16 @@ class Replace(Joined):
     can_be_heard = False
 
 
+class Attend(Joined):
+    """Lets attention attend to more keys and values."""
+
+    place = "attended"
+    can_be_heard = False
+
+    def port(self, site: Site) -> Shape:
+        return Shape(site.shape.width, key_width(site), site.axis)
+
+
 @dataclass(frozen=True, repr=False)
 class Side(Joined):
     """Runs a part aside, for others to hear."""
@@ -283,6 +294,22 @@ def insert(
     return Insert(maker(part, "insert"), after=after, hears=_heard(hears), keep=keep)
 
 
+def attend(part: Maker, *, hears: Where | None = None) -> Attend:
+    """Let attention attend to what `part` gives, too: softmax(q [P_k, K]^T) [P_v, V].
+
+    The part is called with what the site is given and gives keys and values, each (tokens, width),
+    of all heads, `site.out` wide. Masks hide none of them and caches hold none, so that positions
+    are what they were. Attention is what F.scaled_dot_product_attention or nn.MultiheadAttention
+    computes within the site, or softmax of a product, times another, written out; a forward without
+    raises GraftError.
+
+    >>> from surgery.parts import prefix
+    >>> attend(prefix(tokens=5))
+    attend(prefix(tokens=5))
+    """
+    return Attend(maker(part, "attend"), hears=_heard(hears))
+
+
 def _heard(pattern: Where | None) -> Selector | None:
     return None if pattern is None else where(pattern)
 
@@ -293,6 +320,7 @@ USUAL: dict[str, Callable[[Maker], Joined]] = {
     "prepend": prepend,
     "insert": insert,
     "side": side,
+    "attend": attend,
 }
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .._inputs import call, copied, tensors_in
 from .._text import first_few
 from ..engine.hooks import HookedSite
-from ..engine.tokens import Action
+from ..engine.tokens import WRAPPING, Action
 from ..rules.routing import Routed
 from .case import SEEDS, Case, actions
 from .laws import Broken, Draw, applies, holds
@@ -156,7 +156,7 @@ def part_inputs(model: nn.Module, x: Any) -> list[tuple[HookedSite, Action, Give
     return [
         (hooked, action, features[id(action.part)])
         for hooked, action in actions(model)
-        if id(action.part) in features and action.place not in ("instead", "into", "among")
+        if id(action.part) in features and action.place not in (*WRAPPING, "into", "among")
     ]
 
 

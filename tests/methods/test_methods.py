@@ -26,7 +26,7 @@ SMALL = {
 AWAY = {  # from the base at the start, at random or as the paper writes
     "adapter_plus", "adapterx", "adapterx_serial", "arc", "bi_adaptformer", "bi_lora", "compacter",
     "compacter_pp", "dapt", "daptx", "hra", "idpt", "kasa", "loreft", "meft", "mona", "noah", "sct",
-    "ssf", "vpt_deep", "vpt_shallow", "fourierft", "vblora", "unilora", "snell",
+    "ssf", "vpt_deep", "vpt_shallow", "prefix_tuning", "fourierft", "vblora", "unilora", "snell",
 }  # fmt: skip
 UNREAD = {"dapt", "daptx"}  # the last prompt, by a head that looks at the class token alone
 LATER = {"mhr_z", "scalearn"}  # learn once they are filled with what was trained before

@@ -1,4 +1,4 @@
-"""Prompts, shallow and deep, against a ViT written out with them."""
+"""Prompts, against a ViT written out with them; prefixes, against peft."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.methods.prompts import vpt_deep, vpt_shallow
+from surgery.methods.prompts import prefix_tuning, vpt_deep, vpt_shallow
 from tests.methods.reference import (
     INPUTS,
     by_hand,
@@ -19,6 +19,7 @@ from tests.methods.reference import (
     trains_and_comes_off,
     vit,
 )
+from tests.models import hf_gpt2, hf_llama, words_in
 
 P = 3
 
@@ -86,3 +87,41 @@ def test_dropout_takes_other_numbers_from_each_sample() -> None:
         assert not torch.equal(a == 0, b == 0)
         a, b = part.eval()(torch.zeros(2, 5, 24))
         assert torch.equal(a, b)
+
+
+# prefixes, against peft --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("inner", [0, 7])
+@pytest.mark.parametrize("build", [hf_llama, hf_gpt2], ids=["llama", "gpt2"])
+@torch.no_grad()
+def test_prefix_tuning_is_pefts(build: Any, inner: int) -> None:
+    """There the prefix is a cache, so that the words' own positions begin behind it."""
+    import peft
+
+    torch.manual_seed(0)
+    model = build().double().eval()
+    words = words_in()
+    surgery.apply(model, prefix_tuning(tokens=P, inner=inner))
+    additions = parts(model)
+    layers = [part for key, part in additions.items() if key.endswith("attend")]
+    given: Any = {"num_virtual_tokens": P, "task_type": "CAUSAL_LM"}
+    if inner:
+        given |= {"prefix_projection": True, "encoder_hidden_size": inner}
+    positions = torch.arange(words.shape[1])[None] + P
+    got = model(words, position_ids=positions).logits
+    surgery.revert(model)
+    theirs: Any = peft.get_peft_model(model, peft.PrefixTuningConfig(**given)).double().eval()
+    encoder = theirs.prompt_encoder["default"]
+    if inner:
+        features = next(p for key, p in additions.items() if key.startswith("shared/"))
+        encoder.embedding.weight.copy_(features.embedding)
+        encoder.transform[0].load_state_dict(features.fc.state_dict())
+        encoder.transform[2].weight.copy_(torch.cat([part.up.weight for part in layers]))
+        encoder.transform[2].bias.copy_(torch.cat([part.up.bias for part in layers]))
+    else:
+        encoder.embedding.weight.copy_(torch.cat([part.prefix for part in layers], 1))
+    want = theirs(words).logits
+    close(got, want)
+    assert not torch.equal(want, theirs.get_base_model()(words).logits)

@@ -43,6 +43,7 @@ OTHERS = {
     "rows",
 }
 OTHERS |= {"back", "climb", "ladder", "spectral_adapter", "spectral_basis", "track"}  # hear others
+OTHERS |= {"prefix", "prefix_features"}  # keys and values
 
 
 def site() -> Site:
