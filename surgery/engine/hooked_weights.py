@@ -3,7 +3,8 @@
 A part at a parameter is linear, and is folded into it as `merge` would: for as long as the reader
 runs the attribute of that name is the result, and outside of it the parameter alone. So the base
 keeps its keys, classes, ties and aliases, whatever reads the attribute reads the same, and merging
-writes the very numbers that a forward saw.
+writes the very numbers that a forward saw. Layers that do no more than read it (a linear one, a
+table) are given what two small matrices add to their output: the sum would be as large as a table.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import threading
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import GraftError
-from ..rules.affine import Affine, affine, joined
+from ..rules.affine import Affine, affine, factors, joined
+from ..structure.layers import forward_of
 from ..structure.weights import ParameterSite
 from .hooks import HookedSite
 from .journal import Journal, owners_of
@@ -50,6 +53,7 @@ class HookedWeight(HookedSite):
         self.entry = self.exit = site.reader.module
         self.enters = self.leaves = True
         self.below: list[HookedWeight] = []
+        self.is_small = self.rows is None and all(map(_is_small, actions))
         self.turn = Turn(self.entry)
 
     def join(self, journal: Journal) -> None:
@@ -57,6 +61,9 @@ class HookedWeight(HookedSite):
         for module in dict.fromkeys(read.reader for read in self.reads):
             earlier = owners_of(module._forward_pre_hooks, HookedWeight).values()
             self.below += [each for each in earlier if each.parameter is self.parameter]
+            if not all(each.is_small for each in (self, *self.below)):
+                for each in (self, *self.below):  # one makes its own of what others made
+                    journal.set(each, "is_small", False)
             journal.hook(module, self.enter, before=True, with_kwargs=True)
             journal.hook(module, self.leave, with_kwargs=True, always_call=True)
 
@@ -85,10 +92,12 @@ class HookedWeight(HookedSite):
         if not torch.compiler.is_compiling():
             self.turn.take()
         for read in self._read_by(module) or [self._no_replica(module)]:
+            if self.is_small and _only_reads(read):
+                continue
             for name, value in self.made(self._now(read)).items():
                 read.holder.__dict__[name] = value
 
-    def leave(self, module: nn.Module, args: Any, *given: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, *given: Any) -> Tensor | None:
         """Forward hook of a reader, after an error too: the attribute is the parameter again."""
         self.switch.mark(self.path, self.compiled)
         for read in self._read_by(module):
@@ -96,6 +105,24 @@ class HookedWeight(HookedSite):
                 read.holder.__dict__.pop(name, None)
         if not torch.compiler.is_compiling():
             self.turn.give()
+        small = [read for read in self._read_by(module) if self.is_small and _only_reads(read)]
+        if small and isinstance(given[-1], Tensor) and self.active():
+            kwargs = given[0] if len(given) > 1 else {}
+            return self._with_products(module, args[0] if args else kwargs["input"], given[-1])
+        return None
+
+    def _with_products(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What a linear layer or a table gives, with what the two matrices of each part add."""
+        for action in self.actions:
+            down, up = factors(action.part)  # type: ignore[misc]
+            if isinstance(module, nn.Embedding):
+                out = F.embedding(x, up) @ down
+                if (padding := module.padding_idx) is not None:  # which nothing learns of
+                    out = torch.where((x == padding)[..., None], out.detach(), out)
+            else:
+                out = F.linear(F.linear(x, down), up)
+            y = torch.add(y, out.to(y.dtype), alpha=1.0 if action.scale is None else action.scale)
+        return y
 
     def _read_by(self, module: nn.Module) -> list[Read]:
         return [read for read in self.reads if read.reader is module]
@@ -153,6 +180,22 @@ class HookedWeight(HookedSite):
             return new
         start, stop, _ = self.rows.indices(len(whole))
         return torch.cat([whole[:start], new, whole[stop:]])
+
+
+def _is_small(action: Action) -> bool:
+    """Whether a part adds the product of two small matrices."""
+    return action.place == "beside" and hasattr(action.part, "maps")
+
+
+def _only_reads(read: Read) -> bool:
+    """Whether a layer gives what is linear in the weight, and does nothing else with it."""
+    if read.reader is not read.holder or read.name != "weight":
+        return False
+    if isinstance(read.reader, nn.Embedding):
+        table = read.reader
+        plain = table.max_norm is None and not (table.sparse or table.scale_grad_by_freq)
+        return plain and forward_of(table) is nn.Embedding.forward
+    return forward_of(read.reader) is nn.Linear.forward
 
 
 def _kept(module: nn.Module, name: str) -> Tensor:

@@ -112,16 +112,20 @@ class Rows(nn.Module):
         self.values = nn.Parameter(torch.zeros(len(ids), width))
         self.register_buffer("index", torch.tensor(ids))
 
-    def weight(self) -> Tensor:
-        """D (out, width)."""
-        empty = self.values.new_zeros(self.out, self.values.shape[1])
-        return empty.index_copy(0, self.index, self.values)
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """The rows (n, width), and where each of them goes (out, n)."""
+        n = len(self.index)
+        places = self.values.new_zeros(self.out, n)
+        places[self.index, torch.arange(n, device=places.device)] = 1.0
+        return self.values, places
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight())
+        rows, places = self.maps()
+        return F.linear(F.linear(x, rows), places)
 
     def affine(self) -> tuple[Tensor, None]:
-        return self.weight(), None
+        empty = self.values.new_zeros(self.out, self.values.shape[1])
+        return empty.index_copy(0, self.index, self.values), None
 
 
 @part

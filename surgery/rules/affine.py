@@ -63,6 +63,17 @@ def affine(part: nn.Module) -> Affine | None:
     return None if given is None else Affine(*given)
 
 
+def factors(part: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Down (rank, width) and up (out, rank), whose product is a part's weight; None where it has no
+    such two, by a method `maps()`.
+
+    >>> factors(nn.Linear(2, 3)) is None
+    True
+    """
+    method = getattr(part, "maps", None)
+    return method() if callable(method) else None
+
+
 def all_affine(parts: Iterable[nn.Module]) -> list[Affine] | None:
     """Each of some parts as weight and bias; None where one of them is not linear."""
     maps = [affine(part) for part in parts]

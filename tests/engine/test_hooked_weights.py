@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import surgery
@@ -461,3 +462,82 @@ def test_replicas_of_data_parallel_are_refused() -> None:
     x = torch.randn(2, 5, 24)
     with pytest.raises(surgery.GraftError, match="replica of a MultiheadAttention"):
         replica(x, x, x)
+
+
+# tables ------------------------------------------------------------------------------------------
+
+
+class Sizes(TorchDispatchMode):
+    """How many numbers the largest tensor has that something makes, but one."""
+
+    def __init__(self, but: Tensor) -> None:
+        super().__init__()
+        self.largest, self.but = 0, but.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() != self.but:
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+ON_TABLES: dict[str, Callable[[], Any]] = {
+    "lora": lambda: at(weight("table.weight"), lora(rank=2)),
+    "rows": lambda: at(weight("table.weight"), surgery.parts.rows([3, 900])),
+    "alone": lambda: at(weight("table.weight", tied=False), lora(rank=2)),
+}
+
+
+class Words(nn.Module):
+    """A large table, tied to a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1000, 32, padding_idx=0)
+        self.head = nn.Linear(32, 1000, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).tanh())
+
+
+@pytest.mark.parametrize("name", ON_TABLES)
+def test_no_table_is_made(name: str) -> None:
+    torch.manual_seed(0)
+    model, ids = Words().double(), torch.tensor([[0, 3, 900]])
+    surgery.apply(model, ON_TABLES[name]())
+    stir_parts(model)
+    with Sizes(model.table.weight) as sizes:
+        got = model(ids)
+        got.square().sum().backward()
+    assert sizes.largest <= 3 * 1000  # what the head gives
+    grads = [p.grad for p in surgery.parameters(model)]
+    for hooked in model.surgery.default.hooked_sites:
+        hooked.is_small = False
+    for p in surgery.parameters(model):
+        p.grad = None
+    with Sizes(model.table.weight) as sizes:
+        want = model(ids)
+        want.square().sum().backward()
+    assert sizes.largest >= 32 * 1000
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+    for a, p in zip(grads, surgery.parameters(model), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=0, atol=1e-11)
+
+
+def test_what_reads_the_sum_is_given_it() -> None:
+    """LoRA at a table, and rows of that which are scaled."""
+    torch.manual_seed(0)
+    model, ids = Words().double(), torch.tensor([[1, 3, 900]])
+    plain = copy.deepcopy(model)
+    surgery.apply(model, at(weight("table.weight"), lora(rank=2)), name="one")
+    surgery.apply(model, at(weight("table.weight"), append(surgery.parts.rescale())), name="two")
+    stir_parts(model)
+    got = model(ids)
+    surgery.merge(model)
+    torch.testing.assert_close(model(ids), got, rtol=0, atol=1e-13)
+    assert not torch.equal(model(ids), plain(ids))
+    surgery.unmerge(model)
+    surgery.revert(model, name="two")
+    assert all(hooked.is_small for hooked in model.surgery.one.hooked_sites)

@@ -554,17 +554,17 @@ def test_no_word_of_rules_acts_on_anything() -> None:
         "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "fourierft",
         "frozen", "gated_prompt", "glora", "goft", "gralora", "hira", "hra", "instance_prompt",
         "kadaptation", "kasa", "krona", "ladder", "lily", "lily_ups", "loha", "lokr", "lora",
-        "loreft", "magnitude", "mica", "miss", "mlae", "molora", "mona", "oft", "olora",
-        "peanut", "phm_rule", "pissa", "places", "pool", "projection", "prolora", "prompt",
-        "prompt_generator", "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr",
-        "road", "rows", "salient", "scale_shift", "scaled", "shift", "skill_lora",
-        "slow_factors", "small_adapter", "snell", "sparse", "sparse_experts",
+        "loreft", "magnitude", "mica", "miss", "mlae", "molora", "mona", "oft", "olora", "peanut",
+        "phm_rule", "pissa", "places", "pool", "prefix", "prefix_features", "projection",
+        "prolora", "prompt", "prompt_generator", "psoft", "randlora", "repadapter", "rescale",
+        "reversible", "rlrr", "road", "rows", "salient", "scale_shift", "scaled", "shift",
+        "skill_lora", "slow_factors", "small_adapter", "snell", "sparse", "sparse_experts",
         "spectral_adapter", "spectral_basis", "tied", "tied_lora", "tiny_vector", "tinylora",
         "tk_factors", "toplora", "track", "tt_factors", "unilora", "vblora", "vera", "vida",
         "waveft",
     }  # fmt: skip
     harmless |= {"embed", "block", "norm", "attn", "qkv", "proj", "ffn", "head"}
-    harmless |= {"query", "key", "value", "weight", "side"}
+    harmless |= {"query", "key", "value", "weight", "side", "attend"}
     assert set(vocabulary()) == harmless, "a new word: may a file call it? then add it here"
 
 
