@@ -7,6 +7,7 @@ surgery.save(model, "tuned.safetensors")
 
 from . import methods, parts
 from ._preserve import fingerprint
+from .engine.activity import activate, train_only
 from .engine.apply import apply, disabled, parameters, revert
 from .engine.losses import Routing, balance_loss, penalty, routing
 from .engine.merging import merge, unmerge
@@ -66,13 +67,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
-    "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError", "adapter", "anatomy",
-    "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block", "disabled",
-    "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused", "groups",
-    "head", "holding", "insert", "inside", "key", "load", "load_state_dict", "lora", "merge",
-    "methods", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part", "parts",
-    "penalty", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv", "query",
+    "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError", "activate", "adapter",
+    "anatomy", "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block",
+    "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused",
+    "groups", "head", "holding", "insert", "inside", "key", "load", "load_state_dict", "lora",
+    "merge", "methods", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part",
+    "parts", "penalty", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv", "query",
     "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared",
-    "side", "span", "state_dict", "token", "unfreeze", "unmerge", "until", "value", "weight",
-    "where",
+    "side", "span", "state_dict", "token", "train_only", "unfreeze", "unmerge", "until",
+    "value", "weight", "where",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,10 +16,12 @@ from ..errors import OperationError
 from ..rules.rule import Rules
 from .conditions import ALONE, APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
 from .journal import Journal, Value, completed
-from .obstacles import refuse
+from .obstacles import dotted, refuse
 from .operation import Operation, check_operable, operations
+from .owned import composed, put_by, slots_of
 from .plain import check_kept
 from .planning import Plan
+from .removal import take_out, went_on
 from .trained import adopt, by_hand, check_undoable, expect_frozen, paths_of, stays
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,15 +74,18 @@ def apply(
 
 
 def revert(model: Model, *, name: str | None = None) -> Model:
-    """Take all operations off, or the last one by its name: the model is what it was, bit for bit.
+    """Take all operations off, or one by its name: the model is what it was, bit for bit.
+
+    One under others leaves them as they are; where a later one went on from values that it had
+    made of the base, a warning names them, and that one keeps what it changed in them.
 
     Values of unfrozen parameters and of buffers, `requires_grad`, training flags and hooks come
     back; gradients of unfrozen parameters are dropped. What was trained without a rule (unfrozen by
     hand, a new head) is what it was when `parameters` handed it out; what it never did stays as it
     is, new modules stay in the model, and a warning names both.
 
-    All or nothing. Raises OperationError where there is nothing to take off, where `name` is not
-    the last, inside `disabled`, and where a trained tensor cannot be written back (it was pruned,
+    All or nothing. Raises OperationError where there is nothing to take off, or nothing of that
+    name, inside `disabled`, and where a trained tensor cannot be written back (it was pruned,
     re-parametrised, deleted, or has another shape now): the model is untouched then.
 
     >>> from surgery import at, unfreeze
@@ -90,21 +95,18 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     """
     done = operated(model, "revert(model)", merged=None)
     check_state(model, "revert(model)", WRITING, DISABLED)
-    if name is not None and name != done[-1].name:
-        names = ", ".join(op.name for op in done)
-        raise OperationError(
-            f'revert(model, name="{name}")',
-            f"it is not the last operation; they are, in order: {names}.",
-            "Take them off last first, or all at once with revert(model).",
-        )
-    chosen = done if name is None else done[-1:]
+    chosen = done if name is None else named(done, [name], f'revert(model, name="{name}")')
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
     check_undoable(model, journals, call="revert(model)")
     check_kept(journals, "revert(model)")
     left = stays(model, chosen)
     expect_frozen(model)
     own = {id(value.tensor) for operation in chosen for value in operation.journal.values}
-    completed(lambda: _take_off(done, chosen, own))
+    last = chosen[-1] is done[-1] and all(operation.strength == 1 for operation in done)
+    if name is None or last:
+        completed(lambda: _take_off(done, chosen, own))
+    else:
+        _take_out(done, chosen[0])
     if left:
         warnings.warn(f"surgery.revert(model) left some as they are. {left}.", stacklevel=2)
     return model
@@ -120,13 +122,32 @@ def _take_off(done: list[Operation], chosen: list[Operation], own: set[int]) -> 
         operation.frozen.again(own)
 
 
+def _take_out(done: list[Operation], chosen: Operation) -> None:
+    """Take one off that is under others, or is not all that acts."""
+    for operation in reversed(done):
+        completed(operation.merge_journal.undo)
+    later = done[done.index(chosen) + 1 :]
+    if values := went_on(chosen, later):
+        paths = paths_of(chosen.model[0])
+        names = [dotted(paths.get(id(value.module), ""), value.name) for value in values]
+        warnings.warn(
+            f'surgery.revert(model, name="{chosen.name}"): {first_few(names)} of later operations '
+            f"began as {chosen.name} had made them: what they changed since is kept.",
+            stacklevel=3,
+        )
+    written = take_out(chosen, done)
+    for operation in done:
+        operation.frozen.again(written)
+
+
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     """While it lasts, the base model answers: no part runs, and unfrozen tensors are as they were.
 
-    It answers without gradients, as under torch.no_grad(). It is the model that is disabled, for
-    all threads that run it; two that overlap must be nested. What is trained without a rule, and
-    was never handed out by `parameters`, answers as it is, with a warning.
+    With names, those operations are off and the others answer. It answers without gradients, as
+    under torch.no_grad(). It is the model that is disabled, for all threads that run it; two that
+    overlap must be nested. What is trained without a rule, and was never handed out by
+    `parameters`, answers as it is, with a warning.
 
     Raises OperationError on a model that was never operated, and, before anything is changed, where
     an unfrozen tensor cannot be written (it was pruned, re-parametrised, deleted, or has another
@@ -142,6 +163,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     done = operated(model, "disabled(model)")
     check_state(model, "disabled(model)", WRITING)
     check_undoable(model, [operation.journal for operation in done], call="disabled(model)")
+    off = named(done, names, "disabled(model, ...)") if names else done
     if theirs := by_hand(model):
         paths = first_few([place.path for place in theirs])
         warnings.warn(
@@ -152,11 +174,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         )
     journal = Journal()
     try:
-        for operation in done:
+        left = {op: op.strength for op in done if op not in off}
+        if left:
+            put_by(done)
+        for operation in off:
             journal.set(operation, "enabled", False)
+        for operation in done:
             for buffer in operation.journal.buffers:
                 journal.keep_value(buffer.module, buffer.name, lent=True)
-        for value in _changed(done):
+        for slot in slots_of(done) if left else ():
+            journal.write(slot.module, slot.name, composed(slot, left), lent=True)
+        for value in [] if left else _changed(done):
             journal.write(value.module, value.name, value.value, lent=True)
         with torch.no_grad():
             yield model
@@ -215,6 +243,18 @@ def operated(
             "Call surgery.merge(model) first." if merged else "Call surgery.unmerge(model) first.",
         )
     return done
+
+
+def named(done: list[Operation], names: Iterable[str], call: str) -> list[Operation]:
+    """The operations of these names, oldest first. Raises OperationError where there is no such."""
+    known = [operation.name for operation in done]
+    if missing := [name for name in names if name not in known]:
+        raise OperationError(
+            call,
+            f'there is no operation "{missing[0]}"; there are, in order: {", ".join(known)}.',
+            "Give one of these, the name that apply(..., name=) was given.",
+        )
+    return [operation for operation in done if operation.name in {*names}]
 
 
 def _changed(done: list[Operation]) -> list[Value]:

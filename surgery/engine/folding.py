@@ -108,7 +108,8 @@ def _folded_modules(
         for hooked, action in actions:
             module = id(targets[hooked].module)
             _, target = done.get(module, (hooked, targets[hooked]))
-            done[module] = hooked, target._replace(map=_with(target, action, hooked.path))
+            map = _with(target, action, hooked)
+            done[module] = hooked, target._replace(map=map)
     folds = [_rounded(target, hooked) for hooked, target in done.values()]
     for (hooked, _), fold in zip(done.values(), folds, strict=True):
         now, bias = tensor_of(fold.module, "bias"), fold.tensors.get("bias")
@@ -266,9 +267,9 @@ def _refused(hooked: HookedSite, name: str, how: str) -> OperationError:
     )
 
 
-def _with(target: MergeTarget, action: Action, path: str) -> Affine:
+def _with(target: MergeTarget, action: Action, hooked: HookedSite) -> Affine:
     """The map of a site with one more action, around what came before."""
-    map, own = target.map, affine(action.part)
+    map, own, path = target.map, affine(action.part), hooked.path
     part = None if own is None else _fine_map(own)
     if part is None or action.hears or action.place not in LINEAR:
         fact = "hears another part" if action.hears else "is not linear"
@@ -290,7 +291,7 @@ def _with(target: MergeTarget, action: Action, path: str) -> Affine:
             f"{type(action.part).__name__} mixes the groups of a {type(target.module).__name__}.",
             "Leave the model unmerged, or use a part that scales each feature.",
         )
-    return joined(map, part, action.place, action.scale)
+    return joined(map, part, action.place, action.scale, hooked.switch.strength)
 
 
 def _kinds(hooked: HookedSite) -> str:

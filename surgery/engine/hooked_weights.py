@@ -21,7 +21,7 @@ from ..errors import GraftError
 from ..rules.affine import Affine, affine, factors, joined
 from ..structure.layers import forward_of
 from ..structure.weights import ParameterSite
-from .hooks import HookedSite
+from .hooks import HookedSite, mixed
 from .journal import Journal, owners_of
 from .stack import Stack
 from .switch import Switch
@@ -121,7 +121,7 @@ class HookedWeight(HookedSite):
                     out = torch.where((x == padding)[..., None], out.detach(), out)
             else:
                 out = F.linear(F.linear(x, down), up)
-            y = torch.add(y, out.to(y.dtype), alpha=1.0 if action.scale is None else action.scale)
+            y = mixed(y, out.to(y.dtype), action.scale, self.switch.strength)
         return y
 
     def _read_by(self, module: nn.Module) -> list[Read]:
@@ -160,7 +160,9 @@ class HookedWeight(HookedSite):
         if map.weight.dim() > 1 and not self.is_stack:
             map = map._replace(weight=map.weight.flatten(1))
         for action in self.actions:
-            map = joined(map, self._affine(action), action.place, action.scale)
+            map = joined(
+                map, self._affine(action), action.place, action.scale, self.switch.strength
+            )
         return map
 
     def _affine(self, action: Action) -> Affine:

@@ -284,7 +284,7 @@ class HookedSite:
 
     def active(self) -> bool:
         """Whether the parts run. While disabled no gradient may be asked for: it would be wrong."""
-        if self.switch.merged or self.switch.undone:
+        if self.switch.merged or self.switch.undone or not self.switch.strength:
             return False
         if not self.switch.enabled and torch.is_grad_enabled():
             raise GraftError(
@@ -313,7 +313,7 @@ class HookedSite:
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = fitting(action.part, out, base, (self.entry, self.exit), self.path)
-        return out if action.scale is None else torch.add(base, out, alpha=action.scale)
+        return mixed(base, out, action.scale, self.switch.strength)
 
     def _answer(self, i: int, action: Action, x: Tensor, came: Tensor, width: int) -> Any:
         """What a part gives, told to those that hear it."""
@@ -349,6 +349,17 @@ class HookedSite:
             self.traced.gates["", i] = gates
         else:
             self.switch.passes.keep_gates((self.path, i), gates, self.traced.gates.get(("", i)))
+
+
+def mixed(base: Tensor, out: Tensor, scale: float | None, strength: float) -> Tensor:
+    """`base` with what a part gives: `scale` of it added, or it in place (None); so much of that.
+
+    >>> mixed(torch.ones(1), torch.zeros(1), None, 0.25)
+    tensor([0.7500])
+    """
+    if scale is not None:
+        return torch.add(base, out, alpha=scale * strength)
+    return out if strength == 1 else torch.lerp(base, out, strength)
 
 
 def _first_entering(places: list[str]) -> int:

@@ -41,7 +41,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     """
     done = operated(model, "balance_loss(model)", alone=False)  # once a step: nothing slow
     losses: list[Tensor] = []
-    for operation in done:
+    for operation in (operation for operation in done if operation.strength):
         for hooked, gates in _gates(operation, "balance_loss(model)"):
             if operation.balance is None:
                 _check_gradient(hooked, gates)
@@ -63,7 +63,7 @@ def penalty(model: nn.Module, *, balance: float = 0.01) -> Tensor:
     >>> penalty(apply(nn.Sequential(layer), at(ffn, lora(rank=2))))
     tensor(0.)
     """
-    done = operated(model, "penalty(model)", alone=False)
+    done = [op for op in operated(model, "penalty(model)", alone=False) if op.strength]
     parts: list[Any] = [part for operation in done for part in operation.modules()]
     own = [part.penalty() for part in parts if callable(getattr(part, "penalty", None))]
     routed = any(operation.routers for operation in done)
@@ -91,7 +91,7 @@ def routing(model: nn.Module) -> dict[str, Routing]:
     [('0.(linear1 to linear2)', 1.0)]
     """
     kept, seen = dict[str, Routing](), Counter[str]()
-    for operation in operated(model, "routing(model)"):
+    for operation in (op for op in operated(model, "routing(model)") if op.strength):
         for hooked, gates in _gates(operation, "routing(model)"):
             seen[hooked.path] += 1
             n = seen[hooked.path]

@@ -30,7 +30,7 @@ class MaskCheck:
         probe = self.patches.probe if self.block else None
         if probe is not None and x is not None and x.dim() == 3:
             return self._probed(probe, x, args, kwargs)
-        if not self.switch.enabled or self.switch.merged:
+        if not self.switch.is_on():
             return None
         self._check(x, given)
         return None

@@ -11,11 +11,12 @@ from torch import nn
 
 from .._text import first_few
 from ..errors import OperationError
-from .apply import operated
+from .apply import named, operated
 from .conditions import DISABLED, MAKING, WRITING, check_state
 from .folding import Fold, acting_between, folded, written
-from .journal import completed
+from .journal import Journal, completed
 from .operation import Operation, additions_of
+from .owned import switch
 from .plain import Followed, Kept, check_kept, let_go, make_plain
 from .trained import check_undoable
 from .watched import check_watched
@@ -26,8 +27,10 @@ Model = TypeVar("Model", bound=nn.Module)
 MOST_LOST = 0.25
 
 
-def merge(model: Model, *, keep: bool = True) -> Model:
-    """Merge all parts into the base: the same answers at the speed of the base; returns the model.
+def merge(model: Model, *, name: str | None = None, keep: bool = True) -> Model:
+    """Merge parts into the base: the same answers at the speed of the base; returns the model.
+
+    What is active is merged, as much as it is; or `name` alone, as if it were the only active one.
 
     Parts must be linear (nn.Linear, nn.Sequential of these, or a module with a method `affine()`
     that returns weight (out, in), or (out,) where it scales each feature, and bias (out,) or
@@ -56,6 +59,10 @@ def merge(model: Model, *, keep: bool = True) -> Model:
     """
     done = operated(model, "merge(model)", merged=False if keep else None)
     check_state(model, "merge(model)", WRITING, MAKING, DISABLED)
+    strengths = {operation: operation.strength for operation in done}
+    if name is not None:
+        one = named(done, [name], f'merge(model, name="{name}")')
+        strengths = {operation: float(operation in one) for operation in done}
     for operation in done if not done[-1].merged else ():
         operation.start.check(OperationError, "merge(model)")
         check_watched(operation, "merge(model)")
@@ -64,33 +71,42 @@ def merge(model: Model, *, keep: bool = True) -> Model:
         if done[-1].merged:
             completed(lambda: _let_go(done))
         else:
-            _merge(model, done, keep)
+            _merge(model, done, strengths, keep)
     return model
 
 
-def _merge(model: nn.Module, done: list[Operation], keep: bool) -> None:
-    hooked_sites = [hooked for operation in done for hooked in operation.hooked_sites]
-    besides = set[str]().union(*(operation.read_besides for operation in done))
-    folds = folded(model, hooked_sites, besides)
-    between = [hooked.path for hooked in hooked_sites if acting_between(hooked)]
+def _merge(
+    model: nn.Module, done: list[Operation], strengths: dict[Operation, float], keep: bool
+) -> None:
     journal, additions = done[-1].merge_journal, additions_of(model) or nn.Module()
     try:
-        weights = tuple(Kept.of(module, name) for module, name, _ in written(folds))
-        journal.entries.append(Followed(additions, model, weights, model.training))
-        for operation in done:
-            journal.entries.append(operation.frozen.kept())
-        for module, name, tensor in written(folds):
-            journal.write(module, name, tensor)
-        for operation in done:
-            journal.set(operation, "merged", True)
-        make_plain(model, additions, [operation.journal for operation in done], journal)
-        _tell_lost(folds)
-        _tell_hooks(between)
+        if any(operation.strength != strengths[operation] for operation in done):
+            switch(done, strengths, journal)
+        _fold(model, done, additions, journal)
         if not keep:
             completed(lambda: _let_go(done))
     except BaseException:
         journal.undo()
         raise
+
+
+def _fold(model: nn.Module, done: list[Operation], additions: nn.Module, journal: Journal) -> None:
+    active = [operation for operation in done if operation.strength]
+    hooked_sites = [hooked for operation in active for hooked in operation.hooked_sites]
+    besides = set[str]().union(*(operation.read_besides for operation in active))
+    folds = folded(model, hooked_sites, besides)
+    between = [hooked.path for hooked in hooked_sites if acting_between(hooked)]
+    weights = tuple(Kept.of(module, name) for module, name, _ in written(folds))
+    journal.entries.append(Followed(additions, model, weights, model.training))
+    for operation in done:
+        journal.entries.append(operation.frozen.kept())
+    for module, name, tensor in written(folds):
+        journal.write(module, name, tensor)
+    for operation in done:
+        journal.set(operation, "merged", True)
+    make_plain(model, additions, [operation.journal for operation in done], journal)
+    _tell_lost(folds)
+    _tell_hooks(between)
 
 
 def _tell_lost(folds: list[Fold]) -> None:

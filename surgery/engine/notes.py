@@ -16,6 +16,7 @@ from ..structure.attention_states import OPERANDS
 from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
+from .operation import Operation
 from .summary import places
 from .unfreezing import parameters_meant
 
@@ -130,3 +131,21 @@ def _speaks_of(heads: list[Site], parameters: Collection[int], matches: Matches)
         if any(id(p) in parameters for edit in edits for _, p in parameters_meant(edit, sites)):
             return True
     return False
+
+
+def state_of(operation: Operation) -> str:
+    """Whether it is active, and how many numbers of it are trained, in words."""
+    strength = operation.strength
+    how = "not active" if not strength else "active" if strength == 1 else f"active {strength:g}"
+    base = [module._parameters.get(name) for module, name in operation.claims]
+    tensors = {id(p): p for p in (*operation.parameters(), *base) if p is not None}
+    trained = sum(p.numel() for p in tensors.values() if p.requires_grad)
+    return f"{how}, {f'{trained:,} trained' if trained else 'not trained'}"
+
+
+def beside(done: list[Operation], name: str) -> list[str]:
+    """That earlier operations stay as they are, beside one of this name."""
+    if not (earlier := [op for op in done if op.name != name]):
+        return []
+    told = "; ".join(f"{op.name} ({state_of(op)})" for op in earlier)
+    return [f'{told} stays as it is: train_only(model, "{name}") freezes the rest']

@@ -105,6 +105,9 @@ class Operation(Switch):
     known          the modules of the base, as they were then
     adopted        what is trained without a rule, and in the journal all the same
     frozen         what is not trained, to be seen to stay what it is
+    claims         the parameters of the base that its rules train: a module, and a name there
+    trains         the names of those of its parts that are trained
+    own            what it has made of tensors of the base, where others are active since
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
@@ -118,6 +121,9 @@ class Operation(Switch):
         self.known: list[KnownModule] = []
         self.adopted: list[tuple[nn.Module, str]] = []
         self.frozen = Frozen()
+        self.claims: list[tuple[nn.Module, str]] = []
+        self.trains: frozenset[str] = frozenset()
+        self.own: dict[tuple[nn.Module, str], Tensor] = {}
         self.start = MissingStart(self, self.journal)
 
     def open(self, model: nn.Module) -> None:
@@ -154,11 +160,18 @@ class Operation(Switch):
             if id(part) not in added:
                 self.add_module(key, part)
                 added.add(id(part))
+        self.trains = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         self.start = MissingStart(self, self.journal)
 
-    def train_only(self, modules: list[nn.Module], chosen: set[int]) -> None:
-        """Let just these parameters (by id) of the base be trained, each with a copy kept."""
+    def train_only(self, modules: list[nn.Module], chosen: set[int], own: set[int]) -> None:
+        """Let just these parameters (by id) of the base be trained, each with a copy kept.
+
+        own  those of them that its rules name
+        """
         for module in modules:
+            self.claims += [
+                (module, name) for name, p in module._parameters.items() if id(p) in own
+            ]
             for name, tensor in module._parameters.items():
                 if tensor is None:
                     continue

@@ -28,7 +28,7 @@ from .hearing import guessed, sources_of, unheard_asides
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
-from .notes import frozen_head, frozen_norms, how_found, without_tokens
+from .notes import beside, frozen_head, frozen_norms, how_found, without_tokens
 from .operation import Operation, check_model, operations, without_parts
 from .placement import PartNames, Placement, Spot, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
@@ -210,6 +210,7 @@ class Plan:
             told = [f"{self.heard_from[p].place.path} ({p.site.path})" for p in self.guessed]
             notes.append(f"heard is the last in each block, {told[0]}: example=inputs shows which")
         notes += frozen_norms(s.path for s, frozen in statistics(self.tree, trained) if frozen)
+        notes += beside(operations(self.model), self.name)
         notes += self._left
         notes += frozen_head(self.matches, self.tree, trained) if self.placements else ()
         borrowed = built.borrowed if built else {}
@@ -263,7 +264,7 @@ class Plan:
         adopt(self.model)  # what was trained by hand until now is of the operation before
         trained = self.unfrozen | self._trained_before()
         operation.open(self.model)
-        operation.train_only(modules, trained)
+        operation.train_only(modules, trained, self.unfrozen)
         built = BuiltParts(self.placements, self.names, self.seed)
         parts = built.parts
         check_parts(self.placements, parts)

@@ -55,10 +55,11 @@ def register_between(hooked: HookedSite, journal: Journal) -> None:
     for k, block in enumerate(hooked.stretch):
         before, after = block.module._forward_pre_hooks, block.module._forward_hooks
         names = declared(type(block.module).forward)
-        new = Between(switch.streams, block.path, names, switch.is_on)
+        new = Between(switch.streams, block.path, names)
         between = next(iter(owners_of(before, Between).values()), new)
         if between is new:
             journal.hook(block.module, new.enter, before=True, prepend=True, with_kwargs=True)
+        journal.set(between, "switches", (*between.switches, switch.is_on))
         if k > 0 and not between.inner:
             journal.set(between, "inner", True)
         if k < len(hooked.stretch) - 1 and not owners_of(after, Between):

@@ -21,7 +21,7 @@ from ..structure.path import generalise
 from .apply import operated
 from .conditions import check_example
 from .losses import Routing
-from .notes import corrections
+from .notes import corrections, state_of
 from .operation import Operation, additions_of, check_operable, without_parts
 from .summary import count_parameters, summary
 from .trained import beyond_rules, trained_of
@@ -96,6 +96,7 @@ def report(model: nn.Module) -> Table:
         prefix = f"{operation.name}: " if len(done) > 1 else ""
         rows += table.rows
         notes += [prefix + note for note in table.notes]
+    notes += _who_acts(done)
     return Table(f"Report on {type(model).__name__}", table.columns, rows, notes)
 
 
@@ -111,6 +112,13 @@ def _done_by(operation: Operation, model: nn.Module, base: int, counted: set[int
     if beyond := [p.path for p in beyond_rules(model, operation) if p.tensor.requires_grad]:
         table.notes.insert(0, f"note: trained without a rule: {first_few(beyond)}")
     return table
+
+
+def _who_acts(done: list[Operation]) -> list[str]:
+    """Of each of several operations, whether it is active and how much of it is trained."""
+    if len(done) == 1 and done[0].strength == 1:
+        return []
+    return [f"{operation.name}: {state_of(operation)}" for operation in done]
 
 
 def draw_loads(loads: dict[str, Routing], path: str | os.PathLike[str], title: str = "") -> Path:

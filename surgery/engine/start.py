@@ -45,7 +45,7 @@ class MissingStart:
         """The hook before the forward of a model; shapes alone may go through one all on meta."""
         if _is_bare(module):
             return
-        if self.names and self.operation.enabled:
+        if self.names and self.operation.is_on():
             self.check()
         if not torch.compiler.is_compiling():
             self.keep_filled()

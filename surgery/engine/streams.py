@@ -233,15 +233,19 @@ class Streams(ByThread[Stream]):
 class Between:
     """One of several blocks in which tokens stay: they are put in before it, set aside behind it.
 
-    inner  whether tokens come to it at all; to the first of them none do
+    inner     whether tokens come to it at all; to the first of them none do
+    switches  of each operation whose tokens come, whether it is on
     """
 
-    def __init__(
-        self, streams: Streams, path: str, names: tuple[str, ...], on: Callable[[], bool]
-    ) -> None:
-        self.streams, self.path, self.names, self.on = streams, path, names, on
+    def __init__(self, streams: Streams, path: str, names: tuple[str, ...]) -> None:
+        self.streams, self.path, self.names = streams, path, names
+        self.switches: tuple[Callable[[], bool], ...] = ()
         self.inner = False
         self.here = Here()
+
+    def on(self) -> bool:
+        """Whether an operation is whose tokens come here."""
+        return any(is_on() for is_on in self.switches)
 
     def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
         """Forward hook: what comes out are the model's own tokens."""

@@ -23,6 +23,7 @@ Balance: TypeAlias = "routing.Coefficient | None"
 class Switch(nn.Module):
     """What all sites of one operation obey: whether parts run, and who adds the balance loss.
 
+    strength  how much of the change that it makes is made; 0: it is not active
     merged    the parts are merged into the base, which answers for them
     passes    what forwards keep
     streams   the tokens that they put in, of all operations on the model
@@ -34,12 +35,13 @@ class Switch(nn.Module):
         super().__init__()
         self.name, self.balance = name, balance
         self.enabled, self.merged, self.undone = True, False, False
+        self.strength = 1.0
         self.passes, self.streams = Passes(), Streams()
         self.seen: set[str] = set()
 
     def is_on(self) -> bool:
         """Whether parts run."""
-        return self.enabled and not self.merged and not self.undone
+        return self.enabled and bool(self.strength) and not self.merged and not self.undone
 
     def mark(self, mark: str, traced: Traced) -> None:
         """Something of that mark runs now."""

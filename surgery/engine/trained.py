@@ -87,7 +87,9 @@ def adopt(model: nn.Module, places: Iterable[Place] | None = None) -> None:
 
 def trained_of(model: nn.Module, operation: Operation) -> list[Place]:
     """The parameters of the base that an operation trains; the last one what is new, too."""
-    known = _known([operation])
+    claims = [module._parameters.get(name) for module, name in operation.claims]
+    adopted = [module._parameters.get(name) for module, name in operation.adopted]
+    known = {id(tensor) for tensor in (*claims, *adopted)}
     mine = [place for place in parameters_of(model) if id(place.tensor) in known]
     return mine + (by_hand(model) if operation is operations(model)[-1] else [])
 

@@ -121,7 +121,7 @@ class Watch:
         self.operation.passes.begin(self.operation.compiled_gates())
         self.operation.streams.begin()
         self._tell_anew()
-        if self.operation.merged or torch._C._get_tracing_state() is not None:
+        if not self._on or torch._C._get_tracing_state() is not None:
             return
         kept = self.operation.passes.mine()
         if kept.reading is not None:  # of a forward that was interrupted

@@ -81,16 +81,23 @@ def all_affine(parts: Iterable[nn.Module]) -> list[Affine] | None:
     return known if len(known) == len(maps) else None
 
 
-def joined(map: Affine, part: Affine, place: str, scale: float | None) -> Affine:
+def joined(
+    map: Affine, part: Affine, place: str, scale: float | None, strength: float = 1.0
+) -> Affine:
     """The map of a place with one more part there, around what came before.
 
-    place  "before", "after", "beside" or "instead"; scale: None where it replaces
+    place     "before", "after", "beside" or "instead"; scale: None where it replaces
+    strength  how much of the change is made
 
     >>> import torch
     >>> one = Affine(torch.ones(2, 2), None)
     >>> joined(one, one, "beside", 0.5).weight[0]
     tensor([1.5000, 1.5000])
     """
+    if strength != 1 and scale is None:
+        whole = joined(map, part, place, scale)
+        return map.times(1 - strength).plus(whole.times(strength))
+    scale = scale if scale is None else scale * strength
     if place == "instead":
         return part
     if place == "beside":

@@ -20,6 +20,7 @@ from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WR
 from ..engine.journal import Journal
 from ..engine.obstacles import dotted
 from ..engine.operation import Operation, check_operable, operations
+from ..engine.owned import own_values, show
 from ..engine.trained import (
     Place,
     adopt,
@@ -59,7 +60,11 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     trained = [*trained_of(model, operation), *changed_buffers(model, operation)]
     order = {path: i for i, (path, _) in enumerate(named_modules(model))}
     trained.sort(key=lambda place: order[place.path.rpartition(".")[0]])
-    base = {key: place.tensor.detach() for key, place in _keyed(model, trained).items()}
+    own = own_values(operations(model), operation)
+    base = {
+        key: own.get((place.module, place.name), place.tensor).detach()
+        for key, place in _keyed(model, trained).items()
+    }
     return {**parts, **base}
 
 
@@ -112,6 +117,9 @@ def load_state_dict(
     try:
         for key, tensor in tensors.items():
             journal.overwrite(places[key], tensor)
+        done = operations(model)
+        if operation.own:
+            show(done, {each: each.strength for each in done}, journal)
     except BaseException:
         journal.undo()
         raise

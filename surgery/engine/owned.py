@@ -1,0 +1,144 @@
+"""What each of several operations has made of the base tensors that it trains.
+
+There is one tensor, and each operation that trains it has a value of its own: what the tensor is
+depends on which are active. Their parts stand side by side, and need none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .._preserve import same
+from .journal import Journal, Value
+from .obstacles import tensor_of
+from .operation import Operation
+
+
+class Claim(NamedTuple):
+    """An operation that trains a tensor, and what that was when its rules were applied."""
+
+    operation: Operation
+    before: Tensor
+
+
+class Slot(NamedTuple):
+    """A tensor of the base, a module's of a name, and all that claim it, the oldest first."""
+
+    module: nn.Module
+    name: str
+    claims: list[Claim]
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What it is now."""
+        return tensor_of(self.module, self.name)
+
+    def own(self, operation: Operation) -> Tensor | None:
+        """What an operation has made of it, if that was ever put by."""
+        return operation.own.get((self.module, self.name))
+
+
+def slots_of(done: Sequence[Operation]) -> Iterator[Slot]:
+    """The tensors of the base that operations train; buffers that have changed, or once had."""
+    found: dict[tuple[int, str], Slot] = {}
+    for operation in done:
+        for value in _claimed(operation):
+            key = id(value.module), value.name
+            slot = found.setdefault(key, Slot(value.module, value.name, []))
+            if all(claim.operation is not operation for claim in slot.claims):
+                slot.claims.append(Claim(operation, value.value))
+    for slot in found.values():
+        if slot.tensor is not None and not slot.tensor.is_meta and _is_in_use(slot):
+            yield slot
+
+
+def _claimed(operation: Operation) -> Iterator[Value]:
+    """What an operation keeps of tensors that it trains, and of all buffers."""
+    trained = {(id(module), name) for module, name in operation.claims}
+    for value in operation.journal.values:
+        if value.buffer is not None or (id(value.module), value.name) in trained:
+            yield value
+
+
+def _is_in_use(slot: Slot) -> bool:
+    if slot.name not in slot.module._buffers:
+        return True
+    before, now = slot.claims[0].before, slot.tensor
+    put_by = any(slot.own(claim.operation) is not None for claim in slot.claims)
+    return put_by or (now is not None and not same(now, before))
+
+
+def composed(slot: Slot, strengths: Mapping[Operation, float]) -> Tensor:
+    """What a tensor is where operations are so active: W + sum of strength * (own - before).
+
+    One that is alone, or goes on from what the one below it made, is what it made to the bit.
+    """
+    value = slot.claims[0].before
+    for operation, before in slot.claims:
+        strength, own = strengths.get(operation, 0.0), slot.own(operation)
+        if not strength or own is None:
+            continue
+        if (strength == 1 and same(value, before)) or not own.is_floating_point():
+            value = own
+        else:
+            value = value + strength * (own - before).to(value)
+    return value
+
+
+def own_values(
+    done: Sequence[Operation], operation: Operation
+) -> dict[tuple[nn.Module, str], Tensor]:
+    """What an operation has made of tensors that now show, or may show, what others made."""
+    alone = all(other.strength == 1 for other in done)
+    if alone and all(len(slot.claims) == 1 for slot in slots_of(done)):
+        return {}
+    put_by(done)
+    return operation.own
+
+
+def put_by(done: Sequence[Operation]) -> None:
+    """Keep for each operation what it has made of the tensors that it trains.
+
+    What was learnt since the last time is of the latest that is active.
+    """
+    now = {operation: operation.strength for operation in done}
+    for slot in slots_of(done):
+        later = [claim.before for claim in slot.claims[1:]]
+        for (operation, _), after in zip(slot.claims, later, strict=False):
+            if slot.own(operation) is None:  # it was on until the next was applied
+                operation.own[slot.module, slot.name] = after
+        active = [claim for claim in slot.claims if claim.operation.strength]
+        last = active[-1] if active else slot.claims[-1]
+        tensor = slot.tensor
+        if tensor is None or (slot.own(last.operation) is not None and not active):
+            continue
+        if slot.own(last.operation) is not None and same(tensor, composed(slot, now)):
+            continue
+        below = composed(slot, {**now, last.operation: 0.0})
+        exact = last.operation.strength in (0, 1) and same(below, last.before)
+        learnt = (tensor.detach() - below) / (last.operation.strength or 1.0)
+        own = tensor.detach().clone() if exact or not active else last.before + learnt
+        last.operation.own[slot.module, slot.name] = own
+
+
+def switch(
+    done: Sequence[Operation], strengths: Mapping[Operation, float], journal: Journal
+) -> None:
+    """Let operations be so active; what they trained of the base is what that makes of it."""
+    put_by(done)
+    show(done, strengths, journal)
+
+
+def show(done: Sequence[Operation], strengths: Mapping[Operation, float], journal: Journal) -> None:
+    """As `switch`, of what is put by already."""
+    written = set[int]()
+    for slot in slots_of(done):
+        if (tensor := slot.tensor) is not None:
+            journal.write(slot.module, slot.name, composed(slot, strengths))
+            written.add(id(tensor))
+    for operation in done:
+        journal.set(operation, "strength", strengths[operation])
+        operation.frozen.again(written)

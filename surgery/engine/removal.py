@@ -1,0 +1,150 @@
+"""Taking one of several operations off, whichever: what later ones stand on goes to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._preserve import same
+from .hooks import HookedSite
+from .journal import Entry, Flag, Gradient, Hook, Journal, Key, Value, completed, owner_of
+from .operation import FROZEN_METHODS, FrozenStatistics, Operation
+from .owned import composed, put_by, slots_of
+from .streams import Between
+
+
+def went_on(chosen: Operation, later: Sequence[Operation]) -> list[Value]:
+    """The values of one operation that a later one began with."""
+    mine = {_slot(value): value for value in chosen.journal.values}
+    return [
+        value
+        for operation in later
+        for value in operation.journal.values
+        if (value.module, value.name) in operation.claims
+        if (before := mine.get(_slot(value))) and not same(value.value, before.value)
+    ]
+
+
+def take_out(chosen: Operation, done: Sequence[Operation]) -> set[int]:
+    """Undo one operation under others; the ids of the tensors that were written to."""
+    others = [operation for operation in done if operation is not chosen]
+    later = list(done[list(done).index(chosen) + 1 :])
+    put_by(done)
+    left = {operation: operation.strength for operation in others}
+    claims = {(id(module), name) for module, name in [*chosen.claims, *chosen.adopted]}
+    meant = [
+        (slot, composed(slot, left))
+        for slot in slots_of(done)
+        if (id(slot.module), slot.name) in claims or slot.name in slot.module._buffers
+    ]
+    written = {id(slot.tensor) for slot, _ in meant}
+
+    def work() -> None:
+        chosen.undone = True
+        entries = chosen.journal.entries
+        while entries:
+            _take_back(entries[-1], chosen, others, later)
+            entries.pop()
+        for slot, value in meant:
+            Journal().write(slot.module, slot.name, value)
+        for module, name in chosen.claims:
+            tensor = module._parameters.get(name)
+            alone = all((module, name) not in operation.claims for operation in others)
+            if alone and tensor is not None and tensor.requires_grad:
+                others[0].journal.train(module, name, tensor, False)
+
+    completed(work)
+    return written
+
+
+def _take_back(
+    entry: Entry, chosen: Operation, others: Sequence[Operation], later: list[Operation]
+) -> None:
+    """Undo one change, or let a later operation undo it: the one that stands on it."""
+    if isinstance(entry, (Value, Flag, Gradient)):
+        _hand_on(entry, others, later)
+    elif isinstance(entry, Key):
+        _take_back_key(entry, chosen, later)
+    elif isinstance(entry, Hook) and not isinstance(entry.owner, Between):
+        entry.undo()
+    else:
+        _move(entry, later)
+
+
+def _hand_on(
+    entry: Value | Flag | Gradient, others: Sequence[Operation], later: list[Operation]
+) -> None:
+    """What a tensor was before this is what it was before the next that changed it."""
+    for operation in later:
+        for i, theirs in enumerate(operation.journal.entries):
+            if type(theirs) is type(entry) and _slot(theirs) == _slot(entry):
+                if isinstance(entry, Value) and isinstance(theirs, Value):
+                    _rebase(operation, theirs, entry.value)
+                changed: Any = {
+                    "trained": getattr(entry, "trained", None),
+                    "grad": getattr(entry, "grad", None),
+                    "value": getattr(entry, "value", None),
+                }
+                fields = {k: v for k, v in changed.items() if k in type(entry)._fields}
+                operation.journal.entries[i] = theirs._replace(**fields)
+                return
+    if isinstance(entry, Value):
+        return
+    claimed = any((entry.module, entry.name) in operation.claims for operation in others)
+    if claimed or (isinstance(entry, Flag) and entry.trained):  # which others want frozen, too
+        _move(entry, later or list(others[-1:]))
+    else:
+        entry.undo()
+
+
+def _rebase(operation: Operation, theirs: Value, before: Tensor) -> None:
+    """What an operation made of a tensor, as much away from what that was before another's."""
+    own = operation.own.get((theirs.module, theirs.name))
+    if own is not None and own.is_floating_point() and not same(theirs.value, before):
+        operation.own[theirs.module, theirs.name] = before + (own - theirs.value)
+
+
+def _take_back_key(entry: Key, chosen: Operation, later: list[Operation]) -> None:
+    if entry.table == "_modules" and entry.new is chosen:
+        entry.undo()
+    elif isinstance(entry.module, Between) and entry.key == "switches":
+        switches = tuple(on for on in entry.module.switches if owner_of(on) is not chosen)
+        entry.module.switches = switches
+    elif theirs := _later_key(entry, later):
+        operation, i, key = theirs
+        operation.journal.entries[i] = key._replace(was=entry.was)
+        replaced = owner_of(key.new)
+        if entry.key == "forward" and isinstance(replaced, HookedSite):
+            replaced.was_forward = None if isinstance(entry.was, type) else entry.was
+    elif entry.key == "forward":
+        entry.undo()
+    else:
+        methods = owner_of(entry.new)
+        if entry.key in FROZEN_METHODS and isinstance(methods, FrozenStatistics) and later:
+            methods.switch = later[0]
+        _move(entry, later)
+
+
+def _later_key(entry: Key, later: list[Operation]) -> tuple[Operation, int, Key] | None:
+    """The next change of the same key."""
+    for operation in later:
+        for i, key in enumerate(operation.journal.entries):
+            if isinstance(key, Key) and _slot(key) == _slot(entry):
+                return operation, i, key
+    return None
+
+
+def _move(entry: Entry, later: list[Operation]) -> None:
+    """Let the next operation undo it; where there is none, undo it now."""
+    if not later:
+        entry.undo()
+    elif all(theirs is not entry for theirs in later[0].journal.entries):
+        later[0].journal.entries.insert(0, entry)
+
+
+def _slot(entry: Any) -> tuple[Any, ...]:
+    if isinstance(entry, Key):
+        return id(entry.module), entry.table, entry.key
+    return id(entry.module), entry.name
