@@ -191,6 +191,8 @@ def fourth() -> list[Figure]:
         "lily": 12 * 16 * (768 + 4) + 4 * 16 * 2304, "mona": 2_684_928,
         "loreft": 12 * (2 * 4 * 768 + 4), "lst": 1_853_196, "dtl": 36_864,
         "prefix_tuning": 12 * 2 * 10 * 768,
+        "losa": 12 * (8 * 1537 + 768), "res_tuning": 12 * (2 * (32 * 1537 + 768) + 1),
+        "adapter_fusion": 12 * (3 * 768**2 + 2 * 768),
     }  # fmt: skip
     return [
         Figure("adapter_plus", "rank 8", "adapter_plus", 165_984, "0.20 M", MEAN_HEAD,

@@ -78,6 +78,7 @@ def figures() -> list[Figure]:
         figure("idpt", "15 classes", three, "idpt", 1_696_783, "1.7 M"),
         figure("idpt", "40 classes", point_mae(40, ALL), methods.idpt(), 1_703_208, "1.7 M"),
         figure("pointgst", "15 classes", two, "pointgst", 622_063, "0.6 M"),
+        figure("point_peft", "15 classes, no memory bank", two, "point_peft", 671_503, "0.7 M"),
         daptx("rank 32, prompts (d/h): 1.88 % of the tuned model", methods.daptx(), 418_067),
         daptx("the same, plain experts: 1.88 % of 22.1 M", BARE, 416_527),
         daptx("rank 32, scalar prompts: 1.88 % of 22.1 M", reading(dynamic(32), NORMS, *SCALAR),

@@ -27,16 +27,16 @@ from .interventions import loreft
 from .kronecker import compacter, compacter_pp, kadaptation, krona
 from .low_rank import dylora, lora, prolora, tied_lora, vera, vida
 from .made_of_weights import deft, delora, glora, kasa, mica, peanut, tinylora
-from .many_adapters import lae, language_adapter, scalearn
+from .many_adapters import adapter_fusion, lae, language_adapter, scalearn
 from .noah_supernet import noah
 from .one_bit import bi_adaptformer, bi_lora
 from .orthogonal import boft, goft, psoft, road
-from .point_clouds import dapt, idpt, pointgst
+from .point_clouds import dapt, idpt, point_peft, pointgst
 from .prompts import prefix_tuning, vpt_deep, vpt_shallow
 from .reversible import meft
 from .routed_low_rank import hydralora, lily, molora, toplora
 from .scale_and_shift import ssf
-from .side_networks import dtl, lst
+from .side_networks import dtl, losa, lst, res_tuning
 from .skills import mhr, mhr_mu, mhr_z, poly
 from .sparse_experts import mosa
 from .sparse_updates import sparse
@@ -90,6 +90,7 @@ _SETS: dict[str, Callable[..., list[Rule]]] = {
         loreft, pointgst,
         rslora, lora_fa, hydra, beft, fourierft, waveft, c3a, randlora, vblora, unilora, gralora,
         mlae, adalora, snell, boft, goft, psoft, road,
+        losa, res_tuning, adapter_fusion, point_peft,
     )
 }  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""Several parts put together: over time (LAE), over tasks (ScaLearn), over domains (MAD-X)."""
+"""Several parts put together: over time (LAE), tasks (ScaLearn, AdapterFusion), domains (MAD-X)."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ..parts.adapter_sum import coefficients, combined, scaled
+from ..parts.adapter_sum import coefficients, combined, fusion, scaled
 from ..parts.adapters import adapter
 from ..parts.domain_adapters import domains as for_each_domain
 from ..rules.edits import append, parallel, unfreeze
@@ -43,6 +43,20 @@ def scalearn(count: int = 3, rank: int = 48, by_feature: bool = True) -> list[Ru
     omega = coefficients(count=count, by_feature=by_feature, dropout=0.3)
     return [
         at(ffn, append(combined(adapter(rank=rank), omega), residual=True)),
+        at(head, unfreeze, optional=True),
+    ]
+
+
+def adapter_fusion(count: int = 3, rank: int = 48) -> list[Rule]:
+    """Attention over what frozen adapters (3 of rank 48), trained before, give after every FFN.
+
+    Trained, and filled in, as those of `scalearn`: fill(model, states), a `surgery.state_dict` for
+    each. `surgery.penalty` belongs to its loss.
+
+    Source: Pfeiffer et al. 2021 (AdapterFusion)
+    """
+    return [
+        at(ffn, append(fusion(adapter(rank=rank), count=count), residual=True)),
         at(head, unfreeze, optional=True),
     ]
 

@@ -1,4 +1,5 @@
-"""Methods first made for point clouds: DAPT (Zhou et al. 2024), IDPT (Zha et al. 2023), PointGST.
+"""Methods first made for point clouds: DAPT (Zhou et al. 2024), IDPT (Zha et al. 2023), PointGST,
+Point-PEFT (Tang et al. 2024).
 
 Prompts are left in, for a head that reads them (`reads=` of `backbones.point_mae.PointMAE`).
 """
@@ -8,8 +9,11 @@ from __future__ import annotations
 from torch import nn
 
 from ..parts import dynamic_adapter, instance_prompt, prompt_generator, scale_shift
+from ..parts.adapters import QuickGELU, adapter
+from ..parts.geometry import centre_distances, geometry_adapter
 from ..parts.graph_spectrum import spectral_adapter, spectral_basis
-from ..rules.edits import insert, parallel, prepend, side, token, unfreeze
+from ..parts.prompts import prompt
+from ..rules.edits import append, insert, parallel, prepend, side, token, unfreeze
 from ..rules.relations import holding, inside, nearest, span
 from ..rules.roles import attn, block, embed, fc1, fc2, ffn, head, norm, proj, qkv
 from ..rules.rule import Rule, at
@@ -78,4 +82,32 @@ def pointgst(rank: int = 36, local: int = 32, centers: str = "**.pos_embed") -> 
         at(first, side(spectral_basis(local=local), hears=centers)),
         at(span(norm, ffn), parallel(spectral_adapter(rank=rank), hears=first)),
         at(head, unfreeze, optional=True),
+    ]
+
+
+def point_peft(
+    rank: int = 16, tokens: int = 10, first: int = 6, centers: str = "**.pos_embed"
+) -> list[Rule]:
+    """Prompts in the first blocks, adapters behind FFNs and among neighbours behind all blocks.
+
+    As its code, but that what its memory bank retrieves is not added to the prompts: it asks for
+    features that the untouched model gives of the same cloud, a forward before this one. Prompts
+    have no place in space, and are in no neighbourhood. Biases, the class token and the last norm
+    are trained too.
+
+    first    blocks that have prompts, of `tokens` each
+    centers  the address of the module that embeds the cloud's centres
+
+    Source: Tang et al. 2024 (Point-PEFT)
+    """
+    behind = adapter(rank=rank, activation=QuickGELU, dropout=0.1)
+    return [
+        at(centers, prepend(nn.Identity)),
+        at(attn[:1], side(centre_distances(), hears=centers)),
+        at(block[:first], insert(prompt(tokens=tokens, dropout=0.1))),
+        at(ffn, append(behind, residual=True)),
+        at(block, append(geometry_adapter(rank=rank), residual=True, hears=attn[:1])),
+        at(block, unfreeze("**.bias"), optional=True),
+        at("", unfreeze(token), optional=True),
+        at(nearest(norm, after=block[-1:]) | head, unfreeze, optional=True),
     ]

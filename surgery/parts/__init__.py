@@ -1,6 +1,6 @@
 """The small trainable modules, one family a file. Each word here makes a part for a rule."""
 
-from .adapter_sum import coefficients, combined, scaled
+from .adapter_sum import coefficients, combined, fusion, scaled
 from .adapters import Adapter, QuickGELU, adapter
 from .arc_adapters import arc, projection
 from .banks import bank, bases, pool, randlora, unilora, vblora
@@ -12,6 +12,7 @@ from .dynamic_adapters import DynamicAdapter, MixtureOfDynamicAdapters, dynamic_
 from .elastic import elastic_adapter, elastic_lora, elastic_prompt
 from .fact import fact_tk, fact_tt, tk_factors, tt_factors
 from .gated import gated_prompt
+from .geometry import centre_distances, geometry_adapter, local_attention
 from .graph_spectrum import spectral_adapter, spectral_basis
 from .instance_prompts import InstancePrompt, instance_prompt
 from .interventions import loreft
@@ -31,7 +32,7 @@ from .routed_low_rank import lily, lily_ups, molora, toplora
 from .row_lengths import magnitude, rescale, shift
 from .scale import scale_shift
 from .shared_low_rank import frozen, tied, tied_lora, vera
-from .side_networks import back, climb, ladder, track
+from .side_networks import back, bypass, climb, heard, ladder, mixer, track
 from .skills import skill_lora
 from .sparse_updates import rows, sparse
 from .spectral import c3a, fourierft, places, waveft
@@ -41,18 +42,19 @@ __all__ = [
     "Adapter", "DynamicAdapter", "InstancePrompt", "MixtureOfAdapters",
     "MixtureOfDynamicAdapters", "Prompt", "PromptGenerator", "QuickGELU", "adalora", "adapter",
     "adapter_plus", "arc", "back", "bank", "bases", "binary_adapter", "binary_lora", "boft",
-    "c3a", "climb", "coefficients", "combined", "compacter", "convpass", "deft", "delora",
-    "domains", "dylora", "dynamic_adapter", "dynamic_moa", "elastic_adapter", "elastic_lora",
-    "elastic_prompt", "fact_tk", "fact_tt", "fourierft", "frozen", "gated_prompt", "glora",
-    "goft", "gralora", "hira", "hra", "instance_prompt", "kadaptation", "kasa", "krona",
-    "ladder", "lily", "lily_ups", "loha", "lokr", "lora", "loreft", "magnitude", "mica", "miss",
-    "mlae", "moa", "molora", "mona", "oft", "olora", "peanut", "phm_rule", "pissa", "places",
-    "pool", "projection", "prolora", "prefix", "prefix_features", "prompt", "prompt_generator",
-    "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr", "rows", "road",
-    "salient", "scale_shift", "scaled", "shift", "skill_lora", "slow_factors", "small_adapter",
-    "snell", "sparse", "sparse_experts", "spectral_adapter", "spectral_basis", "tied",
-    "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora", "track", "tt_factors",
-    "unilora", "vblora", "vera", "vida", "waveft",
+    "bypass", "c3a", "centre_distances", "climb", "coefficients", "combined", "compacter",
+    "convpass", "deft", "delora", "domains", "dylora", "dynamic_adapter", "dynamic_moa",
+    "elastic_adapter", "elastic_lora", "elastic_prompt", "fact_tk", "fact_tt", "fourierft",
+    "frozen", "fusion", "gated_prompt", "geometry_adapter", "glora", "goft", "gralora", "heard",
+    "hira", "hra", "instance_prompt", "kadaptation", "kasa", "krona", "ladder", "lily",
+    "lily_ups", "local_attention", "loha", "lokr", "lora", "loreft", "magnitude", "mica",
+    "miss", "mixer", "mlae", "moa", "molora", "mona", "oft", "olora", "peanut", "phm_rule",
+    "pissa", "places", "pool", "prefix", "prefix_features", "projection", "prolora", "prompt",
+    "prompt_generator", "psoft", "randlora", "repadapter", "rescale", "reversible", "rlrr",
+    "road", "rows", "salient", "scale_shift", "scaled", "shift", "skill_lora", "slow_factors",
+    "small_adapter", "snell", "sparse", "sparse_experts", "spectral_adapter", "spectral_basis",
+    "tied", "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora", "track",
+    "tt_factors", "unilora", "vblora", "vera", "vida", "waveft",
 ]  # fmt: skip
 
 # what rules, and files of them, may call

@@ -1,4 +1,7 @@
-"""Parts summed by learned weights (Frohmann et al. 2023, ScaLearn), or scaled by one (LAE)."""
+"""Frozen parts summed by learned weights (ScaLearn) or attention (AdapterFusion); one scaled (LAE).
+
+Frohmann et al. 2023, Pfeiffer et al. 2021, Gao et al. 2023.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +38,27 @@ class Coefficients(nn.Module):
         return dropped
 
 
-class Combined(nn.Module):
-    """sum_t omega_t * part_t(x) of frozen parts: their tensors are buffers, only omega is trained.
+class Copies(nn.Module):
+    """Frozen parts of one kind, (..., width) to (..., out): their tensors are buffers.
 
-    copies  modules of one kind, (..., width) to (..., out); `surgery.state.fill` brings values
+    `surgery.state.fill` brings values.
+    """
+
+    def __init__(self, copies: list[nn.Module]) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(map(with_buffers, copies))
+        declare_as(self, copies)
+
+
+class Combined(Copies):
+    """sum_t omega_t * part_t(x) of frozen parts: only omega is trained.
+
     omega   gives (count, out) or (count, 1)
     """
 
     def __init__(self, copies: list[nn.Module], omega: Coefficients) -> None:
-        super().__init__()
-        self.copies = nn.ModuleList(map(with_buffers, copies))
+        super().__init__(copies)
         self.omega = omega
-        declare_as(self, copies)
 
     def forward(self, x: Tensor) -> Tensor:
         weighted = zip(self.omega(), self.copies, strict=True)
@@ -62,6 +74,33 @@ class Combined(nn.Module):
         weighted = zip(self.omega.weight, maps, strict=True)
         scaled = [Affine(weight, None).after(map) for weight, map in weighted]
         return lambda: reduce(Affine.plus, scaled)
+
+
+class Fused(Copies):
+    """V sum_t a_t z_t of frozen parts z_t = part_t(x), a = softmax_t((Q x + q) (K z_t + k)).
+
+    As published, Q and K start normal of deviation 0.02, V as the identity and 1e-6 beside it.
+    """
+
+    def __init__(self, copies: list[nn.Module], width: int, out: int) -> None:
+        super().__init__(copies)
+        self.query, self.key = nn.Linear(width, out), nn.Linear(out, out)
+        self.value = nn.Linear(out, out, bias=False)
+        for layer in (self.query, self.key):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.value.weight = nn.Parameter(torch.full((out, out), 1e-6).fill_diagonal_(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.stack([copy(x) for copy in self.copies], -2)
+        share = torch.einsum("...c,...tc->...t", self.query(x), self.key(z)).softmax(-1)
+        mixed: Tensor = self.value(torch.einsum("...t,...tc->...c", share, z))
+        return mixed
+
+    def penalty(self) -> Tensor:
+        """0.01 |V - I|^2, of Frobenius: a term of `surgery.penalty`."""
+        V = self.value.weight
+        return 0.01 * (V - torch.eye(len(V), dtype=V.dtype, device=V.device)).square().sum()
 
 
 class Scaled(nn.Module):
@@ -147,22 +186,45 @@ def combined(site: Site, part: Maker, omega: Maker = OF_THREE) -> nn.Module:
             f"it makes a {type(weights).__name__}, which does not say how much of each part.",
             "Write omega=coefficients(count=3), or shared(coefficients(count=3)).",
         )
+    return Combined(_copies("combined", site, part, len(weights.weight)), weights)
+
+
+@part
+def fusion(site: Site, part: Maker, count: int = 3) -> nn.Module:
+    """What several frozen parts give, mixed by attention: as many copies of `part` as are counted.
+
+    part   as of `combined`
+
+    Starts as `part` does, until filled. Raises RuleError where `part` is shared or routes.
+    Parameters: width * out + 2 * out^2 + 2 * out. Source: Pfeiffer et al. 2021 (AdapterFusion),
+    section 3.2, without its dropout; `surgery.penalty` keeps V near the identity, as in its code.
+
+    >>> from surgery.parts.adapters import adapter
+    >>> fusion(adapter(rank=8), count=2)
+    fusion(part=adapter(rank=8), count=2)
+    """
+    positive("fusion", count=count)
+    return Fused(_copies("fusion", site, part, count), site.width, site.out)
+
+
+def _copies(word: str, site: Site, part: Maker, count: int) -> list[nn.Module]:
+    """Parts with values of their own. Raises RuleError where such a part is shared or routes."""
     if isinstance(part, Shared):
         raise RuleError(
-            f"combined({part!r}, ...)",
+            f"{word}({part!r}, ...)",
             "each of its copies has values of its own.",
             "Leave out shared. What may be shared is omega: shared(coefficients()).",
         )
     alone = site.seen(shape=site.shape, captures=site.captures)
     alone.borrow = None  # what a copy would borrow it has for itself
-    copies = [maker(part, "combined")(alone) for _ in weights.weight]
+    copies = [maker(part, word)(alone) for _ in range(count)]
     if any(getattr(copy, "routes", False) for copy in copies):
         raise RuleError(
-            f"combined({part!r}, ...)",
+            f"{word}({part!r}, ...)",
             "it gives a mixture's gates too, which have no sum.",
             "Combine parts that give a tensor.",
         )
-    return Combined(copies, weights)
+    return copies
 
 
 @part

@@ -18,7 +18,7 @@ from .._inputs import call, copied
 from ..engine.apply import operated
 from ..engine.journal import Journal
 from ..errors import FileError, OperationError, RuleError, is_number
-from ..parts.adapter_sum import Combined
+from ..parts.adapter_sum import Copies
 from .checkpoint import load_state_dict, state_dict
 from .reading import BASE, PARTS
 
@@ -128,7 +128,7 @@ def ensemble(
 
 
 def fill(model: nn.Module, states: Sequence[State], *, name: str = "default") -> None:
-    """Bring the tensors of parts that were trained before into the copies of `combined` parts.
+    """Bring the tensors of parts that were trained before into copies of `combined`, `fusion`.
 
     states  one for each copy, in order: `state_dict` of a model that was operated by the same
             edits at the same sites with the plain part; what they unfroze in the base is not taken
@@ -198,14 +198,15 @@ def _copies(model: nn.Module, name: str) -> list[dict[str, Tensor]]:
     """For each copy, its tensors by the keys that they have in a state of the plain part."""
     state_dict(model, name=name)  # raises where nothing was done under that name
     done = {operation.name: operation for operation in operated(model, "fill(model)")}
-    sums = {k: p for k, p in done[name].named_children() if isinstance(p, Combined)}
+    sums = {k: p for k, p in done[name].named_children() if isinstance(p, Copies)}
     counts = {len(part.copies) for part in sums.values()}
     if len(counts) != 1:
         raise OperationError(
             "fill(model, ...)",
             f"this {type(model).__name__} has "
             + ("combined parts of several counts." if counts else "no combined part."),
-            "Operate on it first, with combined(part) at every site, or rulesets.scalearn().",
+            "Operate on it first, with combined(part) or fusion(part) at every site, as scalearn() "
+            "and adapter_fusion() do.",
         )
     return [
         {

@@ -78,11 +78,14 @@ REFUSED = {
     ("arc", "convnext"),
     ("linear_probe", "encoder"),  # it has no head
     ("bitfit", "llama"),  # it has no bias
-    *(("pointgst", backbone) for backbone in BACKBONES),  # no cloud
+    *(
+        (rules, backbone) for rules in ("pointgst", "point_peft") for backbone in BACKBONES
+    ),  # no cloud
 }
 EMPTY = {  # nothing is learned of what was trained before, until it is filled in
     ("mhr_z", "gradients_reach_every_part"),
     ("scalearn", "gradients_reach_every_part"),
+    ("adapter_fusion", "gradients_reach_every_part"),
     ("dapt", "gradients_reach_every_part"),  # a class token does not read the last prompt
     ("daptx", "gradients_reach_every_part"),
     ("glora", "gradients_reach_every_part"),  # what weighs the biases of a new model, zero

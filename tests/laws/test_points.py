@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import surgery
 from backbones.point_mae import PointMAE, PointMAEPartSeg
 from surgery import at, block, insert, prompt, rulesets
-from surgery.methods import dapt, daptx, idpt, pointgst
+from surgery.methods import dapt, daptx, idpt, point_peft, pointgst
 from surgery.spec import PROPERTIES, Absent, Case
 from surgery.spec.suite import Run
 
@@ -24,6 +24,7 @@ SETS: dict[str, tuple[Any, int]] = {  # rules, and how many tokens the head is g
     "daptx": (daptx(rank=4), 3),
     "idpt": (idpt(k=3), 1),
     "pointgst": (pointgst(rank=4, local=4), 0),
+    "point_peft": (point_peft(rank=4, tokens=2), 0),
     "adapterx_ffn": ("adapterx_ffn", 0),
     "adapterx": ("adapterx", 0),
     "linear_probe": ("linear_probe", 0),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import FileError, GraftError, OperationError, RuleError, append, at, ffn, shared
-from surgery.methods.many_adapters import lae, language_adapter, scalearn
-from surgery.parts.adapter_sum import Combined, coefficients, combined, scaled
+from surgery.methods.many_adapters import adapter_fusion, lae, language_adapter, scalearn
+from surgery.parts.adapter_sum import Combined, coefficients, combined, fusion, scaled
 from surgery.parts.adapters import adapter
 from surgery.parts.domain_adapters import Domains, choose, domains
 from surgery.state.averaging import average, ensemble, fill, one_domain
@@ -384,3 +384,82 @@ def test_the_domains_that_were_chosen_are_kept() -> None:
     want = model(torch.ones(2, 4))
     ids.fill_(7)
     assert torch.equal(model(torch.ones(2, 4)), want)
+
+
+# AdapterFusion ---------------------------------------------------------------------------------
+
+
+def rewrite_fusion(plain: nn.Module, held: dict[str, Any]) -> None:
+    states = sources("vit" if hasattr(plain, "pos_embed") else "swin")
+    for block, (key, part) in zip(blocks(plain), held.items(), strict=True):
+        own = [
+            {
+                name: s[f"parts.{key}.{name}.{kind}"]
+                for name in ("down", "up")
+                for kind in ["weight"]
+            }
+            | {f"{name} bias": s[f"parts.{key}.{name}.bias"] for name in ("down", "up")}
+            for s in states
+        ]
+
+        def forward(x: Tensor, mlp: Any = block.mlp, part: Any = part, own: Any = own) -> Tensor:
+            y: Tensor = type(mlp).forward(mlp, x)
+            query = y @ part.query.weight.T + part.query.bias
+            z = [
+                ((y @ o["down"].T + o["down bias"]).relu() @ o["up"].T + o["up bias"]) for o in own
+            ]
+            weights = [(query * (each @ part.key.weight.T + part.key.bias)).sum(-1) for each in z]
+            total = sum(weight.exp() for weight in weights)
+            for weight, each in zip(weights, z, strict=True):
+                y = y + (weight.exp() / total)[..., None] * (each @ part.value.weight.T)
+            return y
+
+        by_hand(block.mlp, forward)
+
+
+@BOTH
+def test_fusion_is_the_attention_of_its_formula(backbone: str) -> None:
+    model = stirred(backbone, adapter_fusion(rank=4))
+    fill(model, sources(backbone))
+    from tests.methods import reference
+
+    plain = reference.by_hand(backbone, model, rewrite_fusion)
+    have = model(INPUTS[backbone])
+    close(have, plain(INPUTS[backbone]), 64)
+    assert (have - BACKBONES[backbone]()(INPUTS[backbone])).abs().max() > 1e-3
+
+
+def test_fusion_trains_its_three_matrices_alone_and_holds_V_near_the_identity() -> None:
+    model = surgery.apply(vit(), adapter_fusion(rank=4)).train()
+    assert torch.equal(model(X), vit().train()(X))
+    states = sources("vit")
+    fill(model, states)
+    before = {k: v.clone() for k, v in model.named_buffers() if ".copies." in k}
+    for part in parts(model).values():
+        off = part.value.weight - torch.eye(24).double()
+        assert (off.diag() == 0).all()
+        assert off.sum().item() == pytest.approx(24 * 23 * 1e-6)
+        torch.nn.init.eye_(part.value.weight)
+    assert surgery.penalty(model) == 0
+    with torch.no_grad():
+        part.value.weight[0, 1] = 2.0
+    assert surgery.penalty(model).item() == pytest.approx(0.04)
+    optimizer = torch.optim.SGD(surgery.parameters(model), lr=0.1)
+    (model(X).square().sum() + surgery.penalty(model)).backward()
+    own = [(n.rsplit("append.")[-1], p) for n, p in model.surgery.named_parameters()]
+    names = {"query.weight", "query.bias", "key.weight", "value.weight"}
+    assert {n for n, p in own if p.grad.abs().max() > 1e-12} == names
+    assert {n for n, _ in own} - names == {"key.bias"}  # adds alike to all scores of a token
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers() if k in before)
+    reverts("vit", adapter_fusion(rank=4))
+
+
+def test_fusion_counts_does_not_merge_and_refuses_what_it_cannot_copy() -> None:
+    assert surgery.plan(vit_b(), adapter_fusion()).trainable == 12 * (3 * 768**2 + 2 * 768)
+    with pytest.raises(OperationError, match="Fused"):
+        surgery.merge(stirred("vit", adapter_fusion()))
+    with pytest.raises(RuleError, match=r"fusion\(shared"):
+        surgery.plan(vit(), at(ffn, append(fusion(shared(adapter())))))
+    with pytest.raises(FileError, match="2 states were given"):
+        fill(surgery.apply(vit(), adapter_fusion(rank=4)), sources("vit", 2))

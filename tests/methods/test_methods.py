@@ -15,7 +15,7 @@ from surgery.parts import Adapter, DynamicAdapter, MixtureOfAdapters, QuickGELU
 from tests.models import hf_vit, images, tiny_vit, torchvision_vit
 
 ALL = [str(row[0]) for row in rulesets().rows]
-CLOUDS = {"pointgst"}  # not for images: tests/laws/test_points.py
+CLOUDS = {"pointgst", "point_peft"}  # not for images: tests/laws/test_points.py
 SETS = [name for name in ALL if name not in CLOUDS]
 SMALL = {
     "kadaptation": {"t": 4},
@@ -27,9 +27,11 @@ AWAY = {  # from the base at the start, at random or as the paper writes
     "adapter_plus", "adapterx", "adapterx_serial", "arc", "bi_adaptformer", "bi_lora", "compacter",
     "compacter_pp", "dapt", "daptx", "hra", "idpt", "kasa", "loreft", "meft", "mona", "noah", "sct",
     "ssf", "vpt_deep", "vpt_shallow", "prefix_tuning", "fourierft", "vblora", "unilora", "snell",
+    "losa", "res_tuning",
 }  # fmt: skip
 UNREAD = {"dapt", "daptx"}  # the last prompt, by a head that looks at the class token alone
-LATER = {"mhr_z", "scalearn"}  # learn once they are filled with what was trained before
+# learn once they are filled with what was trained before
+LATER = {"mhr_z", "scalearn", "adapter_fusion"}
 
 
 def rules_of(name: str) -> list[Rule]:

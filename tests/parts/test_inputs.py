@@ -44,6 +44,7 @@ OTHERS = {
 }
 OTHERS |= {"back", "climb", "ladder", "spectral_adapter", "spectral_basis", "track"}  # hear others
 OTHERS |= {"prefix", "prefix_features"}  # keys and values
+OTHERS |= {"bypass", "centre_distances", "geometry_adapter", "heard", "local_attention", "mixer"}
 
 
 def site() -> Site:

@@ -19,7 +19,7 @@ import surgery
 from tests.models import images, tiny_vit
 
 DATA = Path(__file__).parents[1] / "data"
-CLOUDS = {"pointgst"}  # not for images
+CLOUDS = {"pointgst", "point_peft"}  # not for images
 SETS = [name for name in surgery.methods.__all__ if name not in CLOUDS]
 
 
