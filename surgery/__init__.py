@@ -11,6 +11,7 @@ from .engine.activity import activate, train_only
 from .engine.apply import apply, disabled, parameters, revert
 from .engine.losses import Routing, balance_loss, penalty, routing
 from .engine.merging import merge, unmerge
+from .engine.mixture import mixed
 from .engine.planning import Plan, plan
 from .engine.reports import anatomy, draw_loads, report
 from .errors import (
@@ -71,9 +72,9 @@ __all__ = [
     "anatomy", "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block",
     "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused",
     "groups", "head", "holding", "insert", "inside", "key", "load", "load_state_dict", "lora",
-    "merge", "methods", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part",
-    "parts", "penalty", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv", "query",
-    "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift", "shared",
-    "side", "span", "state_dict", "token", "train_only", "unfreeze", "unmerge", "until",
-    "value", "weight", "where",
+    "merge", "methods", "mixed", "moa", "nearest", "norm", "ops", "parallel", "parameters",
+    "part", "parts", "penalty", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv",
+    "query", "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift",
+    "shared", "side", "span", "state_dict", "token", "train_only", "unfreeze", "unmerge",
+    "until", "value", "weight", "where",
 ]  # fmt: skip

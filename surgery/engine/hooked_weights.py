@@ -97,7 +97,7 @@ class HookedWeight(HookedSite):
             for name, value in self.made(self._now(read)).items():
                 read.holder.__dict__[name] = value
 
-    def leave(self, module: nn.Module, args: Any, *given: Any) -> Tensor | None:
+    def leave(self, module: nn.Module, args: Any, *given: Any) -> Any:
         """Forward hook of a reader, after an error too: the attribute is the parameter again."""
         self.switch.mark(self.path, self.compiled)
         for read in self._read_by(module):
@@ -108,8 +108,16 @@ class HookedWeight(HookedSite):
         small = [read for read in self._read_by(module) if self.is_small and _only_reads(read)]
         if small and isinstance(given[-1], Tensor) and self.active():
             kwargs = given[0] if len(given) > 1 else {}
-            return self._with_products(module, args[0] if args else kwargs["input"], given[-1])
+            if self.group is not None:
+                first = self.group.members[0] is self
+                return self.group.left(args, kwargs, given[-1]) if first else None
+            return self._left(args, kwargs, given[-1])
         return None
+
+    def _left(self, args: Any, kwargs: Any, output: Any) -> Any:
+        """What a linear layer or a table gives, with what the two matrices of each part add."""
+        x = args[0] if args else kwargs["input"]
+        return self._with_products(self.entry, x, output)
 
     def _with_products(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """What a linear layer or a table gives, with what the two matrices of each part add."""

@@ -25,6 +25,7 @@ from .fitting import check_one_shape, feature_axis, fitting, run
 from .heard import Heard
 from .journal import owner_of
 from .passes import Key, Pass
+from .rows import Group
 from .streams import Inserted
 from .switch import Switch
 from .tokens import ASIDE, ENTERING, ON_OUTPUT, WRAPPING, Action, Fits, Insertions
@@ -40,6 +41,7 @@ class HookedSite:
     listeners       (j, heard, i): action i of another site hears what action j gives
     like            its path, but for what tells those apart that a container lists
     optional        its rules say that it need not be of use
+    group           those that act here beside it on rows of one batch, each on its own
     extent          where the entry begins and the exit ends, in the order of the walk
     entry, exit     the modules with the hooks: its own, or where the values of a stretch are met
     """
@@ -66,6 +68,7 @@ class HookedSite:
         self.was_forward = self.entry.__dict__.get("forward")
         self.names = declared(getattr(type(self.entry), "forward", None))
         self.heard = Heard(self.path)
+        self.group: Group | None = None
         self.listeners: list[tuple[int, Heard, int]] = []
         self.inserts = not {"into", "among"}.isdisjoint(places)
         self.tokens = Insertions(self.path, switch.name)
@@ -141,7 +144,10 @@ class HookedSite:
             self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
             return None
-        given = self._entered(args, {} if kwargs is None else kwargs)
+        if (group := self.group) is not None and group.members[0] is not self:
+            return None
+        act = self._entered if group is None else group.entered
+        given = act(args, {} if kwargs is None else kwargs)
         return given[0] if kwargs is None else given
 
     def _entered(self, args: Any, kwargs: Any) -> Any:
@@ -176,6 +182,12 @@ class HookedSite:
                 check_caches(beside, output, self.path)
         if not (self.leaves and self.active()):
             return None
+        if (group := self.group) is None:
+            return self._left(args, kwargs, output)
+        return group.left(args, kwargs, output) if group.members[0] is self else None
+
+    def _left(self, args: Any, kwargs: Any, output: Any) -> Any:
+        """The output with what the actions make of it."""
         y, put = first_tensor(output, self.path)
         came = input_of(args, kwargs, self)[0] if self.heard.sources else y
         for i, action in enumerate(self.actions):
