@@ -60,7 +60,9 @@ from .rules.rule import Rule, at
 from .rules.selector import where
 from .rules.weights import weight
 from .state.checkpoint import load, load_state_dict, save, state_dict
+from .state.inspection import inspect
 from .state.lora_conversion import as_lora
+from .state.swapping import swap
 from .structure.module_tree import Site
 from .training.parameter_groups import groups
 
@@ -71,10 +73,10 @@ __all__ = [
     "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError", "activate", "adapter",
     "anatomy", "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block",
     "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused",
-    "groups", "head", "holding", "insert", "inside", "key", "load", "load_state_dict", "lora",
-    "merge", "methods", "mixed", "moa", "nearest", "norm", "ops", "parallel", "parameters",
-    "part", "parts", "penalty", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv",
-    "query", "replace", "report", "revert", "routing", "rulesets", "save", "scale_shift",
-    "shared", "side", "span", "state_dict", "token", "train_only", "unfreeze", "unmerge",
-    "until", "value", "weight", "where",
+    "groups", "head", "holding", "insert", "inside", "inspect", "key", "load",
+    "load_state_dict", "lora", "merge", "methods", "mixed", "moa", "nearest", "norm", "ops",
+    "parallel", "parameters", "part", "parts", "penalty", "plan", "prepend", "proj", "prompt",
+    "prompt_generator", "qkv", "query", "replace", "report", "revert", "routing", "rulesets",
+    "save", "scale_shift", "shared", "side", "span", "state_dict", "swap", "token",
+    "train_only", "unfreeze", "unmerge", "until", "value", "weight", "where",
 ]  # fmt: skip

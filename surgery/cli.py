@@ -1,4 +1,4 @@
-"""The command line: surgery demo | anatomy | plan | check | rulesets | survey."""
+"""The command line: surgery demo | anatomy | plan | check | show | rulesets | survey."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import anatomy, plan, rulesets
+from . import anatomy, inspect, plan, rulesets
 from ._resolve import INPUTS, MODEL, RULES, build, inputs_of, missing, rules_of
 from .errors import SurgeryError
 from .survey import SOURCES, is_package
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_argument(command("anatomy", "show what a model is made of", _anatomy))
     _plan_arguments(command("plan", "show what rules would do to a model", _plan))
     _check_arguments(command("check", "try the specification suite on a model and rules", _check))
+    _file_argument(command("show", "show what is in a file of surgery.save", _show))
     command("rulesets", "list the named rule sets", lambda a: print(rulesets()))
     _survey_arguments(command("survey", "try every model of timm, torchvision, ...", _survey))
     return parser
@@ -64,6 +65,10 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
+
+
+def _file_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="as surgery.save wrote it")
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +121,10 @@ def number(text: str) -> int:
 
 def _anatomy(arguments: argparse.Namespace) -> None:
     print(anatomy(build(arguments.model)))
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    print(inspect(arguments.file))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._text import first_few
 from ..errors import GraftError
+from ..structure.module_tree import ADDITIONS
 from .compiled import hidden, holds_compiled
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
@@ -26,6 +27,7 @@ from .raised import note_tokens
 from .reading import Reading, hinders, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
+from .switch import Switch
 
 KINDS = 1000  # of forwards that are looked into at most: a bound, where every input has other sizes
 PATIENCE = 30  # training forwards in which a layer may be dropped at random before its first run
@@ -109,6 +111,14 @@ class Watch:
     def _on(self) -> bool:
         return self.operation.is_on()
 
+    def _is_alone(self) -> bool:
+        """Whether a forward is this one's to be looked into: not another's, nor of mixed rows."""
+        if self.operation.hooked_sites[0].group is not None:
+            return False
+        additions = self.model._modules.get(ADDITIONS) or vars(self.model)[ADDITIONS]
+        switches = (each for each in additions.children() if isinstance(each, Switch))
+        return all(each.passes.mine().reading is None for each in switches)
+
     # hooks ---------------------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
@@ -129,7 +139,7 @@ class Watch:
         kept.kind, kept.reading = (self._has_memory(), kind_of(module, args, kwargs)), None
         kept.blind = False
         known = kept.kind in self.looked or len(self.looked) >= KINDS
-        wanted = self.operation.hooked_sites and (self.suspects or not known)
+        wanted = self.operation.hooked_sites and (self.suspects or not known) and self._is_alone()
         if self.resting or not wanted or is_recomputing():  # a checkpoint stops half way
             return
         kept.blind = hinders(self.model) or holds_compiled(self.model, self.operation.hooked_sites)

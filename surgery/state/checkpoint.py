@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,9 @@ from ..engine.trained import (
 from ..engine.watched import check_watched
 from ..errors import FileError, OperationError
 from ..rules.rule import Rules
+from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
+from ..structure.module_tree import Tree
 from .reading import BASE, FORMAT, PARTS, plan_of, read
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,6 +84,13 @@ def load_state_dict(
     >>> torch.equal(a[0].weight, b[0].weight)
     True
     """
+    fill(model, tensors, name)
+
+
+def fill(
+    model: nn.Module, tensors: Mapping[str, Tensor], name: str, spared: Collection[str] = ()
+) -> None:
+    """As `load_state_dict`; `spared`: the keys of tensors that need not be there."""
     operation, places = _operation(model, name), _places(model, name)
     check_state(model, "load_state_dict(model, ...)", WRITING)
     if lost := [key for key in tensors if key in places and places[key].is_meta]:
@@ -91,7 +100,7 @@ def load_state_dict(
             "would be lost.",
             'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
         )
-    required = set(state_dict(model, name=name)) - set(buffers(model))
+    required = set(state_dict(model, name=name)) - set(buffers(model)) - set(spared)
     missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
     if missing or extra:
         facts = [
@@ -118,7 +127,7 @@ def load_state_dict(
         for key, tensor in tensors.items():
             journal.overwrite(places[key], tensor)
         done = operations(model)
-        if operation.own:
+        if own_values(done, operation):
             show(done, {each: each.strength for each in done}, journal)
     except BaseException:
         journal.undo()
@@ -190,11 +199,15 @@ def load(
     name: str = "default",
     balance: float | None = None,
     example: Any = None,
+    head: bool = True,
 ) -> Model:
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
+    A model that was operated by the same rules under the same name is filled.
+
     rules    instead of those in the file, which cannot carry code of the user's own
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
+    head     False: what is in the file of heads is left out, for other classes than it was made for
 
     All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
     executed. Raises FileError, and what `apply` raises.
@@ -212,19 +225,48 @@ def load(
     check_state(model, f'load("{path}")', APPLYING)
     contents = read(Path(path))
     about, earlier = contents.about, len(operations(model))
+    spared = set[str]() if head else _of_heads(model, contents.call)
+    tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
+    if rules is None and _is_same(model, name, about):
+        fill(model, tensors, name, spared)
+        return model
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
     try:
         plan.apply(example)
-        _adopt(model, about.get("beyond_rules", []))
-        load_state_dict(model, contents.tensors, name=name)
+        _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
+        fill(model, tensors, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)
         raise
     return model
+
+
+def _is_same(model: nn.Module, name: str, about: Mapping[str, Any]) -> bool:
+    """Whether a model was operated under this name by the rules of a file, at the same places."""
+    return any(
+        operation.name == name
+        and bool(operation.record["data"])
+        and operation.record["data"] == about["rules"]
+        and [row["paths"] for row in operation.record["rows"]] == about["sites"]
+        for operation in operations(model)
+    )
+
+
+def _of_heads(model: nn.Module, call: str) -> set[str]:
+    """The keys in a file of what heads hold. Raises FileError where the model has none."""
+    tree = Tree(model)
+    heads = [site for role in roles_of(tree)["head"] for site in tree.sites[role.order : role.end]]
+    if not heads:
+        raise FileError(call, f"no head is found in this {type(model).__name__}.", "Leave head=.")
+    return {
+        BASE + dotted(site.path, tensor)
+        for site in heads
+        for tensor in (*site.module._parameters, *site.module._buffers)
+    }
 
 
 def _operation(model: nn.Module, name: str) -> Operation:

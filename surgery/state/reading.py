@@ -55,7 +55,22 @@ class Contents(NamedTuple):
 
 def read(path: Path) -> Contents:
     """What a file holds. Raises FileError where it is none of `save`."""
-    call = f'load("{path}")'
+    return _read(path, f'load("{path}")', whole=True)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+    """What a file says of itself, and of each tensor its numbers and dtype. Raises FileError."""
+    contents, sizes = _read(path, f'inspect("{path}")', whole=False)
+    return contents.about, sizes
+
+
+def _told(piece: Any) -> tuple[int, str]:
+    """How many numbers a tensor of a file has, and of what kind."""
+    kinds = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return math.prod(piece.get_shape()), kinds.get(piece.get_dtype(), piece.get_dtype())
+
+
+def _read(path: Path, call: str, whole: bool) -> tuple[Contents, dict[str, tuple[int, str]]]:
     if not path.is_file():
         fact = "it is a folder." if path.is_dir() else "there is no such file."
         raise FileError(call, fact, "Check the path.")
@@ -64,7 +79,9 @@ def read(path: Path) -> Contents:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("surgery", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            keys = file.keys() if whole else ()
+            tensors = {key: file.get_tensor(key) for key in keys}
+            sizes = {key: _told(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
         raise FileError(
             call, f"it is no whole safetensors file ({error!s:.200}).", "Save it again."
@@ -75,7 +92,7 @@ def read(path: Path) -> Contents:
             "it was not written by surgery.save, or by a newer version, or it is damaged.",
             "A plain checkpoint of the base model is loaded by model.load_state_dict.",
         )
-    return Contents(call, about, tensors)
+    return Contents(call, about, tensors), sizes
 
 
 def _whole(about: dict[str, Any]) -> bool:

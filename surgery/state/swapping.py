@@ -1,0 +1,121 @@
+"""Other values for an operation that is there, in the tensors that it has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..engine.apply import operated
+from ..engine.operation import Operation
+from ..engine.planning import Plan
+from ..errors import FileError, OperationError
+from .checkpoint import fill, state_dict
+from .reading import PARTS, Contents, plan_of, read
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
+    """Give an operation what another file of such rules holds; returns the model.
+
+    The values are copied into the tensors that are there, so that compiled code goes on as it was.
+    LoRA of lower rank goes into more room: the ranks that it has not are zero, and its scale is
+    told by B. All or nothing. Raises FileError where the file is of other rules, or of larger ranks
+    than there is room for, and OperationError where there is no such operation.
+
+    >>> from surgery import apply, at, lora, save
+    >>> import tempfile, torch
+    >>> small = apply(nn.Sequential(nn.Linear(8, 8)), at("0", lora(rank=2)))
+    >>> file = save(small, tempfile.mkdtemp() + "/small.safetensors")
+    >>> large = apply(nn.Sequential(nn.Linear(8, 8)), at("0", lora(rank=4)), name="a")
+    >>> swap(large, "a", file).surgery.a.get_submodule("0/parallel").A.shape
+    torch.Size([1, 4, 8])
+    """
+    call = f'swap(model, "{name}", "{path}")'
+    done = {operation.name: operation for operation in operated(model, call)}
+    if name not in done:
+        fact = f'there is no operation "{name}"; there are, in order: {", ".join(done)}.'
+        raise OperationError(call, fact, "Give one of these, or load(model, path, name=...).")
+    contents = read(Path(path))
+    plan = plan_of(contents, model, None, name=f"{name}_of_file", balance=None, example=None)
+    sketches = _own(plan.parts)
+    here: dict[str, Any] = dict(done[name].named_children())
+    if sketches.keys() != here.keys() or _joins_of(plan) != _joins(done[name]):
+        raise _other(contents, call)
+    now, tensors = state_dict(model, name=name), dict(contents.tensors)
+    for key, there in sketches.items():
+        if _told(there) != _told(here[key]):
+            raise _other(contents, call)
+        for tensor in ("A", "B"):
+            at = f"{PARTS}{key}.{tensor}"
+            if _is_low_rank(there) and at in tensors and at in now:
+                scale = _scale(there) / _scale(here[key]) if tensor == "B" else 1.0
+                tensors[at] = _in_room(scale * tensors[at], now[at], call)
+    fill(model, tensors, name)
+    return model
+
+
+def _own(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The parts by the key under which an operation holds each: its first."""
+    firsts: dict[int, str] = {}
+    for key, part in parts.items():
+        firsts.setdefault(id(part), key)
+    return {key: parts[key] for key in firsts.values()}
+
+
+def _joins_of(plan: Plan) -> list[tuple[Any, ...]]:
+    """Where and how parts are joined, whichever they are."""
+    return sorted((p.site.path, p.edit.place, p.edit.scale or 0.0) for p in plan.placements)
+
+
+def _joins(operation: Operation) -> list[tuple[Any, ...]]:
+    return sorted(
+        (hooked.path, action.place, action.scale or 0.0)
+        for hooked in operation.hooked_sites
+        for action in hooked.actions
+    )
+
+
+def _is_low_rank(part: Any) -> bool:
+    return hasattr(part, "maps") and hasattr(part, "rank") and hasattr(part, "scale")
+
+
+def _scale(part: Any) -> float:
+    return float(part.scale)
+
+
+def _told(part: nn.Module) -> list[tuple[Any, ...]]:
+    """What a part is, but for its ranks and the scale of these: its kinds, and their numbers."""
+    but = {"training", *(("rank", "scale") if _is_low_rank(part) else ())}
+    return [
+        (type(m), sorted((k, repr(v)) for k, v in vars(m).items() if _is_number(k, v, but)))
+        for m in part.modules()
+    ]
+
+
+def _is_number(name: str, value: Any, but: set[str]) -> bool:
+    kinds = (int, float, str, tuple, list, type(None))
+    return not name.startswith("_") and name not in but and isinstance(value, kinds)
+
+
+def _in_room(tensor: Tensor, room: Tensor, call: str) -> Tensor:
+    """A tensor with zeros behind, as large as there is room. Raises FileError where it is more."""
+    over = [large - small for large, small in zip(room.shape, tensor.shape, strict=True)]
+    if min(over) < 0:
+        raise FileError(
+            call,
+            f"the file has {tuple(tensor.shape)}, and there is room for {tuple(room.shape)}.",
+            "Apply with the largest rank that is to come.",
+        )
+    return F.pad(tensor, [n for size in reversed(over) for n in (0, size)])
+
+
+def _other(contents: Contents, call: str) -> FileError:
+    rules = ", ".join(contents.about["text"])
+    fact = f"the file is of other rules ({rules:.300}) than the operation that is there."
+    return FileError(call, fact, "load(model, path, name=...) operates the model by them.")
