@@ -44,7 +44,7 @@ def activate(model: Model, names: Names) -> Model:
     check_state(model, "activate(model, ...)", DISABLED)
     strengths = _strengths(done, names)
     if any(op.strength != strengths[op] for op in done):
-        if any(True for _ in slots_of(done)):
+        if any(op.claims for op in done) or any(True for _ in slots_of(done)):
             check_state(model, "activate(model, ...)", WRITING)
             check_undoable(model, [op.journal for op in done], call="activate(model, ...)")
         journal = Journal()
@@ -70,7 +70,7 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
     (4, 2)
     """
     done = operated(model, "train_only(model, ...)")
-    check_state(model, "train_only(model, ...)", DISABLED)
+    check_state(model, "train_only(model, ...)", DISABLED, WRITING)
     chosen = {op for op, strength in _strengths(done, names).items() if strength}
     wanted = _claimed(chosen)
     for op in done:

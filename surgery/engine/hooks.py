@@ -278,6 +278,7 @@ class HookedSite:
     def _prefix(self, i: int, action: Action, args: Any, kwargs: Any) -> Any:
         """Keys and values that a part gives."""
         x, _ = input_of(args, kwargs, self)
+        check_one_shape(x, x, self.path)
         axis = feature_axis(x, self.axis_in, self.width)
         given = x if axis == -1 else x.movedim(axis, -1)
         return run(action.part, given, [*self._hear(i, x)], self.width, self.path)

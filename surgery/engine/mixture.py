@@ -14,7 +14,7 @@ from ..errors import GraftError, OperationError
 from ..rules.layout import map_readers
 from ..structure.layers import CONVS, is_norm
 from .apply import named, operated
-from .conditions import DISABLED, check_state
+from .conditions import DISABLED, WRITING, check_state
 from .features import input_of
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
@@ -53,7 +53,7 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """
     call = f"mixed(model, {[*names]!r})" if len(names) < 5 else "mixed(model, ...)"
     done = operated(model, call)
-    check_state(model, call, DISABLED)
+    check_state(model, call, DISABLED, WRITING)
     used = named(done, {name for name in names if name is not None}, call)
     journal = Journal()
     try:

@@ -55,6 +55,11 @@ def _swapped(model: nn.Module, folder: Path) -> None:
         pass
 
 
+def _mixed(model: nn.Module) -> None:
+    with surgery.mixed(model, ["default", None]):
+        pass
+
+
 def operated(rules: Any = RULES) -> nn.Module:
     return surgery.apply(build(), rules)
 
@@ -70,6 +75,7 @@ BARE: dict[str, Call] = {
     "spt.measure": lambda m, f: spt.measure(m, [X.to(next(m.parameters()).device)], _loss),
 }
 OPERATED: dict[str, Call] = {
+    "activate": lambda m, f: surgery.activate(m, None),
     "apply, a second time": lambda m, f: surgery.apply(m, RULES, name="second"),
     "as_lora": lambda m, f: surgery.as_lora(m, rank=1),
     "balance_loss": lambda m, f: surgery.balance_loss(m),
@@ -77,6 +83,7 @@ OPERATED: dict[str, Call] = {
     "groups": lambda m, f: surgery.groups(m, lr=1e-3),
     "load_state_dict": lambda m, f: surgery.load_state_dict(m, STATE),
     "merge": lambda m, f: surgery.merge(m),
+    "mixed": lambda m, f: _mixed(m),
     "parameters": lambda m, f: surgery.parameters(m),
     "penalty": lambda m, f: surgery.penalty(m),
     "report": lambda m, f: str(surgery.report(m)),
@@ -84,7 +91,9 @@ OPERATED: dict[str, Call] = {
     "routing": lambda m, f: surgery.routing(m),
     "save": lambda m, f: surgery.save(m, f / "x.safetensors"),
     "state_dict": lambda m, f: surgery.state_dict(m),
+    "swap": lambda m, f: surgery.swap(m, "default", f / "good.safetensors"),
     "swapped": _swapped,
+    "train_only": lambda m, f: surgery.train_only(m, "default"),
     "ensemble": lambda m, f: averaging.ensemble(m, [STATE], X),
 }
 MERGED: dict[str, Call] = {"unmerge": lambda m, f: surgery.unmerge(m)}
@@ -211,7 +220,7 @@ STATES = {
         PURE
         | RUNNING
         | NEW - {"load", "as_lora"}
-        | {"disabled", "revert", "state_dict", "unmerge"},
+        | {"activate", "disabled", "mixed", "revert", "state_dict", "train_only", "unmerge"},
     ),
     "made in inference mode": State(
         _in_inference, "inference", PURE | RUNNING | {"save", "state_dict"}

@@ -64,7 +64,7 @@ def test_stacked_operations_compose_and_come_off_one_by_one() -> None:
         surgery.apply(model, rules, name=f"op{i}")
         laws.stir(model)
         outs.append(laws.outcome(model, x))
-    told = str(raised(surgery.OperationError, lambda: surgery.revert(model, name="op0")))
+    told = str(raised(surgery.OperationError, lambda: surgery.revert(model, name="op2")))
     assert "op0, op1" in told
     surgery.revert(model, name="op1")
     assert hasattr(model, "surgery")
