@@ -25,6 +25,7 @@ from .fitting import check_one_shape, feature_axis, fitting, run
 from .heard import Heard
 from .journal import owner_of
 from .passes import Key, Pass
+from .routed import routed
 from .rows import Group
 from .streams import Inserted
 from .switch import Switch
@@ -335,33 +336,11 @@ class HookedSite:
             x, heard = x.detach() if action.place == "aside" else x, heard or [None]
         out = run(action.part, x, heard, width, self.path)
         if isinstance(out, routing.Routed):
-            out = self._routed(i, out, x)
+            out = routed(self.switch, self.traced, (self.path, i), out, x)
         for j, listener, k in self.listeners:
             if i == j and isinstance(out, Tensor):
                 listener.tell(self.switch.passes, k, out)
         return out
-
-    def _routed(self, i: int, routed: routing.Routed, x: Tensor) -> Tensor:
-        """Keep the gates for `balance_loss` and `routing`, or send their gradient back unseen."""
-        balance = self.switch.balance
-        if balance is None:
-            self._keep_gates(i, routed.gates)
-            return routed.output
-        if not torch.compiler.is_compiling():
-            self._keep_gates(i, routed.gates.detach())
-        if not callable(balance) and _in_half_autocast(x):
-            raise GraftError(
-                f"apply(..., balance={balance})",
-                "under float16 autocast the loss is scaled, and this gradient would not be.",
-                f"Write balance=lambda: {balance} * scaler.get_scale(), with your GradScaler.",
-            )
-        return routing.with_balance(routed.output, routed.gates, balance)
-
-    def _keep_gates(self, i: int, gates: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            self.traced.gates["", i] = gates
-        else:
-            self.switch.passes.keep_gates((self.path, i), gates, self.traced.gates.get(("", i)))
 
 
 def mixed(base: Tensor, out: Tensor, scale: float | None, strength: float) -> Tensor:
@@ -409,13 +388,3 @@ def is_replaced(module: nn.Module) -> bool:
     """Whether a part of some operation runs instead of the module."""
     hooked = owner_of(module.__dict__.get("forward"))
     return isinstance(hooked, HookedSite) and not hooked.switch.undone
-
-
-def routes(action: Action) -> bool:
-    """Whether the part of an action is a router."""
-    return bool(getattr(action.part, "routes", False))
-
-
-def _in_half_autocast(x: Tensor) -> bool:
-    kind = x.device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16

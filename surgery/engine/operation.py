@@ -21,10 +21,11 @@ from ..structure.stretches import Stretch
 from ..structure.weights import ParameterSite
 from .frozen import Frozen
 from .hooked_weights import HookedWeight
-from .hooks import HookedSite, routes
+from .hooks import HookedSite
 from .journal import Journal, owner_of
 from .passes import Key
 from .registration import register, register_between
+from .routed import routes
 from .start import MissingStart
 from .states import StateGuard
 from .summary import Record

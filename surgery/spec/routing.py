@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._text import first_few
 from ..engine import losses
-from ..engine.hooks import routes
+from ..engine.routed import routes
 from ..rules import routing
 from .case import SEEDS, Case, operation
 from .isolation import part_inputs
