@@ -60,6 +60,7 @@ from .rules.rule import Rule, at
 from .rules.selector import where
 from .rules.weights import weight
 from .state.checkpoint import load, load_state_dict, save, state_dict
+from .state.hugging_face import from_pretrained, save_pretrained
 from .state.inspection import inspect
 from .state.lora_conversion import as_lora
 from .state.swapping import swap
@@ -72,11 +73,12 @@ __all__ = [
     "ConflictError", "FileError", "GraftError", "MatchError", "OperationError", "Plan",
     "QuickGELU", "Routing", "Rule", "RuleError", "Site", "SurgeryError", "activate", "adapter",
     "anatomy", "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block",
-    "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze", "fused",
-    "groups", "head", "holding", "insert", "inside", "inspect", "key", "load",
-    "load_state_dict", "lora", "merge", "methods", "mixed", "moa", "nearest", "norm", "ops",
-    "parallel", "parameters", "part", "parts", "penalty", "plan", "prepend", "proj", "prompt",
-    "prompt_generator", "qkv", "query", "replace", "report", "revert", "routing", "rulesets",
-    "save", "scale_shift", "shared", "side", "span", "state_dict", "swap", "token",
-    "train_only", "unfreeze", "unmerge", "until", "value", "weight", "where",
+    "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze",
+    "from_pretrained", "fused", "groups", "head", "holding", "insert", "inside", "inspect",
+    "key", "load", "load_state_dict", "lora", "merge", "methods", "mixed", "moa", "nearest",
+    "norm", "ops", "parallel", "parameters", "part", "parts", "penalty", "plan", "prepend",
+    "proj", "prompt", "prompt_generator", "qkv", "query", "replace", "report", "revert",
+    "routing", "rulesets", "save", "save_pretrained", "scale_shift", "shared", "side", "span",
+    "state_dict", "swap", "token", "train_only", "unfreeze", "unmerge", "until", "value",
+    "weight", "where",
 ]  # fmt: skip

@@ -84,17 +84,15 @@ def _join(
     """Let places and layers act by rows, or the model as a whole."""
     put_by(done)
     slots = list(slots_of(done))
+    values = [_values(slots, op) for op in (*used, None)]
     _check_trained(model, slots, used, call)
     if all(map(_acts_by_rows, used)) and all(_is_layer(slot) for slot in slots):
         for op in done:
             journal.set(op, "strength", float(op in used))
         _group(used, rows, journal)
-        for module in dict.fromkeys(slot.module for slot in slots):
-            own = [slot for slot in slots if slot.module is module]
-            values = [_values(own, op) for op in (*used, None)]
+        for module in dict.fromkeys(module for slot in slots for module, _ in slot.places):
             journal.set(module, "forward", Layer(module, rows, values).forward)
     else:
-        values = [_values(slots, op) for op in (*used, None)]
         apart = Apart(model, done, used, rows, slots, values)
         journal.set(model, "forward", apart.forward)
 
@@ -124,8 +122,9 @@ def _only(module: nn.Module) -> bool:
 
 
 def _is_layer(slot: Slot) -> bool:
-    """Whether a tensor is of a layer that is given features, and gives some."""
-    return isinstance(slot.module, (nn.Linear, nn.Embedding, *CONVS)) or is_norm(slot.module)
+    """Whether a tensor is of layers that are given features, and give some."""
+    layers = (nn.Linear, nn.Embedding, *CONVS)
+    return all(isinstance(module, layers) or is_norm(module) for module, _ in slot.places)
 
 
 def _values(slots: list[Slot], op: Operation | None) -> dict[tuple[nn.Module, str], Tensor]:
@@ -135,7 +134,7 @@ def _values(slots: list[Slot], op: Operation | None) -> dict[tuple[nn.Module, st
         value, tensor = composed(slot, {op: 1.0} if op else {}), slot.tensor
         if tensor is not None:
             same = tensor.shape == value.shape and torch.equal(tensor, value)
-            values[slot.module, slot.name] = tensor if same else value
+            values.update(dict.fromkeys(slot.places, tensor if same else value))
     return values
 
 
@@ -176,7 +175,7 @@ class Layer:
         self, module: nn.Module, rows: Rows, values: list[dict[tuple[nn.Module, str], Tensor]]
     ) -> None:
         self.module, self.rows, self.path = module, rows, type(module).__name__
-        self.values = [{name: v for (_, name), v in each.items()} for each in values]
+        self.values = [{name: v for (m, name), v in each.items() if m is module} for each in values]
         self.names: tuple[str, ...] = ()
         self.base = vars(module).get("forward")
 

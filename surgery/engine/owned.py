@@ -25,11 +25,20 @@ class Claim(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A tensor of the base, a module's of a name, and all that claim it, the oldest first."""
+    """A tensor of the base, a module's of a name, and all that claim it, the oldest first.
+
+    tied  where modules share it: its other places
+    """
 
     module: nn.Module
     name: str
     claims: list[Claim]
+    tied: list[tuple[nn.Module, str]]
+
+    @property
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """All of its places."""
+        return [(self.module, self.name), *self.tied]
 
     @property
     def tensor(self) -> Tensor | None:
@@ -47,10 +56,15 @@ def slots_of(done: Sequence[Operation]) -> Iterator[Slot]:
     for operation in done:
         for value in _claimed(operation):
             key = id(value.module), value.name
-            slot = found.setdefault(key, Slot(value.module, value.name, []))
+            slot = found.setdefault(key, Slot(value.module, value.name, [], []))
             if all(claim.operation is not operation for claim in slot.claims):
                 slot.claims.append(Claim(operation, value.value))
+    firsts: dict[int, Slot] = {}
     for slot in found.values():
+        first = firsts.setdefault(id(slot.tensor), slot)
+        if first is not slot:
+            first.tied.append((slot.module, slot.name))
+    for slot in firsts.values():
         if slot.tensor is not None and not slot.tensor.is_meta and _is_in_use(slot):
             yield slot
 

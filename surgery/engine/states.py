@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +97,13 @@ class StateGuard(nn.Module):
 
     def _before_taking(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         self._check_enabled("model.state_dict()")
+        if not self.merged and _is_saving_pretrained():
+            warnings.warn(
+                "save_pretrained writes what was added under surgery.* keys, which from_pretrained "
+                "drops as unexpected. surgery.save_pretrained(model, folder) writes the base and "
+                "what was done to it, and surgery.from_pretrained(folder) brings both back.",
+                stacklevel=2,
+            )
 
     def _mark(self, model: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
         if self.merged:
@@ -192,6 +201,16 @@ class StateGuard(nn.Module):
 def _says_base(metadata: Mapping[str, Any]) -> bool:
     """Whether a state came with the marks that torch gives it, and is not a merged model's."""
     return "version" in metadata and MERGED not in metadata
+
+
+def _is_saving_pretrained() -> bool:
+    """Whether a state is taken by a model's own `save_pretrained` (transformers)."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            return str(frame.f_globals.get("__name__", "")).startswith("transformers.")
+        frame = frame.f_back
+    return False
 
 
 def _path(model: nn.Module, host: nn.Module, prefix: str) -> str:

@@ -122,12 +122,12 @@ def fill(
                 f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
                 "Load it into the model it was made for, in the dtype it was saved in.",
             )
-    journal = Journal()
+    journal, done = Journal(), operations(model)
+    put_by = bool(own_values(done, operation))
     try:
         for key, tensor in tensors.items():
             journal.overwrite(places[key], tensor)
-        done = operations(model)
-        if own_values(done, operation):
+        if put_by:
             show(done, {each: each.strength for each in done}, journal)
     except BaseException:
         journal.undo()

@@ -27,7 +27,7 @@ from surgery.errors import GraftError
 from tests.engine.test_activity import ONCE, train
 from tests.methods.reference import EPS
 from tests.methods.test_methods import SETS, rules_of
-from tests.models import encoder, hf_bert, hf_llama, images, tiny_vit, words_in
+from tests.models import encoder, hf_bert, hf_gpt2, hf_llama, images, tiny_vit, words_in
 
 X = images(batch=5).double()
 NAMES = ["b", None, "a", "b", "a"]
@@ -124,6 +124,7 @@ MODELS: dict[str, Any] = {
     "encoder, weights": (encoder, torch.randn(5, 7, 24).double(), at(qkv, lora(rank=2))),
     "bert": (hf_bert, words_in(5), [at(qkv, lora(rank=2)), at(head, unfreeze)]),
     "llama": (hf_llama, words_in(5), at(qkv, lora(rank=2))),
+    "tied head": (hf_gpt2, words_in(5), [at(qkv, lora(rank=2)), at(head, unfreeze)]),
     "table": (hf_llama, words_in(5), at(weight("**.embed_tokens.weight"), lora(rank=2))),
 }
 

@@ -69,6 +69,24 @@ def test_what_is_there_is_filled(name: str, way: str, active: bool, tmp_path: Pa
     assert torch.equal(answer(model), other)
 
 
+@torch.no_grad()
+def test_one_of_several_is_filled(tmp_path: Path) -> None:
+    want = {
+        name: made(RULES["lora"], tmp_path / f"{name}.safetensors", seed)
+        for seed, name in enumerate("abc")
+    }
+    model = vit()
+    for name in "ab":
+        surgery.load(model, tmp_path / f"{name}.safetensors", name=name)
+        activate(model, None)
+    for chosen in ("a", "b", None):
+        activate(model, chosen)
+        for name, file in (("b", "c"), ("a", "b"), ("b", "b"), ("a", "a")):
+            swap(model, name, tmp_path / f"{file}.safetensors")
+        for name in "ab":
+            assert torch.equal(answer(activate(model, name)), want[name])
+
+
 def test_other_rules_are_no_filling(tmp_path: Path) -> None:
     made("lora", tmp_path / "a.safetensors")
     model = surgery.apply(vit(), "adaptformer", name="a")
