@@ -138,7 +138,7 @@ WRONG = {
         ConflictError,
         "at(span(norm, ffn), ...)",
         "blocks.0.(norm2 to mlp)",
-        "Replace the module",
+        "Put the rule on the module that holds both",
     ),
     "heads": Wrong(
         lambda: at(ffn, parallel(moa(heads=5))), RuleError, "heads=5", "width 24", "4, 6"
@@ -392,10 +392,10 @@ def test_reverting_under_a_wrong_name_lists_the_names():
     surgery.apply(model, at(ffn, parallel(small)), name="one")
     surgery.apply(model, at(attn, parallel(small)), name="two")
     before = surgery.fingerprint(model)
-    for name in ("one", "three"):
+    for name in ("onE", "three"):
         with pytest.raises(OperationError) as caught:
             surgery.revert(model, name=name)
-        check(caught.value, f'name="{name}"', "one, two", "revert(model)")
+        check(caught.value, f'name="{name}"', "one, two", "apply(..., name=)")
         assert surgery.fingerprint(model) == before
 
 

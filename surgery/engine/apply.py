@@ -174,18 +174,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[nn.Module]:
         )
     journal = Journal()
     try:
-        left = {op: op.strength for op in done if op not in off}
-        if left:
-            put_by(done)
-        for operation in off:
-            journal.set(operation, "enabled", False)
-        for operation in done:
-            for buffer in operation.journal.buffers:
-                journal.keep_value(buffer.module, buffer.name, lent=True)
-        for slot in slots_of(done) if left else ():
-            journal.write(slot.module, slot.name, composed(slot, left), lent=True)
-        for value in [] if left else _changed(done):
-            journal.write(value.module, value.name, value.value, lent=True)
+        _lend(done, off, journal)
         with torch.no_grad():
             yield model
         obstacles = journal.undo()
@@ -193,6 +182,22 @@ def disabled(model: nn.Module, *names: str) -> Iterator[nn.Module]:
         journal.undo()
         raise
     refuse("disabled(model), at its end", obstacles, paths_of(model), AFTER)
+
+
+def _lend(done: list[Operation], off: list[Operation], journal: Journal) -> None:
+    """Turn some operations off, and lend the base the values that it has without them."""
+    left = {operation: operation.strength for operation in done if operation not in off}
+    if left:
+        put_by(done)
+    for operation in off:
+        journal.set(operation, "enabled", False)
+    for operation in done:
+        for buffer in operation.journal.buffers:
+            journal.keep_value(buffer.module, buffer.name, lent=True)
+    for slot in slots_of(done) if left else ():
+        journal.write(slot.module, slot.name, composed(slot, left), lent=True)
+    for value in [] if left else _changed(done):
+        journal.write(value.module, value.name, value.value, lent=True)
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:

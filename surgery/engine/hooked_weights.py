@@ -111,11 +111,11 @@ class HookedWeight(HookedSite):
             if self.group is not None:
                 first = self.group.members[0] is self
                 return self.group.left(args, kwargs, given[-1]) if first else None
-            return self._left(args, kwargs, given[-1])
+            return self._with_products(module, args[0] if args else kwargs["input"], given[-1])
         return None
 
     def _left(self, args: Any, kwargs: Any, output: Any) -> Any:
-        """What a linear layer or a table gives, with what the two matrices of each part add."""
+        """As `leave` of the one layer that reads it, on rows."""
         x = args[0] if args else kwargs["input"]
         return self._with_products(self.entry, x, output)
 

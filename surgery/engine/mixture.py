@@ -100,7 +100,7 @@ def _join(
 def _acts_by_rows(op: Operation) -> bool:
     """Whether all that it does is done to features of each row."""
     return all(
-        each.is_small and all(_only(module) for module in _readers(each))
+        each.is_small and len(each.reads) == 1 and _only(each.entry)
         if isinstance(each, HookedWeight)
         else not each.ends and all(_is_by_rows(action) for action in each.actions)
         for each in op.hooked_sites
@@ -111,10 +111,6 @@ def _is_by_rows(action: Action) -> bool:
     """Whether a part takes rows as they come, of a map that was made of a whole batch, too."""
     plain = action.place in BY_ROWS and not action.hears
     return plain and not any(map_readers(action.part))
-
-
-def _readers(hooked: HookedWeight) -> list[nn.Module]:
-    return [read.reader for read in hooked.reads]
 
 
 def _only(module: nn.Module) -> bool:

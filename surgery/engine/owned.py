@@ -7,7 +7,7 @@ depends on which are active. Their parts stand side by side, and need none of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -120,22 +120,32 @@ def put_by(done: Sequence[Operation]) -> None:
     """
     now = {operation: operation.strength for operation in done}
     for slot in slots_of(done):
-        later = [claim.before for claim in slot.claims[1:]]
-        for (operation, _), after in zip(slot.claims, later, strict=False):
+        for (operation, _), later in zip(slot.claims, slot.claims[1:], strict=False):
             if slot.own(operation) is None:  # it was on until the next was applied
-                operation.own[slot.module, slot.name] = after
+                operation.own[slot.module, slot.name] = later.before
         active = [claim for claim in slot.claims if claim.operation.strength]
         last = active[-1] if active else slot.claims[-1]
-        tensor = slot.tensor
-        if tensor is None or (slot.own(last.operation) is not None and not active):
-            continue
-        if slot.own(last.operation) is not None and same(tensor, composed(slot, now)):
-            continue
-        below = composed(slot, {**now, last.operation: 0.0})
-        exact = last.operation.strength in (0, 1) and same(below, last.before)
-        learnt = (tensor.detach() - below) / (last.operation.strength or 1.0)
-        own = tensor.detach().clone() if exact or not active else last.before + learnt
-        last.operation.own[slot.module, slot.name] = own
+        own = slot.own(last.operation)
+        if own is None and not active:
+            own = _copy(slot)
+        elif active and (own is None or not same(_copy(slot), composed(slot, now))):
+            own = _learnt(slot, last, now)
+        if own is not None:
+            last.operation.own[slot.module, slot.name] = own
+
+
+def _learnt(slot: Slot, last: Claim, now: Mapping[Operation, float]) -> Tensor:
+    """What the latest that is active has made of a tensor, of which it is so much."""
+    below, strength = composed(slot, {**now, last.operation: 0.0}), last.operation.strength
+    if strength == 1 and same(below, last.before):
+        return _copy(slot)
+    return last.before + (_copy(slot) - below) / strength
+
+
+def _copy(slot: Slot) -> Tensor:
+    tensor: Any = slot.tensor
+    copy: Tensor = tensor.detach().clone()
+    return copy
 
 
 def switch(

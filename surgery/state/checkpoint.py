@@ -114,14 +114,7 @@ def fill(
             + (", which the model has no place for." if extra else "."),
             "Load it into the model it was made for: the same architecture, depth and head.",
         )
-    for key, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype) != (places[key].shape, places[key].dtype):
-            raise FileError(
-                "load",
-                f"{key} is {tuple(tensor.shape)} {tensor.dtype} in the file, and "
-                f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
-                "Load it into the model it was made for, in the dtype it was saved in.",
-            )
+    _check_alike(tensors, places)
     journal, done = Journal(), operations(model)
     put_by = bool(own_values(done, operation))
     try:
@@ -133,6 +126,18 @@ def fill(
         journal.undo()
         raise
     operation.start.given([key.removeprefix(PARTS) for key in tensors])
+
+
+def _check_alike(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+    """Raise FileError where a tensor is of another shape or dtype than its place."""
+    for key, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (places[key].shape, places[key].dtype):
+            raise FileError(
+                "load",
+                f"{key} is {tuple(tensor.shape)} {tensor.dtype} in the file, and "
+                f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
+                "Load it into the model it was made for, in the dtype it was saved in.",
+            )
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Path:

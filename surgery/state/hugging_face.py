@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,8 @@ from .checkpoint import load, save
 FILE = "surgery.{}.safetensors"  # of an operation, by its name
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **named: Any) -> Path:
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write a model's base by its own `save_pretrained`, and each operation to a file beside it.
-
-    named  to `save_pretrained`: max_shard_size, and the like
 
     The base is what it was before, as the model would be reverted, so that others may use the
     folder without what was added. Raises what `save` raises, and FileError for a model that has no
@@ -47,7 +46,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **named: A
         if f"{ADDITIONS}." not in key
     }
     target = Path(folder)
-    own(target, state_dict=base, **named)
+    own(target, state_dict=base)
     for operation in done:
         save(model, target / FILE.format(operation.name), name=operation.name)
     order = {"operations": [[op.name, op.strength] for op in done]}
@@ -55,10 +54,13 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **named: A
     return target
 
 
-def from_pretrained(folder: str | os.PathLike[str], **named: Any) -> nn.Module:
+def from_pretrained(
+    folder: str | os.PathLike[str], *, options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """A model of a folder that `save_pretrained` here wrote: base, operations, which are active.
 
-    named  to the `from_pretrained` of the class that the folder's config names (transformers)
+    options  to the `from_pretrained` of the class that the folder's config names (transformers):
+             dtype, device_map
 
     Raises FileError where the folder is none of these, and what `load` raises.
 
@@ -79,7 +81,7 @@ def from_pretrained(folder: str | os.PathLike[str], **named: Any) -> nn.Module:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         fact = f"its config names no class of transformers ({error!s:.200})."
         raise FileError(call, fact, "Build the model, and surgery.load each file.") from error
-    model: nn.Module = build.from_pretrained(source, **named)
+    model: nn.Module = build.from_pretrained(source, **(options or {}))
     for name in operations:
         load(model, source / FILE.format(name), name=name)
         activate(model, None)

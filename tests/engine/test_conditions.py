@@ -31,6 +31,9 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
 
+    def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
+        folder.mkdir(exist_ok=True)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.first(x).relu())
 
@@ -90,6 +93,7 @@ OPERATED: dict[str, Call] = {
     "revert": lambda m, f: surgery.revert(m),
     "routing": lambda m, f: surgery.routing(m),
     "save": lambda m, f: surgery.save(m, f / "x.safetensors"),
+    "save_pretrained": lambda m, f: surgery.save_pretrained(m, f / "folder"),
     "state_dict": lambda m, f: surgery.state_dict(m),
     "swap": lambda m, f: surgery.swap(m, "default", f / "good.safetensors"),
     "swapped": _swapped,
@@ -223,7 +227,7 @@ STATES = {
         | {"activate", "disabled", "mixed", "revert", "state_dict", "train_only", "unmerge"},
     ),
     "made in inference mode": State(
-        _in_inference, "inference", PURE | RUNNING | {"save", "state_dict"}
+        _in_inference, "inference", PURE | RUNNING | {"save", "save_pretrained", "state_dict"}
     ),
     "FSDP1": _wrapped("wrapper", _fsdp1),
     "DDP": _wrapped("wrapper", _ddp),
