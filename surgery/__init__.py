@@ -63,6 +63,8 @@ from .state.checkpoint import load, load_state_dict, save, state_dict
 from .state.hugging_face import from_pretrained, save_pretrained
 from .state.inspection import inspect
 from .state.lora_conversion import as_lora
+from .state.peft_reading import load_peft
+from .state.peft_writing import save_peft
 from .state.swapping import swap
 from .structure.module_tree import Site
 from .training.parameter_groups import groups
@@ -75,10 +77,10 @@ __all__ = [
     "anatomy", "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block",
     "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze",
     "from_pretrained", "fused", "groups", "head", "holding", "insert", "inside", "inspect",
-    "key", "load", "load_state_dict", "lora", "merge", "methods", "mixed", "moa", "nearest",
-    "norm", "ops", "parallel", "parameters", "part", "parts", "penalty", "plan", "prepend",
-    "proj", "prompt", "prompt_generator", "qkv", "query", "replace", "report", "revert",
-    "routing", "rulesets", "save", "save_pretrained", "scale_shift", "shared", "side", "span",
-    "state_dict", "swap", "token", "train_only", "unfreeze", "unmerge", "until", "value",
-    "weight", "where",
+    "key", "load", "load_peft", "load_state_dict", "lora", "merge", "methods", "mixed", "moa",
+    "nearest", "norm", "ops", "parallel", "parameters", "part", "parts", "penalty", "plan",
+    "prepend", "proj", "prompt", "prompt_generator", "qkv", "query", "replace", "report",
+    "revert", "routing", "rulesets", "save", "save_peft", "save_pretrained", "scale_shift",
+    "shared", "side", "span", "state_dict", "swap", "token", "train_only", "unfreeze",
+    "unmerge", "until", "value", "weight", "where",
 ]  # fmt: skip

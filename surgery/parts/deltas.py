@@ -57,27 +57,47 @@ class LoHa(Delta):
 class LoKr(Delta):
     """scale * C kron (B A): C (p, q), B A (out / p, width / q).
 
+    whole   B is all of the second factor, (out / p, width / q), and there is no A
+    both    the first factor is of low rank too, C D: C (p, rank), D (rank, q)
+
     >>> LoKr(8, 6, 2, (2, 4))(torch.randn(3, 8)).shape
     torch.Size([3, 6])
     """
 
     def __init__(
-        self, width: int, out: int, rank: int, blocks: tuple[int, int], scale: float = 1.0
+        self,
+        width: int,
+        out: int,
+        rank: int,
+        blocks: tuple[int, int],
+        scale: float = 1.0,
+        whole: bool = False,
+        both: bool = False,
     ) -> None:
         super().__init__()
-        self.scale, (p, q) = scale, blocks
-        self.C = nn.Parameter(torch.zeros(p, q))
-        self.A = nn.Parameter(kaiming(rank, width // q))
-        self.B = nn.Parameter(kaiming(out // p, rank))
+        self.rank, self.scale, (p, q) = rank, scale, blocks
+        self.C = nn.Parameter(torch.zeros(p, rank if both else q))
+        self.D = nn.Parameter(kaiming(rank, q)) if both else None
+        self.A = None if whole else nn.Parameter(kaiming(rank, width // q))
+        self.B = nn.Parameter(kaiming(out // p, width // q if whole else rank))
+
+    def outer(self) -> Tensor:
+        """The first factor, (p, q)."""
+        return self.C if self.D is None else self.C @ self.D
+
+    def inner(self) -> Tensor:
+        """The second factor, (out / p, width / q)."""
+        return self.B if self.A is None else self.B @ self.A
 
     def delta(self) -> Tensor:
-        return self.scale * torch.kron(self.C, self.B @ self.A)
+        return self.scale * torch.kron(self.outer(), self.inner())
 
     def forward(self, x: Tensor) -> Tensor:
         """Without the product written out: C on blocks of features, B A on those in each."""
-        x = rearrange(x, "... (q i) -> ... q i", q=self.C.shape[1])
-        inner = F.linear(F.linear(x, self.A), self.B)
-        return self.scale * torch.einsum("...qi,pq->...pi", inner, self.C).flatten(-2)
+        outer = self.outer()
+        x = rearrange(x, "... (q i) -> ... q i", q=outer.shape[1])
+        inner = F.linear(x if self.A is None else F.linear(x, self.A), self.B)
+        return self.scale * torch.einsum("...qi,pq->...pi", inner, outer).flatten(-2)
 
 
 class HiRA(Delta):
@@ -198,11 +218,21 @@ def loha(site: Site, rank: int = 8, alpha: float | None = None) -> nn.Module:
 
 @part
 @usually("parallel")
-def lokr(site: Site, rank: int = 8, blocks: int = 8, alpha: float | None = None) -> nn.Module:
+def lokr(
+    site: Site,
+    rank: int = 8,
+    blocks: int | tuple[int, int] = 8,
+    alpha: float | None = None,
+    whole: bool = False,
+    both: bool = False,
+) -> nn.Module:
     """A Kronecker product: alpha / rank * C kron (B A), C (blocks, blocks).
 
-    blocks  of the output and of the input; where it does not divide them, the nearest that does
+    blocks  of the output and of the input, one number or one for each; where it does not divide
+            them, the nearest that does
     alpha   None: the scale is 1
+    whole   the second factor is one matrix B (out / p, width / q); rank is of the scale
+    both    the first factor is a product of this rank, too
 
     Starts by adding nothing. Parameters: p * q + rank * (width / q + out / p).
     Source: Yeh et al. 2023 (LyCORIS, LoKr).
@@ -210,9 +240,11 @@ def lokr(site: Site, rank: int = 8, blocks: int = 8, alpha: float | None = None)
     >>> lokr(rank=4)
     lokr(rank=4)
     """
-    positive("lokr", rank=rank, blocks=blocks)
-    sides = fitted(site.out, blocks), fitted(site.width, blocks)
-    return LoKr(site.width, site.out, rank, sides, scale_of("lokr", alpha, rank))
+    p, q = blocks if isinstance(blocks, (tuple, list)) else (blocks, blocks)
+    positive("lokr", rank=rank, **{"blocks": p, "blocks[1]": q})
+    sides = fitted(site.out, p), fitted(site.width, q)
+    scale = scale_of("lokr", alpha, rank)
+    return LoKr(site.width, site.out, rank, sides, scale, whole, both)
 
 
 @part

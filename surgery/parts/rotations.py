@@ -27,32 +27,53 @@ def cayley(skew: Tensor, size: int) -> Tensor:
     >>> torch.equal(cayley(torch.zeros(1, 3), 3)[0], torch.eye(3))
     True
     """
-    rows, columns = torch.triu_indices(size, size, 1, device=skew.device)
-    blocks = torch.arange(len(skew), device=rows.device)[:, None]
-    upper = skew.new_zeros(len(skew), size, size).index_put((blocks, rows, columns), skew)
-    Q = wide(upper - upper.mT)
+    Q = wide(skewed(skew, size))
     eye = torch.eye(size, device=Q.device, dtype=Q.dtype)
     rotations: Tensor = torch.linalg.solve(eye - Q, eye + Q, left=False)
     return rotations.to(skew.dtype)
 
 
+def skewed(skew: Tensor, size: int) -> Tensor:
+    """The skew matrices of what is above their diagonals."""
+    rows, columns = torch.triu_indices(size, size, 1, device=skew.device)
+    blocks = torch.arange(len(skew), device=rows.device)[:, None]
+    upper = skew.new_zeros(len(skew), size, size).index_put((blocks, rows, columns), skew)
+    return upper - upper.mT
+
+
+def neumann(skew: Tensor, size: int, terms: int) -> Tensor:
+    """I - 2 Q + 2 Q^2 - ..., so many terms, the last one once: near (I - Q) (I + Q)^-1."""
+    Q = skewed(skew, size).mT
+    power, total = Q, torch.eye(size, device=Q.device, dtype=Q.dtype) + 2 * Q
+    for _ in range(terms - 3):
+        power = power @ Q
+        total = total + 2 * power
+    return total + power @ Q
+
+
 class OFT(nn.Module):
     """R x, R block-diagonal with R_i = (I + Q_i) (I - Q_i)^-1 of skew Q_i (Cayley): (..., width).
 
-    Q starts at zero, so that R is the identity.
+    Q starts at zero, so that R is the identity. Where there are `terms`, R is near orthogonal
+    alone: as many of the series of the inverse are summed, of -Q.
 
     >>> OFT(8, 4)(torch.ones(1, 8))[0, :2]
     tensor([1., 1.], grad_fn=<SliceBackward0>)
     """
 
-    def __init__(self, width: int, size: int) -> None:
+    def __init__(
+        self, width: int, size: int, terms: int | None = None, one_block: bool = False
+    ) -> None:
         super().__init__()
-        self.size, self.width = size, width
-        self.skew = nn.Parameter(torch.zeros(width // size, size * (size - 1) // 2))
+        self.size, self.width, self.terms = size, width, terms
+        blocks = 1 if one_block else width // size
+        self.skew = nn.Parameter(torch.zeros(blocks, size * (size - 1) // 2))
 
     def rotations(self) -> Tensor:
         """(blocks, size, size)."""
-        return cayley(self.skew, self.size)
+        terms, skew = self.terms, self.skew
+        own = cayley(skew, self.size) if terms is None else neumann(skew, self.size, terms)
+        return own.expand(self.width // self.size, -1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = rearrange(x, "... (b i) -> ... b i", i=self.size)
@@ -190,19 +211,25 @@ class RoAd(Turns):
 
 @part
 @usually("prepend")
-def oft(site: Site, size: int = 32) -> nn.Module:
+def oft(
+    site: Site, size: int = 32, terms: int | None = None, one_block: bool = False
+) -> nn.Module:
     """Rotations of blocks of features before a linear layer: W (R x), R orthogonal.
 
-    size  of the blocks; where it does not divide the width, the nearest that does
+    size       of the blocks; where it does not divide the width, the nearest that does
+    terms      of the series of the inverse, 3 or more, as PEFT has it; None: the inverse itself
+    one_block  all blocks are turned alike
 
-    Starts as the identity. Parameters: width / size * size (size - 1) / 2.
+    Starts as the identity. Parameters: width / size * size (size - 1) / 2, or those of one block.
     Source: Qiu et al. 2023 (OFT), Eq. 6, with the input-centric form of OFTv2 (Qiu et al. 2025).
 
     >>> oft(size=16)
     oft(size=16)
     """
     positive("oft", size=size)
-    return OFT(site.width, fitted(site.width, size))
+    if terms is not None and not is_integer(terms, least=3):
+        raise RuleError(f"oft(terms={terms!r})", "the series has 3 terms or more.", "Give 5.")
+    return OFT(site.width, fitted(site.width, size), terms, one_block)
 
 
 @part

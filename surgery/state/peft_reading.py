@@ -1,0 +1,399 @@
+"""PEFT's folders, read: a configuration and its tensors, made rules and filled in."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .._text import first_few
+from ..engine.apply import revert
+from ..engine.conditions import APPLYING, FILLING, MAKING, check_state
+from ..engine.hooked_weights import HookedWeight
+from ..engine.operation import Operation, check_operable, operations
+from ..engine.planning import Plan
+from ..engine.trained import Place, buffers_of
+from ..errors import FileError, RuleError
+from ..parts.shared_low_rank import SharedLoRA
+from ..parts.sparse_updates import rows
+from ..rules.edits import Edit, parallel, unfreeze
+from ..rules.rule import Rule, at
+from ..rules.weights import weight
+from ..structure.layers import linear_shape, named_modules
+from ..structure.path import generalise
+from .peft_format import Config, Target, plain_name, targets_of
+from .peft_layers import Entry, Joint, edits_of, entries_of
+from .reading import RAW
+
+Model = TypeVar("Model", bound=nn.Module)
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+LARGEST_CONFIG = 2**22  # bytes
+FLOATS = {"F64", "F32", "F16", "BF16"}
+UNTIE = "Untie them first: give one module a parameter of its own, a clone."
+FIT = "Load it into the model it was made for: the same architecture, depth and head."
+
+
+class Held(NamedTuple):
+    """A tensor in a file, known by its header alone: its whole name there, its shape, its type."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any = None) -> Model:
+    """Operate `model` by an adapter that PEFT saved, and fill it; returns the model.
+
+    Read are LoRA (rsLoRA, DoRA, of convolutions, tables of words, nn.MultiheadAttention, single
+    parameters), IA3, OFT, VeRA, LoHa, LoKr and LN tuning, with all that says where; the model
+    then answers as PEFT's. Dropout of PEFT's stays where the part has one: at linear layers.
+
+    folder   with `adapter_config.json` and `adapter_model.safetensors`
+    name     of the operation
+    example  as `apply` takes it
+
+    All or nothing: the model is untouched where anything does not fit. Nothing in the files is
+    ever executed. Raises FileError, what it does not know by name; and what `apply` raises.
+
+    >>> from surgery import apply, at, lora, save_peft
+    >>> import tempfile
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> tuned = apply(build(), at("0", lora(rank=2)))
+    >>> again = load_peft(build(), save_peft(tuned, tempfile.mkdtemp() + "/tuned"))
+    >>> torch.equal(again.surgery.default[0].A, tuned.surgery.default[0].A)
+    True
+    """
+    call = f'load_peft("{folder}")'
+    check_operable(model)
+    check_state(model, call, APPLYING)
+    config = Config(call, _read_config(Path(folder) / CONFIG, call))
+    earlier = len(operations(model))
+    with _opened(Path(folder), call) as file:
+        held = _header(file, model, call)
+        shapes = {key: each.shape for key, each in held.items()}
+        layers = targets_of(config, model, shapes)
+        if not layers:
+            config.fail(f"its target_modules mean no layer of this {type(model).__name__}.", FIT)
+        base = base_of(config, model, layers)
+        with _guarded(call):
+            rules = [*_rules(config, model, layers, base, shapes), *_words(config, model, shapes)]
+            layers += word_layers(config, model, shapes)
+            plan = Plan(model, rules, seed=0, name=name, balance=None, example=example)
+            sketch = plan.parts
+        spots = [(p.site.path, Joint(sketch[p.key], p.edit.place)) for p in plan.placements]
+        entries = _entries(layers, spots, base)
+        _check(config, held, entries, layers)
+        _check_base(config, file, held, layers, base)
+        if plan.is_without_memory:
+            check_state(model, call, MAKING, FILLING)
+        try:
+            plan.apply(example)
+            operation = operations(model)[-1]
+            entries = _entries(layers, joints_of(operation), base)
+            with torch.no_grad():
+                for key, entry in entries.items():
+                    entry.put(file.get_tensor(held[key].key))
+                _fill_cores(config, operation, file, held)
+            operation.start.given([key for key, _ in operation.named_parameters()])
+        except BaseException:
+            if len(operations(model)) > earlier:
+                revert(model, name=name)
+            raise
+    return model
+
+
+# the files -------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path, call: str) -> dict[str, Any]:
+    """What a configuration says. Raises FileError where it is none."""
+    if not path.is_file():
+        raise FileError(call, f"there is no {path.name} in it.", "Give a folder that PEFT saved.")
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_CONFIG + 1)
+        said = json.loads(data) if len(data) <= LARGEST_CONFIG else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(
+            call, f"its {path.name} cannot be read ({error!s:.200}).", "Save it again."
+        ) from error
+    if not isinstance(said, dict):
+        raise FileError(call, f"its {path.name} is no configuration.", "Save it again.")
+    return said
+
+
+@contextmanager
+def _opened(folder: Path, call: str) -> Iterator[Any]:
+    path = folder / TENSORS
+    if not path.is_file():
+        if not (folder / "adapter_model.bin").exists():
+            raise FileError(call, f"there is no {TENSORS} in it.", "Give a folder that PEFT saved.")
+        remedy = "Load it by PEFT where you trust it, and save_pretrained it again, as safetensors."
+        raise FileError(call, "its tensors are pickled, and a pickle may run code.", remedy)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            fact = f"its {TENSORS} is no whole safetensors file ({error!s:.200})."
+            raise FileError(call, fact, "Save it again.") from error
+        yield file
+
+
+def _header(file: Any, model: nn.Module, call: str) -> dict[str, Held]:
+    """What is in a file, by plain names."""
+    roots, held = set(model._modules), dict[str, Held]()
+    for key in file.keys():  # noqa: SIM118 (no mapping)
+        about, name = file.get_slice(key), plain_name(key, roots)
+        if name in held:
+            fact = f"it has {held[name].key:.200} and {key:.200}, which are one to this model."
+            raise FileError(call, fact, "Save it again, from one adapter.")
+        held[name] = Held(key, tuple(about.get_shape()), about.get_dtype())
+    return held
+
+
+@contextmanager
+def _guarded(call: str) -> Iterator[None]:
+    """What a configuration's numbers come to is an error of the file, whatever it is."""
+    try:
+        yield
+    except RuleError as error:
+        raise FileError(call, f"it makes no part here ({error!s:.500}).", FIT) from error
+    except RAW as error:
+        told = f"{type(error).__name__}: {error!s:.200}"
+        raise FileError(call, f"it makes no part here ({told}).", FIT) from error
+
+
+def _check(
+    config: Config, held: dict[str, Held], entries: dict[str, Entry], layers: list[Target]
+) -> None:
+    """Raise FileError unless the file has just what the model has places for."""
+    wanted = {key: entry.shape for key, entry in entries.items()} | _cores(config, layers)
+    extra = [key for key in held if key not in wanted and not _is_base(config, key)]
+    if lost := [key for key in wanted if key not in held]:
+        config.fail(f"it lacks {first_few(lost)}, which its configuration asks for.", FIT)
+    if extra:
+        told = first_few([f"{key:.200}" for key in extra])
+        config.fail(f"it has {told}, which its configuration gives no place for.", FIT)
+    for key, shape in wanted.items():
+        if held[key].shape != shape:
+            config.fail(f"{key} is {held[key].shape} in it, and {shape} in this model.", FIT)
+        number = key in entries and not entries[key].view.is_floating_point()
+        if not number and held[key].dtype not in FLOATS:
+            config.fail(f"{key} is of {held[key].dtype}, which holds no weights.", "Save floats.")
+
+
+def _is_base(config: Config, key: str) -> bool:
+    """Whether a tensor is the base's own, saved beside: a table of words that has a LoRA; with
+    bias="all", a bias of a module that is saved whole, before and after, once more."""
+    holder, kept, _ = re.sub(r"\.(original_module|modules_to_save)\.", ".|.", key).partition(".|.")
+    return key.endswith(".base_layer.weight") or bool(kept and config.saves(holder))
+
+
+def _check_base(
+    config: Config, file: Any, held: dict[str, Held], layers: list[Target], base: dict[str, Place]
+) -> None:
+    """Raise FileError where the base was another (its table of words had other rows, say), or
+    tensors that are tied here are not the same in the file."""
+    tables = {f"{layer.key}.base_layer.weight": layer.weight for layer in layers}
+    for key, each in held.items():
+        if key.endswith(".base_layer.weight") and key not in base:
+            own = tables.get(key)
+            if own is None or not torch.equal(file.get_tensor(each.key).to(own), own):
+                remedy = "Load that table into the model first: it is in the file."
+                config.fail(f"{key} is another than this model's.", remedy)
+    first: dict[int, str] = {}
+    for key, place in base.items():
+        one = first.setdefault(id(place.tensor), key)
+        if one != key:
+            two = (file.get_tensor(held[name].key) for name in (one, key))
+            if not torch.equal(*two):
+                config.fail(f"{one} and {key} differ, and are one in this model.", UNTIE)
+
+
+# rules and places ------------------------------------------------------------------------------
+
+
+def base_of(config: Config, model: nn.Module, layers: list[Target]) -> dict[str, Place]:
+    """The tensors of the base that a file has, by their names in it. Raises FileError."""
+    found: dict[str, Place] = {}
+    if config.kind == "LN_TUNING":
+        for layer in layers:
+            found |= _held(layer.module, layer.path, f"{layer.path}.ln_tuning_layers")
+    saved = [path for path, _ in named_modules(model) if path and config.saves(path)]
+    for path in saved:
+        if not any(path.startswith(f"{above}.") for above in saved):
+            found |= _held(model.get_submodule(path), path, path)
+    mine, bias = {place.path for place in found.values()}, config["bias"]
+    inner = {id(layer.module): layer.key for layer in layers}
+    for path, module in named_modules(model) if bias != "none" else ():
+        key = f"{inner[id(module)]}.base_layer" if id(module) in inner else path
+        own = module._parameters.get("bias")
+        where = f"{path}.bias".strip(".")
+        if own is not None and where not in mine and (bias == "all" or id(module) in inner):
+            found[f"{key}.bias".strip(".")] = Place(where, module, "bias", own)
+    _check_tied(config, model, found)
+    return found
+
+
+def _held(module: nn.Module, path: str, key: str) -> dict[str, Place]:
+    """All that a module holds, and those below it."""
+    holders = dict(named_modules(module))
+    tensors = {
+        f"{inner}.{name}".strip("."): Place(f"{path}.{inner}.{name}", holder, name, tensor)
+        for inner, holder in holders.items()
+        for name, tensor in holder._parameters.items()
+        if tensor is not None
+    }
+    tensors |= {place.path: place for place in buffers_of(module)}
+    return {
+        f"{key}.{name}": place._replace(path=f"{path}.{name}") for name, place in tensors.items()
+    }
+
+
+def _check_tied(config: Config, model: nn.Module, found: dict[str, Place]) -> None:
+    """Raise FileError where a tensor of the base is another's too, which PEFT would leave alone."""
+    mine, known = {(id(p.module), p.name) for p in found.values()}, dict[int, str]()
+    tensors = {id(place.tensor): place.path for place in found.values()}
+    for path, module in named_modules(model):
+        for name, tensor in module._parameters.items():
+            if id(tensor) in tensors and (id(module), name) not in mine:
+                known[id(tensor)] = f"{path}.{name}"
+    for i, other in known.items():
+        config.fail(
+            f"{tensors[i]} is saved whole, and tied to {other}, which PEFT leaves as it was.",
+            UNTIE,
+        )
+
+
+def _rules(
+    config: Config, model: nn.Module, layers: list[Target], base: dict[str, Place], shapes: Any
+) -> list[Rule]:
+    grouped: dict[tuple[str, str], tuple[tuple[Edit, ...], list[str]]] = {}
+    for layer in layers:
+        edits = edits_of(config, layer, shapes)
+        grouped.setdefault((layer.name, repr(edits)), (edits, []))[1].append(layer.path)
+    saved = [path for path, _ in named_modules(model) if path and config.saves(path)]
+    biases = [place.path.rpartition(".")[0] for place in base.values()]
+    if saved:
+        grouped["", "saved"] = (
+            (unfreeze,),
+            [path for path in saved if not any(path.startswith(f"{above}.") for above in saved)],
+        )
+    if config["bias"] != "none":
+        whole = (*saved, *[f"{path}." for path in saved])
+        grouped["", "bias"] = (unfreeze("bias"),), [p for p in biases if not p.startswith(whole)]
+    found = []
+    for (name, _), (edits, paths) in grouped.items():
+        for address in _addresses(model, dict.fromkeys(paths)):
+            place = weight(f"{address}.{name}", tied=False) if name else address
+            found.append(at(place, *edits))
+    return found
+
+
+def _addresses(model: nn.Module, paths: Any) -> list[str]:
+    """Paths, those that differ by numbers alone as one address, where it means no others."""
+    alike: dict[str, list[str]] = {}
+    for path, _ in named_modules(model):
+        alike.setdefault(generalise(path), []).append(path)
+    found: dict[str, None] = {}
+    for path in paths:
+        address = generalise(path)
+        found[address if all(other in paths for other in alike[address]) else path] = None
+    return list(found)
+
+
+def word_layers(config: Config, model: nn.Module, shapes: Any) -> list[Target]:
+    """The tables of words of which a few rows are trained."""
+    asked = config["trainable_token_indices"]
+    if not asked:
+        return []
+    tail = ".token_adapter.trainable_tokens_delta"
+    paths = [key.removesuffix(tail) for key in shapes if key.endswith(tail)]
+    known = {path: m for path, m in named_modules(model) if isinstance(m, nn.Embedding)}
+    return [Target(p, known[p], p, p, "weight") for p in paths if p in known and ids_of(config, p)]
+
+
+def ids_of(config: Config, path: str) -> list[int]:
+    """The rows of a table that are trained."""
+    asked = config["trainable_token_indices"]
+    if isinstance(asked, list):
+        return asked
+    return next((ids for name, ids in asked.items() if path.endswith(name)), [])
+
+
+def _words(config: Config, model: nn.Module, shapes: Any) -> list[Rule]:
+    return [
+        at(weight(layer.place), parallel(rows(ids_of(config, layer.path))))
+        for layer in word_layers(config, model, shapes)
+    ]
+
+
+def joints_of(operation: Operation) -> list[tuple[str, Joint]]:
+    """The parts of an operation, each with the place that it is joined to, without rows."""
+    return [
+        (hooked.path.partition("[")[0], Joint(action.part, action.place, action.scale, rows))
+        for hooked in operation.hooked_sites
+        for rows in [hooked.rows if isinstance(hooked, HookedWeight) else None]
+        for action in hooked.actions
+    ]
+
+
+def _entries(
+    layers: list[Target], joints: list[tuple[str, Joint]], base: dict[str, Place]
+) -> dict[str, Entry]:
+    by_path: dict[str, list[Joint]] = {}
+    for path, joint in joints:
+        by_path.setdefault(path, []).append(joint)
+    found = {k: Entry(place.tensor, tuple(place.tensor.shape)) for k, place in base.items()}
+    for layer in layers:
+        found |= entries_of(layer, by_path.get(layer.place, []))
+    return found
+
+
+# the matrices that the layers of VeRA share ----------------------------------------------------
+
+CORES = ("base_model.vera_A", "base_model.vera_B")
+
+
+def _cores(config: Config, layers: list[Target]) -> dict[str, tuple[int, ...]]:
+    """Their shapes: of the widest layer, and of the one that gives most."""
+    if config.kind != "VERA" or not config["save_projection"]:
+        return {}
+    width, out = widest(layers)
+    return {CORES[0]: (config["r"], width), CORES[1]: (out, config["r"])}
+
+
+def widest(layers: list[Target]) -> tuple[int, int]:
+    shapes = [linear_shape(layer.module) for layer in layers]
+    return max(s.width for s in shapes if s), max(s.out for s in shapes if s)
+
+
+def _fill_cores(config: Config, operation: Operation, file: Any, held: dict[str, Held]) -> None:
+    """Give each size of layers its slice of them; drawn as PEFT draws them where not saved."""
+    parts: list[Any] = [joint.part for _, joint in joints_of(operation)]
+    cores = [part.core for part in parts if isinstance(part, SharedLoRA)]
+    if not cores:
+        return
+    if config["save_projection"]:
+        A, B = (file.get_tensor(held[name].key) for name in CORES)
+    else:
+        width, out = max(c.A.shape[1] for c in cores), max(len(c.B) for c in cores)
+        draw = torch.Generator("cpu").manual_seed(config["projection_prng_key"])
+        A, B = (_drawn(shape, draw) for shape in ((config["r"], width), (out, config["r"])))
+    for core in cores:
+        core.A.copy_(A[:, : core.A.shape[1]])
+        core.B.copy_(B[: len(core.B)])
+
+
+def _drawn(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
