@@ -12,7 +12,14 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 
 from ..errors import FileError, is_integer, is_number
-from ..structure.layers import CONVS, is_conv, is_torch_attention, is_turned, named_modules
+from ..structure.layers import (
+    CONVS,
+    is_conv,
+    is_torch_attention,
+    is_turned,
+    linear_shape,
+    named_modules,
+)
 
 LARGEST = 2**24  # an integer in a configuration
 LONGEST = 2**16  # characters of one text in it
@@ -260,25 +267,34 @@ def targets_of(config: Config, model: nn.Module, keys: Iterable[str]) -> list[Ta
     if str(config["target_modules"]).lower() == "all-linear":  # all but the head, PEFT says
         config.said["target_modules"] = _linears(model, keys)
     found: list[Target] = []
-    names = Counter(id(module) for _, module in named_modules(model, aliases=True))
     modules = dict(named_modules(model))
     for path, module in modules.items():
         if path and config["target_modules"] and config.targets(path):
             if is_torch_attention(modules[path.rpartition(".")[0]]) and config.kind != "LN_TUNING":
                 config.fail(f"{path} is inside torch's attention, where PEFT's layers do nothing.")
             found += _layers(config, path, module)
-        wanted = [n for n in module._parameters if _is_named(config, f"{path}.{n}")]
-        for depth, name in enumerate(reversed(wanted)):
-            key = ".".join([path, *["base_layer"] * depth])
-            found.append(Target(path, module, key, f"{path}.{name}", name, True))
+        found += _single(config, path, module)
+    names = Counter(id(module) for _, module in named_modules(model, aliases=True))
     if twice := [layer.path for layer in found if names[id(layer.module)] > 1]:
         config.fail(f"{twice[0]} has several names, of which PEFT would change one.")
     return found
 
 
-def _is_named(config: Config, path: str) -> bool:
-    names = config["target_parameters"] or []
-    return path in names or any(path.endswith(f".{name}") for name in names)
+def _single(config: Config, path: str, module: nn.Module) -> list[Target]:
+    """The parameters of a module that are meant by name; of several, PEFT wraps one in another."""
+    names, wanted = config["target_parameters"] or [], list[str]()
+    for name, parameter in module._parameters.items():
+        known = f"{path}.{name}"
+        if known in names or any(known.endswith(f".{each}") for each in names):
+            wanted.append(name)
+            if not path or parameter is None or parameter.dim() not in (2, 3):
+                config.fail(f"{known} is no matrix, nor a stack of them, in a module.")
+    return [
+        Target(
+            path, module, ".".join([path, *["base_layer"] * depth]), f"{path}.{name}", name, True
+        )
+        for depth, name in enumerate(reversed(wanted))
+    ]
 
 
 def _linears(model: nn.Module, keys: Iterable[str]) -> list[str]:
@@ -320,9 +336,16 @@ def _check_conv(config: Config, path: str, conv: nn.Conv1d | nn.Conv2d | nn.Conv
         config.fail(f"{path} is a convolution in groups, dilated or padded otherwise.")
 
 
+def widest(layers: list[Target]) -> tuple[int, int]:
+    """The features of the widest layer, and of the one that gives most."""
+    shapes = [shape for layer in layers if (shape := linear_shape(layer.module))]
+    return max(shape.width for shape in shapes), max(shape.out for shape in shapes)
+
+
 # its names -------------------------------------------------------------------------------------
 
 PREFIX = "base_model.model."
+CORES = ("base_model.vera_A", "base_model.vera_B")  # the matrices that all layers of VeRA share
 _WRAPPED = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
 
 

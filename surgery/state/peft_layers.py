@@ -17,7 +17,7 @@ from ..parts.rotations import OFT, oft
 from ..parts.row_lengths import Magnitude, Rescale, magnitude, rescale
 from ..parts.shared_low_rank import SharedLoRA, frozen, vera
 from ..parts.sparse_updates import Rows
-from ..rules.edits import Edit, append, parallel, prepend, unfreeze
+from ..rules.edits import Edit, append, parallel, prepend
 from ..rules.part import shared
 from ..rules.selector import where
 from ..structure.layers import is_conv
@@ -137,7 +137,6 @@ def single(value: float) -> float:
 
 _EDITS: dict[str, Callable[[Config, Target, Shapes], tuple[Edit, ...]]] = {
     "LORA": _lora, "IA3": _ia3, "OFT": _oft, "VERA": _vera, "LOHA": _loha, "LOKR": _lokr,
-    "LN_TUNING": lambda *given: (unfreeze,),
 }  # fmt: skip
 
 

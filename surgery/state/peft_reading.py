@@ -27,9 +27,9 @@ from ..parts.sparse_updates import rows
 from ..rules.edits import Edit, parallel, unfreeze
 from ..rules.rule import Rule, at
 from ..rules.weights import weight
-from ..structure.layers import linear_shape, named_modules
+from ..structure.layers import named_modules
 from ..structure.path import generalise
-from .peft_format import Config, Target, plain_name, targets_of
+from .peft_format import CORES, Config, Target, plain_name, targets_of, widest
 from .peft_layers import Entry, Joint, edits_of, entries_of
 from .reading import RAW
 
@@ -66,11 +66,13 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
     >>> from surgery import apply, at, lora, save_peft
     >>> import tempfile
     >>> def build():
+    ...     _ = torch.manual_seed(0)
     ...     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> tuned = apply(build(), at("0", lora(rank=2)))
+    >>> tuned, x = apply(build(), at("0", lora(rank=2))), torch.ones(1, 8)
+    >>> _ = [nn.init.normal_(p) for p in tuned.surgery.parameters()]
     >>> again = load_peft(build(), save_peft(tuned, tempfile.mkdtemp() + "/tuned"))
-    >>> torch.equal(again.surgery.default[0].A, tuned.surgery.default[0].A)
-    True
+    >>> torch.equal(again(x), tuned(x)), torch.equal(again(x), build()(x))
+    (True, False)
     """
     call = f'load_peft("{folder}")'
     check_operable(model)
@@ -225,22 +227,30 @@ def _check_base(
 def base_of(config: Config, model: nn.Module, layers: list[Target]) -> dict[str, Place]:
     """The tensors of the base that a file has, by their names in it. Raises FileError."""
     found: dict[str, Place] = {}
-    if config.kind == "LN_TUNING":
-        for layer in layers:
-            found |= _held(layer.module, layer.path, f"{layer.path}.ln_tuning_layers")
-    saved = [path for path, _ in named_modules(model) if path and config.saves(path)]
-    for path in saved:
-        if not any(path.startswith(f"{above}.") for above in saved):
-            found |= _held(model.get_submodule(path), path, path)
-    mine, bias = {place.path for place in found.values()}, config["bias"]
-    inner = {id(layer.module): layer.key for layer in layers}
-    for path, module in named_modules(model) if bias != "none" else ():
-        key = f"{inner[id(module)]}.base_layer" if id(module) in inner else path
-        own = module._parameters.get("bias")
-        where = f"{path}.bias".strip(".")
-        if own is not None and where not in mine and (bias == "all" or id(module) in inner):
-            found[f"{key}.bias".strip(".")] = Place(where, module, "bias", own)
+    for layer in layers if config.kind == "LN_TUNING" else ():
+        found |= _held(layer.module, layer.path, f"{layer.path}.ln_tuning_layers")
+    whole = ""
+    for path, module in named_modules(model):
+        if path and config.saves(path) and not (whole and path.startswith(f"{whole}.")):
+            found, whole = found | _held(module, path, path), path
+    if config["bias"] != "none":
+        found |= _biases(config, model, layers, {place.path for place in found.values()})
     _check_tied(config, model, found)
+    return found
+
+
+def _biases(
+    config: Config, model: nn.Module, layers: list[Target], known: set[str]
+) -> dict[str, Place]:
+    """Those of all modules, or of layers with parts alone, where they are not known already."""
+    found: dict[str, Place] = {}
+    inner = {id(layer.module): f"{layer.key}.base_layer" for layer in layers}
+    for path, module in named_modules(model):
+        own, where = module._parameters.get("bias"), f"{path}.bias".strip(".")
+        meant = config["bias"] == "all" or id(module) in inner
+        if own is not None and meant and where not in known:
+            key = f"{inner.get(id(module), path)}.bias".strip(".")
+            found[key] = Place(where, module, "bias", own)
     return found
 
 
@@ -277,26 +287,24 @@ def _check_tied(config: Config, model: nn.Module, found: dict[str, Place]) -> No
 def _rules(
     config: Config, model: nn.Module, layers: list[Target], base: dict[str, Place], shapes: Any
 ) -> list[Rule]:
+    """A rule for each kind of layer, and for what is saved of the base."""
     grouped: dict[tuple[str, str], tuple[tuple[Edit, ...], list[str]]] = {}
-    for layer in layers:
+    for layer in layers if config.kind != "LN_TUNING" else ():
         edits = edits_of(config, layer, shapes)
         grouped.setdefault((layer.name, repr(edits)), (edits, []))[1].append(layer.path)
-    saved = [path for path, _ in named_modules(model) if path and config.saves(path)]
-    biases = [place.path.rpartition(".")[0] for place in base.values()]
-    if saved:
-        grouped["", "saved"] = (
-            (unfreeze,),
-            [path for path in saved if not any(path.startswith(f"{above}.") for above in saved)],
-        )
-    if config["bias"] != "none":
-        whole = (*saved, *[f"{path}." for path in saved])
-        grouped["", "bias"] = (unfreeze("bias"),), [p for p in biases if not p.startswith(whole)]
-    found = []
-    for (name, _), (edits, paths) in grouped.items():
-        for address in _addresses(model, dict.fromkeys(paths)):
-            place = weight(f"{address}.{name}", tied=False) if name else address
-            found.append(at(place, *edits))
-    return found
+    trained: dict[str, list[str]] = {}
+    for place in base.values():
+        if isinstance(place.tensor, nn.Parameter):
+            trained.setdefault(place.path.rpartition(".")[0], []).append(place.name)
+    for path, names in trained.items():
+        whole = set(names) >= {name for name, _ in model.get_submodule(path).named_parameters()}
+        edit = unfreeze if whole else unfreeze(*names)
+        grouped.setdefault(("", repr(edit)), ((edit,), []))[1].append(path)
+    return [
+        at(weight(f"{address}.{name}", tied=False) if name else address, *edits)
+        for (name, _), (edits, paths) in grouped.items()
+        for address in _addresses(model, dict.fromkeys(paths))
+    ]
 
 
 def _addresses(model: nn.Module, paths: Any) -> list[str]:
@@ -361,8 +369,6 @@ def _entries(
 
 # the matrices that the layers of VeRA share ----------------------------------------------------
 
-CORES = ("base_model.vera_A", "base_model.vera_B")
-
 
 def _cores(config: Config, layers: list[Target]) -> dict[str, tuple[int, ...]]:
     """Their shapes: of the widest layer, and of the one that gives most."""
@@ -370,11 +376,6 @@ def _cores(config: Config, layers: list[Target]) -> dict[str, tuple[int, ...]]:
         return {}
     width, out = widest(layers)
     return {CORES[0]: (config["r"], width), CORES[1]: (out, config["r"])}
-
-
-def widest(layers: list[Target]) -> tuple[int, int]:
-    shapes = [linear_shape(layer.module) for layer in layers]
-    return max(s.width for s in shapes if s), max(s.out for s in shapes if s)
 
 
 def _fill_cores(config: Config, operation: Operation, file: Any, held: dict[str, Held]) -> None:
