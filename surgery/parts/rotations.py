@@ -211,9 +211,7 @@ class RoAd(Turns):
 
 @part
 @usually("prepend")
-def oft(
-    site: Site, size: int = 32, terms: int | None = None, one_block: bool = False
-) -> nn.Module:
+def oft(site: Site, size: int = 32, terms: int | None = None, one_block: bool = False) -> nn.Module:
     """Rotations of blocks of features before a linear layer: W (R x), R orthogonal.
 
     size       of the blocks; where it does not divide the width, the nearest that does

@@ -5,6 +5,8 @@ tensors are known. Of PEFT 0.21, `adapter_config.json`; nothing of PEFT is impor
 from __future__ import annotations
 
 import re
+import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
@@ -24,7 +26,8 @@ from ..structure.layers import (
 LARGEST = 2**24  # an integer in a configuration
 LONGEST = 2**16  # characters of one text in it
 MOST = 2**12  # names in one list
-MOST_LOOPS = 4  # in one regular expression: matching takes a path's length to that power at worst
+MOST_LOOPS = 6  # in one regular expression: matching takes a path's length to that power at worst
+PATIENCE = 10.0  # seconds that all matching of one configuration may take
 BASE = "Load it by PEFT, merge it there, and save the model."
 
 # what is a configuration's own affair, or how training starts, or goes without saying here
@@ -157,6 +160,7 @@ class Config:
     def __init__(self, call: str, said: dict[str, Any], remedy: str = BASE) -> None:
         self.call, self.said, self.remedy = call, said, remedy
         self._compiled: dict[str, re.Pattern[str]] = {}
+        self._spent = 0.0
         kind = said.get("peft_type")
         self.kind = kind if isinstance(kind, str) else ""
         if self.kind not in KINDS:
@@ -187,13 +191,24 @@ class Config:
         """How a regular expression of the file, put into a form, fits a path from its start."""
         pattern = form.replace("{}", given, 1)
         if pattern not in self._compiled:
-            if _tangled(given):
-                self.fail(f"matching {given!r:.100} may take for ever.", "Name the modules.")
-            try:
-                self._compiled[pattern] = re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                self.fail(f"{given!r:.100} is no regular expression ({error!s:.100}).")
-        return self._compiled[pattern].match(path)
+            self._compiled[pattern] = self._compile(given, pattern)
+        start = time.monotonic()
+        found = self._compiled[pattern].match(path)
+        self._spent += time.monotonic() - start
+        if self._spent > PATIENCE:
+            self.fail(f"matching {given!r:.100} and others takes too long.", "Name the modules.")
+        return found
+
+    def _compile(self, given: str, pattern: str) -> re.Pattern[str]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of sets in sets
+                re.compile(given)
+                if not _tangled(given):
+                    return re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            self.fail(f"{given!r:.100} is no regular expression ({error!s:.100}).")
+        self.fail(f"matching {given!r:.100} may take for ever.", "Name the modules.")
 
     def names(self, option: str, path: str) -> bool:
         """Whether an option, a regular expression or names, means a path."""
@@ -239,18 +254,22 @@ class Config:
         return None
 
 
-_LOOP = r"(?:[*+]|\{\d*,?\d*\})"
+_LOOP = r"(?:[*+?]|\{\d*,?\d*\})[?+]?"
+_LETTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")  # escapes and classes
+_OPENING = re.compile(r"\(\?(?:[:=!]|<[=!]|P<\w+>)")
+_GROUP = re.compile(rf"\(([^()]*)\)({_LOOP})?")
 
 
 def _tangled(pattern: str) -> bool:
     """Whether a regular expression has a loop of loops or of choices, or too many loops."""
-    text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern)
-    while group := re.search(rf"\(([^()]*)\)(\??{_LOOP})?", text):
+    text = _OPENING.sub("(", _LETTER.sub("x", pattern))
+    while group := _GROUP.search(text):
         loops = _loops(group[1])
         if group[2] and (loops or "|" in group[1]):
             return True
-        text = text[: group.start()] + "x*" * (loops + bool(group[2])) + text[group.end() :]
-    return _loops(text) > MOST_LOOPS
+        within = "x*" * min(loops + bool(group[2]), MOST_LOOPS + 1)
+        text = text[: group.start()] + within + text[group.end() :]
+    return _loops(text) > MOST_LOOPS or "(?" in text
 
 
 def _loops(text: str) -> int:

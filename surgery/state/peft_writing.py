@@ -20,7 +20,7 @@ from ..errors import FileError
 from ..parts.rotations import OFT
 from ..parts.row_lengths import Magnitude, Rescale
 from ..parts.sparse_updates import Rows
-from ..structure.layers import is_conv, is_torch_attention, linear_shape, named_modules
+from ..structure.layers import is_conv, is_torch_attention, named_modules
 from .checkpoint import state_dict
 from .peft_format import CORES, PREFIX, Config, Target, targets_of
 from .peft_layers import Joint, kind_of
@@ -105,8 +105,8 @@ def _by_place(model: nn.Module, operation: Operation, call: str) -> dict[str, li
         module = modules.get(holder)
         if place in tied and kind_of(joint.part) is not Rows:
             refuse(call, place, joint.part, "modules share this weight, and PEFT would change one")
-        plain = module is not None and linear_shape(module) and not is_conv(module)
-        own = holder if plain and name == "weight" and not _inner(modules, holder) else place
+        plain = isinstance(module, nn.Linear) and name == "weight" and not _inner(modules, holder)
+        own = holder if plain else place
         found.setdefault(own, []).append(joint)
     return found
 

@@ -281,6 +281,7 @@ RULES: dict[str, tuple[str, Any]] = {
         at(weight("patch_embed.proj.weight"), lora(rank=3)), at("head", unfreeze)]),
     "two at once": ("timm", [at("**.qkv", lora(rank=2)), at("**.qkv", lora(rank=3, alpha=1))]),
     "at a weight": ("timm", at(weight("**.fc2.weight"), lora(rank=2))),
+    "at a turned weight": ("gpt2", at(weight("**.{c_attn,c_fc}.weight"), lora(rank=2, alpha=1))),
     "words": ("gpt2", at(weight("**.wte.weight", tied=False), lora(rank=3))),
     "rows of words": ("llama", [
         at("**.q_proj", lora(rank=2)),
