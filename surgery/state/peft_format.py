@@ -204,11 +204,12 @@ class Config:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of sets in sets
                 re.compile(given)
-                if not _tangled(given):
-                    return re.compile(pattern)
+                compiled = re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             self.fail(f"{given!r:.100} is no regular expression ({error!s:.100}).")
-        self.fail(f"matching {given!r:.100} may take for ever.", "Name the modules.")
+        if _tangled(given):
+            self.fail(f"matching {given!r:.100} may take for ever.", "Name the modules.")
+        return compiled
 
     def names(self, option: str, path: str) -> bool:
         """Whether an option, a regular expression or names, means a path."""

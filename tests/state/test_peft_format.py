@@ -433,7 +433,7 @@ def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
 
 def refused(folder: Path, name: str, said: str = "") -> None:
     """It is an error of ours, and the model is what it was."""
-    model = base(name)
+    model = fresh(name)
     before = state_of(model)
     with pytest.raises(SurgeryError) as error:
         load_peft(model, folder)
@@ -466,7 +466,7 @@ OPTIONS: dict[str, tuple[str, Any, str]] = {
     "use_dora": ("lora", True, "it lacks"),
     "bias": ("bias only", "none", "gives no place for"),
     "feedforward_modules": ("ia3", [], "in this model"),
-    "alpha_pattern": ("lora", {"(.*)(.*)(.*)(.*)(.*)#": 2}, "may take for ever"),
+    "alpha_pattern": ("lora", {"(.*)(.*)(.*)(.*)(.*)(.*)(.*)#": 2}, "may take for ever"),
     "trainable_token_indices": ("rows of words", [1, 99], "rows 0 to 31"),
     "target_parameters": ("two parameters", ["experts.up"], "gives no place for"),
 }
