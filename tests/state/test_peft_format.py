@@ -513,6 +513,33 @@ def test_a_base_that_had_other_words_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "llama", "is another than this model's")
 
 
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    made("llama", CASES["lora"][1], 0, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    key = next(iter(tensors))
+    save_file({**tensors, key: tensors[key].int()}, tmp_path / TENSORS)
+    refused(tmp_path, "llama", "is of I32, which holds no weights")
+
+
+def test_a_layer_of_several_names_is_refused(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        layer = nn.Linear(24, 24)
+        return nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(24, 24)})
+
+    torch.manual_seed(0)
+    peft.get_peft_model(build(), LoraConfig(target_modules=["a", "c"])).save_pretrained(tmp_path)
+    with pytest.raises(FileError, match="a has several names"):
+        load_peft(build(), tmp_path)
+    with pytest.raises(FileError, match="a has several names"):
+        save_peft(surgery.apply(build(), at("a", lora())), tmp_path)
+
+
+def test_torchs_attention_does_not_run_its_projection(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["out_proj", "last"])
+    made("attention", config, 0, tmp_path)
+    refused(tmp_path, "attention", "inside torch's attention, where PEFT's layers do nothing")
+
+
 def test_what_is_tied_here_must_be_the_same_in_the_file(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["c_attn"], modules_to_save=["wte", "lm_head"])
     made("gpt2", config, 0, tmp_path)
