@@ -304,6 +304,8 @@ RULES: dict[str, tuple[str, Any]] = {
         at("**.qkv", append(parts.rescale(rows="_q k v"))),
         at("**.fc2", prepend(parts.rescale()))]),
     "sizes": ("timm", at("**.{qkv,fc1,fc2}", parts.vera(core=shared(parts.frozen(rank=5))))),
+    "vera scaled": ("llama", at("**.{q_proj,up_proj}", parallel(
+        parts.vera(core=shared(parts.frozen(rank=4))), scale=0.3))),
     "loha scaled": ("timm", at(nn.Linear, parallel(parts.loha(rank=3, alpha=2), scale=0.1))),
 }  # fmt: skip
 
