@@ -92,10 +92,10 @@ class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(24, 24)
-        self.inner = nn.ModuleDict({"first": nn.Linear(24, 24)})
+        self.inner = nn.ModuleDict({name: nn.Linear(24, 24) for name in ("first", "second")})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner["first"](self.first(x).relu())
+        return self.inner["first"](self.inner["second"](self.first(x).relu()))
 
 
 class Kernels(nn.Module):
@@ -308,7 +308,7 @@ RULES: dict[str, tuple[str, Any]] = {
         at("model.norm", unfreeze), at("lm_head", lora(rank=2)),
         at("model.layers.0.mlp.up_proj", lora(rank=2))]),
     "ranks of names": ("nested", [
-        at("first", lora(rank=2)), at("inner.first", lora(rank=3, alpha=2))]),
+        at("first", lora(rank=2)), at("inner.*", lora(rank=3, alpha=2))]),
     "whole": ("timm", at("**.qkv", parts.lokr(rank=2, whole=True))),
     "both": ("timm", at("**.qkv", parts.lokr(rank=2, both=True))),
     "blocks": ("timm", at("**.fc1", parallel(parts.lokr(rank=1, blocks=(8, 4)), scale=-2.0))),
@@ -351,7 +351,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "conv1d": ("gpt2", at("**.c_attn", parts.loha()), "LOHA does not fit"),
     "attention": ("encoder", methods.loha()[:1], "LOHA does not fit"),
     "residual": ("timm", at("**.qkv", append(parts.rescale(), residual=True)), "it is added"),
-    "after": ("timm", at("**.qkv", append(lora(), residual=True)), "LoRA at blocks.0.attn.qkv"),
+    "after": ("timm", at("**.attn.proj", append(lora())), "LoRA at blocks.0.attn.proj"),
     "three terms": ("timm", at("**.qkv", parts.oft(terms=3)), "one form"),
     "some lengths": ("timm", [*methods.dora()[:1], at("**.fc1", lora())], "DoRA's lengths"),
     "sizes": ("timm", [at("**.qkv", parts.oft(size=4)), at("**.fc2", parts.oft(size=6))], "OFT"),
