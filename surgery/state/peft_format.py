@@ -294,10 +294,18 @@ def targets_of(config: Config, model: nn.Module, keys: Iterable[str]) -> list[Ta
                 config.fail(f"{path} is inside torch's attention, where PEFT's layers do nothing.")
             found += _layers(config, path, module)
         found += _single(config, path, module)
+    _check_once(config, model, found)
+    return found
+
+
+def _check_once(config: Config, model: nn.Module, found: list[Target]) -> None:
+    """Raise FileError where a layer is meant twice, or is the model's twice."""
+    keys_of = Counter(layer.key for layer in found)
+    if both := [key for key, times in keys_of.items() if times > 1]:
+        config.fail(f"{both[0]} is meant as a layer, and its parameter by name, too.")
     names = Counter(id(module) for _, module in named_modules(model, aliases=True))
     if twice := [layer.path for layer in found if names[id(layer.module)] > 1]:
         config.fail(f"{twice[0]} has several names, of which PEFT would change one.")
-    return found
 
 
 def _single(config: Config, path: str, module: nn.Module) -> list[Target]:
@@ -366,19 +374,16 @@ def widest(layers: list[Target]) -> tuple[int, int]:
 
 PREFIX = "base_model.model."
 CORES = ("base_model.vera_A", "base_model.vera_B")  # the matrices that all layers of VeRA share
-_WRAPPED = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
+_WRAPPERS = r"(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+"
 
 
-def plain_name(key: str, model_names: set[str]) -> str:
-    """A name in a file without what wrappers put before, and without the adapter's own name."""
-    name = _WRAPPED.sub("", key, count=1) if _WRAPPED.match(key) else key
-    name = name.removeprefix(PREFIX)
-    head, _, last = name.rpartition(".")
-    if last == "default":
-        name = head
-    elif head.endswith(".default"):
-        name = f"{head.removesuffix('.default')}.{last}"
-    first = name.partition(".")[0]
-    if first not in model_names and (wrapped := _WRAPPED.match(name)):
-        name = name[wrapped.end() :]
-    return name.replace("._orig_mod.", ".").replace("._fsdp_wrapped_module.", ".")
+def plain_name(key: str, roots: set[str]) -> str:
+    """A name in a file without what wrappers put into it, and without the adapter's own name.
+
+    roots  what the model's own names begin with
+    """
+    name = re.sub(rf"^{_WRAPPERS}(?={re.escape(PREFIX)})", "", key).removeprefix(PREFIX)
+    if name.partition(".")[0] not in roots:
+        name = re.sub(f"^{_WRAPPERS}", "", name)
+    name = re.sub(r"\.default(?=(\.[^.]*)?$)", "", name)
+    return re.sub(r"\.(_orig_mod|_fsdp_wrapped_module)(?=\.)", "", name)

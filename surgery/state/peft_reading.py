@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,7 +86,7 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
         if not layers:
             config.fail(f"its target_modules mean no layer of this {type(model).__name__}.", FIT)
         base = base_of(config, model, layers)
-        with _guarded(call):
+        with nullcontext() if example is not None else _guarded(call):  # a model's errors pass
             rules = [*_rules(config, model, layers, base, shapes), *_words(config, model, shapes)]
             layers += word_layers(config, model, shapes)
             plan = Plan(model, rules, seed=0, name=name, balance=None, example=example)
@@ -320,14 +320,15 @@ def _addresses(model: nn.Module, paths: Any) -> list[str]:
 
 
 def word_layers(config: Config, model: nn.Module, shapes: Any) -> list[Target]:
-    """The tables of words of which a few rows are trained."""
-    asked = config["trainable_token_indices"]
-    if not asked:
+    """The tables of words of which a few rows are trained. Raises FileError where there is none."""
+    if not config["trainable_token_indices"]:
         return []
-    tail = ".token_adapter.trainable_tokens_delta"
+    tail, modules = ".token_adapter.trainable_tokens_delta", dict(named_modules(model))
     paths = [key.removesuffix(tail) for key in shapes if key.endswith(tail)]
-    known = {path: m for path, m in named_modules(model) if isinstance(m, nn.Embedding)}
-    return [Target(p, known[p], p, p, "weight") for p in paths if p in known and ids_of(config, p)]
+    known = [p for p in paths if isinstance(modules.get(p), nn.Embedding) and ids_of(config, p)]
+    if not known:
+        config.fail("it has no tensor for its trainable_token_indices in this model.", FIT)
+    return [Target(path, modules[path], path, path, "weight") for path in known]
 
 
 def ids_of(config: Config, path: str) -> list[int]:

@@ -45,6 +45,7 @@ from surgery import (
 )
 from surgery.errors import FileError, OperationError, SurgeryError
 from surgery.spec.case import stir
+from surgery.state.peft_format import plain_name
 from tests.models import encoder, hf_bert, hf_gpt2, hf_llama, hf_vit, images, tiny_vit, words_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own: of versions, of embeddings
@@ -438,6 +439,17 @@ def test_names_of_wrappers_and_of_the_adapter_are_understood(
     assert distance(run(load_peft(fresh("llama"), tmp_path), "llama"), want) <= 16
 
 
+def test_a_models_own_names_are_no_wrappers() -> None:
+    assert (
+        plain_name("base_model.model.module.x.lora_A.weight", {"module"})
+        == "module.x.lora_A.weight"
+    )
+    assert plain_name("module.x.lora_A.weight", {"module"}) == "module.x.lora_A.weight"
+    assert plain_name("module.x.lora_A.weight", {"x"}) == "x.lora_A.weight"
+    assert plain_name("x.default.lora_A.default.weight", {"x"}) == "x.default.lora_A.weight"
+    assert plain_name("x.lora_embedding_A.default", {"x"}) == "x.lora_embedding_A"
+
+
 def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
     made("llama", CASES["lora"][1], 0, tmp_path)
     tensors = load_file(tmp_path / TENSORS)
@@ -537,6 +549,21 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
     key = next(iter(tensors))
     save_file({**tensors, key: tensors[key].int()}, tmp_path / TENSORS)
     refused(tmp_path, "llama", "is of I32, which holds no weights")
+
+
+def test_a_layer_and_its_parameter_by_name_are_refused(tmp_path: Path) -> None:
+    made("timm", CASES["a matrix"][1], 0, tmp_path)
+    said = json.loads((tmp_path / CONFIG).read_text())
+    said["target_parameters"] = ["fc1.weight"]
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    refused(tmp_path, "timm", "by name, too")
+
+
+def test_rows_of_words_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    made("llama", CASES["lora"][1], 0, tmp_path)
+    said = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**said, "trainable_token_indices": [1]}))
+    refused(tmp_path, "llama", "no tensor for its trainable_token_indices")
 
 
 def test_a_layer_of_several_names_is_refused(tmp_path: Path) -> None:
