@@ -73,6 +73,7 @@ BARE: dict[str, Call] = {
     "apply": lambda m, f: surgery.apply(m, RULES),
     "fingerprint": lambda m, f: surgery.fingerprint(m),
     "load": lambda m, f: surgery.load(m, f / "good.safetensors"),
+    "load_peft": lambda m, f: surgery.load_peft(m, f / "peft"),
     "plan": lambda m, f: surgery.plan(m, RULES),
     "Plan.apply": lambda m, f: surgery.plan(m, RULES).apply(),
     "spt.measure": lambda m, f: spt.measure(m, [X.to(next(m.parameters()).device)], _loss),
@@ -93,6 +94,7 @@ OPERATED: dict[str, Call] = {
     "revert": lambda m, f: surgery.revert(m),
     "routing": lambda m, f: surgery.routing(m),
     "save": lambda m, f: surgery.save(m, f / "x.safetensors"),
+    "save_peft": lambda m, f: surgery.save_peft(m, f / "y"),
     "save_pretrained": lambda m, f: surgery.save_pretrained(m, f / "folder"),
     "state_dict": lambda m, f: surgery.state_dict(m),
     "swap": lambda m, f: surgery.swap(m, "default", f / "good.safetensors"),
@@ -195,7 +197,7 @@ CPU = torch.device("cpu")
 PURE = {"anatomy", "fingerprint", "plan"}
 RUNNING = {"balance_loss", "groups", "parameters", "penalty", "report", "routing"}  # it goes on
 ALL = {*BARE, *OPERATED, *MERGED}
-NEW = {"apply", "apply, a second time", "Plan.apply", "load", "as_lora"}
+NEW = {"apply", "apply, a second time", "Plan.apply", "load", "load_peft", "as_lora"}
 
 
 class State(NamedTuple):
@@ -223,11 +225,13 @@ STATES = {
         "meta",
         PURE
         | RUNNING
-        | NEW - {"load", "as_lora"}
+        | NEW - {"load", "load_peft", "as_lora"}
         | {"activate", "disabled", "mixed", "revert", "state_dict", "train_only", "unmerge"},
     ),
     "made in inference mode": State(
-        _in_inference, "inference", PURE | RUNNING | {"save", "save_pretrained", "state_dict"}
+        _in_inference,
+        "inference",
+        PURE | RUNNING | {"save", "save_peft", "save_pretrained", "state_dict"},
     ),
     "FSDP1": _wrapped("wrapper", _fsdp1),
     "DDP": _wrapped("wrapper", _ddp),
@@ -251,6 +255,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     surgery.save(operated(), tmp_path / "good.safetensors")
+    surgery.save_peft(operated(), tmp_path / "peft")
     return tmp_path
 
 
