@@ -39,6 +39,7 @@ from ..rules.rule import Rules
 from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
+from .hashes import hash_of, hash_of_base
 from .reading import BASE, FORMAT, PARTS, plan_of, read
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -140,8 +141,16 @@ def _check_alike(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) ->
             )
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Path:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    verify: bool = False,
+) -> Path:
     """Write what an operation added and trained to one safetensors file, rules and all.
+
+    verify  also a hash of the base, for load(..., verify=True); all of it is read
 
     The file appears whole or not at all. Rules that hold code of the user's own (a lambda, say)
     are kept as text only, and `load` must be given them. Raises OperationError, FileError, OSError.
@@ -173,6 +182,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         "roles": record.get("roles", {}),
         "read_besides": sorted(operation.read_besides),
         "beyond_rules": [*_keyed(model, beyond_rules(model, operation))],
+        "hash": hash_of(sorted(tensors.items())),
+        **({"base": hash_of_base(model)} if verify else {}),
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
     check_folder(target, f'save("{path}")')
@@ -205,6 +216,7 @@ def load(
     balance: float | None = None,
     example: Any = None,
     head: bool = True,
+    verify: bool = False,
 ) -> Model:
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
@@ -213,6 +225,7 @@ def load(
     rules    instead of those in the file, which cannot carry code of the user's own
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
     head     False: what is in the file of heads is left out, for other classes than it was made for
+    verify   whether the base must be the very one that the file was made for, as its hash tells
 
     All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
     executed. Raises FileError, and what `apply` raises.
@@ -230,6 +243,8 @@ def load(
     check_state(model, f'load("{path}")', APPLYING)
     contents = read(Path(path))
     about, earlier = contents.about, len(operations(model))
+    if verify:
+        _check_base(model, about.get("base"), contents.call)
     spared = set[str]() if head else _of_heads(model, contents.call)
     tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
     if rules is None and _is_same(model, name, about):
@@ -248,6 +263,19 @@ def load(
             revert(model, name=name)
         raise
     return model
+
+
+def _check_base(model: nn.Module, known: Any, call: str) -> None:
+    """Raise FileError unless the base of a model has the hash that a file knows."""
+    if known is None:
+        fact = "the file holds no hash of its base."
+        raise FileError(call, fact, "Save it by save(model, path, verify=True).")
+    if known != hash_of_base(model):
+        raise FileError(
+            call,
+            f"this {type(model).__name__} is another base than the file was made for.",
+            "Give the model the weights that it had then.",
+        )
 
 
 def _is_same(model: nn.Module, name: str, about: Mapping[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from ..engine.vocabulary import vocabulary
 from ..errors import FileError, RuleError
 from ..rules.expression import decode
 from ..rules.rule import Rule, Rules
+from .hashes import hash_of
 
 FORMAT = "1"  # of the file; raised when a reader of the former could not read it
 PARTS, BASE = "parts.", "base."  # where a tensor of the file belongs
@@ -92,6 +93,10 @@ def _read(path: Path, call: str, whole: bool) -> tuple[Contents, dict[str, tuple
             "it was not written by surgery.save, or by a newer version, or it is damaged.",
             "A plain checkpoint of the base model is loaded by model.load_state_dict.",
         )
+    known = about.get("hash") if whole else None  # older files have none
+    if known is not None and known != hash_of(sorted(tensors.items())):
+        fact = "its tensors are not those that it was written with: it is damaged, or was changed."
+        raise FileError(call, fact, "Save it again.")
     return Contents(call, about, tensors), sizes
 
 

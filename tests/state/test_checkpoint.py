@@ -35,6 +35,7 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def rewrite(path: Path, about: Any, tensors: dict[str, Tensor]) -> None:
     """Write a file as surgery does, with any contents."""
+    about = {k: v for k, v in about.items() if k != "hash"} if isinstance(about, dict) else about
     save_file(tensors, path, metadata={"surgery": json.dumps(about)})
 
 
@@ -414,7 +415,7 @@ def test_damaged_metadata_is_refused(key: str, file: Path) -> None:
 
 
 def test_a_model_that_is_operated_already_keeps_its_operation(file: Path) -> None:
-    model = tuned()
+    model = surgery.apply(same_base(), "lora")
     before = laws.fingerprint(model)
     raised(surgery.OperationError, lambda: surgery.load(model, file))
     laws.assert_same(before, laws.fingerprint(model), "load")

@@ -174,3 +174,29 @@ def test_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "b.safetensors").write_bytes(b"nothing")
     assert main(["show", str(tmp_path / "b.safetensors")]) == 2
     assert "no whole safetensors file" in capsys.readouterr().err
+
+
+def test_tensors_that_are_not_those_of_the_file(tmp_path: Path) -> None:
+    made(RULES["lora"], tmp_path / "a.safetensors")
+    data = bytearray((tmp_path / "a.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(bytes(data))
+    with pytest.raises(FileError, match="not those that it was written with"):
+        surgery.load(vit(), tmp_path / "a.safetensors")
+
+
+def test_the_base_is_verified(tmp_path: Path) -> None:
+    model = surgery.apply(vit(), RULES["lora"])
+    train(model, "default", 0)
+    file = surgery.save(model, tmp_path / "a.safetensors", verify=True)
+    surgery.load(vit(), file, verify=True)
+    surgery.load(surgery.apply(vit(), RULES["lora"]), file, verify=True)
+    other = vit()
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight[0, 0] += 1e-9
+    mark = surgery.fingerprint(other)
+    with pytest.raises(FileError, match="another base than the file was made for"):
+        surgery.load(other, file, verify=True)
+    assert surgery.fingerprint(other) == mark
+    with pytest.raises(FileError, match="holds no hash of its base"):
+        surgery.load(vit(), surgery.save(model, tmp_path / "b.safetensors"), verify=True)

@@ -1,0 +1,41 @@
+"""Hashes of tensors: of what a file holds, and of the base that it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.operation import operations
+from ..engine.owned import composed, put_by, slots_of
+from ..structure.layers import named_modules
+
+
+def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of tensors: their names, shapes, dtypes and bytes, in this order.
+
+    >>> hash_of([("a", torch.zeros(2))])[:12]
+    '0f69f2b1e897'
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def hash_of_base(model: nn.Module) -> str:
+    """That of the parameters of a model as they are without any operation."""
+    done = operations(model)
+    if done:
+        put_by(done)
+    before = {id(slot.tensor): composed(slot, {}) for slot in slots_of(done)}
+    return hash_of(
+        (f"{path}.{name}".lstrip("."), before.get(id(tensor), tensor))
+        for path, module in named_modules(model)
+        for name, tensor in module._parameters.items()
+        if tensor is not None
+    )
