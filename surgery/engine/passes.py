@@ -78,7 +78,7 @@ class ByThread(Generic[Kept]):
         """That of the thread of execution that asks."""
         if torch.compiler.is_compiling():
             return self.traced
-        thread = _thread()
+        thread = thread_of_execution()
         found = self.by_thread.get(thread)
         if found is None:
             found = self.by_thread[thread] = self.make()
@@ -123,7 +123,7 @@ class Passes(ByThread[Pass]):
         return any(each.gates for each in self.all())
 
 
-def _thread() -> Any:
+def thread_of_execution() -> Any:
     """The task that runs, where there are tasks; else the thread."""
     if asyncio._get_running_loop() is not None and (task := asyncio.current_task()) is not None:
         return task

@@ -7,7 +7,10 @@ lies between blocks finds the model's own tokens alone, and are put in again bef
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import GraftError
 from .features import first_tensor, input_of
-from .passes import ByThread
+from .passes import ByThread, thread_of_execution
 from .tracing import Here, apart
 
 Shape: TypeAlias = tuple[int, ...]
@@ -158,6 +161,7 @@ class Streams(ByThread[Stream]):
     aside  what was set aside, by what was given on: checkpoints come back to it
     known  what is among tokens, where other than the model's own are
     here   whether compiled code that asks has put in itself what is in
+    pause  held by who changes what forwards of others would meet
     """
 
     def make(self) -> Stream:
@@ -179,8 +183,34 @@ class Streams(ByThread[Stream]):
             self.here.note()
         else:
             self.traced.begin()
-            super().mine().running = True
+            self._go_on()
         self.mine().begin()
+
+    def _go_on(self) -> None:
+        """A forward runs in this thread, once nobody else has paused them."""
+        stream, me = super().mine(), thread_of_execution()
+        with self.pause:
+            self.pause.wait_for(lambda: self.paused_by in (None, me))
+            stream.running = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts no other thread is in a forward of the model: those that run end first.
+
+        (Compiled code, which runs no hooks, does not wait.)
+        """
+        stream, me = super().mine(), thread_of_execution()
+        with self.pause:
+            self.pause.wait_for(lambda: self.paused_by in (None, me))
+            self.paused_by = me
+        try:
+            while any(other.running for other in self.all() if other is not stream):
+                time.sleep(0.001)
+            yield
+        finally:
+            with self.pause:
+                self.paused_by = None
+                self.pause.notify_all()
 
     def beginning(self) -> Stream:
         """Mine, to put tokens in."""
@@ -209,6 +239,7 @@ class Streams(ByThread[Stream]):
 
     def forget(self) -> None:
         super().forget()
+        self.pause, self.paused_by = threading.Condition(), None
         self.here = Here()
         self.aside: Any = WeakTensorKeyDictionary()
         self.known: Any = WeakTensorKeyDictionary()

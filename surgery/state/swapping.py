@@ -23,7 +23,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
     """Give an operation what another file of such rules holds; returns the model.
 
-    The values are copied into the tensors that are there, so that compiled code goes on as it was.
+    The values are copied into the tensors that are there, so that compiled code goes on as it was,
+    and between forwards: those of other threads end first, or wait (not where they are compiled).
     LoRA of lower rank goes into more room: the ranks that it has not are zero, and its scale is
     told by B. All or nothing. Raises FileError where the file is of other rules, or of larger ranks
     than there is room for, and OperationError where there is no such operation.
@@ -56,7 +57,8 @@ def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
             if _is_low_rank(there) and at in tensors and at in now:
                 scale = _scale(there) / _scale(here[key]) if tensor == "B" else 1.0
                 tensors[at] = _in_room(scale * tensors[at], now[at], call)
-    fill(model, tensors, name)
+    with done[name].streams.paused():
+        fill(model, tensors, name)
     return model
 
 

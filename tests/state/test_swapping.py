@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,44 @@ def test_the_base_is_verified(tmp_path: Path) -> None:
     assert surgery.fingerprint(other) == mark
     with pytest.raises(FileError, match="holds no hash of its base"):
         surgery.load(vit(), surgery.save(model, tmp_path / "b.safetensors"), verify=True)
+
+
+@torch.no_grad()
+def test_a_forward_of_another_thread_meets_one_file_alone(tmp_path: Path) -> None:
+    rules = at(qkv, lora(rank=2))
+    want = [made(rules, tmp_path / f"{i}.safetensors", i) for i in range(2)]
+    model = surgery.apply(vit(), rules, name="a")
+    swap(model, "a", tmp_path / "0.safetensors")
+    inside, go_on, told = threading.Event(), threading.Event(), list[Tensor]()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    model.blocks[1].register_forward_hook(wait)
+    runs = threading.Thread(target=lambda: told.append(answer(model)))
+    runs.start()
+    assert inside.wait(30)
+    swaps = threading.Thread(target=lambda: swap(model, "a", tmp_path / "1.safetensors"))
+    swaps.start()
+    swaps.join(0.3)
+    assert swaps.is_alive(), "it did not wait"
+    go_on.set()
+    runs.join(30)
+    swaps.join(30)
+    assert torch.equal(told[0], want[0])
+    assert torch.equal(answer(model), want[1])
+
+
+def test_an_error_in_a_forward_holds_no_swap_up(tmp_path: Path) -> None:
+    made(at(qkv, lora(rank=2)), tmp_path / "a.safetensors")
+    model = surgery.apply(vit(), at(qkv, lora(rank=2)), name="a")
+
+    def fails() -> None:
+        with pytest.raises(ValueError, match="unpack"):
+            model(torch.zeros(1, 2, 3))
+
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join(30)
+    swap(model, "a", tmp_path / "a.safetensors")
