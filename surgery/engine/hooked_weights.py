@@ -92,7 +92,7 @@ class HookedWeight(HookedSite):
         if not torch.compiler.is_compiling():
             self.turn.take()
         for read in self._read_by(module) or [self._no_replica(module)]:
-            if self.is_small and _only_reads(read):
+            if self.is_small and only_reads(read):
                 continue
             for name, value in self.made(self._now(read)).items():
                 read.holder.__dict__[name] = value
@@ -105,12 +105,11 @@ class HookedWeight(HookedSite):
                 read.holder.__dict__.pop(name, None)
         if not torch.compiler.is_compiling():
             self.turn.give()
-        small = [read for read in self._read_by(module) if self.is_small and _only_reads(read)]
+        small = [read for read in self._read_by(module) if self.is_small and only_reads(read)]
         if small and isinstance(given[-1], Tensor) and self.active():
             kwargs = given[0] if len(given) > 1 else {}
-            if self.group is not None:
-                first = self.group.members[0] is self
-                return self.group.left(args, kwargs, given[-1]) if first else None
+            if self.group is not None and (acts := self.group.acts(self)) is not None:
+                return self.group.left(args, kwargs, given[-1]) if acts else None
             return self._with_products(module, args[0] if args else kwargs["input"], given[-1])
         return None
 
@@ -197,7 +196,7 @@ def _is_small(action: Action) -> bool:
     return action.place == "beside" and hasattr(action.part, "maps")
 
 
-def _only_reads(read: Read) -> bool:
+def only_reads(read: Read) -> bool:
     """Whether a layer gives what is linear in the weight, and does nothing else with it."""
     if read.reader is not read.holder or read.name != "weight":
         return False

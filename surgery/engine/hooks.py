@@ -145,9 +145,10 @@ class HookedSite:
             self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
             return None
-        if (group := self.group) is not None and group.members[0] is not self:
+        acts = None if (group := self.group) is None else group.acts(self)
+        if acts is False:
             return None
-        act = self._entered if group is None else group.entered
+        act = group.entered if acts and group is not None else self._entered
         given = act(args, {} if kwargs is None else kwargs)
         return given[0] if kwargs is None else given
 
@@ -183,9 +184,10 @@ class HookedSite:
                 check_caches(beside, output, self.path)
         if not (self.leaves and self.active()):
             return None
-        if (group := self.group) is None:
+        acts = None if (group := self.group) is None else group.acts(self)
+        if acts is None or group is None:
             return self._left(args, kwargs, output)
-        return group.left(args, kwargs, output) if group.members[0] is self else None
+        return group.left(args, kwargs, output) if acts else None
 
     def _left(self, args: Any, kwargs: Any, output: Any) -> Any:
         """The output with what the actions make of it."""

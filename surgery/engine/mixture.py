@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from ..errors import GraftError, OperationError
+from .._preserve import same
+from ..errors import OperationError
 from ..rules.layout import map_readers
 from ..structure.layers import CONVS, is_norm
 from .apply import named, operated
 from .conditions import DISABLED, WRITING, check_state
-from .features import input_of
-from .hooked_weights import HookedWeight
+from .hooked_weights import HookedWeight, only_reads
 from .hooks import HookedSite
 from .journal import Journal
+from .mixed_forward import Layer, MixedForward, Values
 from .operation import Operation
 from .owned import Slot, composed, put_by, slots_of
 from .rows import Group, Rows
@@ -86,21 +85,23 @@ def _join(
     slots = list(slots_of(done))
     values = [_values(slots, op) for op in (*used, None)]
     _check_trained(model, slots, used, call)
-    if all(map(_acts_by_rows, used)) and all(_is_layer(slot) for slot in slots):
-        for op in done:
-            journal.set(op, "strength", float(op in used))
+    layers: list[Layer] = []
+    by_rows = all(map(_acts_by_rows, used)) and all(map(_is_layer, slots))
+    if by_rows:
         _group(used, rows, journal)
-        for module in dict.fromkeys(module for slot in slots for module, _ in slot.places):
-            journal.set(module, "forward", Layer(module, rows, values).forward)
-    else:
-        apart = Apart(model, done, used, rows, slots, values)
-        journal.set(model, "forward", apart.forward)
+        modules = dict.fromkeys(module for slot in slots for module, _ in slot.places)
+        layers = [Layer(module, rows, values) for module in modules]
+    for layer in layers:
+        journal.set(layer.module, "forward", layer.forward)
+        journal.hook(layer.module, layer.seen)  # no fused kernel reads the weights of one
+    forward = MixedForward(model, done, used, rows, values, layers, by_rows)
+    journal.set(model, "forward", forward.forward)
 
 
 def _acts_by_rows(op: Operation) -> bool:
     """Whether all that it does is done to features of each row."""
-    return all(
-        each.is_small and len(each.reads) == 1 and _only(each.entry)
+    return not op.read_besides and all(
+        each.is_small and len(each.reads) == 1 and only_reads(each.reads[0])
         if isinstance(each, HookedWeight)
         else not each.ends and all(_is_by_rows(action) for action in each.actions)
         for each in op.hooked_sites
@@ -113,24 +114,23 @@ def _is_by_rows(action: Action) -> bool:
     return plain and not any(map_readers(action.part))
 
 
-def _only(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding))
-
-
 def _is_layer(slot: Slot) -> bool:
     """Whether a tensor is of layers that are given features, and give some."""
-    layers = (nn.Linear, nn.Embedding, *CONVS)
+    layers = (nn.Linear, *CONVS)
     return all(isinstance(module, layers) or is_norm(module) for module, _ in slot.places)
 
 
-def _values(slots: list[Slot], op: Operation | None) -> dict[tuple[nn.Module, str], Tensor]:
-    """What tensors are where one operation alone is active; the tensor itself, where it is that."""
-    values = {}
+def _values(slots: list[Slot], op: Operation | None) -> Values:
+    """What tensors are where one operation alone is active; themselves, where it made them."""
+    values: Values = {}
     for slot in slots:
         value, tensor = composed(slot, {op: 1.0} if op else {}), slot.tensor
         if tensor is not None:
-            same = tensor.shape == value.shape and torch.equal(tensor, value)
-            values.update(dict.fromkeys(slot.places, tensor if same else value))
+            value = value.to(tensor)
+            mine = op is not None and any(claim.operation is op for claim in slot.claims)
+            live = same(value, tensor.detach()) and mine and isinstance(tensor, nn.Parameter)
+            shown = tensor if live else value.detach().clone()
+            values.update(dict.fromkeys(slot.places, shown))
     return values
 
 
@@ -140,14 +140,21 @@ def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], c
         return
     for slot in slots:
         asks = slot.tensor is not None and slot.tensor.requires_grad
-        several = [c.operation.name for c in slot.claims if c.operation in used]
-        if asks and len(several) > 1:
+        own = [c.operation for c in slot.claims if c.operation in used]
+        shown = [op for op in own if not _is_other(slot, op)]
+        if asks and own and not (own == shown and len(own) == 1):
             raise OperationError(
                 call,
-                f"{slot.name} of a {type(slot.module).__name__} is trained by {several}, and only "
-                "one of these would be.",
+                f"{slot.name} of a {type(slot.module).__name__} is trained by "
+                f"{[op.name for op in own]}, and is one tensor: not all of these would be.",
                 "Train each by itself, activate(model, name); or freeze it, train_only(model, b).",
             )
+
+
+def _is_other(slot: Slot, op: Operation) -> bool:
+    """Whether a tensor is now another than what an operation alone has made of it."""
+    value, tensor = composed(slot, {op: 1.0}), slot.tensor
+    return tensor is None or not same(value.to(tensor), tensor.detach())
 
 
 def _group(used: list[Operation], rows: Rows, journal: Journal) -> None:
@@ -162,99 +169,3 @@ def _group(used: list[Operation], rows: Rows, journal: Journal) -> None:
         group = Group(rows, members, whose)
         for hooked in members:
             journal.set(hooked, "group", group)
-
-
-class Layer:
-    """The forward of a layer whose tensors are others for each of the rows."""
-
-    def __init__(
-        self, module: nn.Module, rows: Rows, values: list[dict[tuple[nn.Module, str], Tensor]]
-    ) -> None:
-        self.module, self.rows, self.path = module, rows, type(module).__name__
-        self.values = [{name: v for (m, name), v in each.items() if m is module} for each in values]
-        self.names: tuple[str, ...] = ()
-        self.base = vars(module).get("forward")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x, _ = input_of(args, kwargs, self)
-        axis = self.rows.axis(x, self.path)
-        pieces = self.rows.taken(x, axis)
-        outs = [self._run(p, values) for p, values in zip(pieces, self.values, strict=True)]
-        return self.rows.joined(outs, axis, x.shape[axis])
-
-    def _run(self, x: Tensor, values: dict[str, Tensor]) -> Tensor:
-        own = vars(self.module)
-        try:
-            own.update(values)
-            y: Tensor = self.base(x) if self.base else type(self.module).forward(self.module, x)
-        finally:
-            for name in values:
-                own.pop(name, None)
-        return y
-
-
-class Apart:
-    """The forward of a model that runs once for each operation, on its rows."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        done: list[Operation],
-        used: list[Operation],
-        rows: Rows,
-        slots: list[Slot],
-        values: list[dict[tuple[nn.Module, str], Tensor]],
-    ) -> None:
-        self.model, self.done, self.rows = model, done, rows
-        self.used, self.values = [*used, None], values
-        self.base = vars(model).get("forward")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        indices = (*self.rows.each, self.rows.rest)
-        runs = [
-            (index, self._run(k, index, args, kwargs))
-            for k, index in enumerate(indices)
-            if len(index)
-        ]
-        leaves, spec = pytree.tree_flatten(runs[0][1])
-        each = [pytree.tree_leaves(out) for _, out in runs]
-        back = torch.cat([index for index, _ in runs]).argsort()
-        joined = [self._joined([out[i] for out in each], runs, back) for i in range(len(leaves))]
-        return pytree.tree_unflatten(joined, spec)
-
-    def _run(self, k: int, index: Tensor, args: Any, kwargs: Any) -> Any:
-        """The answer for some rows, where one operation alone is active."""
-        journal = Journal()
-        try:
-            for op in self.done:
-                journal.set(op, "strength", float(op is self.used[k]))
-            for (module, name), value in self.values[k].items():
-                vars(module)[name] = value
-            some = pytree.tree_map_only(Tensor, lambda t: self._some(t, index), (args, kwargs))
-            run = self.base or type(self.model).forward.__get__(self.model)
-            return run(*some[0], **some[1])
-        finally:
-            for module, name in self.values[k]:
-                vars(module).pop(name, None)
-            journal.undo()
-
-    def _some(self, tensor: Tensor, index: Tensor) -> Tensor:
-        rows = tensor.dim() > 0 and tensor.shape[0] == self.rows.of
-        return tensor.index_select(0, index) if rows else tensor
-
-    def _joined(self, outs: list[Any], runs: list[tuple[Tensor, Any]], back: Tensor) -> Any:
-        if all(out is None for out in outs):
-            return None
-        sizes = [len(index) for index, _ in runs]
-        by_rows = [
-            isinstance(out, Tensor) and out.dim() > 0 and len(out) == n
-            for out, n in zip(outs, sizes, strict=True)
-        ]
-        if not all(by_rows):
-            kind = type(outs[0]).__name__
-            raise GraftError(
-                "mixed(model, ...)",
-                f"the model gives a {kind} that is not of rows (a loss, a cache).",
-                "Ask for what is of rows: no labels=, use_cache=False.",
-            )
-        return torch.cat(outs).index_select(0, back)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +13,30 @@ from ..rules.affine import factors
 from .features import first_tensor, input_of
 
 
-class Rows(NamedTuple):
+class Rows:
     """Which rows of a batch of `of` are whose: positions, for each of several.
 
     tokens_first  whether tokens may lie on the first axis, and samples on the second
+    on            whether places act by rows now
     """
 
-    of: int
-    each: tuple[Tensor, ...]
-    rest: Tensor
-    tokens_first: bool
+    def __init__(self, of: int, each: Sequence[Tensor], rest: Tensor, tokens_first: bool) -> None:
+        self.of, self.each, self.rest, self.tokens_first = of, tuple(each), rest, tokens_first
+        self.on = False
 
-    def axis(self, x: Tensor, path: str) -> int:
-        """Where rows lie. Raises GraftError where that is not known."""
-        if self.tokens_first and x.dim() == 3:
-            axes = [axis for axis in (0, 1) if x.shape[axis] == self.of]
+    def axis(self, x: Tensor, path: str, whole: bool = False) -> int:
+        """Where rows lie. Raises GraftError where that is not known.
+
+        whole  whether each is one, and not several (windows, tokens in a row)
+        """
+        sizes = [*x.shape[:2]]
+        if self.tokens_first and len(sizes) == 2 and (whole or x.dim() == 3):
+            axes = [axis for axis in (0, 1) if sizes[axis] == self.of]
             if len(axes) == 1:
                 return axes[0]
-        elif x.dim() and x.shape[0] and x.shape[0] % self.of == 0:
+        elif (
+            x.dim() and sizes[0] and (sizes[0] == self.of or (not whole and not sizes[0] % self.of))
+        ):
             return 0
         raise GraftError(
             f"mixed(model, ...) at {path or 'the model'}",
@@ -62,6 +68,10 @@ class Group:
 
     def __init__(self, rows: Rows, members: list[Any], whose: list[int]) -> None:
         self.rows, self.members, self.whose = rows, members, whose
+
+    def acts(self, member: Any) -> bool | None:
+        """Whether this member acts for all now; None where each acts for itself."""
+        return self.members[0] is member if self.rows.on else None
 
     def entered(self, args: Any, kwargs: Any) -> Any:
         """The arguments with what each makes of its own rows of the input."""

@@ -113,7 +113,8 @@ class Watch:
 
     def _is_alone(self) -> bool:
         """Whether a forward is this one's to be looked into: not another's, nor of mixed rows."""
-        if self.operation.hooked_sites[0].group is not None:
+        group = self.operation.hooked_sites[0].group
+        if group is not None and group.rows.on:
             return False
         additions = self.model._modules.get(ADDITIONS) or vars(self.model)[ADDITIONS]
         switches = (each for each in additions.children() if isinstance(each, Switch))

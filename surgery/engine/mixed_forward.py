@@ -1,0 +1,260 @@
+"""The forward of a model of which each row is another operation's: in one, or one for each.
+
+In one where it is seen that rows stay rows at all places: two samples that change places in a batch
+change them there, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._inputs import tensors_in
+from ..errors import GraftError
+from .features import declared, input_of
+from .hooks import HookedSite
+from .kinds import PLAIN, kind_of
+from .operation import Operation
+from .rows import Rows
+
+Values = dict[tuple[nn.Module, str], Tensor]
+CLOSE = 1e-3  # of the largest number: what a batch in another order may round otherwise
+
+
+class Layer:
+    """The forward of a layer whose tensors are others for each of the rows."""
+
+    def __init__(self, module: nn.Module, rows: Rows, values: Sequence[Values]) -> None:
+        self.module, self.rows, self.path = module, rows, type(module).__name__
+        self.values = [
+            {name: v for (holder, name), v in each.items() if holder is module} for each in values
+        ]
+        self.names: tuple[str, ...] = ()
+        self.base = vars(module).get("forward") or type(module).forward.__get__(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.rows.on:
+            return self.base(*args, **kwargs)
+        x, _ = input_of(args, kwargs, self)
+        axis = self.rows.axis(x, self.path)
+        pieces = self.rows.taken(x, axis)
+        outs = [self._run(p, values) for p, values in zip(pieces, self.values, strict=True)]
+        return self.rows.joined(outs, axis, x.shape[axis])
+
+    def seen(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook that does nothing: torch's fused layers look for any."""
+
+    def _run(self, x: Tensor, values: dict[str, Tensor]) -> Tensor:
+        own = vars(self.module)
+        try:
+            own.update(values)
+            y: Tensor = self.base(x)
+        finally:
+            for name in values:
+                own.pop(name, None)
+        return y
+
+
+class MixedForward:
+    """The forward of a model while its rows are mixed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        done: list[Operation],
+        used: list[Operation],
+        rows: Rows,
+        values: Sequence[Values],
+        layers: Sequence[Layer],
+        by_rows: bool,
+    ) -> None:
+        self.model, self.done, self.rows, self.values = model, done, rows, values
+        self.used, self.layers, self.by_rows = used, layers, by_rows
+        self.path, self.names = "", declared(type(model).forward)
+        self.base = vars(model).get("forward") or type(model).forward.__get__(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x, _ = input_of(args, kwargs, self)
+        axis = self.rows.axis(x, "", whole=True)
+        if not (self.by_rows and self._is_proven(args, kwargs, axis)):
+            return self._apart(args, kwargs, axis)
+        with self._strengths({*self.used}):
+            self.rows.on = True
+            try:
+                return self.base(*args, **kwargs)
+            finally:
+                self.rows.on = False
+
+    @contextmanager
+    def _strengths(self, active: set[Operation]) -> Iterator[None]:
+        was = [operation.strength for operation in self.done]
+        try:
+            for operation in self.done:
+                operation.strength = float(operation in active)
+            yield
+        finally:
+            for operation, strength in zip(self.done, was, strict=True):
+                operation.strength = strength
+
+    # whether rows stay rows ----------------------------------------------------------------------
+
+    def _is_proven(self, args: Any, kwargs: Any, axis: int) -> bool:
+        """Whether rows are rows at all places, as two forwards of two samples showed or show."""
+        known = self.done[0].rows_proven
+        if torch.compiler.is_compiling():
+            return any(known.values())
+        places = frozenset(hooked.path for op in self.used for hooked in op.hooked_sites)
+        layers = frozenset(id(layer.module) for layer in self.layers)
+        key = kind_of(self.model, args, kwargs), places, layers
+        if key not in known:
+            other = self._other_row(args, kwargs, axis)
+            if other is None:
+                return False
+            known[key] = self._prove(args, kwargs, axis, other)
+        return known[key]
+
+    def _other_row(self, args: Any, kwargs: Any, axis: int) -> int | None:
+        """The first sample that is not as the first of all."""
+        x, _ = input_of(args, kwargs, self)
+        differ = (
+            i
+            for i in range(1, self.rows.of)
+            if not torch.equal(x.select(axis, i), x.select(axis, 0))
+        )
+        return next(differ, None)
+
+    def _prove(self, args: Any, kwargs: Any, axis: int, other: int) -> bool:
+        order = torch.tensor([0, other], device=self.rows.rest.device)
+        two = Rows(2, (), order[:0], self.rows.tokens_first)
+        met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
+        if not self._places().keys() == met[0].keys() == met[1].keys():
+            return False
+        pairs = [pair for key in met[0] for pair in zip(met[0][key], met[1][key], strict=False)]
+        return all(_are_swapped(a, b, two) for a, b in pairs)
+
+    def _places(self) -> dict[int, nn.Module]:
+        """The modules that rows are told at, by id."""
+        sites: list[HookedSite] = [hooked for op in self.used for hooked in op.hooked_sites]
+        ends = [end for site in sites for end in (site.entry, site.exit)]
+        return {id(m): m for m in (*ends, *(layer.module for layer in self.layers))}
+
+    def _met(self, given: tuple[Any, Any]) -> dict[int, list[Tensor]]:
+        """What places are given and give in a forward of the base, on some rows."""
+        met: dict[int, list[Tensor]] = {}
+
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            for values in ((args, kwargs), output):
+                tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+                met.setdefault(id(module), []).extend(tensors[:1])
+
+        hooks = [m.register_forward_hook(see, with_kwargs=True) for m in self._places().values()]
+        training = [(m, m.training) for m in self.model.modules()]
+        try:
+            for m, _ in training:
+                m.training = False
+            with torch.no_grad(), self._strengths(set()):
+                self.base(*given[0], **given[1])
+        finally:
+            for m, mode in training:
+                m.training = mode
+            for hook in hooks:
+                hook.remove()
+        return met
+
+    # one for each --------------------------------------------------------------------------------
+
+    def _apart(self, args: Any, kwargs: Any, axis: int) -> Any:
+        indices = (*self.rows.each, self.rows.rest)
+        runs = [
+            (index, self._run(k, self._some(args, kwargs, index, axis)))
+            for k, index in enumerate(indices)
+            if len(index)
+        ]
+        leaves, spec = pytree.tree_flatten(runs[0][1])
+        each = [pytree.tree_leaves(out) for _, out in runs]
+        sizes = [len(index) for index, _ in runs]
+        back = torch.cat([index for index, _ in runs]).argsort()
+        joined = [_joined([out[i] for out in each], sizes, back, axis) for i in range(len(leaves))]
+        return pytree.tree_unflatten(joined, spec)
+
+    def _run(self, k: int, given: tuple[Any, Any]) -> Any:
+        """The answer for some rows, where one operation alone is active."""
+        try:
+            with self._strengths({*self.used[k : k + 1]}):
+                for (module, name), value in self.values[k].items():
+                    vars(module)[name] = value
+                return self.base(*given[0], **given[1])
+        finally:
+            for module, name in self.values[k]:
+                vars(module).pop(name, None)
+
+    def _some(self, args: Any, kwargs: Any, index: Tensor, axis: int) -> tuple[Any, Any]:
+        """What is given, of some rows. Raises GraftError where that is not to be told."""
+        first, _ = input_of(args, kwargs, self)
+        objects = [
+            leaf for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, PLAIN)
+        ]
+        if held := [each for each in objects if any(True for _ in tensors_in([each]))]:
+            raise _not_of_rows("is given", held[0])
+
+        def some(tensor: Tensor) -> Tensor:
+            if tensor is first:
+                return tensor.index_select(axis, index)
+            return self._of_rows(tensor, index)
+
+        given: tuple[Any, Any] = pytree.tree_map_only(Tensor, some, (args, kwargs))
+        return given
+
+    def _of_rows(self, tensor: Tensor, index: Tensor) -> Tensor:
+        sizes = [*tensor.shape[:2]]
+        if self.rows.of not in sizes:
+            return tensor
+        if sizes == [self.rows.of] * 2:
+            if tensor.dim() == 2 or self.rows.tokens_first:
+                raise _not_of_rows("is given", tensor)
+            return tensor.index_select(0, index)
+        if sizes[0] == self.rows.of:
+            return tensor.index_select(0, index)
+        return tensor.index_select(1, index) if self.rows.tokens_first else tensor
+
+
+def _joined(outs: list[Any], sizes: list[int], back: Tensor, axis: int) -> Any:
+    """What rows gave, in the order in which they were."""
+    if all(out is None for out in outs):
+        return None
+    for at in dict.fromkeys((axis, 0)):
+        if all(
+            isinstance(o, Tensor) and o.dim() > at and o.shape[at] == n
+            for o, n in zip(outs, sizes, strict=True)
+        ):
+            return torch.cat(outs, at).index_select(at, back)
+    raise _not_of_rows("gives", outs[0])
+
+
+def _not_of_rows(word: str, value: Any) -> GraftError:
+    what = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return GraftError(
+        "mixed(model, ...)",
+        f"the model {word} {what}, which is not of rows (a loss, a cache, a mask of tokens).",
+        "Give and ask for what is of rows: no labels=, use_cache=False.",
+    )
+
+
+def _are_swapped(a: Tensor, b: Tensor, rows: Rows) -> bool:
+    """Whether two samples, which have changed places in a batch, have done so in a tensor."""
+    if a.shape != b.shape:
+        return False
+    try:
+        axis = rows.axis(a, "")
+    except GraftError:
+        return False
+    half = a.shape[axis] // 2
+    swapped = torch.cat([a.narrow(axis, half, half), a.narrow(axis, 0, half)], axis)
+    if not a.is_floating_point():
+        return torch.equal(swapped, b)
+    return bool((swapped - b).abs().max() <= CLOSE * b.abs().max())
