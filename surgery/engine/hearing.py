@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import TypeAlias
 
 from .._text import first_few
 from ..errors import RuleError
@@ -20,20 +21,20 @@ from .decided import Decided
 from .placement import Placement
 from .tokens import ASIDE, ON_OUTPUT
 
+Sources: TypeAlias = dict[Placement, list[Placement]]
 
-def sources_of(
-    placements: list[Placement], tree: Tree, decided: Decided | None
-) -> dict[Placement, list[Placement]]:
+
+def sources_of(placements: list[Placement], tree: Tree, decided: Decided | None) -> Sources:
     """For each place that hears a part, those that it could be, of which the first is heard.
 
     None where there are none, and the rule is optional: at the first block of each tower. What
     runs aside hears what ran aside last, if anything.
     """
-    asides = [p for p in placements if isinstance(p.edit, Side)]
-    implied = {p: _last(p, asides, tree) for p in asides if not p.edit.hears}
-    edits = [(p, p.edit.hears) for p in placements]
-    sources = {p: _sources(p, heard, placements, tree) for p, heard in edits if heard}
-    sources |= {p: those for p, those in implied.items() if those}
+    sources = _all_sources(placements, tree)
+    deaf = _deaf(sources)
+    while any(other in deaf for those in sources.values() for other in those):
+        sources = deaf | _all_sources([p for p in placements if p not in deaf], tree)
+        deaf = _deaf(sources)
     if decided and decided.modules:
         for p in guessed(sources, tree)[:1]:
             raise RuleError(
@@ -43,6 +44,19 @@ def sources_of(
                 "Give load(..., example=inputs).",
             )
     return sources
+
+
+def _all_sources(placements: list[Placement], tree: Tree) -> Sources:
+    asides = [p for p in placements if isinstance(p.edit, Side)]
+    implied = {p: _last(p, asides, tree) for p in asides if not p.edit.hears}
+    edits = [(p, p.edit.hears) for p in placements]
+    sources = {p: _sources(p, heard, placements, tree) for p, heard in edits if heard}
+    return sources | {p: those for p, those in implied.items() if those}
+
+
+def _deaf(sources: Sources) -> Sources:
+    """Those that hear nothing: they are not joined, and so heard by nothing."""
+    return {p: those for p, those in sources.items() if not those}
 
 
 def guessed(sources: Mapping[Placement, list[Placement]], tree: Tree) -> list[Placement]:

@@ -132,8 +132,9 @@ def _move(part: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modul
 
 def _disown(part: nn.Module, foreign: Collection[int], p: Placement) -> None:
     """What a part borrows, or reads of the base, it uses as an attribute: no child of its own."""
-    known = not foreign or id(part) in foreign  # it was built, and looked at, before
-    for module in [] if known else list(part.modules()):
+    if not foreign or id(part) in foreign:  # it was built, and looked at, before
+        return
+    for module in [own for own in part.modules() if id(own) not in foreign]:
         for name, child in list(module._modules.items()):
             if id(child) not in foreign:
                 continue

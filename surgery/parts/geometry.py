@@ -13,7 +13,6 @@ from ..structure.module_tree import Site
 from .adapters import Adapter, QuickGELU
 from .arguments import borrowed, positive
 from .base_weight import wide
-from .init import kaiming
 
 
 class CentreDistances(nn.Module):
@@ -50,19 +49,16 @@ class LocalAttention(nn.Module):
     def __init__(self, width: int, heads: int = 6, size: int = 3) -> None:
         super().__init__()
         self.heads, inner = heads, heads * size
-        self.gain, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-        self.qkv, self.proj = (
-            nn.Parameter(kaiming(*shape)) for shape in ((3 * inner, width), (width, inner))
-        )
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.proj = nn.Linear(inner, width)
 
     def forward(self, z: Tensor) -> Tensor:
-        normed = F.layer_norm(z, z.shape[-1:], self.gain, self.shift)
         parted = "... k (three h c) -> three ... h k c"
-        q, k, v = rearrange(F.linear(normed, self.qkv), parted, three=3, h=self.heads).unbind(0)
+        q, k, v = rearrange(self.qkv(self.norm(z)), parted, three=3, h=self.heads).unbind(0)
         share = (q @ k.mT * (self.heads * q.shape[-1]) ** -0.5).softmax(-1)
-        mixed = rearrange(share @ v, "... h k c -> ... k (h c)")
-        return z + F.linear(mixed, self.proj, self.bias)
+        mixed: Tensor = self.proj(rearrange(share @ v, "... h k c -> ... k (h c)"))
+        return z + mixed
 
 
 class GeometryAdapter(Adapter):

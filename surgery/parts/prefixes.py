@@ -37,13 +37,11 @@ class Prefix(nn.Module):
     [torch.Size([5, 768]), torch.Size([5, 768])]
     """
 
-    features: PrefixFeatures | None
-
     def __init__(
         self, width: int, tokens: int = 10, features: PrefixFeatures | None = None
     ) -> None:
         super().__init__()
-        self.__dict__["features"] = features  # of all layers
+        self.features = features
         if features is None:
             self.prefix = nn.Parameter(torch.randn(tokens, 2 * width))
         else:

@@ -238,3 +238,38 @@ def test_complex_numbers_of_a_part_stay_complex() -> None:
 
 def _spectral(site: Site) -> nn.Module:
     return Spectral(site.width)
+
+
+class Kept(nn.Module):
+    """What it is given, as its child."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.core(x)
+        return out
+
+
+def test_what_is_borrowed_keeps_its_own_children() -> None:
+    @part
+    def core(site: surgery.Site) -> nn.Module:
+        return Kept(nn.Linear(site.width, site.width))
+
+    rule = at(ffn, append(lambda site: Kept(borrowed(site))))
+    borrowed = shared(core())
+    model = surgery.apply(tiny_vit(), rule, example=images())
+    assert [p.shape for p in surgery.parameters(model)] == [(24, 24), (24,)]
+    weight = "parts.shared/core/24.core.weight"
+    assert weight in surgery.state_dict(model)
+    assert surgery.plan(tiny_vit(), rule).added == 24 * 25
+
+
+def test_what_is_read_of_the_base_keeps_its_children() -> None:
+    model = tiny_vit()
+    mark = surgery.fingerprint(model)
+    surgery.apply(model, at("blocks.1", append(lambda site: Kept(model.blocks[0].mlp))))
+    assert not surgery.parameters(model)
+    assert list(model.blocks[0].mlp._modules)
+    assert surgery.fingerprint(surgery.revert(model)) == mark

@@ -246,6 +246,21 @@ def test_without_anything_to_hear_it_is_an_error() -> None:
         stack([at("last", append(summed(), hears="blocks.*"))])
 
 
+def test_what_is_left_out_for_hearing_nothing_is_heard_by_nothing() -> None:
+    def heard(*rules: Any) -> dict[str, str]:
+        plan = surgery.plan(Stack(), [*rules])
+        assert len(plan.apply()(X)) == len(X)
+        return {p.place.path: source.place.path for p, source in plan.heard_from.items()}
+
+    deaf = at("blocks.0", side(rung(), hears="last"), optional=True)
+    assert heard(deaf, at("blocks.1", side(rung()))) == {}
+    assert heard(deaf, at("blocks.[1:]", side(rung()))) == {"blocks.2": "blocks.1"}
+    after = at("blocks.1", side(rung(), hears="blocks.0"), optional=True)
+    assert heard(deaf, after, at("blocks.2", side(rung()))) == {}
+    with pytest.raises(RuleError, match="no rule joins a part"):
+        heard(deaf, at("last", prepend(back(), hears="blocks.0")))
+
+
 class Towers(nn.Module):
     """An embedding, and two lists of blocks."""
 

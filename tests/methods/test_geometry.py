@@ -42,12 +42,12 @@ def test_points_in_one_place_have_neighbours_too() -> None:
 
 def attended(p: Any, z: Tensor) -> Tensor:
     """Of one group (k, c), head by head."""
-    x = F.layer_norm(z, z.shape[-1:], p.gain, p.shift)
-    q, k, v = (x @ p.qkv.t()).chunk(3, -1)
+    x = F.layer_norm(z, z.shape[-1:], p.norm.weight, p.norm.bias)
+    q, k, v = (x @ p.qkv.weight.t()).chunk(3, -1)
     heads = []
     for a, b, c in zip(q.split(3, -1), k.split(3, -1), v.split(3, -1), strict=True):
         heads.append((a @ b.t() / 18**0.5).softmax(-1) @ c)
-    return z + torch.cat(heads, -1) @ p.proj.t() + p.bias
+    return z + torch.cat(heads, -1) @ p.proj.weight.t() + p.proj.bias
 
 
 def adapted(p: Any, x: Tensor, centers: Tensor, k: int = 16) -> Tensor:
