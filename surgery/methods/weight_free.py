@@ -112,8 +112,6 @@ def vblora(rank: int = 4, size: int = 90, length: int = 256, k: int = 2) -> list
 def unilora(rank: int = 4, size: int = 23_040) -> list[Rule]:
     """LoRA of queries and values, all of whose numbers are those of one pool.
 
-    Layers of one width share a pool.
-
     Source: Li et al. 2025 (Uni-LoRA)
     """
     core = shared(pool(size=size))

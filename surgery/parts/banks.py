@@ -99,7 +99,8 @@ class Pool(nn.Module):
     def places(self, *shape: int) -> Tensor:
         """Draw for each place of a tensor the number that it uses."""
         index = torch.randint(len(self.theta), shape)
-        self.uses.index_add_(0, index.flatten(), self.uses.new_ones(index.numel()))
+        used = index.flatten().to(self.uses.device)
+        self.uses.index_add_(0, used, self.uses.new_ones(len(used)))
         return index
 
     def numbers(self) -> Tensor:
@@ -223,7 +224,7 @@ def vblora(
 def unilora(site: Site, core: Maker = _POOL, rank: int = 4, rows: str | None = None) -> nn.Module:
     """A low-rank update whose numbers are drawn of one pool: all of them are P theta.
 
-    core  gives the pool: shared(pool(size=23_040)); the isometry is over all that share it
+    core  gives the pool: shared(pool(size=23_040)), once for sites of whatever widths
     rows  as of `lora`
 
     Starts at random, as the paper writes. Parameters: the pool's alone; as many integers as LoRA
@@ -233,5 +234,5 @@ def unilora(site: Site, core: Maker = _POOL, rank: int = 4, rows: str | None = N
     unilora(rank=2)
     """
     positive("unilora", rank=rank)
-    made = borrowed("unilora", "core", core, _sized(rows, site, "unilora"), Pool)
+    made = borrowed("unilora", "core", core, site.sized(1, 1), Pool)
     return on_rows(rows, site, "unilora", lambda out: UniLoRA(made, site.width, out, rank))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import MatchError, RuleError, at, proj, qkv
+from surgery import MatchError, RuleError, at, fc1, fc2, proj, qkv, shared
 from surgery import methods as sets
 from surgery.parts import banks, low_rank, low_rank_forms, rotations, row_lengths, spectral
 from surgery.parts.qkv_rows import OnRows
@@ -564,8 +564,11 @@ def test_c3a_is_pefts_in_double_precision() -> None:
 # one by one --------------------------------------------------------------------------------------
 
 
-def test_the_pool_maps_to_all_numbers_by_an_isometry() -> None:
-    model = stirred("vit", sets.unilora(rank=2, size=300))
+@pytest.mark.parametrize(
+    "rules", [sets.unilora(rank=2, size=300), at(fc1 | fc2, banks.unilora(core=shared(banks.pool(size=300))))]
+)
+def test_the_pool_maps_to_all_numbers_by_an_isometry(rules: Any) -> None:
+    model = stirred("vit", rules)
     found = [p for part in parts(model).values() for p in part.modules()]
     updates = [p for p in found if isinstance(p, banks.UniLoRA)]
     pool = updates[0].pool
