@@ -21,12 +21,14 @@ def boft(size: int = 8, factors: int = 2) -> list[Rule]:
     return [at(qkv, butterfly(size=size, factors=factors)), HEAD]
 
 
-def goft() -> list[Rule]:
+def goft(lengths: bool = False) -> list[Rule]:
     """Givens rotations in a tree before queries, keys and values.
+
+    With `lengths` the columns of their weights are scaled, too.
 
     Source: Ma et al. 2024 (GOFT)
     """
-    return [at(qkv, givens()), HEAD]
+    return [at(qkv, givens(lengths=lengths)), HEAD]
 
 
 def psoft(rank: int = 32) -> list[Rule]:

@@ -114,15 +114,20 @@ class BOFT(Turns):
 
 
 class GOFT(Turns):
-    """width - 1 Givens rotations in a tree: of pairs, then of the first ones of pairs, ..."""
+    """width - 1 Givens rotations in a tree: of pairs, then of the first ones of pairs, ...
 
-    def __init__(self, width: int) -> None:
+    With `lengths`, of what is scaled feature by feature: the columns of W R are.
+    """
+
+    def __init__(self, width: int, lengths: bool = False) -> None:
         super().__init__()
         self.width = width
         self.angles = nn.Parameter(torch.zeros(width - 1))
+        self.lengths = nn.Parameter(torch.ones(width)) if lengths else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _tree(x, self.angles.cos(), self.angles.sin())
+        scaled = x if self.lengths is None else x * self.lengths
+        return _tree(scaled, self.angles.cos(), self.angles.sin())
 
 
 def _tree(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -275,15 +280,18 @@ def boft(site: Site, size: int = 8, factors: int = 2) -> nn.Module:
 
 @part
 @usually("prepend")
-def goft(site: Site) -> nn.Module:
+def goft(site: Site, lengths: bool = False) -> nn.Module:
     """width - 1 Givens rotations before a linear layer, in a tree of log2(width) steps.
 
-    Starts as the identity. Parameters: width - 1. Source: Ma et al. 2024 (GOFT).
+    lengths  the columns of the turned weight are scaled, too, as in its code
 
-    >>> goft()
-    goft()
+    Starts as the identity. Parameters: width - 1, and width more with lengths.
+    Source: Ma et al. 2024 (GOFT).
+
+    >>> goft(lengths=True)
+    goft(lengths=True)
     """
-    return GOFT(site.width)
+    return GOFT(site.width, lengths)
 
 
 @part

@@ -170,7 +170,7 @@ def of_goft(p: Any, W: Tensor) -> Tensor:
             turned = G @ turned
         at = at[::2]
     close(turned @ turned.t(), torch.eye(W.shape[1], dtype=W.dtype))
-    return W @ turned
+    return W @ turned if p.lengths is None else W @ turned @ p.lengths.diag()
 
 
 def of_psoft(p: Any, W: Tensor) -> Tensor:
@@ -195,6 +195,7 @@ ONE: dict[str, tuple[Any, Weighed]] = {
     "snell": (sets.snell(rank=4), of_snell),
     "boft": (sets.boft(size=2, factors=3), of_boft),
     "goft": (sets.goft(), of_goft),
+    "goft_lengths": (sets.goft(lengths=True), of_goft),
     "psoft": (sets.psoft(rank=4), of_psoft),
 }
 
@@ -318,6 +319,7 @@ def test_it_starts_as_it_says_trains_merges_and_comes_off(case: str, backbone: s
         (sets.snell(), 12 * 8 * (4 * 2 * 768 + 2 * (768 + 3072))),
         (sets.boft(), 12 * 2 * 96 * 28),
         (sets.goft(), 12 * 767),
+        (sets.goft(lengths=True), 12 * (767 + 768)),
         (sets.psoft(), 48 * (32 * 31 // 2 + 64)),
         (sets.road(), 12 * (2304 + 768 + 3072 + 768)),
     ],
@@ -565,7 +567,8 @@ def test_c3a_is_pefts_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize(
-    "rules", [sets.unilora(rank=2, size=300), at(fc1 | fc2, banks.unilora(core=shared(banks.pool(size=300))))]
+    "rules",
+    [sets.unilora(rank=2, size=300), at(fc1 | fc2, banks.unilora(shared(banks.pool(size=300))))],
 )
 def test_the_pool_maps_to_all_numbers_by_an_isometry(rules: Any) -> None:
     model = stirred("vit", rules)
