@@ -1,58 +1,152 @@
 """What low-rank parts start from, read off batches of a task; and what salient channels are.
 
-    model = surgery.apply(model, surgery.methods.lora(rank=8))
-    eva(model, batches)  # before training
+    rules = eva_rules(model, surgery.methods.lora(rank=8), batches)  # ranks moved; or as they are
+    eva(surgery.apply(model, rules), batches)  # before training
 
-EVA (Paischer et al. 2024), CorDA (Yang et al. 2024), LoRA-GA (Wang et al. 2024), LoftQ (Li et al.
-2023), SCT (Zhao et al. 2023). The base stays as it is, and but for LoftQ what is added stays zero.
-EVA's other half, ranks moved to where
-they explain more, needs other rules: at(address, lora(rank=...)).
+EVA (Paischer et al. 2024), CorDA (Yang et al. 2024), LoRA-GA (Wang et al. 2024), SCT (Zhao et al.
+2023). The base stays as it is, and what is added stays zero.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._inputs import call
-from .._preserve import preserved
-from ..engine.apply import operated
-from ..errors import OperationError, RuleError
+from ..engine.apply import revert
+from ..engine.operation import operations
+from ..engine.planning import plan
+from ..errors import OperationError, RuleError, is_number
 from ..parts.base_weight import BaseWeight
 from ..parts.deltas import Principal
 from ..parts.low_rank import LoRA
 from ..parts.visual_adapters import Salient
+from ..rules.edits import Edit
+from ..rules.part import Part
+from ..rules.rule import Rule, Rules, at
+from ..rules.selector import where
+from .observed import check_seen, moments, parts_of, run_each, watching
 
 Model = TypeVar("Model", bound=nn.Module)
-Part = TypeVar("Part", bound=nn.Module)
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @torch.no_grad()
 def eva(model: Model, batches: Iterable[Any]) -> Model:
-    """A of every LoRA becomes the directions in which most of what comes to it lies.
+    """A of every LoRA becomes the directions in which what comes to it varies most.
 
     batches  inputs of the model: a tensor, a tuple or a dict each
 
-    These are the right singular vectors of all features that come, largest first; B stays. Returns
-    the model. Raises OperationError where there is no LoRA, or nothing comes to one; RuleError
-    where there is no batch. Source: Paischer et al. 2024 (EVA).
+    These are the principal components of all features that come, about their mean as in its code;
+    B stays. Returns the model. Raises OperationError where there is no LoRA, or nothing comes to
+    one; RuleError where there is no batch. Source: Paischer et al. 2024 (EVA).
 
     >>> from surgery import apply, at, lora
     >>> model = apply(nn.Sequential(nn.Linear(2, 3)), at("0", lora(rank=1)))
-    >>> eva(model, [torch.tensor([[0.0, 2.0], [0.1, 0.0]])]).surgery.default.get_submodule(
+    >>> eva(model, [torch.tensor([[1.0, 2.0], [1.0, 0.0]])]).surgery.default.get_submodule(
     ...     "0/parallel").A.detach().abs()
     tensor([[[0., 1.]]])
     """
-    parts = _found(model, LoRA, "eva", "lora")
-    for part, moment in _moments(model, parts, batches, "eva").items():
+    parts = parts_of(model, LoRA, "eva", "lora")
+    for part, moment in moments(model, parts, batches, "eva", centred=True).items():
         directions = torch.linalg.eigh(moment)[1].flip(1).t()[: part.rank]
         part.A[:, : len(directions)] = directions.to(part.A)
     return model
+
+
+@torch.no_grad()
+def eva_rules(
+    model: nn.Module, rules: Rules, batches: Iterable[Any], rho: float = 2.0
+) -> list[Rule]:
+    """The rules with the ranks of LoRA moved to where a component explains more; for `eva`.
+
+    Of all components of all places those are taken that explain the largest shares of the variance
+    there, as many as there were ranks. A place left without any has no LoRA. Scales stay.
+
+    model  as it is before these rules, and afterwards
+    rho    how many times its rank a place may get
+
+    Raises what `apply` and `eva` raise, and RuleError where no rule joins a LoRA of its own to each
+    place. Source: Paischer et al. 2024 (EVA), with shares as in its code.
+
+    >>> from surgery import at, lora
+    >>> model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+    >>> eva_rules(model, at("*", lora(rank=2)), [torch.eye(4)])
+    [at("0", parallel(lora(rank=3))), at("1", parallel(lora(rank=1)))]
+    """
+    if not (is_number(rho) and 1 <= rho < math.inf):
+        raise RuleError(f"eva_rules(rho={rho!r})", "it is no number from 1 up.", "Give 2.0.")
+    planned = plan(model, rules, name="eva_rules")
+    planned.apply()
+    try:
+        held: dict[str, Any] = dict(operations(model)[-1].named_children())
+        found = {
+            held[p.key]: p
+            for p in planned.placements
+            if isinstance(held[p.key], LoRA) and isinstance(p.edit.part, Part)
+        }
+        if not found:
+            raise RuleError("eva_rules(rules=...)", "they join no LoRA.", 'Give "lora".')
+        paths = {part: p.place.path for part, p in found.items()}
+        ranks = _spread(moments(model, paths, batches, "eva_rules", centred=True), rho)
+    finally:
+        revert(model, name="eva_rules")
+    changes = {
+        (id(p.rule), id(p.edit), p.place.path): (ranks[part], part.scale)
+        for part, p in found.items()
+    }
+    return [
+        new
+        for rule, sites in planned.matches
+        for new in _moved(rule, [site.path for site in sites], changes)
+    ]
+
+
+def _spread(seen: dict[LoRA, Tensor], rho: float) -> Counter[LoRA]:
+    """How many ranks each part gets: as many components as explain the largest shares."""
+    shares = [
+        (share, part)
+        for part, moment in seen.items()
+        for share in (torch.linalg.eigvalsh(moment).flip(0) / moment.trace().clamp(min=1e-300))[
+            : round(rho * part.rank)
+        ].tolist()
+    ]
+    shares.sort(key=lambda each: -each[0])
+    return Counter(part for _, part in shares[: sum(part.rank for part in seen)])
+
+
+def _moved(
+    rule: Rule, paths: list[str], changes: Mapping[tuple[int, int, str], tuple[int, float]]
+) -> Iterator[Rule]:
+    """A rule as one for each rank, or, of several edits, for all of their ranks."""
+    alike: dict[tuple[tuple[int, float] | None, ...], list[str]] = {}
+    for path in paths:
+        key = tuple(changes.get((id(rule), id(edit), path)) for edit in rule.rest)
+        alike.setdefault(key, []).append(path)
+    if not any(change for key in alike for change in key):
+        yield rule
+        return
+    for key, places in alike.items():
+        edits = [_ranked(edit, *c) if c else edit for edit, c in zip(rule.rest, key, strict=True)]
+        if left := [edit for edit in edits if edit]:
+            yield at(reduce(or_, map(where, places)), *left, optional=rule.optional)
+
+
+def _ranked(edit: Any, rank: int, scale: float) -> Edit | None:
+    """An edit whose part has another rank, and is scaled as before; None where there is no rank."""
+    named = {**dict(edit.part.named), "rank": rank}
+    if named.get("root"):
+        named["alpha"] = scale * math.sqrt(rank)
+    elif named["alpha"] is not None:
+        named["alpha"] = scale * rank
+    return replace(edit, part=Part(edit.part.build, tuple(named.items()))) if rank else None
 
 
 @torch.no_grad()
@@ -67,8 +161,8 @@ def corda(model: Model, batches: Iterable[Any], keep: bool = True) -> Model:
 
     Returns the model, and raises as `eva` does. Source: Yang et al. 2024 (CorDA).
     """
-    parts = _found(model, Principal, "corda", "pissa")
-    for part, moment in _moments(model, parts, batches, "corda").items():
+    parts = parts_of(model, Principal, "corda", "pissa")
+    for part, moment in moments(model, parts, batches, "corda").items():
         part.restart(*oriented(_weight(part)(moment), moment, len(part.A), keep))
     return model
 
@@ -95,7 +189,7 @@ def lora_ga(model: Model, batches: Iterable[Any], loss: Loss, gamma: float = 16.
     Returns the model. Raises as `eva` does, and RuleError where W has no 2 * rank triplets.
     Source: Wang et al. 2024 (LoRA-GA).
     """
-    parts = _found(model, Principal, "lora_ga", "pissa")
+    parts = parts_of(model, Principal, "lora_ga", "pissa")
     gradients: dict[Principal, Tensor] = {}
 
     def see(part: Principal, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -107,9 +201,9 @@ def lora_ga(model: Model, batches: Iterable[Any], loss: Loss, gamma: float = 16.
 
         out.register_hook(add)  # type: ignore[no-untyped-call]
 
-    with _watching(model, parts, see), torch.enable_grad():
-        _each(batches, "lora_ga", lambda batch: _slope(loss(model, batch), parts))
-    _check_seen(parts, gradients, "lora_ga")
+    with watching(model, parts, see), torch.enable_grad():
+        run_each(batches, "lora_ga", lambda batch: _slope(loss(model, batch), parts))
+    check_seen(parts, gradients, "lora_ga")
     for part, gradient in gradients.items():
         rank, (out, _) = len(part.A), gradient.shape
         if 2 * rank > min(gradient.shape):
@@ -129,129 +223,16 @@ def _slope(value: Tensor, parts: dict[Any, str]) -> None:
 
 
 @torch.no_grad()
-def loftq(
-    model: Model, weights: Mapping[str, Tensor], quantise: Callable[[Tensor], Tensor]
-) -> Model:
-    """A and B of every LoRA become what quantising took away: the best of W - quantise(W).
-
-    The base, which holds quantise(W), is so brought back near to W. Of LoftQ's alternation this is
-    the first step (PEFT's default): later ones would change the base.
-
-    weights   W (out, width) before it was quantised, by address of the module that a LoRA is at
-    quantise  gives the values that a weight has afterwards, as numbers
-
-    Returns the model. Raises OperationError where there is no LoRA, or no weight for one.
-    Source: Li et al. 2023 (LoftQ).
-    """
-    parts = _found(model, LoRA, "loftq", "lora")
-    if lost := [path for path in parts.values() if path not in weights]:
-        raise OperationError(
-            "loftq(model, ...)",
-            f"weights holds none for {lost[0]}.",
-            "Give those of the model as it was before, by address of the module.",
-        )
-    for part, path in parts.items():
-        W = weights[path]
-        lost_to_rounding = (W - quantise(W)).to(part.A.device).double()
-        for A, B, rows in zip(part.A, part.B, part.rows, strict=True):
-            U, S, V = torch.linalg.svd(lost_to_rounding[rows], full_matrices=False)
-            root = (S[: part.rank] / part.scale).sqrt()
-            A[: len(root)], B[:, : len(root)] = (
-                root[:, None] * V[: len(root)],
-                U[:, : len(root)] * root,
-            )
-    return model
-
-
-@torch.no_grad()
 def aim_at_salient(model: Model, batches: Iterable[Any]) -> Model:
     """Salient parts change the channels in which the features of these batches are longest.
 
     Measured in the base: while it lasts such parts add nothing. Returns the model, and raises as
     `eva` does. Source: Zhao et al. 2023 (SCT), over all classes at once.
     """
-    parts = _found(model, Salient, "aim_at_salient", "sct")
-    for part, moment in _moments(model, parts, batches, "aim_at_salient", silent=True).items():
+    parts = parts_of(model, Salient, "aim_at_salient", "sct")
+    for part, moment in moments(model, parts, batches, "aim_at_salient", silent=True).items():
         part.aim(moment.diagonal().topk(len(part.index)).indices)
     return model
-
-
-# what comes to parts ---------------------------------------------------------------------------
-
-
-def _moments(
-    model: nn.Module,
-    parts: dict[Part, str],
-    batches: Iterable[Any],
-    name: str,
-    silent: bool = False,
-) -> dict[Part, Tensor]:
-    """The mean of x x^T (width, width) of what comes to each part, in double precision.
-
-    silent  the parts give zeros meanwhile
-    """
-    sums: dict[Part, Tensor] = {}
-    counts: dict[Part, int] = {}
-
-    def see(part: Part, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        x = args[0].detach().flatten(0, -2).double()
-        sums[part] = sums[part] + x.t() @ x if part in sums else x.t() @ x
-        counts[part] = counts.get(part, 0) + len(x)
-        return torch.zeros_like(out) if silent else None
-
-    with _watching(model, parts, see):
-        _each(batches, name, lambda batch: call(model, batch))
-    _check_seen(parts, sums, name)
-    return {part: total / max(counts[part], 1) for part, total in sums.items()}
-
-
-@contextmanager
-def _watching(model: nn.Module, parts: dict[Part, str], see: Callable[..., Any]) -> Iterator[None]:
-    """In eval mode, with a look at what comes to parts; then as it was."""
-    with preserved(model, modes=True):
-        model.eval()
-        handles = [part.register_forward_hook(see) for part in parts]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _each(batches: Iterable[Any], name: str, run: Callable[[Any], object]) -> None:
-    """Run every batch. Raises RuleError where there is none."""
-    count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007
-        run(batch)
-    if not count:
-        raise RuleError(f"{name}(batches=...)", "it holds no batch.", "Give one at least.")
-
-
-def _found(model: nn.Module, kind: type[Part], name: str, rules: str) -> dict[Part, str]:
-    """The parts of a kind, and where they are. Raises OperationError where there are none."""
-    found = {
-        action.part: hooked.path
-        for operation in operated(model, f"{name}(model, ...)")
-        for hooked in operation.hooked_sites
-        for action in hooked.actions
-        if isinstance(action.part, kind)
-    }
-    if not found:
-        raise OperationError(
-            f"{name}(model, ...)",
-            f"this {type(model).__name__} has no part of the kind {kind.__name__}.",
-            f'Operate it first: apply(model, "{rules}").',
-        )
-    return found
-
-
-def _check_seen(parts: dict[Part, str], seen: dict[Part, Tensor], name: str) -> None:
-    if lost := [path for part, path in parts.items() if part not in seen]:
-        raise OperationError(
-            f"{name}(model, ...)",
-            f"nothing came to the part at {lost[0]} (at a parameter, or never run).",
-            "Join it to a module that is called.",
-        )
 
 
 def _weight(part: Principal) -> BaseWeight:

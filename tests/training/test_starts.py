@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,15 @@ from torch.nn import functional as F
 import surgery
 from surgery import OperationError, RuleError
 from surgery.methods import lora, pissa, sct
-from surgery.training import aim_at_salient, corda, eva, loftq, lora_ga
+from surgery.training import (
+    aim_at_salient,
+    corda,
+    eva,
+    eva_rules,
+    loftq,
+    loftq_base,
+    lora_ga,
+)
 from surgery.training.starts import oriented
 from tests.methods.reference import close, parts, vit
 
@@ -57,7 +67,7 @@ def test_eva_starts_from_the_directions_of_the_features() -> None:
     unmoved(model)
     rows = given(QKV)
     for path, p in at_qkv(model).items():
-        V = torch.linalg.svd(rows[path], full_matrices=False)[2][:3]
+        V = torch.linalg.svd(rows[path] - rows[path].mean(0), full_matrices=False)[2][:3]
         torch.testing.assert_close((p.A[0] @ V.t()).abs(), torch.eye(3).double(), atol=1e-9, rtol=0)
 
 
@@ -66,6 +76,87 @@ def test_eva_gives_each_chunk_of_rows_the_same() -> None:
     for p in at_qkv(eva(surgery.apply(vit(), rules), BATCHES)).values():
         assert torch.equal(p.A[0], p.A[1])
         close(p.A[0] @ p.A[0].t(), torch.eye(2).double())
+
+
+def pefts_eva(net: nn.Module, x: Tensor, rank: int, rho: float) -> dict[str, Tensor]:
+    """A of every linear that keeps a rank, by address."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, target_modules=["0", "1", "2"], init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=rho),
+    )  # fmt: skip
+    made = peft.get_peft_model(net, config)
+    peft.initialize_lora_eva_weights(
+        made, [{"input": x}], prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )  # fmt: skip
+    found = {name: m for name, m in made.named_modules() if hasattr(m, "lora_A")}
+    assert {m.scaling["default"] for m in found.values()} == {8 / rank}
+    return {name.rpartition(".")[2]: m.lora_A["default"].weight for name, m in found.items()}
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva")
+@pytest.mark.parametrize("rho", [1.0, 1.5, 2.0])
+def test_eva_moves_ranks_as_peft_does(rho: float) -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 20), nn.Linear(20, 3))
+    with torch.no_grad():
+        net[0].weight.mul_(torch.tensor([8.0, 4, *[0.2] * 10])[:, None])
+        net[0].bias.copy_(net[0].weight.sum(1) * -9.0)  # which lets the mean stay behind
+    x = torch.randn(200, 16) * 0.8 ** torch.arange(16) + 9.0
+    theirs = pefts_eva(copy.deepcopy(net), x, rank=4, rho=rho)
+    net = net.double()
+    rules = eva_rules(net, surgery.at("*", surgery.lora(rank=4, alpha=8)), [x.double()], rho)
+    model = eva(surgery.apply(net, rules), [x.double()])
+    ours = {key.rpartition("/")[0]: p for key, p in parts(model).items()}
+    ranks = {path: p.rank for path, p in ours.items()}
+    assert ranks == {path: len(A) for path, A in theirs.items()}
+    assert sum(ranks.values()) == 12
+    assert max(ranks.values()) <= round(4 * rho)
+    assert (len({*ranks.values()}) > 1) is (rho > 1)
+    for path, p in ours.items():
+        turned = (p.A[0] @ theirs[path].double().t()).abs()
+        torch.testing.assert_close(turned, torch.eye(p.rank).double(), atol=2e-3, rtol=0)
+        assert p.scale == 2.0
+
+
+def test_moved_ranks_are_saved_loaded_merged_and_reverted(tmp_path: Path) -> None:
+    model = vit()
+    mark = surgery.fingerprint(model)
+    rules = eva_rules(model, lora(rank=5), BATCHES, rho=3.0)
+    assert surgery.fingerprint(model) == mark
+    assert not hasattr(model, "surgery")
+    eva(surgery.apply(model, rules, example=BATCHES[0]), BATCHES)
+    unmoved(model)
+    ranks = [p.rank for p in at_qkv(model).values()]
+    assert sum(ranks) == 15
+    assert len({*ranks}) > 1
+    with torch.no_grad():
+        for p in surgery.parameters(model):
+            p += 0.1 * torch.randn_like(p)
+    want = model(BATCHES[0])
+    surgery.save(model, tmp_path / "a.safetensors")
+    again = surgery.load(vit(), tmp_path / "a.safetensors")
+    assert torch.equal(again(BATCHES[0]), want)
+    torch.testing.assert_close(surgery.merge(again)(BATCHES[0]), want)
+    assert surgery.fingerprint(surgery.revert(model)) == mark
+
+
+def test_a_place_without_ranks_keeps_its_other_edits() -> None:
+    net = nn.Sequential(nn.Linear(16, 2), nn.Linear(2, 4))
+    nn.init.orthogonal_(net[0].weight)
+    rules = [
+        surgery.at("*", surgery.lora(rank=1, alpha=3.0, root=True), surgery.unfreeze),
+        surgery.at("1", surgery.parallel(surgery.shared(surgery.lora(rank=1)))),
+        surgery.at("*", surgery.lora(rank=1)),
+    ]
+    assert eva_rules(net, rules[:2], [torch.eye(16)]) == [
+        surgery.at("0", surgery.unfreeze),
+        surgery.at("1", surgery.lora(rank=2, alpha=3.0 * 2**0.5, root=True), surgery.unfreeze),
+        rules[1],
+    ]
+    assert eva_rules(net, rules[2], [torch.eye(16)]) == [surgery.at("1", surgery.lora(rank=2))]
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -146,6 +237,50 @@ def test_loftq_is_what_peft_starts_from() -> None:
     torch.testing.assert_close(part.B[0] @ part.A[0], theirs["L"] @ theirs["R"], atol=1e-5, rtol=0)
 
 
+def quantised(rules: Any, iterations: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """A model whose base holds the last turn; W by path; what was quantised."""
+    weights = {path: vit().get_submodule(path).weight.detach() for path in QKV}
+    model: Any = surgery.apply(vit(), rules)
+    base = loftq_base(model, weights, rounded, iterations)
+    surgery.revert(model)
+    with torch.no_grad():
+        for path in QKV:
+            model.get_submodule(path).weight.copy_(rounded(base[path]))
+    return surgery.apply(model, rules), weights, base
+
+
+@pytest.mark.parametrize("rows", [None, "q _k v"])
+def test_loftq_takes_turns(rows: str | None) -> None:
+    rules = surgery.at(surgery.fused, surgery.lora(rank=4, alpha=8, rows=rows))
+    left = []
+    for iterations in (1, 2, 5):
+        model, weights, base = quantised(rules, iterations)
+        loftq(model, weights, rounded, iterations)
+        surgery.merge(model)
+        left.append(0.0)
+        for path, W in weights.items():
+            low, before = torch.zeros_like(W), W
+            for _ in range(iterations):
+                before = W - low
+                for chunk in [slice(0, 72)] if rows is None else [slice(0, 24), slice(48, 72)]:
+                    U, S, V = torch.linalg.svd((W - rounded(before))[chunk], full_matrices=False)
+                    low[chunk] = U[:, :4] @ S[:4].diag() @ V[:4]
+            close(base[path], before, 64)
+            have = model.get_submodule(path).weight
+            close(have, rounded(before) + low, 64)
+            left[-1] += (have - W).norm().item()
+    assert left[0] > left[1] > left[2]
+
+
+def test_loftq_tells_of_a_base_that_took_no_turns() -> None:
+    rules = surgery.at(surgery.qkv, surgery.lora(rank=4))
+    model, weights, _ = quantised(rules, 1)
+    with pytest.raises(OperationError, match=r"blocks\.0\.attn\.qkv holds other numbers"):
+        loftq(model, weights, rounded, 5)
+    with pytest.raises(RuleError, match="iterations=0"):
+        loftq(model, weights, rounded, 0)
+
+
 def test_loftq_is_of_each_chunk_of_rows() -> None:
     rules = surgery.at(surgery.fused, surgery.lora(rank=2, rows="q _k v"))
     weights = {path: vit().get_submodule(path).weight.detach() for path in QKV}
@@ -179,6 +314,10 @@ def test_the_model_is_left_as_it_was_but_for_the_starts() -> None:
 def test_what_cannot_be_is_told() -> None:
     with pytest.raises(OperationError, match="no part of the kind LoRA"):
         eva(surgery.apply(vit(), pissa(rank=2)), BATCHES)
+    for rules, rho, fact in (("pissa", 2.0, "join no LoRA"), ("lora", 0.5, "from 1 up")):
+        with pytest.raises(RuleError, match=fact):
+            eva_rules(model := vit(), rules, BATCHES, rho)
+        assert not hasattr(model, "surgery")
     with pytest.raises(OperationError, match=r"holds none for blocks\.0\.attn\.qkv"):
         loftq(surgery.apply(vit(), lora(rank=2)), {}, rounded)
     with pytest.raises(RuleError, match="holds no batch"):
