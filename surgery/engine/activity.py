@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import OperationError
 from .apply import named, operated
 from .conditions import DISABLED, WRITING, check_state
 from .journal import Journal
 from .operation import Operation
-from .owned import slots_of, switch
+from .owned import claimed_by, put_by, slots_of, switch
 from .tokens import Action
 from .trained import check_undoable
 
@@ -72,8 +72,11 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
     done = operated(model, "train_only(model, ...)")
     check_state(model, "train_only(model, ...)", DISABLED, WRITING)
     chosen = {op for op, strength in _strengths(done, names).items() if strength}
-    wanted = _claimed(chosen)
+    wanted = claimed_by(chosen)
+    if len(done) > 1:
+        put_by(done)  # what was learnt until now is of those that learnt it
     for op in done:
+        op.is_trained = op in chosen
         for name, parameter in op.named_parameters():
             parameter.requires_grad_(op in chosen and name in op.trains)
         for module, name in [*op.claims, *op.adopted]:
@@ -81,13 +84,6 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
             if tensor is not None and tensor.requires_grad != (id(tensor) in wanted):
                 op.journal.train(module, name, tensor, id(tensor) in wanted)
     return model
-
-
-def _claimed(chosen: Iterable[Operation]) -> set[int]:
-    tensors: list[Tensor | None] = [
-        module._parameters.get(name) for op in chosen for module, name in [*op.claims, *op.adopted]
-    ]
-    return {id(tensor) for tensor in tensors if tensor is not None}
 
 
 def _strengths(done: list[Operation], names: Names) -> dict[Operation, float]:

@@ -14,11 +14,20 @@ from .._preserve import same
 from .._text import first_few
 from ..errors import OperationError
 from ..rules.rule import Rules
-from .conditions import ALONE, APPLYING, DISABLED, TRAINING, WRITING, check_example, check_state
+from .conditions import (
+    ALONE,
+    APPLYING,
+    DISABLED,
+    MIXED,
+    TRAINING,
+    WRITING,
+    check_example,
+    check_state,
+)
 from .journal import Journal, Value, completed
 from .obstacles import dotted, refuse
 from .operation import Operation, check_operable, operations
-from .owned import composed, put_by, slots_of
+from .owned import claimed_by, composed, put_by, slots_of
 from .plain import check_kept
 from .planning import Plan
 from .removal import take_out, went_on
@@ -103,7 +112,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     expect_frozen(model)
     own = {id(value.tensor) for operation in chosen for value in operation.journal.values}
     last = chosen[-1] is done[-1] and all(operation.strength == 1 for operation in done)
-    if name is None or last:
+    if name is None or last or len(done) == 1:
         completed(lambda: _take_off(done, chosen, own))
     else:
         _take_out(done, chosen[0])
@@ -161,7 +170,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     tensor([[1., 1.]])
     """
     done = operated(model, "disabled(model)")
-    check_state(model, "disabled(model)", WRITING)
+    check_state(model, "disabled(model)", WRITING, MIXED)
     check_undoable(model, [operation.journal for operation in done], call="disabled(model)")
     off = named(done, names, "disabled(model, ...)") if names else done
     if theirs := by_hand(model):
@@ -203,7 +212,8 @@ def _lend(done: list[Operation], off: list[Operation], journal: Journal) -> None
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """What to optimise: the trainable parameters of the parts and of what was unfrozen.
 
-    What was unfrozen by hand, and the parameters of new modules, are among them; they are known
+    What only operations that are not active train of the base is not among them. What was
+    unfrozen by hand, and the parameters of new modules, are; they are known
     from now on, as they are now, to `save`, `report`, `disabled` and `revert`.
 
     Raises OperationError on a model that was never operated.
@@ -213,10 +223,12 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> torch.optim.AdamW(parameters(model), lr=1e-3).param_groups[0]["params"][0].shape
     torch.Size([2, 4])
     """
-    operated(model, "parameters(model)")
+    done = operated(model, "parameters(model)")
     check_state(model, "parameters(model)", TRAINING)
     adopt(model)
-    return [p for p in model.parameters() if p.requires_grad]
+    idle = claimed_by([op for op in done if not op.strength])
+    idle -= claimed_by([op for op in done if op.strength])
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in idle]
 
 
 def operated(

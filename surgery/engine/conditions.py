@@ -209,6 +209,13 @@ def inside_disabled(model: nn.Module) -> str:
     return "inside disabled(model) the model is its base, and this would act on that."
 
 
+def inside_mixed(model: nn.Module) -> str:
+    """Inside of `mixed` each row of a batch is another operation's."""
+    if not any(operation.is_mixed for operation in operations(model)):
+        return ""
+    return "inside mixed(model, ...) each row of a batch runs an operation of its own."
+
+
 # one in another --------------------------------------------------------------------------------
 
 
@@ -334,4 +341,5 @@ TRAINING: Table = {
     "wrap the whole model.",
 }
 # members of the model, and not of its base
-DISABLED: Table = {inside_disabled: "Call it outside of disabled(model)."}
+MIXED: Table = {inside_mixed: "Call it outside of mixed(model, ...)."}
+DISABLED: Table = {inside_disabled: "Call it outside of disabled(model).", **MIXED}

@@ -252,14 +252,12 @@ class Journal:
         if name in module._buffers and tensor is not None and tensor.shape != value.shape:
             module._buffers[name] = value.to(tensor, copy=True)
         elif tensor is not None:
-            with torch.no_grad():
-                tensor.copy_(value)
+            _copy(tensor, value)
 
     def overwrite(self, tensor: Tensor, value: Tensor) -> None:
         """Another value of a tensor."""
         self.keep_numbers(tensor)
-        with torch.no_grad():
-            tensor.copy_(value)
+        _copy(tensor, value)
 
     # looked at, and undone -----------------------------------------------------------------------
 
@@ -342,5 +340,11 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def _write(tensor: Tensor, value: Tensor) -> None:
     """Bring a value back, unless it is there to the bit."""
     if not (tensor.is_meta or value.is_meta or same(tensor, value)):
-        with torch.no_grad():
-            tensor.copy_(value)
+        _copy(tensor, value)
+
+
+def _copy(tensor: Tensor, value: Tensor) -> None:
+    """Write numbers; autocast, which keeps what it has cast of a parameter, casts it anew."""
+    with torch.no_grad():
+        tensor.copy_(value)
+    torch.clear_autocast_cache()

@@ -94,6 +94,8 @@ def _join(
     for layer in layers:
         journal.set(layer.module, "forward", layer.forward)
         journal.hook(layer.module, layer.seen)  # no fused kernel reads the weights of one
+    for op in done:
+        journal.set(op, "is_mixed", True)
     forward = MixedForward(model, done, used, rows, values, layers, by_rows)
     journal.set(model, "forward", forward.forward)
 

@@ -6,7 +6,8 @@ depends on which are active. Their parts stand side by side, and need none of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ class Slot(NamedTuple):
     def tensor(self) -> Tensor | None:
         """What it is now."""
         return tensor_of(self.module, self.name)
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.name in self.module._parameters
 
     def own(self, operation: Operation) -> Tensor | None:
         """What an operation has made of it, if that was ever put by."""
@@ -110,13 +115,17 @@ def own_values(
     if alone and all(len(slot.claims) == 1 for slot in slots_of(done)):
         return {}
     put_by(done)
+    for (module, name), value in operation.own.items():
+        tensor = tensor_of(module, name)
+        if tensor is not None and (value.dtype, value.device) != (tensor.dtype, tensor.device):
+            operation.own[module, name] = value.to(tensor)
     return operation.own
 
 
 def put_by(done: Sequence[Operation]) -> None:
     """Keep for each operation what it has made of the tensors that it trains.
 
-    What was learnt since the last time is of the latest that is active.
+    What was learnt since the last time is of the latest that is active and trained.
     """
     now = {operation: operation.strength for operation in done}
     for slot in slots_of(done):
@@ -124,11 +133,20 @@ def put_by(done: Sequence[Operation]) -> None:
             if slot.own(operation) is None:  # it was on until the next was applied
                 operation.own[slot.module, slot.name] = later.before
         active = [claim for claim in slot.claims if claim.operation.strength]
-        last = active[-1] if active else slot.claims[-1]
+        trained = [claim for claim in active if claim.operation.is_trained]
+        last = (trained or active or slot.claims)[-1]
         own = slot.own(last.operation)
         if own is None and not active:
             own = _copy(slot)
-        elif active and (own is None or not same(_copy(slot), composed(slot, now))):
+        elif not active and slot.is_parameter and not _shows(slot, now):
+            names = [claim.operation.name for claim in slot.claims]
+            warnings.warn(
+                f"{slot.name} of a {type(slot.module).__name__} was trained while none of "
+                f"{names}, whose it is, was active: what it learnt is lost. Train what is active, "
+                "surgery.train_only(model, name).",
+                stacklevel=4,
+            )
+        elif active and (own is None or not _shows(slot, now)):
             own = _learnt(slot, last, now)
         if own is not None:
             last.operation.own[slot.module, slot.name] = own
@@ -140,6 +158,12 @@ def _learnt(slot: Slot, last: Claim, now: Mapping[Operation, float]) -> Tensor:
     if strength == 1 and same(below, last.before):
         return _copy(slot)
     return last.before + (_copy(slot) - below) / strength
+
+
+def _shows(slot: Slot, now: Mapping[Operation, float]) -> bool:
+    """Whether a tensor is what its operations make of it, in the dtype that it has now."""
+    tensor = _copy(slot)
+    return same(tensor, composed(slot, now).to(tensor))
 
 
 def _copy(slot: Slot) -> Tensor:
@@ -161,8 +185,27 @@ def show(done: Sequence[Operation], strengths: Mapping[Operation, float], journa
     written = set[int]()
     for slot in slots_of(done):
         if (tensor := slot.tensor) is not None:
+            for module, name in slot.tied:
+                journal.keep_value(module, name)
             journal.write(slot.module, slot.name, composed(slot, strengths))
             written.add(id(tensor))
     for operation in done:
         journal.set(operation, "strength", strengths[operation])
         operation.frozen.again(written)
+
+
+def is_alone(done: Sequence[Operation], operation: Operation) -> bool:
+    """Whether an operation began with the base, and not with what one below it had made of that."""
+    return all(
+        same(claim.before, slot.claims[0].before)
+        for slot in slots_of(done)
+        for claim in slot.claims
+        if claim.operation is operation and slot.is_parameter
+    )
+
+
+def claimed_by(operations: Iterable[Operation]) -> set[int]:
+    """The parameters of the base that operations train, by id."""
+    places = [place for op in operations for place in (*op.claims, *op.adopted)]
+    tensors = [module._parameters.get(name) for module, name in places]
+    return {id(tensor) for tensor in tensors if tensor is not None}

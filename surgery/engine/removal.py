@@ -45,7 +45,7 @@ def take_out(chosen: Operation, done: Sequence[Operation]) -> set[int]:
         chosen.undone = True
         entries = chosen.journal.entries
         while entries:
-            _take_back(entries[-1], chosen, others, later)
+            _take_back(entries[-1], chosen, later)
             entries.pop()
         for slot, value in meant:
             Journal().write(slot.module, slot.name, value)
@@ -59,12 +59,10 @@ def take_out(chosen: Operation, done: Sequence[Operation]) -> set[int]:
     return written
 
 
-def _take_back(
-    entry: Entry, chosen: Operation, others: Sequence[Operation], later: list[Operation]
-) -> None:
+def _take_back(entry: Entry, chosen: Operation, later: list[Operation]) -> None:
     """Undo one change, or let a later operation undo it: the one that stands on it."""
     if isinstance(entry, (Value, Flag, Gradient)):
-        _hand_on(entry, others, later)
+        _hand_on(entry, later)
     elif isinstance(entry, Key):
         _take_back_key(entry, chosen, later)
     elif isinstance(entry, Hook) and not isinstance(entry.owner, Between):
@@ -73,9 +71,7 @@ def _take_back(
         _move(entry, later)
 
 
-def _hand_on(
-    entry: Value | Flag | Gradient, others: Sequence[Operation], later: list[Operation]
-) -> None:
+def _hand_on(entry: Value | Flag | Gradient, later: list[Operation]) -> None:
     """What a tensor was before this is what it was before the next that changed it."""
     for operation in later:
         for i, theirs in enumerate(operation.journal.entries):
@@ -92,9 +88,9 @@ def _hand_on(
                 return
     if isinstance(entry, Value):
         return
-    claimed = any((entry.module, entry.name) in operation.claims for operation in others)
+    claimed = any((entry.module, entry.name) in operation.claims for operation in later)
     if claimed or (isinstance(entry, Flag) and entry.trained):  # which others want frozen, too
-        _move(entry, later or list(others[-1:]))
+        _move(entry, later)
     else:
         entry.undo()
 

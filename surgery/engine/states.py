@@ -94,6 +94,12 @@ class StateGuard(nn.Module):
                 "inside disabled(model) its tensors are those of the base, for a while.",
                 "Do it before or after the `with` block.",
             )
+        if any(switch.is_mixed for switch in self.switches):
+            raise OperationError(
+                call,
+                "inside mixed(model, ...) its rows are those of several operations, for a while.",
+                "Do it before or after the `with` block.",
+            )
 
     def _before_taking(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         self._check_enabled("model.state_dict()")

@@ -6,7 +6,7 @@ was put in, made by a parametrization. `adopt` writes these into the journal of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -103,14 +103,20 @@ def beyond_rules(model: nn.Module, operation: Operation) -> list[Place]:
     return ours
 
 
-def changed_buffers(model: nn.Module, operation: Operation) -> list[Place]:
-    """The buffers that are not what they were, and those of modules that are new."""
+def changed_buffers(
+    model: nn.Module, operation: Operation, own: Mapping[tuple[nn.Module, str], Tensor]
+) -> list[Place]:
+    """The buffers that are not what they were, and those of modules that are new.
+
+    own  what an operation has made of them, where others are active
+    """
     was = {(id(v.module), v.name): v.value for v in operation.journal.buffers}
     by_id = {id(v.buffer): v.value for v in operation.journal.buffers}
     changed = []
     for place in buffers_of(model):
         before = was.get((id(place.module), place.name), by_id.get(id(place.tensor)))
-        if before is not None and not (place.tensor.is_meta or same(place.tensor, before)):
+        now = own.get((place.module, place.name), place.tensor)
+        if before is not None and not (now.is_meta or same(now, before)):
             changed.append(place)
     new = _new_buffers(model, operation) if operation is operations(model)[-1] else []
     return changed + new

@@ -15,6 +15,18 @@ OF_ALL = {
     "__itruediv__", "to", "float", "type", "type_as", "contiguous", "clone", "dropout", "tanh",
 }  # fmt: skip
 SHAPES = {"view", "reshape", "unsqueeze", "squeeze"}
+PER_NUMBER = {"mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"}
+TURNS = {
+    "transpose",
+    "permute",
+    "contiguous",
+    "swapaxes",
+    "to",
+    "float",
+    "__get__",
+    "expand",
+} | SHAPES
+KNOWN = OF_KEYS | OF_ALL | SHAPES | PRODUCTS | {"size", "dim", "softmax", "__get__", "detach"}
 
 
 class Ride(NamedTuple):
@@ -34,6 +46,7 @@ class Riders:
     def __init__(self, prefix: Any, heads: Callable[[Tensor, Tensor], Tensor | None]) -> None:
         self.prefix, self.heads = prefix, heads
         self.rides: list[Ride] = []
+        self.scaled: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []  # and how
         self.open = 0  # softmaxes whose weights no values were multiplied with
         self.ran = False
 
@@ -43,18 +56,34 @@ class Riders:
         if name in PRODUCTS:
             return self._product(func, args, kwargs, ride)
         if ride is None:
-            return func(*args, **kwargs)
+            return self._elsewhere(func, name, args, kwargs)
+        if ride.are_weights and name not in KNOWN:
+            self.open += 1  # something makes more of the weights: of those of the prefix, too?
         if name == "softmax" and not ride.are_weights:
             return self._softmax(func, args, kwargs, ride)
         answer = func(*args, **kwargs)
         if name in OF_KEYS and _fits_keys(args, ride):
             self._board(answer, ride.rider, ride.are_weights)
-        elif name in OF_ALL or name in OF_KEYS:
+        elif (name in OF_ALL and not _fits_keys(args, ride)) or name in OF_KEYS:
             self._board(answer, func(*_with(args, ride), **kwargs), ride.are_weights)
         elif name in SHAPES:
             self._board(
                 answer, func(ride.rider, *_sizes(args[1:], ride), **kwargs), ride.are_weights
             )
+        return answer
+
+    def _elsewhere(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What is done to queries and keys: of keys that are scaled, how."""
+        answer = func(*args, **kwargs)
+        if name in PER_NUMBER and len(args) == 2 and isinstance(args[0], Tensor):
+            by = args[1]
+            if not isinstance(by, Tensor) or by.dim() == 0:
+                self.scaled.append((answer, lambda keys: func(keys, by)))
+        elif name in TURNS and args and isinstance(answer, Tensor):
+            for tensor, scale in self.scaled:
+                if tensor is args[0]:
+                    self.scaled.append((answer, scale))
+                    break
         return answer
 
     def _of(self, args: Any) -> Ride | None:
@@ -77,6 +106,9 @@ class Riders:
                 return answer + ride.rider.to(values.dtype) @ values
         elif len(args) == 2 and args[0].dim() > 2 and args[1].dim() > 2:
             keys = self.heads(self.prefix.keys, args[0])
+            for tensor, scale in self.scaled:
+                if keys is not None and tensor is args[1]:
+                    keys = scale(keys)
             if keys is not None:
                 self._board(answer, args[0] @ keys.mT, False)
         return answer

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
 from .._text import first_few
+from ..engine.activity import activate
 from ..engine.apply import operated, revert
 from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
 from ..engine.obstacles import dotted
 from ..engine.operation import Operation, check_operable, operations
-from ..engine.owned import own_values, show
+from ..engine.owned import is_alone, own_values, show
 from ..engine.trained import (
     Place,
     adopt,
@@ -60,10 +61,10 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     """
     operation = _operation(model, name)
     parts = {PARTS + key: tensor for key, tensor in operation.state_dict().items()}
-    trained = [*trained_of(model, operation), *changed_buffers(model, operation)]
+    own = own_values(operations(model), operation)
+    trained = [*trained_of(model, operation), *changed_buffers(model, operation, own)]
     order = {path: i for i, (path, _) in enumerate(named_modules(model))}
     trained.sort(key=lambda place: order[place.path.rpartition(".")[0]])
-    own = own_values(operations(model), operation)
     base = {
         key: own.get((place.module, place.name), place.tensor).detach()
         for key, place in _keyed(model, trained).items()
@@ -118,15 +119,32 @@ def fill(
     _check_alike(tensors, places)
     journal, done = Journal(), operations(model)
     put_by = bool(own_values(done, operation))
+    own = {**operation.own}
+    if put_by:
+        places |= _own_buffers(model, operation, tensors)
     try:
         for key, tensor in tensors.items():
             journal.overwrite(places[key], tensor)
         if put_by:
             show(done, {each: each.strength for each in done}, journal)
     except BaseException:
+        operation.own = own
         journal.undo()
         raise
     operation.start.given([key.removeprefix(PARTS) for key in tensors])
+
+
+def _own_buffers(
+    model: nn.Module, operation: Operation, keys: Collection[str]
+) -> dict[str, Tensor]:
+    """What an operation has made of buffers that a file fills, by their keys: its own from now."""
+    found = {}
+    for key, place in _keyed(model, buffers_of(model)).items():
+        if key in keys:
+            where = place.module, place.name
+            operation.own[where] = operation.own.get(where, place.tensor).detach().clone()
+            found[key] = operation.own[where]
+    return found
 
 
 def _check_alike(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
@@ -183,6 +201,7 @@ def save(
         "read_besides": sorted(operation.read_besides),
         "beyond_rules": [*_keyed(model, beyond_rules(model, operation))],
         "hash": hash_of(sorted(tensors.items())),
+        "alone": is_alone(operations(model), operation),
         **({"base": hash_of_base(model)} if verify else {}),
     }
     target, metadata = Path(path), {"surgery": json.dumps(about)}
@@ -253,7 +272,11 @@ def load(
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
+    strengths = {operation.name: operation.strength for operation in operations(model)}
+    aside = bool(about.get("alone")) and any(strengths.values())
     try:
+        if aside:  # what it made of the base is told from the base
+            activate(model, None)
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
         fill(model, tensors, name, spared)
@@ -261,8 +284,10 @@ def load(
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)
+        if aside:
+            activate(model, strengths)
         raise
-    return model
+    return activate(model, {**strengths, name: 1.0}) if aside else model
 
 
 def _check_base(model: nn.Module, known: Any, call: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from .._files import check_folder, write_whole
 from ..engine.hooked_weights import HookedWeight
 from ..engine.operation import Operation, operations
+from ..engine.owned import own_values
 from ..engine.trained import changed_buffers, trained_of
 from ..errors import FileError
 from ..parts.rotations import OFT
@@ -168,7 +169,10 @@ def _trained(model: nn.Module, operation: Operation, call: str) -> tuple[list[st
     saved, biases = set[str](), set[str]()
     at = {place for place, _ in joints_of(operation)}
     layers = at | {place.rpartition(".")[0] for place in at}
-    trained = [*trained_of(model, operation), *changed_buffers(model, operation)]
+    trained = [
+        *trained_of(model, operation),
+        *changed_buffers(model, operation, own_values(operations(model), operation)),
+    ]
     names = {id(place.tensor): place.name for place in trained}
     for holder, module in named_modules(model):
         for tensor in (*module._parameters.values(), *module._buffers.values()):

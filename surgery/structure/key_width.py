@@ -23,4 +23,4 @@ def key_width(attn: Site) -> int:
     ends = [i for i, out in enumerate(outs) if out == attn.shape.width]
     if not ends or not 2 <= len(outs) <= 4:
         return 0
-    return (sum(outs) - outs[ends[-1]] - shapes[ends[-1]].width) // 2
+    return max(0, sum(outs) - outs[ends[-1]] - shapes[ends[-1]].width) // 2

@@ -29,6 +29,7 @@ from surgery import (
     scale_shift,
     train_only,
     unfreeze,
+    where,
 )
 from tests.methods.test_methods import SETS, rules_of
 from tests.models import images, tiny_vit
@@ -375,3 +376,115 @@ def test_compiled_once_for_each_choice() -> None:
             with torch.no_grad():
                 torch.testing.assert_close(compiled(X), told[name])
     assert counter.frame_count <= 3  # a, b, and for any strengths
+
+
+def test_what_is_written_under_autocast_is_met() -> None:
+    model, told = two([at(qkv, lora(rank=2)), at(head, unfreeze)])
+    model.float()
+    x = X.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model(x)
+        for name in ("a", None, "b"):
+            activate(model, name)
+            assert (model(x).float() - told[name or ""].float()).abs().max() < 0.1
+        with surgery.disabled(model):
+            assert (model(x).float() - told[""].float()).abs().max() < 0.1
+        assert torch.equal(model(x), first)
+
+
+def test_what_is_trained_while_nothing_that_trains_it_acts_is_told() -> None:
+    model, _ = two([at(head, unfreeze)])
+    surgery.apply(activate(model, None), at(qkv, lora(rank=2)), name="c")
+    activate(model, "c")
+    assert not any(p is model.head.weight for p in surgery.parameters(model))
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    with pytest.warns(UserWarning, match="weight of a Linear was trained while none of"):
+        activate(model, "a")
+
+
+def test_what_is_learnt_is_of_who_is_trained() -> None:
+    model, _ = two([at(qkv, lora(rank=2)), at(head, unfreeze)])
+    activate(model, ["a", "b"])
+    train_only(model, "a")
+    kept = bytes_of(model, "b")
+    with torch.no_grad():
+        model.head.weight.add_(0.5)
+    both = answer(model)
+    assert all(torch.equal(kept[key], t) for key, t in bytes_of(model, "b").items())
+    activate(model, "b")
+    torch.testing.assert_close(answer(activate(model, ["a", "b"])), both, rtol=0, atol=1e-12)
+
+
+def test_one_alone_that_is_not_active_comes_off() -> None:
+    model = vit()
+    mark = surgery.fingerprint(model)
+    surgery.apply(model, "lora", name="a")
+    surgery.revert(activate(model, None), name="a")
+    assert surgery.fingerprint(model) == mark
+
+
+def test_flags_come_back_though_another_trained_them() -> None:
+    model = vit()
+    mark = surgery.fingerprint(model)
+    surgery.apply(model, at(head, unfreeze), name="a")
+    train_only(model, [])
+    surgery.apply(activate(model, None), at(head, unfreeze), name="b")
+    surgery.revert(activate(model, "b"), name="b")
+    surgery.revert(model)
+    assert surgery.fingerprint(model) == mark
+
+
+@torch.no_grad()
+def test_a_tied_head_merges_by_name_and_back() -> None:
+    from tests.models import hf_gpt2, words_in
+
+    model, x = hf_gpt2().eval(), words_in()
+    for seed, name in enumerate("ab"):
+        if name == "b":
+            activate(model, None)
+        surgery.apply(model, [at(qkv, lora(rank=2)), at(head, unfreeze)], name=name)
+        train(model, name, seed)
+    want = {name: activate(model, name)(x).logits for name in "ab"}
+    surgery.merge(model, name="a")
+    torch.testing.assert_close(model(x).logits, want["a"])
+    assert torch.equal(surgery.unmerge(model)(x).logits, want["b"])
+
+
+def norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).eval()
+
+
+@pytest.mark.parametrize("active", [None, "a"])
+@pytest.mark.parametrize("saved", [None, "a", "b"])
+def test_statistics_and_heads_travel(saved: str | None, active: str | None, tmp_path: Path) -> None:
+    x = torch.randn(5, 8)
+    model = norms()
+    want = {}
+    for name in "ab":
+        if name == "b":
+            activate(model, None)
+        surgery.apply(model, at("1" if name == "a" else where("1") | "2", unfreeze), name=name)
+        optimizer = torch.optim.SGD(surgery.parameters(train_only(model, name)), lr=0.1)
+        for _ in range(3):
+            model.train()(torch.randn(9, 8) + 1).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        want[name] = model.eval()(x)
+    activate(model, saved)
+    files = {n: surgery.save(model, tmp_path / f"{n}.safetensors", name=n) for n in "ab"}
+    again = norms()
+    for name in "ab":
+        surgery.load(again, files[name], name=name)
+        if name == "a":
+            activate(again, active)
+    for name in "ba":
+        assert torch.equal(activate(again, name).eval()(x), want[name])
+
+
+def test_a_cast_model_saves_what_it_can_load(tmp_path: Path) -> None:
+    model, _ = two([at(qkv, lora(rank=2)), at(head, unfreeze)])
+    activate(model, "b").bfloat16()
+    file = surgery.save(model, tmp_path / "a.safetensors", name="a")
+    surgery.load(vit().bfloat16(), file)

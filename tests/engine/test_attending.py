@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.q, self.k = nn.Linear(width, width), nn.Linear(width, width // heads * of_keys)
         self.v, self.o = nn.Linear(width, width // heads * of_keys), nn.Linear(width, width)
         self.d, self.way = width // heads, way
-        self.drop = nn.Dropout(0.0)
+        self.drop, self.scales_keys = nn.Dropout(0.0), False
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         if self.way == "by hand":
             r = q.shape[1] // k.shape[1]
             k, v = (repeat(t, "b h n d -> b (h r) n d", r=r) for t in (k, v))
-            scores = q @ k.mT / self.d**0.5
+            scores = q @ (k / self.d**0.5).mT if self.scales_keys else q @ k.mT / self.d**0.5
             if mask is not None and mask.dtype == torch.bool:
                 scores = scores.masked_fill(~mask, -torch.inf)
             elif mask is not None:
@@ -114,6 +114,35 @@ def test_attention_by_its_formula(name: str) -> None:
     close(a, b)
     surgery.revert(model)
     torch.testing.assert_close(model(X, **given), by_hand_bare(model, mask), rtol=0, atol=1e-14)
+
+
+def test_keys_that_are_scaled() -> None:
+    torch.manual_seed(0)
+    model = Attention("by hand").double()
+    model.scales_keys = True
+    surgery.apply(model, at("", attend(prefix(tokens=P))))
+    close(model(X).detach(), by_hand(model, part_of(model), X, NONE).detach())
+
+
+class Summed(Attention):
+    """Weights that are divided by their sum, or weighed by key."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        k, v = (repeat(t, "b h n d -> b (h r) n d", r=3) for t in (k, v))
+        weights = (q @ k.mT).softmax(-1)
+        if self.way == "sum":
+            weights = weights / (weights.sum(-1, keepdim=True) + 1)
+        else:
+            weights = weights * torch.rand(5, dtype=x.dtype)
+        return self.o(rearrange(weights @ v, "b h n d -> b n (h d)"))
+
+
+@pytest.mark.parametrize("way", ["sum", "by key"])
+def test_weights_of_which_more_is_made_are_refused(way: str) -> None:
+    model = surgery.apply(Summed(way).double(), at("", attend(prefix(tokens=P))))
+    with pytest.raises(GraftError, match="neither"):
+        model(X)
 
 
 def by_hand_bare(model: Any, mask: Tensor) -> Tensor:

@@ -242,3 +242,138 @@ def test_train_only_is_as_it_was() -> None:
     with mixed(model, NAMES):
         assert asks == [p.requires_grad for p in model.parameters()]
     assert [op.strength for op in model.surgery.operations] == [0.0, 1.0]
+
+
+# what is proven, and what runs once for each ------------------------------------------------------
+
+
+class Reads(nn.Module):
+    """Reads a weight as it stands beside calling what has it; positions of its own; two views."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.table, self.pos = nn.Embedding(11, 8), nn.Linear(8, 8)
+        self.mix, self.out, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "tied":
+            return torch.nn.functional.linear(self.table(x), self.table.weight)
+        if self.way == "read":
+            return torch.nn.functional.linear(x, self.mix.weight, self.mix.bias)
+        if self.way == "positions":
+            rows = torch.eye(8, dtype=x.dtype)[torch.arange(x.shape[1]) % 8]
+            return self.out(x + self.pos(rows))
+        if self.way == "views":
+            both = self.mix(torch.cat([x, x.flip(-1)]))
+            return self.out(both[: len(x)] + both[len(x) :])
+        if self.way == "tokens first":
+            return self.out(self.mix(x.transpose(0, 1)).transpose(0, 1))
+        return self.out(self.mix(x))
+
+
+WAYS: dict[str, tuple[Any, bool | None]] = {
+    "tied": (at("table", unfreeze), None),
+    "read": (at("mix", unfreeze), False),
+    "positions": ([at("pos", lora(rank=2)), at("out", unfreeze)], False),
+    "views": ([at("mix", lora(rank=2)), at("out", unfreeze)], False),
+    "tokens first": ([at("mix", lora(rank=2)), at("out", unfreeze)], False),
+    "plain": ([at("mix", lora(rank=2)), at("out", unfreeze)], True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_rows_are_proven_or_the_model_runs_once_for_each(way: str) -> None:
+    rules, proven = WAYS[way]
+    torch.manual_seed(0)
+    model = operated(Reads(way).double().eval(), rules)
+    words = torch.randint(0, 11, (5, 10), generator=torch.Generator().manual_seed(0))
+    x = words if way == "tied" else torch.randn(5, 10, 8, dtype=torch.float64)
+    with mixed(model, NAMES):
+        got = model(x)
+    close(got, wanted(model, x))
+    assert [*model.surgery.operations[0].rows_proven.values()] == (
+        [] if proven is None else [proven]
+    )
+
+
+@torch.no_grad()
+def test_samples_that_are_alike_prove_nothing() -> None:
+    model = operated(Reads("plain").double().eval(), WAYS["plain"][0])
+    x = torch.ones(5, 10, 8, dtype=torch.float64)
+    with mixed(model, NAMES):
+        got = model(x)
+    close(got, wanted(model, x))
+    assert not model.surgery.operations[0].rows_proven
+
+
+@pytest.mark.parametrize("where", ["**.norm1", "**.linear1", "**.out_proj", "**.self_attn"])
+@torch.no_grad()
+def test_fused_layers_meet_rows_too(where: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double().eval()
+    model = operated(model, at(where, unfreeze))
+    x = torch.randn(5, 7, 24, dtype=torch.float64)
+    with mixed(model, NAMES):
+        got = model(x)
+    close(got, wanted(model, x))
+
+
+@torch.no_grad()
+def test_tables_that_cannot_act_on_what_they_give() -> None:
+    model = nn.Sequential(nn.Embedding(11, 8, sparse=True), nn.Linear(8, 4)).double().eval()
+    model = operated(model, at(weight("0.weight"), lora(rank=2)))
+    x = torch.randint(0, 11, (5, 3))
+    with mixed(model, NAMES):
+        got = model(x)
+    close(got, wanted(model, x))
+
+
+@torch.no_grad()
+def test_once_for_each_where_tokens_are_first() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 3, 32, dropout=0.0)
+    model = operated(nn.TransformerEncoder(layer, 2).double().eval(), at(qkv, lora(rank=2)))
+    x = torch.randn(7, 5, 24, dtype=torch.float64)
+    rows = []
+    for i, name in enumerate(NAMES):
+        activate(model, name)
+        rows.append(model(x[:, i : i + 1]))
+    with mixed(model, NAMES):
+        close(model(x), torch.cat(rows, 1))
+        for wrong in (torch.randn(5, 5, 24), torch.randn(7, 1, 24), torch.randn(7, 10, 24)):
+            with pytest.raises(GraftError, match="5 rows are not to be told"):
+                model(wrong.double())
+
+
+def test_statistics_are_none_of_the_base() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).train()
+    mark = surgery.fingerprint(model)
+    for name in "ab":
+        surgery.apply(model, at("0", lora(rank=2)), name=name)
+    with torch.no_grad(), mixed(model, NAMES):
+        model(torch.randn(5, 8))
+    surgery.revert(model)
+    now = surgery.fingerprint(model)
+    assert all(now[key] == value for key, value in mark.items() if "random" not in key)
+
+
+def test_nothing_else_happens_inside() -> None:
+    model = operated(vit(), at(qkv, lora(rank=2)))
+    calls: list[Any] = [
+        lambda: activate(model, "a"),
+        lambda: train_only(model, "a"),
+        lambda: surgery.merge(model),
+        lambda: surgery.revert(model),
+        lambda: surgery.state_dict(model, name="a"),
+        lambda: copy.deepcopy(model),
+        lambda: mixed(model, NAMES).__enter__(),
+        lambda: surgery.disabled(model).__enter__(),
+        lambda: surgery.apply(model, "lora", name="c"),
+    ]
+    with mixed(model, NAMES):
+        for call in calls:
+            with pytest.raises(OperationError, match="inside mixed"):
+                call()
