@@ -133,23 +133,32 @@ def put_by(done: Sequence[Operation]) -> None:
             if slot.own(operation) is None:  # it was on until the next was applied
                 operation.own[slot.module, slot.name] = later.before
         active = [claim for claim in slot.claims if claim.operation.strength]
-        trained = [claim for claim in active if claim.operation.is_trained]
-        last = (trained or active or slot.claims)[-1]
-        own = slot.own(last.operation)
-        if own is None and not active:
-            own = _copy(slot)
-        elif not active and slot.is_parameter and not _shows(slot, now):
-            names = [claim.operation.name for claim in slot.claims]
-            warnings.warn(
-                f"{slot.name} of a {type(slot.module).__name__} was trained while none of "
-                f"{names}, whose it is, was active: what it learnt is lost. Train what is active, "
-                "surgery.train_only(model, name).",
-                stacklevel=4,
-            )
-        elif active and (own is None or not _shows(slot, now)):
-            own = _learnt(slot, last, now)
-        if own is not None:
-            last.operation.own[slot.module, slot.name] = own
+        if active:
+            _put_by(slot, active, now)
+        else:
+            _put_by_idle(slot, now)
+
+
+def _put_by(slot: Slot, active: list[Claim], now: Mapping[Operation, float]) -> None:
+    trained = [claim for claim in active if claim.operation.is_trained]
+    last = (trained or active)[-1]
+    if slot.own(last.operation) is None or not _shows(slot, now):
+        last.operation.own[slot.module, slot.name] = _learnt(slot, last, now)
+
+
+def _put_by_idle(slot: Slot, now: Mapping[Operation, float]) -> None:
+    """Where none that claims a tensor is active. A warning where it was trained all the same."""
+    last = slot.claims[-1].operation
+    if slot.own(last) is None:
+        last.own[slot.module, slot.name] = _copy(slot)
+    elif slot.is_parameter and not _shows(slot, now):
+        names = [claim.operation.name for claim in slot.claims]
+        warnings.warn(
+            f"{slot.name} of a {type(slot.module).__name__} was trained while none of {names}, "
+            "whose it is, was active: what it learnt is lost. Train what is active, "
+            "surgery.train_only(model, name).",
+            stacklevel=5,
+        )
 
 
 def _learnt(slot: Slot, last: Claim, now: Mapping[Operation, float]) -> Tensor:

@@ -103,19 +103,7 @@ def fill(
             'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
         )
     required = set(state_dict(model, name=name)) - set(buffers(model)) - set(spared)
-    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
-    if missing or extra:
-        facts = [
-            f"{word} {first_few(keys)}"
-            for word, keys in (("lacks", missing), ("has", extra))
-            if keys
-        ]
-        raise FileError(
-            "load",
-            f"the file does not fit this {type(model).__name__}: it {', and '.join(facts)}"
-            + (", which the model has no place for." if extra else "."),
-            "Load it into the model it was made for: the same architecture, depth and head.",
-        )
+    _check_keys(model, required, tensors, places)
     _check_alike(tensors, places)
     journal, done = Journal(), operations(model)
     put_by = bool(own_values(done, operation))
@@ -132,6 +120,25 @@ def fill(
         journal.undo()
         raise
     operation.start.given([key.removeprefix(PARTS) for key in tensors])
+
+
+def _check_keys(
+    model: nn.Module, required: set[str], tensors: Collection[str], places: Collection[str]
+) -> None:
+    """Raise FileError where a key is missing or one too many."""
+    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
+    if missing or extra:
+        facts = [
+            f"{word} {first_few(keys)}"
+            for word, keys in (("lacks", missing), ("has", extra))
+            if keys
+        ]
+        raise FileError(
+            "load",
+            f"the file does not fit this {type(model).__name__}: it {', and '.join(facts)}"
+            + (", which the model has no place for." if extra else "."),
+            "Load it into the model it was made for: the same architecture, depth and head.",
+        )
 
 
 def _own_buffers(
@@ -262,8 +269,7 @@ def load(
     check_state(model, f'load("{path}")', APPLYING)
     contents = read(Path(path))
     about, earlier = contents.about, len(operations(model))
-    if verify:
-        _check_base(model, about.get("base"), contents.call)
+    _check_base(model, about.get("base") if verify else "", contents.call)
     spared = set[str]() if head else _of_heads(model, contents.call)
     tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
     if rules is None and _is_same(model, name, about):
@@ -272,26 +278,33 @@ def load(
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
-    strengths = {operation.name: operation.strength for operation in operations(model)}
-    aside = bool(about.get("alone")) and any(strengths.values())
+    acting = _acting(model) if about.get("alone") else {}
     try:
-        if aside:  # what it made of the base is told from the base
+        if acting:  # its values are told from the base
             activate(model, None)
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
         fill(model, tensors, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
+        return activate(model, {**acting, name: 1.0}) if acting else model
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)
-        if aside:
-            activate(model, strengths)
+        if acting:
+            activate(model, acting)
         raise
-    return activate(model, {**strengths, name: 1.0}) if aside else model
+
+
+def _acting(model: nn.Module) -> dict[str, float]:
+    """How much each operation acts, if any does."""
+    strengths = {operation.name: operation.strength for operation in operations(model)}
+    return strengths if any(strengths.values()) else {}
 
 
 def _check_base(model: nn.Module, known: Any, call: str) -> None:
-    """Raise FileError unless the base of a model has the hash that a file knows."""
+    """Raise FileError unless the base of a model has the hash that a file knows; "": any."""
+    if known == "":
+        return
     if known is None:
         fact = "the file holds no hash of its base."
         raise FileError(call, fact, "Save it by save(model, path, verify=True).")

@@ -17,7 +17,17 @@ from surgery.rules.edits import Insert
 from tests.engine.refusals import apply_error
 from tests.laws import checks as laws
 
-TOKENS = ["vpt_deep", "vpt_shallow", "adapterx", "adapterx_serial", "noah", "daptx", "dapt", "idpt"]
+TOKENS = [
+    "vpt_deep",
+    "vpt_shallow",
+    "adapterx",
+    "adapterx_serial",
+    "noah",
+    "daptx",
+    "dapt",
+    "idpt",
+    "point_peft",
+]
 
 
 class Apart(nn.Module):
