@@ -270,7 +270,7 @@ def load(
     contents = read(Path(path))
     about, earlier = contents.about, len(operations(model))
     _check_base(model, about.get("base") if verify else "", contents.call)
-    spared = set[str]() if head else _of_heads(model, contents.call)
+    spared = _of_heads(model, head, contents.call)
     tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
     if rules is None and _is_same(model, name, about):
         fill(model, tensors, name, spared)
@@ -327,8 +327,10 @@ def _is_same(model: nn.Module, name: str, about: Mapping[str, Any]) -> bool:
     )
 
 
-def _of_heads(model: nn.Module, call: str) -> set[str]:
-    """The keys in a file of what heads hold. Raises FileError where the model has none."""
+def _of_heads(model: nn.Module, head: bool, call: str) -> set[str]:
+    """Without a head, the keys of what heads hold. Raises FileError where the model has none."""
+    if head:
+        return set()
     tree = Tree(model)
     heads = [site for role in roles_of(tree)["head"] for site in tree.sites[role.order : role.end]]
     if not heads:
