@@ -33,13 +33,16 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     names  that of each row, in order; None: the base answers
 
     Parts meet their own rows, low-rank ones at a place all at once (Sheng et al. 2023, S-LoRA);
-    layers that were unfrozen (norms, heads) have the values that each operation gave them. Where
-    an operation puts tokens in, replaces modules, hears others or stands at weights that are read
-    by what is no linear layer, the model runs once for each operation, on its rows. Parts are
-    trained so; what was unfrozen is not, where more than one made something of it.
+    layers that were unfrozen (norms, heads) have the values that each operation gave them. The
+    first forward of a kind shows whether rows stay rows at all these places: two samples of it run
+    twice, in either order. Where they do not, and where an operation puts tokens in, replaces
+    modules, hears others or stands at weights that are read by what is no linear layer, the model
+    runs once for each operation, on its rows. Parts are trained so; what was unfrozen is not, where
+    more than one made something of it.
 
-    Raises OperationError where there is no such operation, inside `disabled`, and where unfrozen
-    tensors would have to be trained; GraftError, in a forward, where rows are not to be told.
+    Raises OperationError where there is no such operation, inside `disabled` or `mixed`, and where
+    unfrozen tensors would have to be trained; GraftError, in a forward, where rows are not to be
+    told.
 
     >>> from surgery import activate, apply, at, lora
     >>> model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
