@@ -121,7 +121,8 @@ FULL = [t for t in TRIED if t not in REFUSED]
 
 
 def by_turns() -> list[tuple[str, str, str]]:
-    """Each law of each set: a law on every other of its backbones, the next on those between.
+    """Each law of each set: a law on every other of its backbones, the next on those between; on
+    every third where it has many.
 
     On all of them of whole Adapter-X, of LoRA, and of sets that are for one backbone alone.
     """
@@ -131,7 +132,8 @@ def by_turns() -> list[tuple[str, str, str]]:
         (rules, backbone, law)
         for rules, backbone in FULL
         for n, law in enumerate(PROPERTIES)
-        if rules in whole or (SETS.index(rules) + n + on[rules].index(backbone)) % 2 == 0
+        for turns in [2 if len(on[rules]) < 5 else 3]
+        if rules in whole or (SETS.index(rules) + n + on[rules].index(backbone)) % turns == 0
     ]
 
 
