@@ -50,7 +50,8 @@ class Reading(TorchFunctionMode):
                 self.sites.setdefault(id_, []).append(hooked)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():
+        copies = func is Tensor.__deepcopy__  # whose memo holds all that was copied so far
+        if copies or torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(value, Tensor) and value.is_meta for value in leaves):
