@@ -181,8 +181,8 @@ def the_base_is_wrapped(patch: Patch) -> None:
 
 
 def unfreezing_makes_new_tensors(patch: Patch) -> None:
-    def train_only(real: Any, self: Operation, modules: Any, chosen: set[int]) -> None:
-        real(self, modules, chosen)
+    def train_only(real: Any, self: Operation, modules: Any, chosen: set[int], *own: Any) -> None:
+        real(self, modules, chosen, *own)
         for module in modules:
             for name, p in list(module._parameters.items()):
                 if p is not None and id(p) in chosen:
@@ -306,7 +306,7 @@ def what_is_unfrozen_stays_so(patch: Patch) -> None:
 
 
 def nothing_is_frozen(patch: Patch) -> None:
-    patch.setattr(Operation, "train_only", lambda self, modules, chosen: None)
+    patch.setattr(Operation, "train_only", lambda self, modules, chosen, own: None)
 
 
 def parts_are_always_float32(patch: Patch) -> None:
