@@ -109,7 +109,7 @@ class MixedForward:
         if torch.compiler.is_compiling():
             return any(known.values())
         places = frozenset(hooked.path for op in self.used for hooked in op.hooked_sites)
-        layers = frozenset(id(layer.module) for layer in self.layers)
+        layers = frozenset(layer.module for layer in self.layers)
         key = kind_of(self.model, args, kwargs), places, layers
         if key not in known:
             other = self._other_row(args, kwargs, axis)
@@ -134,8 +134,11 @@ class MixedForward:
         met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
         if not self._places().keys() == met[0].keys() == met[1].keys():
             return False
-        pairs = [pair for key in met[0] for pair in zip(met[0][key], met[1][key], strict=False)]
-        return all(_are_swapped(a, b, two) for a, b in pairs)
+        return all(
+            len(met[0][key]) == len(met[1][key])
+            and all(_are_swapped(a, b, two) for a, b in zip(met[0][key], met[1][key], strict=True))
+            for key in met[0]
+        )
 
     def _places(self) -> dict[int, nn.Module]:
         """The modules that rows are told at, by id."""

@@ -19,7 +19,7 @@ from .hooks import HookedSite
 from .journal import Journal
 from .mixed_forward import Layer, MixedForward, Values
 from .operation import Operation
-from .owned import Slot, composed, put_by, slots_of
+from .owned import Slot, composed, put_by, shows, slots_of
 from .rows import Group, Rows
 from .tokens import Action
 
@@ -146,7 +146,7 @@ def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], c
     for slot in slots:
         asks = slot.tensor is not None and slot.tensor.requires_grad
         own = [c.operation for c in slot.claims if c.operation in used]
-        shown = [op for op in own if not _is_other(slot, op)]
+        shown = [op for op in own if shows(slot, {op: 1.0})]
         if asks and own and not (own == shown and len(own) == 1):
             raise OperationError(
                 call,
@@ -154,12 +154,6 @@ def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], c
                 f"{[op.name for op in own]}, and is one tensor: not all of these would be.",
                 "Train each by itself, activate(model, name); or freeze it, train_only(model, b).",
             )
-
-
-def _is_other(slot: Slot, op: Operation) -> bool:
-    """Whether a tensor is now another than what an operation alone has made of it."""
-    value, tensor = composed(slot, {op: 1.0}), slot.tensor
-    return tensor is None or not same(value.to(tensor), tensor.detach())
 
 
 def _group(used: list[Operation], rows: Rows, journal: Journal) -> None:

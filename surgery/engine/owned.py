@@ -107,6 +107,12 @@ def composed(slot: Slot, strengths: Mapping[Operation, float]) -> Tensor:
     return value
 
 
+def base_values(done: Sequence[Operation]) -> dict[int, Tensor]:
+    """What tensors of the base are without any operation, by id; of those that one trains."""
+    put_by(done)
+    return {id(slot.tensor): composed(slot, {}) for slot in slots_of(done)}
+
+
 def own_values(
     done: Sequence[Operation], operation: Operation
 ) -> dict[tuple[nn.Module, str], Tensor]:
@@ -142,7 +148,7 @@ def put_by(done: Sequence[Operation]) -> None:
 def _put_by(slot: Slot, active: list[Claim], now: Mapping[Operation, float]) -> None:
     trained = [claim for claim in active if claim.operation.is_trained]
     last = (trained or active)[-1]
-    if slot.own(last.operation) is None or not _shows(slot, now):
+    if slot.own(last.operation) is None or not shows(slot, now):
         last.operation.own[slot.module, slot.name] = _learnt(slot, last, now)
 
 
@@ -151,7 +157,7 @@ def _put_by_idle(slot: Slot, now: Mapping[Operation, float]) -> None:
     last = slot.claims[-1].operation
     if slot.own(last) is None:
         last.own[slot.module, slot.name] = _copy(slot)
-    elif slot.is_parameter and not _shows(slot, now):
+    elif slot.is_parameter and not shows(slot, now):
         names = [claim.operation.name for claim in slot.claims]
         warnings.warn(
             f"{slot.name} of a {type(slot.module).__name__} was trained while none of {names}, "
@@ -169,7 +175,7 @@ def _learnt(slot: Slot, last: Claim, now: Mapping[Operation, float]) -> Tensor:
     return last.before + (_copy(slot) - below) / strength
 
 
-def _shows(slot: Slot, now: Mapping[Operation, float]) -> bool:
+def shows(slot: Slot, now: Mapping[Operation, float]) -> bool:
     """Whether a tensor is what its operations make of it, in the dtype that it has now."""
     tensor = _copy(slot)
     return same(tensor, composed(slot, now).to(tensor))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.operation import operations
-from ..engine.owned import composed, put_by, slots_of
+from ..engine.owned import base_values
 from ..structure.layers import named_modules
 
 
@@ -29,10 +29,7 @@ def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def hash_of_base(model: nn.Module) -> str:
     """That of the parameters of a model as they are without any operation."""
-    done = operations(model)
-    if done:
-        put_by(done)
-    before = {id(slot.tensor): composed(slot, {}) for slot in slots_of(done)}
+    before = base_values(operations(model))
     return hash_of(
         (f"{path}.{name}".lstrip("."), before.get(id(tensor), tensor))
         for path, module in named_modules(model)

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..engine.activity import activate
 from ..engine.apply import operated
 from ..engine.conditions import DISABLED, READING, check_state
-from ..engine.owned import composed, put_by, slots_of
+from ..engine.owned import base_values
 from ..errors import FileError
 from ..structure.module_tree import ADDITIONS
 from .checkpoint import load, save
@@ -38,8 +39,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if own is None:
         fact = f"a {type(model).__name__} has no save_pretrained of its own."
         raise FileError(call, fact, "surgery.save(model, path) writes what was added and trained.")
-    put_by(done)
-    before = {id(slot.tensor): composed(slot, {}) for slot in slots_of(done)}
+    before = base_values(done)
     base: dict[str, Tensor] = {
         key: before.get(id(tensor), tensor).detach()
         for key, tensor in model.state_dict(keep_vars=True).items()
@@ -68,8 +68,6 @@ def from_pretrained(
     Traceback (most recent call last):
     surgery.errors.FileError: from_pretrained("nowhere"): there is no surgery.json...
     """
-    from ..engine.activity import activate
-
     call, source = f'from_pretrained("{folder}")', Path(folder)
     if not (source / "surgery.json").is_file():
         fact = "there is no surgery.json in it, so nothing of surgery's."

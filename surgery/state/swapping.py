@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.apply import operated
+from ..engine.apply import named, operated
 from ..engine.operation import Operation
 from ..engine.planning import Plan
-from ..errors import FileError, OperationError
+from ..errors import FileError
 from .checkpoint import fill, state_dict
 from .reading import PARTS, Contents, plan_of, read
 
@@ -38,15 +38,12 @@ def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
     torch.Size([1, 4, 8])
     """
     call = f'swap(model, "{name}", "{path}")'
-    done = {operation.name: operation for operation in operated(model, call)}
-    if name not in done:
-        fact = f'there is no operation "{name}"; there are, in order: {", ".join(done)}.'
-        raise OperationError(call, fact, "Give one of these, or load(model, path, name=...).")
+    (operation,) = named(operated(model, call), [name], call)
     contents = read(Path(path))
     plan = plan_of(contents, model, None, name=f"{name}_of_file", balance=None, example=None)
-    sketches = _own(plan.parts)
-    here: dict[str, Any] = dict(done[name].named_children())
-    if sketches.keys() != here.keys() or _joins_of(plan) != _joins(done[name]):
+    sketches: dict[str, Any] = _own(plan.parts)
+    here: dict[str, Any] = dict(operation.named_children())
+    if sketches.keys() != here.keys() or _joins_of(plan) != _joins(operation):
         raise _other(contents, call)
     now, tensors = state_dict(model, name=name), dict(contents.tensors)
     for key, there in sketches.items():
@@ -55,9 +52,9 @@ def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
         for tensor in ("A", "B"):
             at = f"{PARTS}{key}.{tensor}"
             if _is_low_rank(there) and at in tensors and at in now:
-                scale = _scale(there) / _scale(here[key]) if tensor == "B" else 1.0
+                scale = float(there.scale) / here[key].scale if tensor == "B" else 1.0
                 tensors[at] = _in_room(scale * tensors[at], now[at], call)
-    with done[name].streams.paused():
+    with operation.streams.paused():
         fill(model, tensors, name)
     return model
 
@@ -85,10 +82,6 @@ def _joins(operation: Operation) -> list[tuple[Any, ...]]:
 
 def _is_low_rank(part: Any) -> bool:
     return hasattr(part, "maps") and hasattr(part, "rank") and hasattr(part, "scale")
-
-
-def _scale(part: Any) -> float:
-    return float(part.scale)
 
 
 def _told(part: nn.Module) -> list[tuple[Any, ...]]:

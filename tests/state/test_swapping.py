@@ -15,21 +15,10 @@ from surgery import activate, adapter, at, ffn, head, lora, parallel, qkv, share
 from surgery.cli import main
 from surgery.errors import FileError, OperationError
 from surgery.parts import moa
-from tests.engine.test_activity import train
-from tests.models import images, tiny_vit
+from tests.engine.test_activity import answer, train, vit
+from tests.models import images
 
 X = images().double()
-
-
-def vit() -> nn.Module:
-    torch.manual_seed(0)
-    return tiny_vit().double().eval()
-
-
-@torch.no_grad()
-def answer(model: nn.Module) -> Tensor:
-    out: Tensor = model(X)
-    return out
 
 
 def made(rules: Any, file: Path, seed: int = 0) -> Tensor:
