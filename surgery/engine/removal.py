@@ -39,14 +39,15 @@ def take_out(chosen: Operation, done: Sequence[Operation]) -> set[int]:
         for slot in slots_of(done)
         if (id(slot.module), slot.name) in claims or slot.name in slot.module._buffers
     ]
-    written = {id(slot.tensor) for slot, _ in meant}
+    written, after = {id(slot.tensor) for slot, _ in meant}, After(later)
 
     def work() -> None:
         chosen.undone = True
         entries = chosen.journal.entries
         while entries:
-            _take_back(entries[-1], chosen, later)
+            _take_back(entries[-1], chosen, after)
             entries.pop()
+        after.take_over()
         for slot, value in meant:
             Journal().write(slot.module, slot.name, value)
         for module, name in chosen.claims:
@@ -59,38 +60,62 @@ def take_out(chosen: Operation, done: Sequence[Operation]) -> set[int]:
     return written
 
 
-def _take_back(entry: Entry, chosen: Operation, later: list[Operation]) -> None:
+class After:
+    """Later operations: their first change of each place, and what they are to undo, too."""
+
+    def __init__(self, later: list[Operation]) -> None:
+        self.later, self.moved = later, list[Entry]()
+        self.first: dict[tuple[Any, ...], tuple[Operation, int]] = {}
+        for operation in later:
+            for i, entry in enumerate(operation.journal.entries):
+                if isinstance(entry, (Value, Flag, Gradient, Key)):
+                    self.first.setdefault(_slot(entry), (operation, i))
+
+    def find(self, entry: Entry) -> tuple[Operation, int, Any] | None:
+        """The next change of the same kind at the same place."""
+        found = self.first.get(_slot(entry))
+        return found and (*found, found[0].journal.entries[found[1]])
+
+    def move(self, entry: Entry) -> None:
+        """Let the next operation undo it; where there is none, undo it now."""
+        if not self.later:
+            entry.undo()
+        elif all(moved is not entry for moved in self.moved[-1:]):
+            self.moved.append(entry)
+
+    def take_over(self) -> None:
+        """Give the next operation what it is to undo, before its own."""
+        if self.moved:
+            self.later[0].journal.entries[:0] = reversed(self.moved)
+            self.moved.clear()
+
+
+def _take_back(entry: Entry, chosen: Operation, after: After) -> None:
     """Undo one change, or let a later operation undo it: the one that stands on it."""
     if isinstance(entry, (Value, Flag, Gradient)):
-        _hand_on(entry, later)
+        _hand_on(entry, after)
     elif isinstance(entry, Key):
-        _take_back_key(entry, chosen, later)
+        _take_back_key(entry, chosen, after)
     elif isinstance(entry, Hook) and not isinstance(entry.owner, Between):
         entry.undo()
     else:
-        _move(entry, later)
+        after.move(entry)
 
 
-def _hand_on(entry: Value | Flag | Gradient, later: list[Operation]) -> None:
+def _hand_on(entry: Value | Flag | Gradient, after: After) -> None:
     """What a tensor was before this is what it was before the next that changed it."""
-    for operation in later:
-        for i, theirs in enumerate(operation.journal.entries):
-            if type(theirs) is type(entry) and _slot(theirs) == _slot(entry):
-                if isinstance(entry, Value) and isinstance(theirs, Value):
-                    _rebase(operation, theirs, entry.value)
-                changed: Any = {
-                    "trained": getattr(entry, "trained", None),
-                    "grad": getattr(entry, "grad", None),
-                    "value": getattr(entry, "value", None),
-                }
-                fields = {k: v for k, v in changed.items() if k in type(entry)._fields}
-                operation.journal.entries[i] = theirs._replace(**fields)
-                return
+    if found := after.find(entry):
+        operation, i, theirs = found
+        if isinstance(entry, Value):
+            _rebase(operation, theirs, entry.value)
+        field = {Value: "value", Flag: "trained", Gradient: "grad"}[type(entry)]
+        operation.journal.entries[i] = theirs._replace(**{field: getattr(entry, field)})
+        return
     if isinstance(entry, Value):
         return
-    claimed = any((entry.module, entry.name) in operation.claims for operation in later)
+    claimed = any((entry.module, entry.name) in operation.claims for operation in after.later)
     if claimed or (isinstance(entry, Flag) and entry.trained):  # which others want frozen, too
-        _move(entry, later)
+        after.move(entry)
     else:
         entry.undo()
 
@@ -102,13 +127,13 @@ def _rebase(operation: Operation, theirs: Value, before: Tensor) -> None:
         operation.own[theirs.module, theirs.name] = before + (own - theirs.value)
 
 
-def _take_back_key(entry: Key, chosen: Operation, later: list[Operation]) -> None:
+def _take_back_key(entry: Key, chosen: Operation, after: After) -> None:
     if entry.table == "_modules" and entry.new is chosen:
         entry.undo()
     elif isinstance(entry.module, Between) and entry.key == "switches":
         switches = tuple(on for on in entry.module.switches if owner_of(on) is not chosen)
         entry.module.switches = switches
-    elif theirs := _later_key(entry, later):
+    elif theirs := after.find(entry):
         operation, i, key = theirs
         operation.journal.entries[i] = key._replace(was=entry.was)
         replaced = owner_of(key.new)
@@ -118,29 +143,12 @@ def _take_back_key(entry: Key, chosen: Operation, later: list[Operation]) -> Non
         entry.undo()
     else:
         methods = owner_of(entry.new)
-        if entry.key in FROZEN_METHODS and isinstance(methods, FrozenStatistics) and later:
-            methods.switch = later[0]
-        _move(entry, later)
-
-
-def _later_key(entry: Key, later: list[Operation]) -> tuple[Operation, int, Key] | None:
-    """The next change of the same key."""
-    for operation in later:
-        for i, key in enumerate(operation.journal.entries):
-            if isinstance(key, Key) and _slot(key) == _slot(entry):
-                return operation, i, key
-    return None
-
-
-def _move(entry: Entry, later: list[Operation]) -> None:
-    """Let the next operation undo it; where there is none, undo it now."""
-    if not later:
-        entry.undo()
-    elif all(theirs is not entry for theirs in later[0].journal.entries):
-        later[0].journal.entries.insert(0, entry)
+        if entry.key in FROZEN_METHODS and isinstance(methods, FrozenStatistics) and after.later:
+            methods.switch = after.later[0]
+        after.move(entry)
 
 
 def _slot(entry: Any) -> tuple[Any, ...]:
     if isinstance(entry, Key):
-        return id(entry.module), entry.table, entry.key
-    return id(entry.module), entry.name
+        return type(entry), id(entry.module), entry.table, entry.key
+    return type(entry), id(entry.module), entry.name
