@@ -27,7 +27,7 @@ from .conditions import (
 from .journal import Journal, Value, completed
 from .obstacles import dotted, refuse
 from .operation import Operation, check_operable, operations
-from .owned import claimed_by, composed, put_by, slots_of
+from .owned import claimed_by, composed, own_parameters, put_by, slots_of
 from .plain import check_kept
 from .planning import Plan
 from .removal import take_out, went_on
@@ -209,8 +209,11 @@ def _lend(done: list[Operation], off: list[Operation], journal: Journal) -> None
         journal.write(value.module, value.name, value.value, lent=True)
 
 
-def parameters(model: nn.Module) -> list[nn.Parameter]:
+def parameters(model: nn.Module, names: Iterable[str] | None = None) -> list[nn.Parameter]:
     """What to optimise: the trainable parameters of the parts and of what was unfrozen.
+
+    names  operations that batches are to train together, each its own rows (`mixed`): what they
+           unfroze is a parameter of each of them then, which acts, and learns, in `mixed` alone
 
     What only operations that are not active train of the base is not among them. What was
     unfrozen by hand, and the parameters of new modules, are; they are known
@@ -226,6 +229,10 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     done = operated(model, "parameters(model)")
     check_state(model, "parameters(model)", TRAINING)
     adopt(model)
+    if names is not None:
+        chosen = named(done, [*names], f"parameters(model, {[*names]!r})")
+        parts = [p for op in chosen for p in op.parameters() if p.requires_grad]
+        return [*dict.fromkeys(parts), *(p for op in chosen for p in own_parameters(done, op))]
     idle = claimed_by([op for op in done if not op.strength])
     idle -= claimed_by([op for op in done if op.strength])
     return [p for p in model.parameters() if p.requires_grad and id(p) not in idle]

@@ -20,10 +20,9 @@ from .features import declared, input_of
 from .hooks import HookedSite
 from .kinds import PLAIN, kind_of
 from .operation import Operation
-from .rows import Rows
+from .rows import CLOSE, Rows, mixes_rows, takes_statistics, unseen
 
 Values = dict[tuple[nn.Module, str], Tensor]
-CLOSE = 1e-3  # of the largest number: what a batch in another order may round otherwise
 
 
 class Layer:
@@ -41,10 +40,13 @@ class Layer:
         if not self.rows.on:
             return self.base(*args, **kwargs)
         x, _ = input_of(args, kwargs, self)
-        axis = self.rows.axis(x, self.path)
-        pieces = self.rows.taken(x, axis)
-        outs = [self._run(p, values) for p, values in zip(pieces, self.values, strict=True)]
-        return self.rows.joined(outs, axis, x.shape[axis])
+        if self.rows.all_act:
+            if mixes_rows(self.module):
+                raise takes_statistics(self.path)
+            *outs, rest = [self._run(x, values) for values in self.values]
+            return self.rows.chosen(rest, self.path, [*enumerate(outs)])
+        pieces, join = self.rows.split(x, self.path)
+        return join([self._run(p, values) for p, values in zip(pieces, self.values, strict=True)])
 
     def seen(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook that does nothing: torch's fused layers look for any."""
@@ -81,7 +83,11 @@ class MixedForward:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x, _ = input_of(args, kwargs, self)
         axis = self.rows.axis(x, "", whole=True)
+        if not torch.compiler.is_compiling():
+            self.rows.begin()
         if not (self.by_rows and self._is_proven(args, kwargs, axis)):
+            if self.rows.all_act:
+                raise unseen("")
             return self._apart(args, kwargs, axis)
         with self._strengths({*self.used}):
             self.rows.on = True
@@ -105,6 +111,8 @@ class MixedForward:
 
     def _is_proven(self, args: Any, kwargs: Any, axis: int) -> bool:
         """Whether rows are rows at all places, as two forwards of two samples showed or show."""
+        if self.rows.are_tokens:
+            return True  # which are told by as many rows as there are, of as many tokens
         known = self.done[0].rows_proven
         if torch.compiler.is_compiling():
             return any(known.values())
@@ -130,7 +138,7 @@ class MixedForward:
 
     def _prove(self, args: Any, kwargs: Any, axis: int, other: int) -> bool:
         order = torch.tensor([0, other], device=self.rows.rest.device)
-        two = Rows(2, (), order[:0], self.rows.tokens_first)
+        two = Rows(torch.full_like(order, -1), 0, self.rows.tokens_first, False)
         met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
         if not self._places().keys() == met[0].keys() == met[1].keys():
             return False

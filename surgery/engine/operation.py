@@ -109,6 +109,7 @@ class Operation(Switch):
     claims         the parameters of the base that its rules train: a module, and a name there
     trains         the names of those of its parts that are trained
     own            what it has made of tensors of the base, where others are active since
+    own_parameters  what it trains of the base in mixed batches, each a parameter of its own
     rows_proven    of kinds of forwards, whether rows were seen to stay rows
     """
 
@@ -126,6 +127,7 @@ class Operation(Switch):
         self.claims: list[tuple[nn.Module, str]] = []
         self.trains: frozenset[str] = frozenset()
         self.own: dict[tuple[nn.Module, str], Tensor] = {}
+        self.own_parameters: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self.is_trained = True  # unless train_only names others
         self.rows_proven: dict[Any, bool] = {}
         self.start = MissingStart(self, self.journal)

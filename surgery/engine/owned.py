@@ -55,8 +55,11 @@ class Slot(NamedTuple):
         return operation.own.get((self.module, self.name))
 
 
-def slots_of(done: Sequence[Operation]) -> Iterator[Slot]:
-    """The tensors of the base that operations train; buffers that have changed, or once had."""
+def slots_of(done: Sequence[Operation], norms: bool = False) -> Iterator[Slot]:
+    """The tensors of the base that operations train; buffers that have changed, or once had.
+
+    norms  also the other buffers of modules of which they train something: statistics
+    """
     found: dict[tuple[int, str], Slot] = {}
     for operation in done:
         for value in _claimed(operation):
@@ -64,13 +67,16 @@ def slots_of(done: Sequence[Operation]) -> Iterator[Slot]:
             slot = found.setdefault(key, Slot(value.module, value.name, [], []))
             if all(claim.operation is not operation for claim in slot.claims):
                 slot.claims.append(Claim(operation, value.value))
+    trained = {id(module) for operation in done for module, _ in operation.claims}
     firsts: dict[int, Slot] = {}
     for slot in found.values():
         first = firsts.setdefault(id(slot.tensor), slot)
         if first is not slot:
             first.tied.append((slot.module, slot.name))
     for slot in firsts.values():
-        if slot.tensor is not None and not slot.tensor.is_meta and _is_in_use(slot):
+        if slot.tensor is None or slot.tensor.is_meta:
+            continue
+        if _is_in_use(slot) or (norms and id(slot.module) in trained):
             yield slot
 
 
@@ -105,6 +111,21 @@ def composed(slot: Slot, strengths: Mapping[Operation, float]) -> Tensor:
         else:
             value = value + strength * (own - before).to(value)
     return value
+
+
+def own_parameters(done: Sequence[Operation], operation: Operation) -> list[nn.Parameter]:
+    """What an operation trains of the base, each a parameter of its own, for mixed batches."""
+    put_by(done)
+    found = []
+    for slot in slots_of(done):
+        mine = [claim for claim in slot.claims if claim.operation is operation]
+        if mine and isinstance(slot.tensor, nn.Parameter) and operation.is_trained:
+            value = composed(slot, {operation: 1.0}).to(slot.tensor)
+            key = slot.module, slot.name
+            if key not in operation.own_parameters:
+                operation.own_parameters[key] = nn.Parameter(value.detach().clone())
+            found.append(operation.own_parameters[key])
+    return found
 
 
 def base_values(done: Sequence[Operation]) -> dict[int, Tensor]:
@@ -169,10 +190,15 @@ def _put_by_idle(slot: Slot, now: Mapping[Operation, float]) -> None:
 
 def _learnt(slot: Slot, last: Claim, now: Mapping[Operation, float]) -> Tensor:
     """What the latest that is active has made of a tensor, of which it is so much."""
-    below, strength = composed(slot, {**now, last.operation: 0.0}), last.operation.strength
-    if strength == 1 and same(below, last.before):
-        return _copy(slot)
-    return last.before + (_copy(slot) - below) / strength
+    return learnt(slot, last, now, _copy(slot))
+
+
+def learnt(slot: Slot, claim: Claim, now: Mapping[Operation, float], value: Tensor) -> Tensor:
+    """What an operation has made of a tensor that is this where operations are so active."""
+    below, strength = composed(slot, {**now, claim.operation: 0.0}), now[claim.operation]
+    if not value.is_floating_point() or (strength == 1 and same(below, claim.before)):
+        return value
+    return claim.before + (value - below) / strength
 
 
 def shows(slot: Slot, now: Mapping[Operation, float]) -> bool:
