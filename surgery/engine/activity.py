@@ -42,7 +42,7 @@ def activate(model: Model, names: Names) -> Model:
     """
     done = operated(model, "activate(model, ...)")
     check_state(model, "activate(model, ...)", DISABLED)
-    strengths = _strengths(done, names)
+    strengths = _strengths(done, names, f"activate(model, {names!r})")
     if any(op.strength != strengths[op] for op in done):
         if any(op.claims for op in done) or any(True for _ in slots_of(done)):
             check_state(model, "activate(model, ...)", WRITING)
@@ -71,7 +71,8 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
     """
     done = operated(model, "train_only(model, ...)")
     check_state(model, "train_only(model, ...)", DISABLED, WRITING)
-    chosen = {op for op, strength in _strengths(done, names).items() if strength}
+    strengths = _strengths(done, names, f"train_only(model, {names!r})")
+    chosen = {op for op, strength in strengths.items() if strength}
     wanted = claimed_by(chosen)
     if len(done) > 1:
         put_by(done)  # what was learnt until now is of those that learnt it
@@ -86,11 +87,10 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
     return model
 
 
-def _strengths(done: list[Operation], names: Names) -> dict[Operation, float]:
+def _strengths(done: list[Operation], names: Names, call: str) -> dict[Operation, float]:
     """How much each is to act. Raises OperationError."""
     asked = _by_name(names)
     known = {op.name: op for op in done}
-    call = f"activate(model, {names!r})"
     named(done, asked, call)
     for name, strength in asked.items():
         if isinstance(strength, bool) or not isinstance(strength, (int, float)):

@@ -209,7 +209,7 @@ def _lend(done: list[Operation], off: list[Operation], journal: Journal) -> None
         journal.write(value.module, value.name, value.value, lent=True)
 
 
-def parameters(model: nn.Module, names: Iterable[str] | None = None) -> list[nn.Parameter]:
+def parameters(model: nn.Module, names: str | Iterable[str] | None = None) -> list[nn.Parameter]:
     """What to optimise: the trainable parameters of the parts and of what was unfrozen.
 
     names  operations that batches are to train together, each its own rows (`mixed`): what they
@@ -230,7 +230,8 @@ def parameters(model: nn.Module, names: Iterable[str] | None = None) -> list[nn.
     check_state(model, "parameters(model)", TRAINING)
     adopt(model)
     if names is not None:
-        chosen = named(done, [*names], f"parameters(model, {[*names]!r})")
+        asked = [names] if isinstance(names, str) else [*names]
+        chosen = named(done, asked, f"parameters(model, {asked!r})")
         parts = [p for op in chosen for p in op.parameters() if p.requires_grad]
         return [*dict.fromkeys(parts), *(p for op in chosen for p in own_parameters(done, op))]
     idle = claimed_by([op for op in done if not op.strength])

@@ -215,7 +215,7 @@ def test_what_several_unfroze_is_trained_in_one_batch(name: str) -> None:
             (model(X) * weights).sum().backward()
             optimizer.step()
     with torch.no_grad():
-        close(wanted(model, X), want)
+        close(wanted(model, X), want, eps=64)  # after three steps
         surgery.revert(model)
         close(model(X)[1:2], want[1:2])
 
