@@ -45,6 +45,7 @@ def apply(
     seed: int = 0,
     name: str = "default",
     balance: float | Callable[[], float] | None = None,
+    room: int | None = None,
 ) -> Model:
     """Rewrite `model` in place by `rules`, all or nothing, and return it.
 
@@ -65,6 +66,8 @@ def apply(
              loss is over k accumulated micro-batches: lambda: 0.01 * scaler.get_scale() / k, or
              0.01 / k, which is the mean over these (one large batch has another balance than the
              mean of its parts). None: keep the gates for `balance_loss`
+    room     how many ranks low-rank parts have at most, which files for `swap` may use; what the
+             rules do not use of them is zero, not trained, and not saved
 
     Raises RuleError, MatchError, ConflictError, OperationError or GraftError, model untouched.
 
@@ -77,7 +80,7 @@ def apply(
     check_operable(model)
     check_state(model, "apply(model, ...)", APPLYING)
     check_example(model, example, "apply(model, example=...)")
-    plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
+    plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example, room=room)
     plan.apply(example)
     return model
 

@@ -141,8 +141,9 @@ class Operation(Switch):
         for earlier in operations(model):
             self.streams = earlier.streams
         self.model.append(model)
-        modules = list(model.modules())
         additions = additions_of(model)
+        theirs = {*additions.modules()} if additions else set()  # which are not ours to bring back
+        modules = [module for module in model.modules() if module not in theirs]
         if additions is None:
             additions, host = Additions(), _host(model)
             if host is not model:

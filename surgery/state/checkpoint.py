@@ -36,6 +36,7 @@ from ..engine.trained import (
 )
 from ..engine.watched import check_watched
 from ..errors import FileError, OperationError
+from ..parts.room import can_have_room, room_of, used
 from ..rules.rule import Rules
 from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
@@ -61,6 +62,9 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     """
     operation = _operation(model, name)
     parts = {PARTS + key: tensor for key, tensor in operation.state_dict().items()}
+    for path, part in operation.named_modules():
+        if room_of(part) is not None:  # what is room is of no file
+            parts |= {f"{PARTS}{path}.{key}": tensor.detach() for key, tensor in used(part)}
     own = own_values(operations(model), operation)
     trained = [*trained_of(model, operation), *changed_buffers(model, operation, own)]
     order = {path: i for i, (path, _) in enumerate(named_modules(model))}
@@ -243,6 +247,7 @@ def load(
     example: Any = None,
     head: bool = True,
     verify: bool = False,
+    room: int | None = None,
 ) -> Model:
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
@@ -252,6 +257,7 @@ def load(
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
     head     False: what is in the file of heads is left out, for other classes than it was made for
     verify   whether the base must be the very one that the file was made for, as its hash tells
+    room     as `apply` takes it: for how many ranks there is to be room for files of `swap`
 
     All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
     executed. Raises FileError, and what `apply` raises.
@@ -272,10 +278,10 @@ def load(
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
     tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
-    if rules is None and _is_same(model, name, about):
+    if rules is None and _is_same(model, name, about, room):
         fill(model, tensors, name, spared)
         return model
-    plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
+    plan = plan_of(contents, model, rules, name=name, balance=balance, example=example, room=room)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
     acting = _acting(model) if about.get("alone") else {}
@@ -316,13 +322,18 @@ def _check_base(model: nn.Module, known: Any, call: str) -> None:
         )
 
 
-def _is_same(model: nn.Module, name: str, about: Mapping[str, Any]) -> bool:
-    """Whether a model was operated under this name by the rules of a file, at the same places."""
+def _is_same(model: nn.Module, name: str, about: Mapping[str, Any], room: int | None) -> bool:
+    """Whether a model was operated under this name by the rules of a file, at the same places, and
+    has the room that is asked for, if any is."""
     return any(
         operation.name == name
         and bool(operation.record["data"])
         and operation.record["data"] == about["rules"]
         and [row["paths"] for row in operation.record["rows"]] == about["sites"]
+        and (
+            room is None
+            or all(room_of(p) == room for p in operation.children() if can_have_room(p))
+        )
         for operation in operations(model)
     )
 

@@ -22,6 +22,7 @@ from ..engine.operation import Operation, check_operable, operations
 from ..engine.planning import Plan
 from ..engine.trained import Place, buffers_of
 from ..errors import FileError, RuleError
+from ..parts.room import without_room
 from ..parts.shared_low_rank import SharedLoRA
 from ..parts.sparse_updates import rows
 from ..rules.edits import Edit, parallel, unfreeze
@@ -349,7 +350,10 @@ def _words(config: Config, model: nn.Module, shapes: Any) -> list[Rule]:
 def joints_of(operation: Operation) -> list[tuple[str, Joint]]:
     """The parts of an operation, each with the place that it is joined to, without rows."""
     return [
-        (hooked.path.partition("[")[0], Joint(action.part, action.place, action.scale, rows))
+        (
+            hooked.path.partition("[")[0],
+            Joint(without_room(action.part), action.place, action.scale, rows),
+        )
         for hooked in operation.hooked_sites
         for rows in [hooked.rows if isinstance(hooked, HookedWeight) else None]
         for action in hooked.actions

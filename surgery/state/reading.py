@@ -161,6 +161,7 @@ def plan_of(
     name: str,
     balance: float | None,
     example: Any,
+    room: int | None = None,
 ) -> Plan:
     """The plan of the rules given, or of a file's own, whose parts must have the shapes in it.
 
@@ -169,15 +170,17 @@ def plan_of(
     seed, decided = contents.about["seed"], _decided(contents.about)
     if given is not None:
         plan = Plan(
-            model, given, seed=seed, name=name, balance=balance, example=example, decided=decided
-        )
+            model, given, seed=seed, name=name, balance=balance, example=example, decided=decided,
+            room=room,
+        )  # fmt: skip
         _check_sites(contents, plan)
         return plan
     rules = rules_of(contents)
     with nullcontext() if example is not None else _guarded(contents):  # a model's own errors pass
         plan = Plan(
-            model, rules, seed=seed, name=name, balance=balance, example=example, decided=decided
-        )
+            model, rules, seed=seed, name=name, balance=balance, example=example, decided=decided,
+            room=room,
+        )  # fmt: skip
     _check_sites(contents, plan)
     count = 1000 + 100 * (len(contents.tensors) + len(plan.placements))
     with _guarded(contents), _counted(contents, count):
