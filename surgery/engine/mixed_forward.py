@@ -138,7 +138,7 @@ class MixedForward:
 
     def _prove(self, args: Any, kwargs: Any, axis: int, other: int) -> bool:
         order = torch.tensor([0, other], device=self.rows.rest.device)
-        two = Rows(torch.full_like(order, -1), 0, self.rows.tokens_first, False)
+        two = Rows(torch.tensor([-1, -1]), 0, self.rows.tokens_first, False, order.device)
         met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
         if not self._places().keys() == met[0].keys() == met[1].keys():
             return False

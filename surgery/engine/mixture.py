@@ -63,7 +63,7 @@ def mixed(
     check_state(model, call, DISABLED, WRITING)
     used = named(done, {name for name in names if name is not None}, call)
     if rows is not None:
-        _check_rows(rows, names, call)
+        _check_rows(model, rows, names, call)
         used.sort(key=lambda operation: names.index(operation.name))
     journal = Journal()
     put_by(done)
@@ -77,7 +77,12 @@ def mixed(
         _keep(slots, done, used, values)
 
 
-def _check_rows(rows: Tensor, names: Sequence[str | None], call: str) -> None:
+def _check_rows(model: nn.Module, rows: Tensor, names: Sequence[str | None], call: str) -> None:
+    if rows.device != _device(model):
+        fact = f"rows is on {rows.device}, and the model on {_device(model)}."
+        raise OperationError(
+            call, fact, f'Make it there, torch.tensor(..., device="{_device(model)}").'
+        )
     if rows.is_floating_point() or rows.is_complex() or rows.dim() not in (1, 2):
         fact = f"rows is {tuple(rows.shape)}, {rows.dtype}."
         raise OperationError(call, fact, "Give whole numbers, (rows,) or (rows, tokens).")
@@ -91,12 +96,16 @@ def _rows(
 ) -> Rows:
     torch_attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     tokens_first = any(not m.batch_first for m in torch_attentions)
+    device = _device(model)
     if rows is not None:
-        return Rows(rows, len(used), tokens_first, is_read=True)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return Rows(rows, len(used), tokens_first, True, device)
     number = {op.name: k for k, op in enumerate(used)}
-    index = torch.tensor([-1 if name is None else number[name] for name in names], device=device)
-    return Rows(index, len(used), tokens_first, is_read=False)
+    index = torch.tensor([-1 if name is None else number[name] for name in names])
+    return Rows(index, len(used), tokens_first, False, device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _join(

@@ -29,17 +29,20 @@ class Rows:
     on            whether places act by rows now
     """
 
-    def __init__(self, index: Tensor, count: int, tokens_first: bool, is_read: bool) -> None:
-        self.index, self.count, self.tokens_first = index, count, tokens_first
+    def __init__(
+        self, index: Tensor, count: int, tokens_first: bool, is_read: bool, device: torch.device
+    ) -> None:
+        self.told, self.index, self.count = index, index.to(device), count
+        self.tokens_first = tokens_first
         self.is_read, self.on, self.version = is_read, False, -1
         self.begin()
 
     def begin(self) -> None:
         """Where the rows of each are now, and those of nobody. Raises GraftError."""
-        version = -1 if self.index.is_inference() else self.index._version
+        version = -1 if self.told.is_inference() else self.told._version
         if version == self.version != -1:
             return
-        self.version, index = version, self.index.flatten()
+        self.version, index = version, self.told.flatten()
         if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < self.count:
             raise GraftError(
                 "mixed(model, names, rows=...)",
@@ -47,8 +50,8 @@ class Rows:
                 f"{self.count} names.",
                 "Give the positions of names, from 0; -1 for a row of the base.",
             )
-        self.each = [(index == k).nonzero().flatten() for k in range(self.count)]
-        self.rest = (index == -1).nonzero().flatten()
+        *each, rest = [(index == k).nonzero().flatten() for k in (*range(self.count), -1)]
+        self.each, self.rest = [i.to(self.index.device) for i in each], rest.to(self.index.device)
 
     @property
     def of(self) -> int:

@@ -155,6 +155,7 @@ def test_what_looks_at_other_tokens_is_not_packed() -> None:
         (AB, torch.tensor([0, -2, 1]), "rows go from -2 to 1"),
         (AB, torch.tensor([0.0, 1.0]), "torch.float32"),
         (AB, torch.zeros(2, 2, 2).long(), r"\(2, 2, 2\)"),
+        (AB, torch.zeros(2, device="meta").long(), "on meta, and the model on cpu"),
         (["a", None], torch.tensor([0]), "each once"),
         (["a", "a"], torch.tensor([0]), "each once"),
         (["a", "c"], torch.tensor([0]), 'no operation "c"'),
