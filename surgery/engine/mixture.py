@@ -85,7 +85,7 @@ def _join(
 ) -> None:
     """Let places and layers act by rows, or the model as a whole."""
     put_by(done)
-    slots = list(slots_of(done))
+    slots = [slot for slot in slots_of(done) if _is_met(slot, used)]
     values = [_values(slots, op) for op in (*used, None)]
     _check_trained(model, slots, used, call)
     layers: list[Layer] = []
@@ -99,8 +99,14 @@ def _join(
         journal.hook(layer.module, layer.seen)  # no fused kernel reads the weights of one
     for op in done:
         journal.set(op, "is_mixed", True)
+        journal.set(op, "has_rows", op in used)
     forward = MixedForward(model, done, used, rows, values, layers, by_rows)
     journal.set(model, "forward", forward.forward)
+
+
+def _is_met(slot: Slot, used: list[Operation]) -> bool:
+    """Whether a tensor is another for some row than it is now, or may be: not by what is off."""
+    return any(claim.operation in used or claim.operation.strength for claim in slot.claims)
 
 
 def _acts_by_rows(op: Operation) -> bool:
