@@ -10,7 +10,7 @@ import torch
 
 from .timing import machine
 
-SUBJECTS = ("grouping", "mixture", "operate", "overhead", "parameters")
+SUBJECTS = ("grouping", "mixture", "operate", "overhead", "parameters", "serving")
 
 
 def main() -> None:
