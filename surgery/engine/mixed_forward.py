@@ -76,7 +76,12 @@ class MixedForward:
         by_rows: bool,
     ) -> None:
         self.model, self.done, self.rows, self.values = model, done, rows, values
-        self.used, self.layers, self.by_rows = used, layers, by_rows
+        self.used, self.by_rows = used, by_rows
+        sites: list[HookedSite] = [hooked for op in used for hooked in op.hooked_sites]
+        ends = [end for site in sites for end in (site.entry, site.exit)]
+        self.places = [*dict.fromkeys((*ends, *(layer.module for layer in layers)))]
+        shown = done[0].rows_proven.values()
+        self.proven = any(all(map(known.get, self.places)) for known in shown)
         self.path, self.names = "", declared(type(model).forward)
         self.base = vars(model).get("forward") or type(model).forward.__get__(model)
 
@@ -113,18 +118,14 @@ class MixedForward:
         """Whether rows are rows at all places, as two forwards of two samples showed or show."""
         if self.rows.are_tokens:
             return True  # which are told by as many rows as there are, of as many tokens
-        known = self.done[0].rows_proven
         if torch.compiler.is_compiling():
-            return any(known.values())
-        places = frozenset(hooked.path for op in self.used for hooked in op.hooked_sites)
-        layers = frozenset(layer.module for layer in self.layers)
-        key = kind_of(self.model, args, kwargs), places, layers
-        if key not in known:
-            other = self._other_row(args, kwargs, axis)
-            if other is None:
-                return False
-            known[key] = self._prove(args, kwargs, axis, other)
-        return known[key]
+            return self.proven
+        kind = kind_of(self.model, args, kwargs)
+        known = self.done[0].rows_proven.setdefault(kind, {})
+        if not known.keys() >= {*self.places} and not self._prove(args, kwargs, axis, known):
+            return False
+        self.proven = all(known[place] for place in self.places)
+        return self.proven
 
     def _other_row(self, args: Any, kwargs: Any, axis: int) -> int | None:
         """The first sample that is not as the first of all."""
@@ -136,34 +137,31 @@ class MixedForward:
         )
         return next(differ, None)
 
-    def _prove(self, args: Any, kwargs: Any, axis: int, other: int) -> bool:
+    def _prove(self, args: Any, kwargs: Any, axis: int, known: dict[nn.Module, bool]) -> bool:
+        """Note of each place whether rows are rows there; False where these rows cannot tell."""
+        other = self._other_row(args, kwargs, axis)
+        if other is None:
+            return False
         order = torch.tensor([0, other], device=self.rows.rest.device)
         two = Rows(torch.tensor([-1, -1]), 0, self.rows.tokens_first, False, order.device)
         met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
-        if not self._places().keys() == met[0].keys() == met[1].keys():
+        if not all(t.isfinite().all() for each in met for pair in each.values() for t in pair):
             return False
-        return all(
-            len(met[0][key]) == len(met[1][key])
-            and all(_are_swapped(a, b, two) for a, b in zip(met[0][key], met[1][key], strict=True))
-            for key in met[0]
-        )
+        for place in self.places:
+            a, b = (each.get(place, []) for each in met)
+            known[place] = 0 < len(a) == len(b) and all(map(_are_swapped, a, b, [two] * len(a)))
+        return True
 
-    def _places(self) -> dict[int, nn.Module]:
-        """The modules that rows are told at, by id."""
-        sites: list[HookedSite] = [hooked for op in self.used for hooked in op.hooked_sites]
-        ends = [end for site in sites for end in (site.entry, site.exit)]
-        return {id(m): m for m in (*ends, *(layer.module for layer in self.layers))}
-
-    def _met(self, given: tuple[Any, Any]) -> dict[int, list[Tensor]]:
+    def _met(self, given: tuple[Any, Any]) -> dict[nn.Module, list[Tensor]]:
         """What places are given and give in a forward of the base, on some rows."""
-        met: dict[int, list[Tensor]] = {}
+        met: dict[nn.Module, list[Tensor]] = {}
 
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             for values in ((args, kwargs), output):
                 tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
-                met.setdefault(id(module), []).extend(tensors[:1])
+                met.setdefault(module, []).extend(tensors[:1])
 
-        hooks = [m.register_forward_hook(see, with_kwargs=True) for m in self._places().values()]
+        hooks = [m.register_forward_hook(see, with_kwargs=True) for m in self.places]
         training = [(m, m.training) for m in self.model.modules()]
         try:
             for m, _ in training:

@@ -67,7 +67,7 @@ def mixed(
         used.sort(key=lambda operation: names.index(operation.name))
     journal = Journal()
     put_by(done)
-    slots = list(slots_of(done, norms=True))
+    slots = [slot for slot in slots_of(done, norms=True) if _is_met(slot, used)]
     values = [_values(slots, op) for op in (*used, None)]
     try:
         _join(model, done, used, _rows(model, names, used, rows), slots, values, journal, call)
@@ -135,8 +135,14 @@ def _join(
         journal.hook(layer.module, layer.seen)  # no fused kernel reads the weights of one
     for op in done:
         journal.set(op, "is_mixed", True)
+        journal.set(op, "has_rows", op in used)
     forward = MixedForward(model, done, used, rows, values, layers, by_rows)
     journal.set(model, "forward", forward.forward)
+
+
+def _is_met(slot: Slot, used: list[Operation]) -> bool:
+    """Whether a tensor is another for some row than it is now, or may be: not by what is off."""
+    return any(claim.operation in used or claim.operation.strength for claim in slot.claims)
 
 
 def _acts_by_rows(op: Operation) -> bool:

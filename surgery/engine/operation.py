@@ -110,7 +110,7 @@ class Operation(Switch):
     trains         the names of those of its parts that are trained
     own            what it has made of tensors of the base, where others are active since
     own_parameters  what it trains of the base in mixed batches, each a parameter of its own
-    rows_proven    of kinds of forwards, whether rows were seen to stay rows
+    rows_proven    of kinds of forwards, where rows were seen to stay rows; of all operations
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
@@ -129,7 +129,7 @@ class Operation(Switch):
         self.own: dict[tuple[nn.Module, str], Tensor] = {}
         self.own_parameters: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self.is_trained = True  # unless train_only names others
-        self.rows_proven: dict[Any, bool] = {}
+        self.rows_proven: dict[Any, dict[nn.Module, bool]] = {}
         self.start = MissingStart(self, self.journal)
 
     def open(self, model: nn.Module) -> None:
@@ -139,7 +139,7 @@ class Operation(Switch):
         wholly undone can still be found.
         """
         for earlier in operations(model):
-            self.streams = earlier.streams
+            self.streams, self.rows_proven = earlier.streams, earlier.rows_proven
         self.model.append(model)
         additions = additions_of(model)
         theirs = {*additions.modules()} if additions else set()  # which are not ours to bring back
@@ -275,6 +275,14 @@ class Operation(Switch):
         assigned = bool(told.get("assign_to_params_buffers"))
         self.start.loaded(state, prefix, assigned)
         super()._load_from_state_dict(state, prefix, told, *rest)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept for it: its parts; of the base what was there, and what it made."""
+        before = (value.value for value in self.journal.values)
+        kept = (*self.parameters(), *self.buffers(), *self.own.values(), *before)
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
+        return sum(storage.nbytes() for storage in storages.values())
 
     @property
     def routers(self) -> list[HookedSite]:

@@ -38,6 +38,7 @@ class Watched(Protocol):
 
     enabled: bool
     merged: bool
+    has_rows: bool
     record: Record
     hooked_sites: list[HookedSite]
     journal: Journal
@@ -109,7 +110,7 @@ class Watch:
 
     @property
     def _on(self) -> bool:
-        return self.operation.is_on()
+        return self.operation.is_on() or self.operation.has_rows
 
     def _is_alone(self) -> bool:
         """Whether a forward is this one's to be looked into: not another's, nor of mixed rows."""

@@ -285,9 +285,8 @@ def test_rows_are_proven_or_the_model_runs_once_for_each(way: str) -> None:
     with mixed(model, NAMES):
         got = model(x)
     close(got, wanted(model, x))
-    assert [*model.surgery.operations[0].rows_proven.values()] == (
-        [] if proven is None else [proven]
-    )
+    shown = model.surgery.operations[0].rows_proven.values()
+    assert [all(known.values()) for known in shown] == ([] if proven is None else [proven])
 
 
 @torch.no_grad()
@@ -297,7 +296,7 @@ def test_samples_that_are_alike_prove_nothing() -> None:
     with mixed(model, NAMES):
         got = model(x)
     close(got, wanted(model, x))
-    assert not model.surgery.operations[0].rows_proven
+    assert not any(model.surgery.operations[0].rows_proven.values())
 
 
 @pytest.mark.parametrize("where", ["**.norm1", "**.linear1", "**.out_proj", "**.self_attn"])
@@ -370,3 +369,79 @@ def test_nothing_else_happens_inside() -> None:
         for call in calls:
             with pytest.raises(OperationError, match="inside mixed"):
                 call()
+
+
+class Few(nn.Module):
+    """A table that it reads again, and a layer that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.idle = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.mix(self.table(words)), self.table.weight)
+
+
+WORDS = torch.randint(0, 11, (5, 10), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_a_part_that_never_runs_is_told_by_its_rows() -> None:
+    model = activate(operated(Few().double().eval(), at("idle", lora(rank=2))), None)
+    model(WORDS)  # the base answers, and needs no part
+    with mixed(model, [None] * 5):
+        model(WORDS)
+    with mixed(model, NAMES), pytest.raises(GraftError, match="never ran"):
+        model(WORDS)
+
+
+@torch.no_grad()
+def test_rows_are_together_whatever_others_that_are_off_have_done() -> None:
+    model = operated(Few().double().eval(), at("mix", unfreeze))
+    activate(model, None)
+    surgery.apply(model, at("table", unfreeze), name="c")
+    train(model, "c", 2)
+    for acting in (None, "c"):  # which it is not where it acts: rows are without it
+        activate(model, acting)
+        calls = counted(model.mix)
+        with mixed(model, NAMES):
+            got = [model(WORDS), model(WORDS)]
+        assert len(calls) == (4 if acting is None else 6)  # two show, or each of three runs alone
+        close(got[0], want := wanted(model, WORDS))
+        close(got[1], want)
+
+
+def counted(module: nn.Module) -> list[int]:
+    """One for each call from now on."""
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@torch.no_grad()
+def test_what_was_shown_is_known_of_other_operations() -> None:
+    model = operated(Reads("plain").double().eval(), at("out", unfreeze), "abc")
+    x, calls = torch.randn(5, 10, 8, dtype=torch.float64), counted(model.mix)
+    for names, forwards in ((["a", "b", None, "c", "b"], 3), (["b", "c", "c", None, "b"], 1)):
+        with mixed(model, names):
+            model(x)
+        assert len(calls) == forwards  # two of them show
+        calls.clear()
+        surgery.revert(model, name="a") if "a" in names else None
+
+
+@torch.no_grad()
+def test_numbers_that_are_not_finite_show_nothing() -> None:
+    model = operated(Reads("plain").double().eval(), at("mix", lora(rank=2)))
+    x = torch.randn(5, 10, 8, dtype=torch.float64)
+    for at_ in (float("nan"), 1e308):
+        odd = x.clone()
+        odd[0, 0] = at_
+        with mixed(model, NAMES):
+            got = model(odd)
+        assert torch.equal(got[1:].isfinite(), torch.ones(4, 10, 8, dtype=torch.bool))
+    with mixed(model, NAMES):
+        got = model(x)
+    close(got, wanted(model, x))
+    shown = model.surgery.operations[0].rows_proven.values()
+    assert [all(known.values()) for known in shown] == [True]
