@@ -210,13 +210,21 @@ def _says_base(metadata: Mapping[str, Any]) -> bool:
 
 
 def _is_saving_pretrained() -> bool:
-    """Whether a state is taken by a model's own `save_pretrained` (transformers)."""
-    frame: FrameType | None = sys._getframe(1)
+    """Whether a state is taken to be saved where others read what they know of it alone.
+
+    The `save_pretrained` of transformers, diffusers and `PyTorchModelHubMixin`, which push_to_hub
+    calls; the `save_model` of transformers' Trainer and of accelerate. That of safetensors is read
+    as a whole.
+    """
+    frame, found = sys._getframe(1), False
     while frame is not None:
-        if frame.f_code.co_name == "save_pretrained":
-            return str(frame.f_globals.get("__name__", "")).startswith("transformers.")
-        frame = frame.f_back
-    return False
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name in ("save_pretrained", "save_model"):
+            if package == "surgery":
+                return False
+            found = found or package != "safetensors"
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 def _path(model: nn.Module, host: nn.Module, prefix: str) -> str:

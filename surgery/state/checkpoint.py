@@ -248,6 +248,8 @@ def load(
 
     A model that was operated by the same rules under the same name is filled.
 
+    path     of a file; of a folder that `save_pretrained` here wrote; "hf:user/name", such a folder
+             on the Hugging Face Hub, or "hf:user/name@revision/file.safetensors"
     rules    instead of those in the file, which cannot carry code of the user's own
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
     head     False: what is in the file of heads is left out, for other classes than it was made for
@@ -267,12 +269,13 @@ def load(
     """
     check_operable(model)
     check_state(model, f'load("{path}")', APPLYING)
-    contents = read(Path(path))
+    contents = read(path, name)
     about, earlier = contents.about, len(operations(model))
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
     tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
     if rules is None and _is_same(model, name, about):
+        contents.check(model.state_dict().values())
         fill(model, tensors, name, spared)
         return model
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)

@@ -22,7 +22,7 @@ def inspect(path: str | os.PathLike[str]) -> Table:
     >>> print(inspect(save(model, tempfile.mkdtemp() + "/a.safetensors")).notes[0])
     parts 32 numbers in 2 tensors, of the base 0 in 0; float32
     """
-    about, shapes = read_header(Path(path))
+    about, shapes = read_header(path)
     rows: list[tuple[object, ...]] = list(
         zip(about["text"], map(places, about["sites"]), strict=True)
     )

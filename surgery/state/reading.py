@@ -11,9 +11,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -28,21 +27,25 @@ from ..errors import FileError, RuleError
 from ..rules.expression import decode
 from ..rules.rule import Rule, Rules
 from .hashes import hash_of
+from .hub import file_of
 
 FORMAT = "1"  # of the file; raised when a reader of the former could not read it
 PARTS, BASE = "parts.", "base."  # where a tensor of the file belongs
 LARGEST = 2**20  # an integer in rules that is no larger needs no tensor that has so many numbers
 LONGEST = 2**16  # characters of one text in rules
+HEADER, ABOUT = 2**24, 2**22  # bytes of a file's header, characters of what it says of itself
+LONGEST_NAME = 2**12  # characters
 # what Python and torch raise where arguments make no sense
 RAW: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
     TypeError, ValueError,
 )  # fmt: skip
 GIVE = "Give the rules yourself: load(model, path, rules=[...])."
+FIT = "Load it into the model it was made for: the same architecture, depth and head."
 
 
 class Contents(NamedTuple):
-    """A file: its name in errors, what it says of itself, its tensors."""
+    """A file: its name in errors, what it says of itself, its tensors (on the disk until used)."""
 
     call: str
     about: dict[str, Any]
@@ -53,16 +56,57 @@ class Contents(NamedTuple):
         """How many its tensors hold."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    def check(self, *places: Iterable[Tensor]) -> None:
+        """Raise FileError unless the tensors are those that were written; nor are they read where
+        they are far more than there are places for."""
+        most = sum(tensor.numel() for tensors in places for tensor in tensors)
+        if self.numbers > 2 * most + LARGEST:  # 2: a head of other classes, ranks of another file
+            fact = f"it holds {self.numbers:,} numbers, and this model has places for {most:,}."
+            raise FileError(self.call, fact, FIT)
+        known = self.about.get("hash")  # older files have none
+        if known is not None and known != hash_of(sorted(self.tensors.items())):
+            fact = "its tensors are not those that it was written with: it is damaged, or changed."
+            raise FileError(self.call, fact, "Save it again.")
 
-def read(path: Path) -> Contents:
-    """What a file holds. Raises FileError where it is none of `save`."""
-    return _read(path, f'load("{path}")', whole=True)[0]
+
+def read(path: str | os.PathLike[str], name: str = "default") -> Contents:
+    """What a file holds, or that of an operation in a folder. Raises FileError."""
+    return _read(path, name, f'load("{path}")', whole=True)[0]
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
     """What a file says of itself, and of each tensor its numbers and dtype. Raises FileError."""
-    contents, sizes = _read(path, f'inspect("{path}")', whole=False)
+    contents, sizes = _read(path, "", f'inspect("{path}")', whole=False)
     return contents.about, sizes
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], call: str) -> Iterator[Any]:
+    """A safetensors file, whose header is small and has names to print. Raises FileError."""
+    if not os.path.isfile(path):
+        folder = "it is a folder." if os.path.isdir(path) else "it is no plain file."
+        fact = folder if os.path.lexists(path) else "there is no such file."
+        raise FileError(call, fact, "Check the path.")
+    if not os.access(path, os.R_OK):
+        raise FileError(call, "you have no permission to read it.", "Ask its owner for it.")
+    with ExitStack() as stack:
+        try:
+            with open(path, "rb") as file:
+                if int.from_bytes(file.read(8), "little") > HEADER:
+                    raise ValueError(f"its header is longer than {HEADER:,} bytes")
+            found = stack.enter_context(safe_open(path, framework="pt"))
+            keys = found.keys()
+        except (OSError, SafetensorError, *RAW) as error:
+            fact = f"it is no whole safetensors file ({error!s:.200})."
+            raise FileError(call, fact, "Save it again.") from error
+        if strange := [key for key in keys if not _is_name(key)]:
+            raise FileError(call, f"{strange[0]!r:.200} is no name of a tensor.", "Save it again.")
+        yield found
+
+
+def _is_name(text: str) -> bool:
+    """Whether it can be printed: names and rules are, and a terminal obeys what cannot be."""
+    return text.isprintable() and len(text) <= LONGEST_NAME
 
 
 def _told(piece: Any) -> tuple[int, str]:
@@ -71,32 +115,24 @@ def _told(piece: Any) -> tuple[int, str]:
     return math.prod(piece.get_shape()), kinds.get(piece.get_dtype(), piece.get_dtype())
 
 
-def _read(path: Path, call: str, whole: bool) -> tuple[Contents, dict[str, tuple[int, str]]]:
-    if not path.is_file():
-        fact = "it is a folder." if path.is_dir() else "there is no such file."
-        raise FileError(call, fact, "Check the path.")
-    if not os.access(path, os.R_OK):
-        raise FileError(call, "you have no permission to read it.", "Ask its owner for it.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("surgery", "null"))
-            keys = file.keys() if whole else ()
-            tensors = {key: file.get_tensor(key) for key in keys}
+def _read(
+    path: str | os.PathLike[str], name: str, call: str, whole: bool
+) -> tuple[Contents, dict[str, tuple[int, str]]]:
+    with opened(file_of(path, name, call), call) as file:
+        try:
+            text = (file.metadata() or {}).get("surgery", "null")
+            about = json.loads(text) if len(text) <= ABOUT else None
+            tensors = {key: file.get_tensor(key) for key in (file.keys() if whole else ())}
             sizes = {key: _told(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
-        raise FileError(
-            call, f"it is no whole safetensors file ({error!s:.200}).", "Save it again."
-        ) from error
+        except (SafetensorError, *RAW) as error:
+            fact = f"it is no whole safetensors file ({error!s:.200})."
+            raise FileError(call, fact, "Save it again.") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT or not _whole(about):
         raise FileError(
             call,
             "it was not written by surgery.save, or by a newer version, or it is damaged.",
             "A plain checkpoint of the base model is loaded by model.load_state_dict.",
         )
-    known = about.get("hash") if whole else None  # older files have none
-    if known is not None and known != hash_of(sorted(tensors.items())):
-        fact = "its tensors are not those that it was written with: it is damaged, or was changed."
-        raise FileError(call, fact, "Save it again.")
     return Contents(call, about, tensors), sizes
 
 
@@ -112,7 +148,7 @@ def _whole(about: dict[str, Any]) -> bool:
 
 
 def _texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, list) and all(isinstance(v, str) and v.isprintable() for v in value)
 
 
 # its rules -------------------------------------------------------------------------------------
@@ -172,6 +208,7 @@ def plan_of(
             model, given, seed=seed, name=name, balance=balance, example=example, decided=decided
         )
         _check_sites(contents, plan)
+        contents.check(*_places(plan))
         return plan
     rules = rules_of(contents)
     with nullcontext() if example is not None else _guarded(contents):  # a model's own errors pass
@@ -183,7 +220,14 @@ def plan_of(
     with _guarded(contents), _counted(contents, count):
         made = plan.parts
     _check_parts(contents, made, type(model).__name__)
+    contents.check(*_places(plan))
     return plan
+
+
+def _places(plan: Plan) -> tuple[Iterable[Tensor], ...]:
+    """What a file may fill where a plan is carried out."""
+    parts = {id(part): part for part in plan.parts.values()}.values()
+    return *(part.state_dict().values() for part in parts), plan.model.state_dict().values()
 
 
 def _check_sites(contents: Contents, plan: Plan) -> None:
@@ -259,5 +303,5 @@ def _check_parts(contents: Contents, made: dict[str, nn.Module], kind: str) -> N
             contents.call,
             f"{key} is {there.get(key, 'not')} in the file, and {here.get(key, 'not')} among what "
             f"its rules make of this {kind}.",
-            "Load it into the model it was made for: the same architecture, depth and head.",
+            FIT,
         )
