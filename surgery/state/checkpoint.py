@@ -41,7 +41,7 @@ from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
 from .hashes import hash_of, hash_of_base
-from .reading import BASE, FORMAT, PARTS, plan_of, read
+from .reading import BASE, FORMAT, PARTS, Contents, Sketch, plan_of, read
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,12 +90,20 @@ def load_state_dict(
 
 
 def fill(
-    model: nn.Module, tensors: Mapping[str, Tensor], name: str, spared: Collection[str] = ()
+    model: nn.Module,
+    given: Mapping[str, Tensor] | Contents,
+    name: str,
+    spared: Collection[str] = (),
 ) -> None:
-    """As `load_state_dict`; `spared`: the keys of tensors that need not be there."""
+    """As `load_state_dict`; of a file, whose tensors are read where its header fits.
+
+    spared  the keys of tensors that are left out, and need not be there
+    """
+    known: Mapping[str, Tensor | Sketch] = given.sketches if isinstance(given, Contents) else given
+    known = {key: each for key, each in known.items() if key not in spared}
     operation, places = _operation(model, name), _places(model, name)
     check_state(model, "load_state_dict(model, ...)", WRITING)
-    if lost := [key for key in tensors if key in places and places[key].is_meta]:
+    if lost := [key for key in known if key in places and places[key].is_meta]:
         raise FileError(
             "load",
             f"this {type(model).__name__} has {first_few(lost)} on the meta device: the values "
@@ -103,8 +111,11 @@ def fill(
             'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
         )
     required = set(state_dict(model, name=name)) - set(buffers(model)) - set(spared)
-    _check_keys(model, required, tensors, places)
-    _check_alike(tensors, places)
+    _check_keys(model, required, known, places)
+    _check_alike(known, places)
+    found = given.tensors() if isinstance(given, Contents) else given
+    tensors = {key: found[key] for key in known}
+    _check_indices(operation, tensors)
     journal, done = Journal(), operations(model)
     put_by = bool(own_values(done, operation))
     own = {**operation.own}
@@ -154,7 +165,7 @@ def _own_buffers(
     return found
 
 
-def _check_alike(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+def _check_alike(tensors: Mapping[str, Tensor | Sketch], places: Mapping[str, Tensor]) -> None:
     """Raise FileError where a tensor is of another shape or dtype than its place."""
     for key, tensor in tensors.items():
         if (tensor.shape, tensor.dtype) != (places[key].shape, places[key].dtype):
@@ -164,6 +175,19 @@ def _check_alike(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) ->
                 f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
                 "Load it into the model it was made for, in the dtype it was saved in.",
             )
+
+
+def _check_indices(operation: Operation, tensors: Mapping[str, Tensor]) -> None:
+    """Raise FileError where positions in a file lead out of what a part says by `indices_below`.
+
+    A GPU would not refuse them before a forward, and not by an exception.
+    """
+    for path, module in operation.named_modules():
+        for name, size in getattr(module, "indices_below", {}).items():
+            found = tensors.get(key := f"{PARTS}{path}.{name}")
+            if found is not None and found.numel() and not 0 <= found.min() <= found.max() < size:
+                fact = f"{key} has {found.min()} to {found.max()}, and there are 0 to {size - 1}."
+                raise FileError("load", fact, "Save it again.")
 
 
 def save(
@@ -273,10 +297,8 @@ def load(
     about, earlier = contents.about, len(operations(model))
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
-    tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
     if rules is None and _is_same(model, name, about):
-        contents.check(model.state_dict().values())
-        fill(model, tensors, name, spared)
+        fill(model, contents, name, spared)
         return model
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
     if plan.is_without_memory:
@@ -287,7 +309,7 @@ def load(
             activate(model, None)
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
-        fill(model, tensors, name, spared)
+        fill(model, contents, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
         return activate(model, {**acting, name: 1.0}) if acting else model
     except BaseException:

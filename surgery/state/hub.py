@@ -82,8 +82,8 @@ def listed(path: Path, call: str) -> dict[str, float]:
     """The operations that a `surgery.json` lists, and how much each acts. Raises FileError."""
     try:
         with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-        pairs = json.loads(data)["operations"] if len(data) <= LARGEST else None
+            data = file.read(LARGEST)
+        pairs = json.loads(data)["operations"]
         found = {str(name): strength for name, strength in pairs}
         whole = all(is_number(s) and abs(s) < 1e6 for s in found.values())
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

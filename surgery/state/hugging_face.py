@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..engine.activity import activate
@@ -24,7 +23,7 @@ from ..structure.module_tree import ADDITIONS
 from .checkpoint import load, save
 from .hub import LIST, address, file_name, folder_of, library, listed, pull_card, push
 from .model_card import write_card
-from .reading import RAW
+from .reading import UNREADABLE
 
 BUILD = "Build the model, and surgery.load(model, folder, name=...) each operation."
 
@@ -105,7 +104,8 @@ def _as_base(model: nn.Module, done: list[Operation]) -> Iterator[None]:
             state.clear()
             state.update(values)
 
-    handle = model.register_state_dict_post_hook(show)
+    root: Any = model  # torch does not type it
+    handle = root.register_state_dict_post_hook(show)
     try:
         yield
     finally:
@@ -140,7 +140,7 @@ def from_pretrained(
     given = {"trust_remote_code": False, "use_safetensors": True, **(options or {})}
     try:
         model: nn.Module = build.from_pretrained(source, **given)
-    except (OSError, SafetensorError, *RAW) as error:
+    except UNREADABLE as error:
         fact = f"{build.__name__} is not built of it ({error!s:.300})."
         raise FileError(call, fact, "Save it again.") from error
     for name in operations:
@@ -166,6 +166,6 @@ def _class_of(folder: Path, call: str) -> Any:
         if issubclass(build, library.PreTrainedModel):
             return build
         told = f"{kind:.100} is none"
-    except (OSError, ImportError, RecursionError, *RAW) as error:
+    except UNREADABLE as error:
         told = f"{error!s:.200}"
     raise FileError(call, f"its config names no class of transformers ({told}).", BUILD)

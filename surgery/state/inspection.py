@@ -27,10 +27,10 @@ def inspect(path: str | os.PathLike[str]) -> Table:
         zip(about["text"], map(places, about["sites"]), strict=True)
     )
     count = {
-        word: [n for key, (n, _) in shapes.items() if key.startswith(word)]
+        word: [s.numbers for key, s in shapes.items() if key.startswith(word)]
         for word in (PARTS, BASE)
     }
-    kinds = ", ".join(sorted({kind for _, kind in shapes.values()}))
+    kinds = ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in shapes.values()}))
     notes = [
         f"parts {sum(count[PARTS]):,} numbers in {len(count[PARTS])} tensors, of the base "
         f"{sum(count[BASE]):,} in {len(count[BASE])}; {kinds}",

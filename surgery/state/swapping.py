@@ -44,7 +44,7 @@ def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
     here: dict[str, Any] = dict(operation.named_children())
     if sketches.keys() != here.keys() or _joins_of(plan) != _joins(operation):
         raise _other(contents, call)
-    now, tensors = state_dict(model, name=name), dict(contents.tensors)
+    now, tensors = state_dict(model, name=name), contents.tensors()
     for key, there in sketches.items():
         if _told(there) != _told(here[key]):
             raise _other(contents, call)
