@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -26,9 +26,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from surgery.engine.vocabulary import vocabulary
-
-CONFIG, LIST = "adapter_config.json", "surgery.json"
 OURS, PEFT, FOLDER = "ours", "peft", "folder"  # formats
 Kind = Callable[[Random, Path], None]
 KINDS: dict[str, tuple[tuple[str, ...], Kind]] = {}  # by name: the formats that have it
@@ -45,11 +42,6 @@ TEXTS: list[Any] = [
     "{0.__class__}", "import os", "head", "blocks.*", "blocks.{i}.qkv", "hf:user/name",
 ]  # fmt: skip
 ODD = [*NUMBERS, *TEXTS, {"name": "ffn"}, {"nn": "Linear"}, {"nn": "Module"}, {"a": {"b": [1]}}]
-LOOPS = ["(a+)+$", "(a|a)*$", "(a|aa)+$", "(.*)*$", "(.*)*x", "(?:.*)+x", "((a*)*)*$", "(.+)+\\1",
-         ".*" * 6 + "x", ".*" * 12 + "x", "(.*?)" * 9 + "x", "(?=(.*)*)x", "(a?){40}a{40}",
-         "(?:(?:.*){9}){9}x", "[^x]*" * 8 + "x", "(\\w+\\.?)+$", "a{1,65535}{1,65535}", "((((.*))))",
-         "(?P<a>.*)(?P=a)(?P=a)x", "(.{0,99}){99}x", "|".join(["a.*b.*c.*"] * 2000), "(" * 5000,
-         "(?:" * 90 + ".*" + ")*" * 90, "\\", "[", "*", "(?i)(.*.*)*=", ".*", "(.*\\.)?q.*"]  # fmt: skip
 
 
 def kind(*formats: str) -> Callable[[Kind], Kind]:
@@ -62,8 +54,8 @@ def kind(*formats: str) -> Callable[[Kind], Kind]:
     return listed
 
 
-CHANGED = (AttributeError, LookupError, OSError, RecursionError, SafetensorError, StopIteration, TypeError,
-           ValueError, struct.error)  # fmt: skip
+CHANGED = (AttributeError, LookupError, OSError, RecursionError, SafetensorError, StopIteration,
+           TypeError, ValueError, struct.error)  # fmt: skip
 
 
 def mutate(format: str, rng: Random, folder: Path) -> str:
@@ -116,7 +108,9 @@ def bits_of_the_header(rng: Random, folder: Path) -> None:
 def bits_of_the_body(rng: Random, folder: Path) -> None:
     file = tensors_of(folder)
     if rng.random() < 0.6:
-        _about(rng, folder, lambda about: about)  # of a file without a hash, it may be anything
+        change_about(
+            rng, folder, lambda about: about
+        )  # of a file without a hash, it may be anything
     _flipped(rng, file, 8 + struct.unpack("<Q", file.read_bytes()[:8])[0], None)
 
 
@@ -133,7 +127,19 @@ def lengths_of_the_header(rng: Random, folder: Path) -> None:
     file = tensors_of(folder)
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
-    odd = [0, 1, length - 1, length + 1, length * 2, len(data), 2**24, 10**8, 2**32, 2**63, 2**64 - 1]
+    odd = [
+        0,
+        1,
+        length - 1,
+        length + 1,
+        length * 2,
+        len(data),
+        2**24,
+        10**8,
+        2**32,
+        2**63,
+        2**64 - 1,
+    ]
     file.write_bytes(struct.pack("<Q", rng.choice(odd)) + data[8:])
 
 
@@ -258,23 +264,30 @@ def tensors_missing_or_more(rng: Random, folder: Path) -> None:
     save_file(held, tensors_of(folder), metadata=meta)
 
 
+FILLED = [float("nan"), float("inf"), -float("inf"), 1e38, 1e-42, -0.0]
+WIDER = [torch.float16, torch.bfloat16, torch.float64]
+OTHER = [torch.int64, torch.bool, torch.uint8, torch.complex64]
+CHANGES: list[Callable[[torch.Tensor, Random], torch.Tensor]] = [
+    lambda t, rng: torch.full_like(t, rng.choice(FILLED)) if t.is_floating_point() else t + 1,
+    lambda t, rng: t.to(rng.choice(WIDER)),
+    lambda t, rng: t.to(rng.choice(OTHER)),
+    lambda t, rng: t.flatten(),
+    lambda t, rng: t[None],
+    lambda t, rng: t[:0] if t.dim() else t,
+    lambda t, rng: t.mT if t.dim() > 1 else t,
+    lambda t, rng: torch.cat([t[None]] * 2),
+]
+
+
 @kind(OURS, PEFT, FOLDER)
 def values_and_dtypes(rng: Random, folder: Path) -> None:
     """Of a whole file, without a hash: NaN, infinities, other dtypes and shapes."""
     held = load_file(tensors_of(folder))
     meta = _header(tensors_of(folder))[0].get("__metadata__")
     for key in rng.sample(sorted(held), rng.randint(1, len(held))):
-        value = held[key]
-        odd = rng.choice([float("nan"), float("inf"), -float("inf"), 1e38, 1e-42, -0.0])
-        held[key] = rng.choice([
-            lambda: torch.full_like(value, odd) if value.is_floating_point() else value + 1,
-            lambda: value.to(rng.choice([torch.float16, torch.bfloat16, torch.float64])),
-            lambda: value.to(rng.choice([torch.int64, torch.bool, torch.uint8, torch.complex64])),
-            lambda: value.flatten(), lambda: value[None], lambda: value[:0] if value.dim() else value,
-            lambda: value.mT if value.dim() > 1 else value, lambda: torch.cat([value[None]] * 2),
-        ])().contiguous()  # fmt: skip
+        held[key] = rng.choice(CHANGES)(held[key], rng).contiguous()
     save_file(held, tensors_of(folder), metadata=meta)
-    _about(rng, folder, lambda about: about)
+    change_about(rng, folder, lambda about: about)
 
 
 @kind(OURS, PEFT, FOLDER)
@@ -314,19 +327,17 @@ def headers_without_end(rng: Random, folder: Path) -> None:
     header, body = _header(tensors_of(folder))
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [len(body), len(body)]}
     count = rng.choice([10**3, 10**4, 10**5])
-    made: list[Any] = [
-        {**header, **{f"t{i}": empty for i in range(count)}},
-        b" " * (100 * count) + json.dumps(header).encode(),
-        json.dumps({**header, "x": 0}).replace(": 0}", ": " + "[" * count + "]" * count + "}").encode(),
-        {**header, "a" * count: empty},
+    text, deep = json.dumps(header).encode(), b"[" * count + b"]" * count
+    start = rng.choice(["t", "parts.t", "base.t", _entries(header)[0]])
+    made: list[Callable[[], Any]] = [
+        lambda: {**header, **{f"{start}{i}": empty for i in range(count)}},
+        lambda: b" " * (100 * count) + text, lambda: text[:-1] + b', "x": ' + deep + b"}",
+        lambda: {**header, "a" * count: empty},
     ]  # fmt: skip
-    _written(tensors_of(folder), rng.choice(made), body)
+    _written(tensors_of(folder), rng.choice(made)(), body)
 
 
-# what a file of ours says ----------------------------------------------------------------------
-
-
-def _about(rng: Random, folder: Path, change: Callable[[Any], Any]) -> None:
+def change_about(rng: Random, folder: Path, change: Callable[[Any], Any]) -> None:
     """Change what a file says of itself, its rules as data; mostly without a hash of tensors."""
     header, body = _header(tensors_of(folder))
     if "surgery" not in header.get("__metadata__", {}):
@@ -343,186 +354,6 @@ def _about(rng: Random, folder: Path, change: Callable[[Any], Any]) -> None:
     header["__metadata__"]["surgery"] = json.dumps(about)
     sys.setrecursionlimit(limit)
     _written(tensors_of(folder), header, body)
-
-
-def _places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    items = data.items() if isinstance(data, dict) else enumerate(data) if type(data) is list else ()
-    for key, item in items:
-        yield from _places(item, (*path, key))
-
-
-def _at(data: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        data = data[key]
-    return data
-
-
-def _put(data: Any, path: tuple[Any, ...], value: Any) -> Any:
-    if not path:
-        return value
-    _at(data, path[:-1])[path[-1]] = value
-    return data
-
-
-def _anything(rng: Random) -> Any:
-    word = {"word": rng.choice(sorted(vocabulary())), "given": [], "named": {}}
-    word["given"] = rng.sample([2, "head", {"name": "ffn"}, None, {"nn": "Linear"}], rng.randint(0, 2))
-    word["named"] = dict.fromkeys(rng.sample(["rank", "by", "times", "x"], rng.randint(0, 1)), 2)
-    return rng.choice([word, rng.choice(ODD), rng.choice(ODD)])
-
-
-@kind(OURS, FOLDER)
-def notes_and_rules(rng: Random, folder: Path) -> None:
-    """Anything at any place."""
-
-    def change(about: Any) -> Any:
-        for _ in range(rng.randint(1, 2)):
-            about = _put(about, rng.choice([*_places(about)]), _anything(rng))
-        return about
-
-    _about(rng, folder, change)
-
-
-@kind(OURS, FOLDER)
-def numbers_in_rules(rng: Random, folder: Path) -> None:
-    """Ranks below zero, of billions, as text; scales that are none."""
-
-    def change(about: Any) -> Any:
-        places = [p for p in _places(about["rules"]) if type(_at(about["rules"], p)) in (int, float)]
-        if places:
-            _put(about["rules"], rng.choice(places), rng.choice(NUMBERS))
-        return about
-
-    _about(rng, folder, change)
-
-
-@kind(OURS, FOLDER)
-def words_in_rules(rng: Random, folder: Path) -> None:
-    words = [*vocabulary(), *TEXTS[:8], "eval", "Linear", "Parameter", "modules", "__import__"]
-
-    def change(about: Any) -> Any:
-        rules = about["rules"]
-        places = [p for p in _places(rules) if p and p[-1] in ("word", "name", "nn")]
-        texts = [p for p in _places(rules) if type(_at(rules, p)) is str and p not in places]
-        for some, other in ((places, words), (texts, TEXTS)):
-            if some and rng.random() < 0.7:
-                _put(rules, rng.choice(some), rng.choice(other))
-        return about
-
-    _about(rng, folder, change)
-
-
-def _nested(word: str, depth: int, inner: Any, other: Any = None) -> Any:
-    for _ in range(depth):
-        given = [inner] if other is None else [inner, other]
-        inner = {"word": word, "given": given, "named": {}}
-    return inner
-
-
-@kind(OURS, FOLDER)
-def rules_without_end(rng: Random, folder: Path) -> None:
-    """Many rules, deep selectors and parts, wide choices, addresses that fit in many ways."""
-    depth = rng.choice([10, 100, 300, 3000])
-    star = rng.choice([".".join(["**"] * 30), "**.{a,b}" * 20, "{i}." * 50 + "x", "*." * 100])
-    ffn = {"name": "ffn"}
-
-    def change(about: Any) -> Any:
-        rules = about["rules"]["list"]
-        lora = {"word": "lora", "given": [], "named": {"rank": 2}}
-        selectors = [
-            _nested(word, depth, rng.choice([ffn, star]))
-            for word in ("~", "inside", "holding", "nearest", "until", "span", "[]")
-        ] + [_nested(sign, depth, ffn, rng.choice([star, ffn, "**"])) for sign in "|&"]
-        parts = [_nested(word, depth, lora) for word in ("shared", "parallel", "append", "combined")]
-        way = rng.randrange(4)
-        if way == 0:
-            most = 2**22 // len(json.dumps(about))  # more is refused for its length
-            times = rng.choice([2, 10, most // 2, most, 2 * most])
-            about["rules"]["list"] *= times
-            if rng.random() < 0.7:
-                about["text"], about["sites"] = about["text"] * times, about["sites"] * times
-        elif way == 1:
-            rules[0]["given"][0] = rng.choice(selectors)
-        elif way == 2:
-            rules[0]["given"][1:] = [rng.choice(parts)]
-        else:
-            rules[0]["given"] = [rules[0]["given"][0]] + [lora] * depth
-        return about
-
-    _about(rng, folder, change)
-
-
-@kind(FOLDER)
-def lists_of_operations(rng: Random, folder: Path) -> None:
-    file = folder / LIST
-    said = json.loads(file.read_text())
-    for _ in range(rng.randint(1, 2)):
-        said = _put(said, rng.choice([*_places(said)]), rng.choice(ODD))
-    file.write_text(json.dumps(said))
-
-
-# what a configuration of PEFT's says -----------------------------------------------------------
-
-TEXTUAL = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
-NAMED = ("rank_pattern", "alpha_pattern")
-OPTIONS = [*TEXTUAL, *NAMED, "r", "lora_alpha", "alpha", "bias", "use_dora", "use_rslora", "peft_type",
-           "modules_to_save", "layers_to_transform", "target_parameters", "trainable_token_indices",
-           "oft_block_size", "decompose_factor", "num_cayley_neumann_terms", "auto_mapping",
-           "init_lora_weights", "lora_dropout", "fan_in_fan_out", "new_option"]  # fmt: skip
-
-
-def _said(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    said = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(change(said)))
-
-
-@kind(PEFT)
-def options(rng: Random, folder: Path) -> None:
-    def change(said: dict[str, Any]) -> Any:
-        for _ in range(rng.randint(1, 3)):
-            place = rng.choice([*_places(said)] + [(name,) for name in OPTIONS])
-            if rng.random() < 0.2 and len(place) == 1:
-                said.pop(place[0], None)
-            elif place:
-                _put(said, place, rng.choice([*ODD, ["head"], "head", {"head": 2}, {"(": 2}]))
-        return said
-
-    _said(folder, change)
-
-
-@kind(PEFT)
-def numbers_in_options(rng: Random, folder: Path) -> None:
-    numbers = [n for n in OPTIONS if n in ("r", "alpha") or n.startswith(("lora_", "oft_", "num_"))]
-    _said(folder, lambda said: {**said, rng.choice(numbers): rng.choice(NUMBERS)})
-
-
-@kind(PEFT)
-def patterns(rng: Random, folder: Path) -> None:
-    """Regular expressions that take for ever, or are none."""
-
-    def change(said: dict[str, Any]) -> Any:
-        for _ in range(rng.randint(1, 2)):
-            loop = rng.choice(LOOPS)
-            name = rng.choice([*TEXTUAL, *NAMED])
-            said[name] = {loop: 2} if name in NAMED else rng.choice([loop, [loop], loop + "|head"])
-        return said
-
-    _said(folder, change)
-
-
-@kind(PEFT)
-def options_without_end(rng: Random, folder: Path) -> None:
-    size = rng.choice([10**3, 10**4, 10**5, 10**6])
-    odd = rng.choice([
-        ["head"] * size, [f"a{i}" for i in range(size)], "a" * size, "head|" * (size // 5) + "x",
-        {f"a{i}": 2 for i in range(size)}, [*range(size)], ["a" * size], [["head"]] * size,
-    ])  # fmt: skip
-    name = rng.choice(OPTIONS)
-    text = json.dumps({**json.loads((folder / CONFIG).read_text()), name: odd})
-    deep = text[:-1] + ', "x": ' + "[" * size + "]" * size + "}"
-    twice = text[:-1] + ', "r": 3, "r": "x", "peft_type": "LORA"}'
-    (folder / CONFIG).write_text(rng.choice([text, text, deep, " " * size + text, twice]))
 
 
 # what is no file -------------------------------------------------------------------------------

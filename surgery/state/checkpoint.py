@@ -40,6 +40,7 @@ from ..rules.rule import Rules
 from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
+from .fitting import check_alike, check_indices, check_keys
 from .hashes import hash_of, hash_of_base
 from .reading import BASE, FORMAT, PARTS, Contents, Sketch, plan_of, read
 
@@ -103,19 +104,12 @@ def fill(
     known = {key: each for key, each in known.items() if key not in spared}
     operation, places = _operation(model, name), _places(model, name)
     check_state(model, "load_state_dict(model, ...)", WRITING)
-    if lost := [key for key in known if key in places and places[key].is_meta]:
-        raise FileError(
-            "load",
-            f"this {type(model).__name__} has {first_few(lost)} on the meta device: the values "
-            "would be lost.",
-            'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
-        )
     required = set(state_dict(model, name=name)) - set(buffers(model)) - set(spared)
-    _check_keys(model, required, known, places)
-    _check_alike(known, places)
+    check_keys(required, known, places, type(model).__name__)
+    check_alike(known, places)
     found = given.tensors() if isinstance(given, Contents) else given
     tensors = {key: found[key] for key in known}
-    _check_indices(operation, tensors)
+    check_indices(operation, tensors, PARTS)
     journal, done = Journal(), operations(model)
     put_by = bool(own_values(done, operation))
     own = {**operation.own}
@@ -133,25 +127,6 @@ def fill(
     operation.start.given([key.removeprefix(PARTS) for key in tensors])
 
 
-def _check_keys(
-    model: nn.Module, required: set[str], tensors: Collection[str], places: Collection[str]
-) -> None:
-    """Raise FileError where a key is missing or one too many."""
-    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
-    if missing or extra:
-        facts = [
-            f"{word} {first_few(keys)}"
-            for word, keys in (("lacks", missing), ("has", extra))
-            if keys
-        ]
-        raise FileError(
-            "load",
-            f"the file does not fit this {type(model).__name__}: it {', and '.join(facts)}"
-            + (", which the model has no place for." if extra else "."),
-            "Load it into the model it was made for: the same architecture, depth and head.",
-        )
-
-
 def _own_buffers(
     model: nn.Module, operation: Operation, keys: Collection[str]
 ) -> dict[str, Tensor]:
@@ -163,31 +138,6 @@ def _own_buffers(
             operation.own[where] = operation.own.get(where, place.tensor).detach().clone()
             found[key] = operation.own[where]
     return found
-
-
-def _check_alike(tensors: Mapping[str, Tensor | Sketch], places: Mapping[str, Tensor]) -> None:
-    """Raise FileError where a tensor is of another shape or dtype than its place."""
-    for key, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype) != (places[key].shape, places[key].dtype):
-            raise FileError(
-                "load",
-                f"{key} is {tuple(tensor.shape)} {tensor.dtype} in the file, and "
-                f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
-                "Load it into the model it was made for, in the dtype it was saved in.",
-            )
-
-
-def _check_indices(operation: Operation, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileError where positions in a file lead out of what a part says by `indices_below`.
-
-    A GPU would not refuse them before a forward, and not by an exception.
-    """
-    for path, module in operation.named_modules():
-        for name, size in getattr(module, "indices_below", {}).items():
-            found = tensors.get(key := f"{PARTS}{path}.{name}")
-            if found is not None and found.numel() and not 0 <= found.min() <= found.max() < size:
-                fact = f"{key} has {found.min()} to {found.max()}, and there are 0 to {size - 1}."
-                raise FileError("load", fact, "Save it again.")
 
 
 def save(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from .._text import first_few
 from ..errors import FileError, is_number
 
 LIST = "surgery.json"
@@ -68,12 +69,13 @@ def file_of(path: str | os.PathLike[str], name: str, call: str) -> Path:
     where = address(path, call)
     if where and where.file:
         return _fetched(where, where.file, call)
-    if where is None and not (Path(path) / LIST).is_file():
+    if where is None and not os.path.isfile(Path(path) / LIST):
         return Path(path)
     names = [*listed(_fetched(where, LIST, call) if where else Path(path) / LIST, call)]
     if len(names) != 1 and name not in names:
-        known = f"it holds {', '.join(names) or 'no operation'}, and none that is called {name!r}."
-        raise FileError(call, known, "Give one of these: load(model, path, name=...).")
+        fact = f"it holds {first_few(names) or 'no operation'}"
+        fact += f", and none that is called {name!r}." if name else "."
+        raise FileError(call, fact, f'Give name=, or the path of a file: "{file_name("NAME")}".')
     own = file_name(name if name in names else names[0])
     return _fetched(where, own, call) if where else Path(path) / own
 

@@ -1,4 +1,4 @@
-"""Folders and repositories of Hugging Face's: the base as they write it, and what was done to it."""
+"""Folders and repositories of Hugging Face's: the base as they write it, and what was done."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..engine.operation import Operation
 from ..engine.reports import report
 from ..engine.vocabulary import vocabulary
-from ..methods import rulesets, rules_named
+from ..methods import rules_named, rulesets
 from ..rules.expression import encode
 from .hub import CARD, file_name, library
 from .reading import read_header
@@ -81,9 +81,7 @@ def _parts(operation: Operation) -> list[nn.Module]:
     return [*{type(part): part for part in reversed([*operation.children()])}.values()][::-1]
 
 
-def _text(
-    model: nn.Module, done: list[Operation], folder: Path, source: str, whole: bool
-) -> str:
+def _text(model: nn.Module, done: list[Operation], folder: Path, source: str, whole: bool) -> str:
     kind = type(model).__name__
     pieces = [f"A `{kind}` that was operated by Surgery. To load it:"]
     pieces.append(_code("python", *_loading(kind, done, source, whole)))

@@ -261,7 +261,9 @@ class Config:
 
 
 _LOOP = r"(?:[*+?]|\{\d*,?\d*\})[?+]?"
-_WIDE = re.compile(r"(?:(?<!\\)\.|\\[DSWw]|(?<!0-9)(?<!\\d)\]|\))[*+{]")  # of nearly any letter; of groups
+_WIDE = re.compile(
+    r"(?:(?<!\\)\.|\\[DSWw]|(?<!0-9)(?<!\\d)\]|\))[*+{]"
+)  # of nearly any letter; of groups
 _LETTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")  # escapes and classes
 _OPENING = re.compile(r"\(\?(?:[:=!]|<[=!]|P<\w+>)")
 _GROUP = re.compile(rf"\(([^()]*)\)({_LOOP})?")

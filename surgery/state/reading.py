@@ -185,7 +185,9 @@ def rules_of(contents: Contents) -> list[Rule]:
     try:
         data = json.loads(about["rules"])
         if len(data["list"]) > FEW + len(contents.sketches):
-            raise ValueError(f"{len(data['list']):,} of them, and {len(contents.sketches):,} tensors")
+            raise ValueError(
+                f"{len(data['list']):,} of them, and {len(contents.sketches):,} tensors"
+            )
         strange = next(_strange(data, max(LARGEST, contents.numbers)), "")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise FileError(call, f"its rules are damaged ({error!s:.200}).", GIVE) from error
