@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,20 @@ def test_what_is_read_as_a_whole_is_saved_without_a_word(tmp_path: Path) -> None
     again = surgery.apply(hf_llama().eval(), RULES, name="a")
     safetensors.torch.load_model(again, tmp_path / "a.safetensors")
     assert torch.equal(again(X).logits, want)
+
+
+def test_a_state_tells_what_it_has_not_of_operations_that_are_not_active(tmp_path: Path) -> None:
+    """torch.save(model.state_dict()) has one head, and each operation has trained its own."""
+    model, _ = operated(hf_llama, "ab")
+    with pytest.warns(UserWarning, match="not what a made of them, which are not active"):
+        torch.save(model.state_dict(), tmp_path / "ab.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        surgery.save(model, tmp_path / "a", name="a")
+        surgery.fingerprint(model)
+        surgery.save_pretrained(model, tmp_path / "folder")
+        copy.deepcopy(model)
+        surgery.revert(model, name="a").state_dict()
 
 
 @torch.no_grad()
