@@ -41,8 +41,9 @@ from ..rules.rule import Rules
 from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
+from .fitting import check_alike, check_indices, check_keys
 from .hashes import hash_of, hash_of_base
-from .reading import BASE, FORMAT, PARTS, plan_of, read
+from .reading import BASE, FORMAT, PARTS, Contents, Sketch, plan_of, read
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,21 +95,25 @@ def load_state_dict(
 
 
 def fill(
-    model: nn.Module, tensors: Mapping[str, Tensor], name: str, spared: Collection[str] = ()
+    model: nn.Module,
+    given: Mapping[str, Tensor] | Contents,
+    name: str,
+    spared: Collection[str] = (),
 ) -> None:
-    """As `load_state_dict`; `spared`: the keys of tensors that need not be there."""
+    """As `load_state_dict`; of a file, whose tensors are read where its header fits.
+
+    spared  the keys of tensors that are left out, and need not be there
+    """
+    known: Mapping[str, Tensor | Sketch] = given.sketches if isinstance(given, Contents) else given
+    known = {key: each for key, each in known.items() if key not in spared}
     operation, places = _operation(model, name), _places(model, name)
     check_state(model, "load_state_dict(model, ...)", WRITING)
-    if lost := [key for key in tensors if key in places and places[key].is_meta]:
-        raise FileError(
-            "load",
-            f"this {type(model).__name__} has {first_few(lost)} on the meta device: the values "
-            "would be lost.",
-            'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
-        )
     required = set(state_dict(model, name=name)) - set(buffers(model)) - set(spared)
-    _check_keys(model, required, tensors, places)
-    _check_alike(tensors, places)
+    check_keys(required, known, places, type(model).__name__)
+    check_alike(known, places)
+    found = given.tensors() if isinstance(given, Contents) else given
+    tensors = {key: found[key] for key in known}
+    check_indices(operation, tensors, PARTS)
     journal, done = Journal(), operations(model)
     put_by = bool(own_values(done, operation))
     own = {**operation.own}
@@ -126,25 +131,6 @@ def fill(
     operation.start.given([key.removeprefix(PARTS) for key in tensors])
 
 
-def _check_keys(
-    model: nn.Module, required: set[str], tensors: Collection[str], places: Collection[str]
-) -> None:
-    """Raise FileError where a key is missing or one too many."""
-    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
-    if missing or extra:
-        facts = [
-            f"{word} {first_few(keys)}"
-            for word, keys in (("lacks", missing), ("has", extra))
-            if keys
-        ]
-        raise FileError(
-            "load",
-            f"the file does not fit this {type(model).__name__}: it {', and '.join(facts)}"
-            + (", which the model has no place for." if extra else "."),
-            "Load it into the model it was made for: the same architecture, depth and head.",
-        )
-
-
 def _own_buffers(
     model: nn.Module, operation: Operation, keys: Collection[str]
 ) -> dict[str, Tensor]:
@@ -156,18 +142,6 @@ def _own_buffers(
             operation.own[where] = operation.own.get(where, place.tensor).detach().clone()
             found[key] = operation.own[where]
     return found
-
-
-def _check_alike(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
-    """Raise FileError where a tensor is of another shape or dtype than its place."""
-    for key, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype) != (places[key].shape, places[key].dtype):
-            raise FileError(
-                "load",
-                f"{key} is {tuple(tensor.shape)} {tensor.dtype} in the file, and "
-                f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
-                "Load it into the model it was made for, in the dtype it was saved in.",
-            )
 
 
 def save(
@@ -253,6 +227,8 @@ def load(
 
     A model that was operated by the same rules under the same name is filled.
 
+    path     of a file; of a folder that `save_pretrained` here wrote; "hf:user/name", such a folder
+             on the Hugging Face Hub, or "hf:user/name@revision/file.safetensors"
     rules    instead of those in the file, which cannot carry code of the user's own
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
     head     False: what is in the file of heads is left out, for other classes than it was made for
@@ -273,13 +249,12 @@ def load(
     """
     check_operable(model)
     check_state(model, f'load("{path}")', APPLYING)
-    contents = read(Path(path))
+    contents = read(path, name)
     about, earlier = contents.about, len(operations(model))
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
-    tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
     if rules is None and _is_same(model, name, about, room):
-        fill(model, tensors, name, spared)
+        fill(model, contents, name, spared)
         return model
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example, room=room)
     if plan.is_without_memory:
@@ -290,7 +265,7 @@ def load(
             activate(model, None)
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
-        fill(model, tensors, name, spared)
+        fill(model, contents, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
         return activate(model, {**acting, name: 1.0}) if acting else model
     except BaseException:

@@ -4,6 +4,7 @@ tensors are known. Of PEFT 0.21, `adapter_config.json`; nothing of PEFT is impor
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import warnings
@@ -26,8 +27,9 @@ from ..structure.layers import (
 LARGEST = 2**24  # an integer in a configuration
 LONGEST = 2**16  # characters of one text in it
 MOST = 2**12  # names in one list
-MOST_LOOPS = 6  # in one regular expression: matching takes a path's length to that power at worst
-PATIENCE = 10.0  # seconds that all matching of one configuration may take
+MOST_LOOPS = 6  # in one regular expression
+MOST_WAYS = 2**24  # to divide a path among its loops over any letters: a match may try all of them
+PATIENCE = 4.0  # seconds that all matching of one configuration may take
 BASE = "Load it by PEFT, merge it there, and save the model."
 
 # what is a configuration's own affair, or how training starts, or goes without saying here
@@ -192,6 +194,9 @@ class Config:
         pattern = form.replace("{}", given, 1)
         if pattern not in self._compiled:
             self._compiled[pattern] = self._compile(given, pattern)
+        loops = len(_WIDE.findall(pattern))
+        if math.comb(len(path) + loops, loops) > MOST_WAYS:
+            self.fail(f"matching {given!r:.100} may take for ever.", "Name the modules.")
         start = time.monotonic()
         found = self._compiled[pattern].match(path)
         self._spent += time.monotonic() - start
@@ -256,6 +261,9 @@ class Config:
 
 
 _LOOP = r"(?:[*+?]|\{\d*,?\d*\})[?+]?"
+_WIDE = re.compile(
+    r"(?:(?<!\\)\.|\\[DSWw]|(?<!0-9)(?<!\\d)\]|\))[*+{]"
+)  # of nearly any letter; of groups
 _LETTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")  # escapes and classes
 _OPENING = re.compile(r"\(\?(?:[:=!]|<[=!]|P<\w+>)")
 _GROUP = re.compile(rf"\(([^()]*)\)({_LOOP})?")
@@ -295,7 +303,18 @@ def targets_of(config: Config, model: nn.Module, keys: Iterable[str]) -> list[Ta
             found += _layers(config, path, module)
         found += _single(config, path, module)
     _check_once(config, model, found)
-    return found
+    return [layer._replace(key=inner_key(layer.path, found, layer.key)) for layer in found]
+
+
+def inner_key(path: str, layers: list[Target], key: str = "") -> str:
+    """The key of what is at a path: PEFT wraps a module once for each parameter of it that is
+    meant, and what is inside that module is its base_layer's."""
+    key = key or path
+    depths = Counter(layer.path for layer in layers if layer.raw)
+    for outer in sorted(depths, key=len, reverse=True):
+        if path.startswith(f"{outer}."):
+            key = outer + ".base_layer" * depths[outer] + key.removeprefix(outer)
+    return key
 
 
 def _check_once(config: Config, model: nn.Module, found: list[Target]) -> None:

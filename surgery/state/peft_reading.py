@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._text import first_few
@@ -30,9 +30,10 @@ from ..rules.rule import Rule, at
 from ..rules.weights import weight
 from ..structure.layers import named_modules
 from ..structure.path import generalise
-from .peft_format import CORES, Config, Target, plain_name, targets_of, widest
+from .hub import folder_of
+from .peft_format import CORES, Config, Target, inner_key, plain_name, targets_of, widest
 from .peft_layers import Entry, Joint, edits_of, entries_of
-from .reading import RAW
+from .reading import RAW, opened
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,7 +58,7 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
     parameters), IA3, OFT, VeRA, LoHa, LoKr and LN tuning, with all that says where; the model
     then answers as PEFT's. Dropout of PEFT's stays where the part has one: at linear layers.
 
-    folder   with `adapter_config.json` and `adapter_model.safetensors`
+    folder   with `adapter_config.json` and `adapter_model.safetensors`; or "hf:user/name"
     name     of the operation
     example  as `apply` takes it
 
@@ -78,9 +79,10 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
     call = f'load_peft("{folder}")'
     check_operable(model)
     check_state(model, call, APPLYING)
-    config = Config(call, _read_config(Path(folder) / CONFIG, call))
+    path = folder_of(folder, call)
+    config = Config(call, _read_config(path / CONFIG, call))
     earlier = len(operations(model))
-    with _opened(Path(folder), call) as file:
+    with _opened(path, call) as file:
         held = _header(file, model, call)
         shapes = {key: each.shape for key, each in held.items()}
         layers = targets_of(config, model, shapes)
@@ -119,7 +121,7 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
 
 def _read_config(path: Path, call: str) -> dict[str, Any]:
     """What a configuration says. Raises FileError where it is none."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileError(call, f"there is no {path.name} in it.", "Give a folder that PEFT saved.")
     try:
         with path.open("rb") as file:
@@ -136,18 +138,12 @@ def _read_config(path: Path, call: str) -> dict[str, Any]:
 
 @contextmanager
 def _opened(folder: Path, call: str) -> Iterator[Any]:
-    path = folder / TENSORS
-    if not path.is_file():
-        if not (folder / "adapter_model.bin").exists():
+    if not os.path.lexists(folder / TENSORS):
+        if not os.path.lexists(folder / "adapter_model.bin"):
             raise FileError(call, f"there is no {TENSORS} in it.", "Give a folder that PEFT saved.")
         remedy = "Load it by PEFT where you trust it, and save_pretrained it again, as safetensors."
         raise FileError(call, "its tensors are pickled, and a pickle may run code.", remedy)
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            fact = f"its {TENSORS} is no whole safetensors file ({error!s:.200})."
-            raise FileError(call, fact, "Save it again.") from error
+    with opened(folder / TENSORS, call) as file:
         yield file
 
 
@@ -233,7 +229,7 @@ def base_of(config: Config, model: nn.Module, layers: list[Target]) -> dict[str,
     whole = ""
     for path, module in named_modules(model):
         if path and config.saves(path) and not (whole and path.startswith(f"{whole}.")):
-            found, whole = found | _held(module, path, path), path
+            found, whole = found | _held(module, path, inner_key(path, layers)), path
     if config["bias"] != "none":
         found |= _biases(config, model, layers, {place.path for place in found.values()})
     _check_tied(config, model, found)
@@ -250,7 +246,7 @@ def _biases(
         own, where = module._parameters.get("bias"), f"{path}.bias".strip(".")
         meant = config["bias"] == "all" or id(module) in inner
         if own is not None and meant and where not in known:
-            key = f"{inner.get(id(module), path)}.bias".strip(".")
+            key = f"{inner.get(id(module)) or inner_key(path, layers)}.bias".strip(".")
             found[key] = Place(where, module, "bias", own)
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -44,13 +43,13 @@ def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
     """
     call = f'swap(model, "{name}", "{path}")'
     (operation,) = named(operated(model, call), [name], call)
-    contents = read(Path(path))
+    contents = read(path, name)
     plan = plan_of(contents, model, None, name=f"{name}_of_file", balance=None, example=None)
     sketches: dict[str, Any] = _own(plan.parts)
     here: dict[str, Any] = dict(operation.named_children())
     if sketches.keys() != here.keys() or _joins_of(plan) != _joins(operation):
         raise _other(contents, call)
-    now, tensors = state_dict(model, name=name), dict(contents.tensors)
+    now, tensors = state_dict(model, name=name), contents.tensors()
     for key, there in sketches.items():
         if _told(there) != _told(here[key]):
             raise _other(contents, call)

@@ -603,6 +603,47 @@ def test_what_is_tied_here_must_be_the_same_in_the_file(tmp_path: Path) -> None:
     refused(tmp_path, "gpt2", "tied to transformer.wte.weight")
 
 
+class Inner(nn.Module):
+    """A module that has a parameter of its own, which is meant, and layers that are, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.first, self.last = nn.Parameter(torch.randn(8, 8)), *twice(nn.Linear, 8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.first(x) @ self.own)
+        return y
+
+
+def twice(make: Callable[..., nn.Module], *given: int) -> tuple[nn.Module, nn.Module]:
+    return make(*given), make(*given)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@torch.no_grad()
+def test_layers_inside_of_what_peft_wraps_for_a_parameter(bias: Any, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": Inner(), "b": Inner()}).double()
+
+    def run(model: nn.Module) -> torch.Tensor:
+        parts: Any = model
+        return torch.cat([parts["a"](x), parts["b"](x)])
+
+    config = LoraConfig(r=2, target_modules=["first"], target_parameters=["a.own"], bias=bias)
+    theirs: Any = peft.get_peft_model(build(), config, autocast_adapter_dtype=False).eval()
+    for p in theirs.parameters():
+        p.add_(0.05 * torch.randn_like(p)) if p.requires_grad else None
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(3, 8).double()
+    model = load_peft(build(), tmp_path / "theirs")
+    assert distance(run(model), run(theirs.base_model.model)) <= 16
+    save_peft(model, tmp_path / "ours")
+    kept = {"autocast_adapter_dtype": False}
+    again: Any = PeftModel.from_pretrained(build(), tmp_path / "ours", **kept).eval()
+    assert distance(run(again.base_model.model), run(model)) <= 16
+
+
 def test_an_error_while_it_is_filled_undoes_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
