@@ -10,7 +10,7 @@ import torch
 
 from .timing import machine
 
-SUBJECTS = ("grouping", "mixture", "operate", "overhead", "parameters")
+SUBJECTS = ("adapters", "grouping", "mixture", "operate", "overhead", "parameters")
 
 
 def main() -> None:
