@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraftError, OperationError
+from ..parts.room import is_used_alike, room_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
 from ..structure.stretches import Stretch
@@ -274,6 +275,14 @@ class Operation(Switch):
     def _load_from_state_dict(self, state: Any, prefix: str, told: Any, *rest: Any) -> None:
         assigned = bool(told.get("assign_to_params_buffers"))
         self.start.loaded(state, prefix, assigned)
+        errors: list[str] = rest[-1]
+        for path, part in self.named_modules():
+            scale = state.get(f"{prefix}{path}.scale") if room_of(part) is not None else None
+            if scale is not None and not is_used_alike(part, scale):
+                errors.append(
+                    f"{prefix}{path} is of other ranks there, or of another scale, than its rules "
+                    f'say: surgery.swap(model, "{self.name}", file) a file of such rules first.'
+                )
         super()._load_from_state_dict(state, prefix, told, *rest)
 
     @property

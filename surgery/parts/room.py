@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .init import register
@@ -55,7 +56,7 @@ def widened(part: Kind, room: int) -> Kind:
         getattr(own, name).requires_grad_(narrow.requires_grad)
     scale = own.scale
     del own.scale
-    own.register_buffer("scale", wide.new_zeros(room), persistent=False)
+    own.register_buffer("scale", wide.new_zeros(room))
     own.scale[: own.rank] = scale
     return part
 
@@ -82,6 +83,15 @@ def spare(part: nn.Module, trainable: bool = False) -> int:
         for p, tensor in pairs
         if p is not None and (p.requires_grad or not trainable)
     )
+
+
+def is_used_alike(part: nn.Module, scale: Tensor) -> bool:
+    """Whether a scale is of as many ranks as a part uses, and is its own but for rounding."""
+    own = part._buffers.get("scale")
+    if own is None or own.shape != scale.shape:
+        return False
+    near = torch.allclose(scale.to(own), own, rtol=torch.finfo(torch.bfloat16).eps)
+    return near and bool(((scale != 0) == (own != 0).to(scale.device)).all())
 
 
 def without_room(part: Kind) -> Kind:

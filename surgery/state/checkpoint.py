@@ -66,6 +66,7 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     for path, part in operation.named_modules():
         if room_of(part) is not None:  # what is room is of no file
             parts |= {f"{PARTS}{path}.{key}": tensor.detach() for key, tensor in used(part)}
+            del parts[f"{PARTS}{path}.scale"]  # which the rules tell
     own = own_values(operations(model), operation)
     trained = [*trained_of(model, operation), *changed_buffers(model, operation, own)]
     order = {path: i for i, (path, _) in enumerate(named_modules(model))}

@@ -35,6 +35,7 @@ from surgery.parts.room import room_of, used
 from surgery.parts.row_lengths import magnitude
 from surgery.rules.rule import Rule
 from surgery.rules.weights import weight
+from surgery.state.averaging import swapped
 from surgery.training import eva, loftq
 from tests.engine.test_activity import X, answer, operation, train, vit
 
@@ -364,3 +365,32 @@ def test_starts_of_what_is_used(start: str) -> None:
     assert told[0].keys() == told[1].keys()
     assert all(torch.equal(told[1][key], tensor) for key, tensor in told[0].items())
     assert not all(torch.equal(was[key], tensor) for key, tensor in told[1].items())
+
+
+def test_states_of_torch(tmp_path: Path) -> None:
+    """A checkpoint of the whole model says which ranks are used; it is for what uses those."""
+    files = files_of("lora", tmp_path)
+    model = surgery.apply(vit(), KINDS["lora"](2), name="a", room=ROOM)
+    fresh = copy.deepcopy(model)
+    swap(model, "a", files[8][0])
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match=r"other ranks there.*swap\(model, \"a\", file\)"):
+        fresh.load_state_dict(state)
+    again = surgery.apply(vit(), KINDS["lora"](2), name="a", room=ROOM)
+    swap(again, "a", files[8][0])
+    for part in roomy(again):
+        nn.init.zeros_(part.B)
+    again.load_state_dict({k: t.to(torch.bfloat16).to(t) for k, t in state.items()})
+    again.load_state_dict(state)
+    assert torch.equal(answer(again), answer(model))
+
+
+def test_it_is_exported_and_lent(tmp_path: Path) -> None:
+    file, want = file_of(KINDS["lora"](4, 16.0), tmp_path / "4", 1)
+    model = surgery.load(vit(), file, room=ROOM)
+    exported = torch.export.export(model, (X,)).module()
+    assert near(answer(exported), want)
+    zeros = {key: torch.zeros_like(t) for key, t in surgery.state_dict(model).items()}
+    with swapped(model, zeros):
+        assert torch.equal(answer(model), answer(vit()))
+    assert near(answer(model), want)
