@@ -236,7 +236,10 @@ def parameters(model: nn.Module, names: str | Iterable[str] | None = None) -> li
         asked = [names] if isinstance(names, str) else [*names]
         chosen = named(done, asked, f"parameters(model, {asked!r})")
         parts = [p for op in chosen for p in op.parameters() if p.requires_grad]
-        return [*dict.fromkeys(parts), *(p for op in chosen for p in own_parameters(done, op))]
+        return [
+            *dict.fromkeys(parts),
+            *(p for op in chosen for p in own_parameters(model, done, op)),
+        ]
     idle = claimed_by([op for op in done if not op.strength])
     idle -= claimed_by([op for op in done if op.strength])
     return [p for p in model.parameters() if p.requires_grad and id(p) not in idle]

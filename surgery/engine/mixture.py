@@ -18,7 +18,7 @@ from .hooked_weights import HookedWeight, only_reads
 from .hooks import HookedSite
 from .journal import Journal
 from .mixed_forward import Layer, MixedForward, Values
-from .operation import Operation
+from .operation import Operation, Own
 from .owned import Slot, composed, learnt, put_by, shows, slots_of
 from .rows import Group, Rows
 from .tokens import Action
@@ -74,7 +74,7 @@ def mixed(
         yield model
     finally:
         journal.undo()
-        _keep(slots, done, used, values)
+        _keep_statistics(slots, done, used, values)
 
 
 def _check_rows(model: nn.Module, rows: Tensor, names: Sequence[str | None], call: str) -> None:
@@ -175,44 +175,40 @@ def _values(slots: list[Slot], op: Operation | None) -> Values:
         if tensor is not None:
             value = value.to(tensor)
             mine = op is not None and any(claim.operation is op for claim in slot.claims)
-            own = op.own_parameters.get((slot.module, slot.name)) if op and mine else None
             live = same(value, tensor.detach()) and mine and isinstance(tensor, nn.Parameter)
             shown = tensor if live else value.detach().clone()
-            if own is not None and op is not None:
-                shown = _as(own, value).requires_grad_(op.is_trained)
+            if op is not None and slot.key in op.own_parameters:
+                shown = _own(op, slot.key, value)
             values.update(dict.fromkeys(slot.places, shown))
     return values
 
 
-def _as(own: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """A parameter with these values."""
+def _own(op: Operation, key: tuple[nn.Module, str], value: Tensor) -> nn.Parameter:
+    """The parameter that an operation trains of its own, which is now this."""
+    own = op.own_parameters[key].parameter
     if (own.dtype, own.device) != (value.dtype, value.device):
         own.data = own.data.to(value)
     with torch.no_grad():
         own.copy_(value)
+    op.own_parameters[key] = Own(own, value.detach().clone())
+    own.requires_grad_(op.is_trained)
     return own
 
 
-def _keep(
+def _keep_statistics(
     slots: list[Slot], done: list[Operation], used: list[Operation], values: list[Values]
 ) -> None:
-    """What operations have learnt in tensors of their own is what they have made of these."""
-    now = {operation: operation.strength for operation in done}
+    """What norms have counted of the rows of an operation is its own."""
     for slot in slots:
-        changed = False
-        for claim in slot.claims:
+        mine = [c for c in slot.claims if c.operation in used and not slot.is_parameter]
+        for claim in mine:
             op = claim.operation
-            if op not in used:
-                continue
-            value = values[used.index(op)].get((slot.module, slot.name))
-            was = composed(slot, {op: 1.0})
-            if value is None or value is slot.tensor or same(value.detach(), was.to(value)):
-                continue
-            op.own[slot.module, slot.name] = learnt(slot, claim, {op: 1.0}, value.detach().clone())
-            changed = True
-        if changed and slot.tensor is not None:
-            with torch.no_grad():
-                slot.tensor.copy_(composed(slot, now))
+            value = values[used.index(op)][slot.key]
+            if not same(value, composed(slot, {op: 1.0}).to(value)):
+                op.own[slot.key] = learnt(slot, claim, {op: 1.0}, value.detach().clone())
+        if mine and slot.tensor is not None:
+            now = composed(slot, {op: op.strength for op in done})
+            slot.tensor.copy_(now)
 
 
 def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], call: str) -> None:
@@ -234,7 +230,7 @@ def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], c
 def _sharing(slot: Slot, used: list[Operation]) -> list[Operation]:
     """Which would train one tensor: unless it shows what the only one made, or each has its own."""
     mine = [claim.operation for claim in slot.claims if claim.operation in used]
-    if all((slot.module, slot.name) in op.own_parameters for op in mine if op.is_trained):
+    if all(slot.key in op.own_parameters for op in mine if op.is_trained):
         return []
     return [] if len(mine) == 1 and shows(slot, {mine[0]: 1.0}) else mine
 

@@ -98,6 +98,19 @@ class KnownModule(NamedTuple):
     names: frozenset[str]
 
 
+class Own(NamedTuple):
+    """What is trained of the base in mixed batches, a parameter for each operation; and as it was
+    when that was last told."""
+
+    parameter: nn.Parameter
+    seen: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> Own:
+        """A new one of this value."""
+        return cls(nn.Parameter(value.detach().clone()), value.detach().clone())
+
+
 class Operation(Switch):
     """One application of rules to a model: its parts, its hooked sites, and the way back.
 
@@ -128,7 +141,7 @@ class Operation(Switch):
         self.claims: list[tuple[nn.Module, str]] = []
         self.trains: frozenset[str] = frozenset()
         self.own: dict[tuple[nn.Module, str], Tensor] = {}
-        self.own_parameters: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self.own_parameters: dict[tuple[nn.Module, str], Own] = {}
         self.is_trained = True  # unless train_only names others
         self.rows_proven: dict[Any, dict[nn.Module, bool]] = {}
         self.start = MissingStart(self, self.journal)

@@ -197,8 +197,9 @@ TRAINED = {
 }
 
 
+@pytest.mark.parametrize("outside", [False, True])
 @pytest.mark.parametrize("name", TRAINED)
-def test_what_several_unfroze_is_trained_in_one_batch(name: str) -> None:
+def test_what_several_unfroze_is_trained_in_one_batch(name: str, outside: bool) -> None:
     weights = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def built() -> nn.Module:
@@ -214,7 +215,11 @@ def test_what_several_unfroze_is_trained_in_one_batch(name: str) -> None:
         with mixed(model, NAMES):
             optimizer.zero_grad()
             (model(X) * weights).sum().backward()
-            optimizer.step()
+            optimizer.step() if not outside else None
+        optimizer.step() if outside else None
+    assert [op.name for op in model.surgery.operations if op.strength] == ["b"]
+    of_b = [i for i, each in enumerate(NAMES) if each == "b"]
+    close(model(X)[of_b], want[of_b], eps=64)  # what is active shows at once what it learnt
     with torch.no_grad():
         close(wanted(model, X), want, eps=64)  # after three steps
         surgery.revert(model)

@@ -87,7 +87,7 @@ def test_gradients_are_as_alone(name: str) -> None:
     weights = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     done = model.surgery.operations
     parts = [p for op in done for p in op.parameters() if p.requires_grad]
-    own = {(op, *place): p for op in done for place, p in op.own_parameters.items()}
+    own = {(op, *at): own.parameter for op in done for at, own in op.own_parameters.items()}
 
     def grads(answer: Tensor, of: list[nn.Parameter]) -> list[Tensor]:
         found = torch.autograd.grad((answer * weights).sum(), of, allow_unused=True)
