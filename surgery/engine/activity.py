@@ -11,6 +11,7 @@ from ..errors import OperationError
 from .apply import named, operated
 from .conditions import DISABLED, WRITING, check_state
 from .journal import Journal
+from .norm_statistics import follow
 from .operation import Operation
 from .owned import claimed_by, put_by, slots_of, switch
 from .tokens import Action
@@ -84,6 +85,7 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
             tensor = module._parameters.get(name)
             if tensor is not None and tensor.requires_grad != (id(tensor) in wanted):
                 op.journal.train(module, name, tensor, id(tensor) in wanted)
+    follow(done, Journal())
     return model
 
 

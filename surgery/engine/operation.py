@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,7 +22,7 @@ from ..structure.weights import ParameterSite
 from .frozen import Frozen
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
-from .journal import Journal, owner_of
+from .journal import Journal
 from .passes import Key
 from .registration import register, register_between
 from .routed import routes
@@ -50,44 +49,6 @@ class Additions(StateGuard):
     def operations(self) -> list[Operation]:
         """Its operations, oldest first."""
         return [child for child in self.children() if isinstance(child, Operation)]
-
-
-class FrozenStatistics:
-    """Methods in place of a norm's own: it stays in eval mode, and keeps its statistics.
-
-    Of a plain object, so that a copy of the model gets its own.
-    """
-
-    def __init__(self, norm: nn.Module, switch: Switch) -> None:
-        self.norm, self.switch = norm, switch
-        self.own = {name: vars(norm)[name] for name in FROZEN_METHODS if name in vars(norm)}
-
-    def train(self, mode: bool = True) -> nn.Module:
-        if self.switch.undone:
-            trained: nn.Module = self._base("train")(mode)
-            return trained
-        for child in self.norm.children():  # an activation, a dropout (timm's BatchNormAct2d)
-            child.train(mode)
-        self.norm.training = False  # whoever has set it
-        return self.norm
-
-    def reset_running_stats(self) -> None:
-        """Nothing: torch's update_bn would reset what it then cannot count."""
-        if self.switch.undone:
-            self._base("reset_running_stats")()
-
-    def _base(self, name: str) -> Any:
-        """The method that it took the place of."""
-        return self.own.get(name) or MethodType(getattr(type(self.norm), name), self.norm)
-
-
-FROZEN_METHODS = ("train", "reset_running_stats")  # the methods that it takes the place of
-
-
-def is_frozen(norm: nn.Module) -> bool:
-    """Whether an operation keeps it in eval mode."""
-    methods = owner_of(vars(norm).get("train"))
-    return isinstance(methods, FrozenStatistics) and not methods.switch.undone
 
 
 class KnownModule(NamedTuple):
@@ -124,6 +85,7 @@ class Operation(Switch):
     trains         the names of those of its parts that are trained
     own            what it has made of tensors of the base, where others are active since
     own_parameters  what it trains of the base in mixed batches, each a parameter of its own
+    norms          the norms with running statistics that its rules train
     rows_proven    of kinds of forwards, where rows were seen to stay rows; of all operations
     """
 
@@ -141,6 +103,7 @@ class Operation(Switch):
         self.claims: list[tuple[nn.Module, str]] = []
         self.trains: frozenset[str] = frozenset()
         self.own: dict[tuple[nn.Module, str], Tensor] = {}
+        self.norms: list[nn.Module] = []
         self.own_parameters: dict[tuple[nn.Module, str], Own] = {}
         self.is_trained = True  # unless train_only names others
         self.rows_proven: dict[Any, dict[nn.Module, bool]] = {}
@@ -202,23 +165,6 @@ class Operation(Switch):
                     self.journal.keep_value(module, name)
                 if tensor.requires_grad != wanted:
                     self.journal.train(module, name, tensor, wanted)
-
-    def freeze_norms(self, norms: Iterable[tuple[nn.Module, bool]]) -> None:
-        """Keep norms with running statistics in eval mode, or let them go, whatever train() says.
-
-        Frozen, their statistics would go on drifting, and what is saved would not reproduce.
-        """
-        for norm, frozen in norms:
-            if frozen is is_frozen(norm):
-                continue
-            methods = FrozenStatistics(norm, self)
-            for name in FROZEN_METHODS:
-                if frozen:
-                    self.journal.set(norm, name, getattr(methods, name))
-                else:
-                    self.journal.remove(norm, name)
-            training = not frozen and any(model.training for model in self.model)
-            self.journal.set(norm, "training", training)
 
     def join(self, site: Site, actions: list[Action], stretch: Stretch | None = None) -> None:
         """Hook `actions` to `site`; `stretch`: what it is in a forward, where nobody calls it."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._preserve import same
 from .journal import Journal, Value
+from .norm_statistics import follow
 from .obstacles import tensor_of
 from .operation import Operation, Own, operations
 
@@ -271,6 +272,7 @@ def show(done: Sequence[Operation], strengths: Mapping[Operation, float], journa
     for operation in done:
         journal.set(operation, "strength", strengths[operation])
         operation.frozen.again(written)
+    follow(done, journal)
 
 
 def is_alone(done: Sequence[Operation], operation: Operation) -> bool:

@@ -28,6 +28,7 @@ from .hearing import guessed, sources_of, unheard_asides
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
+from .norm_statistics import guard
 from .notes import beside, frozen_head, frozen_norms, how_found, without_tokens
 from .operation import Operation, check_model, operations, without_parts
 from .placement import PartNames, Placement, Spot, check_conflicts, check_parts, name_all
@@ -275,7 +276,9 @@ class Plan:
         check_weights(self.placements, parts)
         check_mixing(self.placements, parts, self.tree)
         give_room(self.room, built)
-        operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
+        own = [s.module for s, frozen in statistics(self.tree, self.unfrozen) if not frozen]
+        norms = [(s.module, not frozen) for s, frozen in statistics(self.tree, trained)]
+        guard(operation, norms, own)
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
