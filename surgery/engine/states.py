@@ -114,8 +114,8 @@ class StateGuard(nn.Module):
         if lost and not any(module.startswith("surgery.") for module, _ in _callers()):
             warnings.warn(
                 "model.state_dict() has what tensors of the base are now, and not what "
-                f"{first_few(lost)} made of them, which are not active: surgery.save(model, path, "
-                "name=...) keeps that of each.",
+                f"{first_few(lost)} made of them, which are not active, or in a mixture: "
+                "surgery.save(model, path, name=...) keeps that of each.",
                 stacklevel=2,
             )
 

@@ -35,6 +35,7 @@ FORMAT = "1"  # of the file; raised when a reader of the former could not read i
 PARTS, BASE = "parts.", "base."  # where a tensor of the file belongs
 LARGEST = 2**20  # an integer in rules that is no larger needs no tensor that has so many numbers
 LONGEST = 2**16  # characters of one text in rules
+GREATEST = 2.0**127  # of what float32 has, and bfloat16
 HEADER, ABOUT = 2**24, 2**22  # bytes of a file's header, characters of what it says of itself
 FEW = 64  # rules that need no tensor
 LONGEST_NAME = 2**12  # characters
@@ -206,8 +207,8 @@ def _strange(data: Any, most: int) -> Iterator[str]:
             yield from _strange(item, most)
     elif isinstance(data, int) and abs(data) > most:
         yield f"the number {data:.3g}" if abs(data) < 1e300 else "a number beyond all measure"
-    elif isinstance(data, float) and not math.isfinite(data):
-        yield f"{data}"
+    elif isinstance(data, float) and not abs(data) < GREATEST:
+        yield f"the number {data:.3g}"
     elif isinstance(data, str) and len(data) > LONGEST:
         yield f"a text of {len(data):,} characters"
 

@@ -120,6 +120,7 @@ def test_each_answers_alone_to_the_bit_in_every_order(name: str) -> None:
 LINEAR = ["lora", "dora", "vera", "ssf", "oft", "hira", "bitfit", "linear_probe", "ia3", "rslora"]
 
 
+@pytest.mark.filterwarnings("ignore:model.state_dict")  # it is compared, not kept
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_mixture_is_of_products(name: str) -> None:
     """At each weight W + sum of strength * (merged - W), not what mixed factors would give."""

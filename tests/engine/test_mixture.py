@@ -66,6 +66,7 @@ def vit() -> nn.Module:
     return tiny_vit().double().eval()
 
 
+@pytest.mark.filterwarnings("ignore:model.state_dict")  # it is compared, not kept
 @pytest.mark.parametrize("name", [name for name in SETS if name not in ONCE])
 @torch.no_grad()
 def test_rows_are_as_alone(name: str) -> None:
