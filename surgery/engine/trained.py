@@ -157,7 +157,8 @@ def lost_module(model: nn.Module, operation: Operation) -> nn.Module | None:
     """
     here = {id(module) for module in model.modules()}
     entries = operation.journal.entries
-    frozen = [it.module for it in entries if isinstance(it, Key) and it.key in METHODS]
+    guarded = [it.module for it in entries if isinstance(it, Key) and it.key in METHODS]
+    frozen = [module for module in guarded if module not in operation.norms]
     ends = [end for hooked in operation.hooked_sites for end in (hooked.entry, hooked.exit)]
     held = (*ends, *frozen, *_trained_then(model, operation))
     return next((module for module in held if id(module) not in here), None)

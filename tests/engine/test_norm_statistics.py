@@ -204,6 +204,7 @@ def test_a_law_sees_statistics_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "training moved statistics of BatchNorm1d" in str(told)
 
 
+@pytest.mark.filterwarnings("ignore:model.state_dict")  # it is compared, not kept
 def test_norms_count_where_what_is_active_trains_them() -> None:
     model = Net()
     base = surgery.fingerprint(model)
