@@ -599,6 +599,6 @@ def pair() -> nn.Module:
 
 
 def built() -> nn.Module:
-    model: Any = tiny_vit().double()
+    model: Any = tiny_vit(drop_rate=0.5).double()  # which nobody is to meet
     model.example = lambda: X[:2]
     return model
