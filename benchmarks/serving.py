@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
@@ -9,6 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 import surgery
 from examples import serve
 from surgery._table import Table
+from surgery.engine.operation import operations
 
 MODEL, CLIENTS, ADAPTERS = "vit_small_patch16_224", 8, 16
 KINDS = ("lora", "adapterx_ffn", "ssf", "bitfit")
@@ -50,9 +53,10 @@ class Run(NamedTuple):
 
 
 def report(rounds: int = 32) -> list[Table]:
-    """One table: a row for each load; `rounds` requests of each in every run."""
+    """What is kept for an adapter, and a row for each load: `rounds` requests in every run."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = _files(Path(folder))
+        kept = _kept(Path(folder), sizes)
         few = int(4.2 * sizes["lora0"])
         lora = tuple(name for name in sizes if name.startswith("lora"))
         each = tuple(f"{kind}{k}" for kind in KINDS for k in range(ADAPTERS // len(KINDS)))
@@ -69,7 +73,7 @@ def report(rounds: int = 32) -> list[Table]:
             runs[ALONE].append(_alone(rounds))
             for name, load in loads.items():
                 runs[name].append(_run(Path(folder), load, rounds))
-    return [_table(runs, rounds)]
+    return [kept, _table(runs, rounds)]
 
 
 def _model() -> nn.Module:
@@ -90,6 +94,35 @@ def _files(folder: Path) -> dict[str, int]:
             path = surgery.save(model, folder / f"{kind}{k}.safetensors")
             sizes[path.stem] = path.stat().st_size
     return sizes
+
+
+def _kept(folder: Path, sizes: Mapping[str, int]) -> Table:
+    """Many of each kind on one model: bytes that are counted, and others, and times."""
+    model, rows = _model(), list[tuple[object, ...]]()
+    for kind in KINDS:
+        begin = time.process_time()
+        for k in range(ADAPTERS):
+            _load(model, folder / f"{kind}0.safetensors", f"{kind}_{k}")
+        load = (time.process_time() - begin) / ADAPTERS
+        tracemalloc.start()
+        _load(model, folder / f"{kind}0.safetensors", kind)
+        gc.collect()
+        objects, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        counted = operations(model)[-1].nbytes
+        rows.append((kind, sizes[f"{kind}0"], counted, objects, f"{1e3 * load:.0f}"))
+    begin, done = time.process_time(), operations(model)
+    for operation in done:
+        surgery.revert(model, name=operation.name)
+    drop = 1e3 * (time.process_time() - begin) / len(done)
+    columns = ("", "bytes of the file", "counted", "Python's objects", "ms to load")
+    notes = [f"{ADAPTERS} of each, beside the earlier; {drop:.0f} ms to drop one, oldest first"]
+    return Table(f"An adapter on {MODEL}", columns, rows, notes)
+
+
+def _load(model: nn.Module, path: Path, name: str) -> None:
+    surgery.load(model, path, name=name)
+    surgery.activate(model, None)
 
 
 def _samples() -> Tensor:

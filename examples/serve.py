@@ -195,7 +195,7 @@ class Server:
     def _batch(self) -> list[Waiting | None]:
         """The next request, and those that come soon behind it."""
         batch, until = [self.queue.get()], time.monotonic() + WAIT
-        while batch[-1] is not None and len(batch) < BATCH:
+        while len(batch) < BATCH:
             try:
                 batch.append(self.queue.get(timeout=max(0.0, until - time.monotonic())))
             except queue.Empty:

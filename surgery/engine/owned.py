@@ -72,7 +72,7 @@ def slots_of(done: Sequence[Operation], norms: bool = False) -> Iterator[Slot]:
         for value in _claimed(operation):
             key = id(value.module), value.name
             slot = found.setdefault(key, Slot(value.module, value.name, [], []))
-            if all(claim.operation is not operation for claim in slot.claims):
+            if not slot.claims or slot.claims[-1].operation is not operation:
                 slot.claims.append(Claim(operation, value.value))
     trained = {id(module) for operation in done for module, _ in operation.claims}
     firsts: dict[int, Slot] = {}
