@@ -30,7 +30,9 @@ def inspect(path: str | os.PathLike[str]) -> Table:
         word: [s.numbers for key, s in shapes.items() if key.startswith(word)]
         for word in (PARTS, BASE)
     }
-    kinds = ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in shapes.values()}))
+    kinds = ", ".join(
+        sorted({str(s.dtype or "unknown").removeprefix("torch.") for s in shapes.values()})
+    )
     notes = [
         f"parts {sum(count[PARTS]):,} numbers in {len(count[PARTS])} tensors, of the base "
         f"{sum(count[BASE]):,} in {len(count[BASE])}; {kinds}",

@@ -128,6 +128,28 @@ def test_a_revision_is_another_snapshot(tmp_path: Path, cache: Any) -> None:
     assert torch.equal(surgery.load(vit(), "hf:user/name")(X), new(X))
 
 
+def test_a_folder_of_pefts_comes_from_a_repository(tmp_path: Path, cache: Any) -> None:
+    model = tuned(vit)
+    surgery.save_peft(model, tmp_path / "peft")
+    (tmp_path / "peft" / "adapter_model.bin").write_bytes(b"a pickle")
+    cache(tmp_path / "peft", "user/peft")
+    assert torch.equal(surgery.load_peft(vit(), "hf:user/peft")(X), model(X))
+    with pytest.raises(FileError, match="does not give user/none"):
+        surgery.load_peft(vit(), "hf:user/none")
+    with pytest.raises(FileError, match="this is a file of a repository"):
+        surgery.load_peft(vit(), "hf:user/peft/adapter_model.safetensors")
+
+
+def test_the_command_line_shows_what_a_repository_has(
+    tmp_path: Path, cache: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from surgery.cli import main
+
+    cache(surgery.save_pretrained(tuned(vit), tmp_path / "a"), "user/name")
+    assert not main(["show", "hf:user/name"])
+    assert "lora(rank=2)" in capsys.readouterr().out
+
+
 def test_of_several_operations_one_is_named(tmp_path: Path, cache: Any) -> None:
     model = tuned(vit, "a/b")
     surgery.activate(model, None)

@@ -45,7 +45,7 @@ from surgery import (
 )
 from surgery.errors import FileError, OperationError, SurgeryError
 from surgery.spec.case import stir
-from surgery.state.peft_format import plain_name
+from surgery.state.peft_format import Config, plain_name
 from tests.models import encoder, hf_bert, hf_gpt2, hf_llama, hf_vit, images, tiny_vit, words_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own: of versions, of embeddings
@@ -520,6 +520,18 @@ def test_an_option_that_is_not_understood_is_refused_by_name(option: str, tmp_pa
     told = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**told, option: value}))
     refused(tmp_path, name, said)
+
+
+@pytest.mark.parametrize("loops", [".*" * 6, "(.*?)" * 6, "[^x]*" * 6, r"\w+" * 6, ".+?.*" * 3])
+def test_loops_are_weighed_by_the_path_that_they_meet(loops: str) -> None:
+    """Six of them try 300 million ways to divide 75 letters, and nothing can stop that."""
+    config = Config("load", {"peft_type": "LORA", "target_modules": f"{loops}#"})
+    assert not config.names("target_modules", "a" * 15)
+    with pytest.raises(FileError, match="may take for ever"):
+        config.names("target_modules", "a" * 75)
+    said = {"target_modules": r".*\.layers\.(\d+)\.[^.]+\.(q|k|v)_proj\d*", "peft_type": "LORA"}
+    path = f"model.{'language_model.' * 4}layers.11.self_attn.q_proj"
+    assert Config("load", said).names("target_modules", path)
 
 
 def test_what_fits_another_model_is_refused(tmp_path: Path) -> None:
