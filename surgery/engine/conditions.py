@@ -118,7 +118,9 @@ def held_by_ddp(model: nn.Module) -> str:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
     kinds, own = _kinds_of_ddp(), {id(p) for p in model.parameters()}
-    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+    things = gc.get_objects()
+    found = {each for each in set(map(type, things)) if issubclass(each, kinds)}
+    wrappers = [thing for thing in things if type(thing) in found] if found else []
     if any(w is model or any(id(p) in own for p in w.parameters()) for w in wrappers):
         return (
             "a DistributedDataParallel holds this model: it reduces the gradients of the "
