@@ -37,7 +37,7 @@ LARGEST = 2**20  # an integer in rules that is no larger needs no tensor that ha
 LONGEST = 2**16  # characters of one text in rules
 GREATEST = 2.0**127  # of what float32 has, and bfloat16
 HEADER, ABOUT = 2**24, 2**22  # bytes of a file's header, characters of what it says of itself
-FEW = 64  # rules that need no tensor
+FEW = 64  # rules, or parts, that need no tensor
 LONGEST_NAME = 2**12  # characters
 # what Python and torch raise where arguments make no sense
 RAW: tuple[type[Exception], ...] = (
@@ -245,7 +245,11 @@ def plan_of(
             room=room,
         )  # fmt: skip
     _check_sites(contents, plan)
-    count = 1000 + 100 * (len(contents.sketches) + len(plan.placements))
+    made_at, held = {placement.key for placement in plan.placements}, len(contents.sketches)
+    if len(made_at) > FEW + 4 * held:  # some parts have no tensor: what comes back from beside
+        fact = f"its rules make {len(made_at):,} parts, and it holds {held:,} tensors."
+        raise FileError(contents.call, fact, GIVE)
+    count = 1000 + 100 * (held + len(plan.placements))
     with _guarded(contents), _counted(contents, count):
         made = plan.parts
     _check_parts(contents, made, type(model).__name__)
