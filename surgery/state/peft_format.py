@@ -352,16 +352,20 @@ def _layers(config: Config, path: str, module: nn.Module) -> list[Target]:
         return [own._replace(name="in_proj_weight"), proj]
     if not (kernel or (lora and isinstance(module, nn.Embedding))):
         config.fail(f"{path} is a {type(module).__name__}, which {config.kind} does not fit.")
-    if lora and is_conv(module):
-        _check_conv(config, path, module)
+    _check_alone(config, path, module)
     return [own._replace(name="weight")]
 
 
-def _check_conv(config: Config, path: str, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-    """Raise FileError where PEFT's LoRA runs a convolution that is no change of the weight."""
-    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
-    if not plain:
-        config.fail(f"{path} is a convolution in groups, dilated or padded otherwise.")
+def _check_alone(config: Config, path: str, module: nn.Module) -> None:
+    """Raise FileError where what PEFT runs beside a layer is no change of its weight: a convolution
+    padded otherwise, for LoRA also in groups or dilated; words that are of a length at most."""
+    lora = config.kind == "LORA"
+    if is_conv(module) and lora and (module.groups > 1 or set(module.dilation) != {1}):
+        config.fail(f"{path} is a convolution in groups, or dilated.")
+    if is_conv(module) and module.padding_mode != "zeros":
+        config.fail(f"{path} is a convolution that pads by {module.padding_mode}, not zeros.")
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        config.fail(f"{path} shortens its words as they are read, and PEFT those of LoRA, too.")
 
 
 def widest(layers: list[Target]) -> tuple[int, int]:

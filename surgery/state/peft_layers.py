@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,36 +21,10 @@ from ..rules.edits import Edit, append, parallel, prepend
 from ..rules.part import shared
 from ..rules.selector import where
 from ..structure.layers import is_conv
+from .foreign import Entry, Joint
 from .peft_format import Config, Target
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Entry(NamedTuple):
-    """A tensor of a file, as it lies in one of ours: in this view, less what is `offset`."""
-
-    view: Tensor
-    shape: tuple[int, ...]
-    offset: Tensor | None = None
-
-    def get(self) -> Tensor:
-        """What the file has."""
-        value = self.view.detach() if self.offset is None else self.view.detach() + self.offset
-        return value.reshape(self.shape)
-
-    def put(self, value: Tensor) -> None:
-        """Take what the file has."""
-        value = value.reshape(self.view.shape).to(self.view)
-        self.view.copy_(value if self.offset is None else value - self.offset)
-
-
-class Joint(NamedTuple):
-    """A part, how it is joined to its place, and to what rows of it."""
-
-    part: nn.Module
-    place: str
-    scale: float | None = None
-    rows: slice | None = None
 
 
 # what a configuration means --------------------------------------------------------------------
@@ -97,7 +71,6 @@ def _vera(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
 
 
 def _loha(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
-    _check_kernel(config, target, "hada_t1" in _names(target, shapes))
     rank = config.of("rank_pattern", "r", target)
     scale = single(config.of("alpha_pattern", "alpha", target) / rank)
     return (parallel(loha(rank=rank, alpha=scale * rank)),)
@@ -105,7 +78,6 @@ def _loha(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
 
 def _lokr(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
     names = _names(target, shapes)
-    _check_kernel(config, target, "lokr_t2" in names)
     both = "lokr_w1_a" in names
     left = names.get("lokr_w1_a" if both else "lokr_w1", ())
     right = names.get("lokr_w1_b" if both else "lokr_w1", ())
@@ -123,11 +95,6 @@ def _names(target: Target, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The shapes of its tensors, by their names at the layer."""
     start = f"{target.key}."
     return {k.removeprefix(start): shape for k, shape in shapes.items() if k.startswith(start)}
-
-
-def _check_kernel(config: Config, target: Target, tucker: bool) -> None:
-    if tucker:
-        config.fail(f"use_effective_conv2d at {target.path} is not read here.")
 
 
 def single(value: float) -> float:

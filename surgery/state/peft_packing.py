@@ -20,8 +20,9 @@ from ..parts.rotations import OFT
 from ..parts.row_lengths import Magnitude, Rescale
 from ..parts.shared_low_rank import Factors, SharedLoRA
 from ..parts.sparse_updates import Rows
+from .foreign import Joint
 from .peft_format import CORES, Target, widest
-from .peft_layers import Joint, entries_of, kind_of, matrices, second, single
+from .peft_layers import entries_of, kind_of, matrices, second, single
 
 Layers = list[tuple[Target, list[Joint]]]
 Packed = tuple[dict[str, Any], dict[str, Tensor]]  # options, and tensors by name

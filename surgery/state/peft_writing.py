@@ -23,10 +23,11 @@ from ..parts.row_lengths import Magnitude, Rescale
 from ..parts.sparse_updates import Rows
 from ..structure.layers import is_conv, is_torch_attention, named_modules
 from .checkpoint import state_dict
+from .foreign import Joint, joints_of
 from .peft_format import CORES, PREFIX, Config, Target, targets_of
-from .peft_layers import Joint, kind_of
+from .peft_layers import kind_of
 from .peft_packing import AS_LORA, KINDS, Layers, Packed, having, packed, refuse
-from .peft_reading import CONFIG, TENSORS, base_of, joints_of
+from .peft_reading import CONFIG, TENSORS, base_of
 
 JOINED = {Magnitude: ("after",), Rescale: ("before", "after"), OFT: ("before",)}
 BIASED = ("LORA", "OFT", "VERA")  # the kinds that may train biases of their layers
