@@ -40,6 +40,8 @@ from ..rules.rule import Rules
 from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
+from .foreign import acting
+from .formats import reader_of
 from .hashes import hash_of, hash_of_base
 from .reading import BASE, FORMAT, PARTS, plan_of, read
 
@@ -246,7 +248,8 @@ def load(
 ) -> Model:
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
-    A model that was operated by the same rules under the same name is filled.
+    A model that was operated by the same rules under the same name is filled. Read, too: folders
+    that PEFT saved (`load_peft`), and LoRA files of image models (kohya's, LyCORIS).
 
     rules    instead of those in the file, which cannot carry code of the user's own
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
@@ -267,6 +270,10 @@ def load(
     """
     check_operable(model)
     check_state(model, f'load("{path}")', APPLYING)
+    ours = {"rules": rules, "balance": balance, "head": not head, "verify": verify}
+    if reader := reader_of(Path(path), **ours):
+        reader(model, Path(path), name=name, example=example)
+        return model
     contents = read(Path(path))
     about, earlier = contents.about, len(operations(model))
     _check_base(model, about.get("base") if verify else "", contents.call)
@@ -278,27 +285,21 @@ def load(
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
-    acting = _acting(model) if about.get("alone") else {}
+    others = acting(model) if about.get("alone") else {}
     try:
-        if acting:  # its values are told from the base
+        if others:  # its values are told from the base
             activate(model, None)
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
         fill(model, tensors, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
-        return activate(model, {**acting, name: 1.0}) if acting else model
+        return activate(model, {**others, name: 1.0}) if others else model
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)
-        if acting:
-            activate(model, acting)
+        if others:
+            activate(model, others)
         raise
-
-
-def _acting(model: nn.Module) -> dict[str, float]:
-    """How much each operation acts, if any does."""
-    strengths = {operation.name: operation.strength for operation in operations(model)}
-    return strengths if any(strengths.values()) else {}
 
 
 def _check_base(model: nn.Module, known: Any, call: str) -> None:

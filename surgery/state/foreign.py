@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._text import first_few
+from ..engine.activity import activate
 from ..engine.apply import revert
 from ..engine.conditions import FILLING, MAKING, check_state
 from ..engine.hooked_weights import HookedWeight
@@ -99,16 +100,29 @@ def operate(model: nn.Module, content: Content, name: str, example: Any) -> None
     content.check(entries)
     if plan.is_without_memory:
         check_state(model, content.call, MAKING, FILLING)
+    others = acting(model)
     try:
+        if others:  # its values are told from the base
+            activate(model, None)
         plan.apply(example)
         operation = operations(model)[-1]
         with torch.no_grad():
             content.fill(operation, content.entries(joints_of(operation)))
         operation.start.given([key for key, _ in operation.named_parameters()])
+        if others:
+            activate(model, {**others, name: 1.0})
     except BaseException:
         if len(operations(model)) > earlier:
             revert(model, name=name)
+        if others:
+            activate(model, others)
         raise
+
+
+def acting(model: nn.Module) -> dict[str, float]:
+    """How much each operation acts, if any does."""
+    strengths = {operation.name: operation.strength for operation in operations(model)}
+    return strengths if any(strengths.values()) else {}
 
 
 @contextmanager
