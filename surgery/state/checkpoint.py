@@ -249,7 +249,7 @@ def load(
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
     A model that was operated by the same rules under the same name is filled. Read, too: folders
-    that PEFT saved (`load_peft`), and LoRA files of image models (kohya's, LyCORIS).
+    that PEFT saved (`load_peft`) or adapters, and LoRA files of image models (kohya's, LyCORIS).
 
     rules    instead of those in the file, which cannot carry code of the user's own
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
@@ -270,8 +270,8 @@ def load(
     """
     check_operable(model)
     check_state(model, f'load("{path}")', APPLYING)
-    ours = {"rules": rules, "balance": balance, "head": not head, "verify": verify}
-    if reader := reader_of(Path(path), **ours):
+    ours = {"rules": rules, "balance": balance, "verify": verify}
+    if reader := reader_of(Path(path), head=head, **ours):
         reader(model, Path(path), name=name, example=example)
         return model
     contents = read(Path(path))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pickle
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -168,11 +171,11 @@ def rules_of(
     return [
         at(weight(f"{address}.{name}", tied=False) if name else address, *edit)
         for (name, _), (edit, paths) in grouped.items()
-        for address in _addresses(model, dict.fromkeys(paths))
+        for address in addresses(model, dict.fromkeys(paths))
     ]
 
 
-def _addresses(model: nn.Module, paths: Mapping[str, None]) -> list[str]:
+def addresses(model: nn.Module, paths: Mapping[str, None]) -> list[str]:
     """Paths, those that differ by numbers alone as one address, where it means no others."""
     alike: dict[str, list[str]] = {}
     for path, _ in named_modules(model):
@@ -182,6 +185,11 @@ def _addresses(model: nn.Module, paths: Mapping[str, None]) -> list[str]:
         address = generalise(path)
         found[address if all(other in paths for other in alike[address]) else path] = None
     return list(found)
+
+
+def fail(call: str, fact: str, remedy: str) -> NoReturn:
+    """Raise FileError."""
+    raise FileError(call, fact, remedy)
 
 
 # files -----------------------------------------------------------------------------------------
@@ -203,6 +211,52 @@ def opened(path: Path, call: str) -> Iterator[tuple[dict[str, Held], dict[str, s
             shape = tuple(piece.get_shape())
             held[key] = Held(key, shape, piece.get_dtype(), partial(file.get_tensor, key))
         yield held, about
+
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+LARGEST_CONFIG = 2**22  # bytes
+PICKLED: tuple[type[Exception], ...] = (
+    *RAW, OSError, zipfile.BadZipFile, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+def pickled(path: Path, call: str) -> dict[str, Held]:
+    """What a file of torch.save holds, of tensors alone: nothing in it is executed, nor unpacked.
+
+    Raises FileError.
+    """
+    remedy = "Save it again, by torch.save, or as safetensors."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                fail(call, f"its {path.name} is packed, to what size nobody knows.", remedy)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PICKLED as error:
+        fact = f"its {path.name} is no whole file of tensors alone ({error!s:.200})."
+        raise FileError(call, fact, remedy) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and type(t) in (Tensor, nn.Parameter) for key, t in state.items()
+    ):
+        fail(call, f"its {path.name} holds more than tensors by their names.", remedy)
+    kinds = {key: DTYPES.get(t.dtype, str(t.dtype)) for key, t in state.items()}
+    return {k: Held(k, tuple(t.shape), kinds[k], t.detach) for k, t in state.items()}
+
+
+def read_json(path: Path, call: str) -> dict[str, Any]:
+    """What a configuration says. Raises FileError where it is none."""
+    if not path.is_file():
+        raise FileError(call, f"there is no {path.name} in it.", "Give a folder that PEFT saved.")
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_CONFIG + 1)
+        said = json.loads(data) if len(data) <= LARGEST_CONFIG else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(
+            call, f"its {path.name} cannot be read ({error!s:.200}).", "Save it again."
+        ) from error
+    if not isinstance(said, dict):
+        raise FileError(call, f"its {path.name} is no configuration.", "Save it again.")
+    return said
 
 
 def check_held(

@@ -34,12 +34,13 @@ from .foreign import (
     Joint,
     Joints,
     check_held,
+    fail,
     folded,
     opened,
     operate,
     rules_of,
 )
-from .kohya_names import MERGE, Tensors, fail, modules_in
+from .kohya_names import MERGE, Tensors, modules_in
 from .kohya_weights import BIASES, LOHA, LOKR, LORA, changed, form_of, rank_of
 from .peft_format import LARGEST, Target
 from .peft_layers import entries_of

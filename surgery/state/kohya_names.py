@@ -14,9 +14,8 @@ from typing import NamedTuple, NoReturn
 from torch import nn
 
 from .._text import first_few
-from ..errors import FileError
 from ..structure.layers import named_modules
-from .foreign import Held
+from .foreign import Held, fail
 from .kohya_weights import KNOWN
 
 Tensors = dict[str, Held]
@@ -75,11 +74,6 @@ def modules_in(model: nn.Module, whole: Mapping[str, Held], call: str) -> dict[s
     if left:
         _warn(model, {word.strip("_"): len(words[word]) for word in left}, call)
     return found
-
-
-def fail(call: str, fact: str, remedy: str) -> NoReturn:
-    """Raise FileError."""
-    raise FileError(call, fact, remedy)
 
 
 def _match(name: str) -> re.Match[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -33,6 +32,7 @@ from .foreign import (
     joints_of,
     opened,
     operate,
+    read_json,
     rules_of,
 )
 from .peft_format import CORES, Config, Target, plain_name, targets_of, widest
@@ -40,7 +40,6 @@ from .peft_layers import edits_of, entries_of
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-LARGEST_CONFIG = 2**22  # bytes
 UNTIE = "Untie them first: give one module a parameter of its own, a clone."
 
 
@@ -72,7 +71,7 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
     call = f'load_peft("{folder}")'
     check_operable(model)
     check_state(model, call, APPLYING)
-    config = Config(call, _read_config(Path(folder) / CONFIG, call))
+    config = Config(call, read_json(Path(folder) / CONFIG, call))
     with opened(_tensors(Path(folder), call), call) as (whole, _):
         read(model, config, folded(_named(whole, model, call)), name=name, example=example)
     return model
@@ -111,23 +110,6 @@ def read(
 
 
 # the files -------------------------------------------------------------------------------------
-
-
-def _read_config(path: Path, call: str) -> dict[str, Any]:
-    """What a configuration says. Raises FileError where it is none."""
-    if not path.is_file():
-        raise FileError(call, f"there is no {path.name} in it.", "Give a folder that PEFT saved.")
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_CONFIG + 1)
-        said = json.loads(data) if len(data) <= LARGEST_CONFIG else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(
-            call, f"its {path.name} cannot be read ({error!s:.200}).", "Save it again."
-        ) from error
-    if not isinstance(said, dict):
-        raise FileError(call, f"its {path.name} is no configuration.", "Save it again.")
-    return said
 
 
 def _tensors(folder: Path, call: str) -> Path:

@@ -348,8 +348,10 @@ def test_damaged_files_are_loaded_or_refused_and_never_half(seed: int, tmp_path:
 
     key = sorted(given)[pick(len(given))]
     value = given.pop(key)
-    odd = [value.flatten(), value[..., :0] if value.dim() else value[None][:0], value.int(),
-           value[None], value * float("nan"), value.double() * 1e300, torch.ones(3, 1, 2)]  # fmt: skip
+    odd = [
+        value.flatten(), value[..., :0] if value.dim() else value[None][:0], value.int(),
+        value[None], value * float("nan"), value.double() * 1e300, torch.ones(3, 1, 2),
+    ]  # fmt: skip
     tails = [
         "",
         ".x",
