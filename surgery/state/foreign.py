@@ -45,6 +45,11 @@ class Held(NamedTuple):
     get: Callable[[], Tensor]
 
 
+def times(held: Held, factor: float) -> Held:
+    """A tensor by a number."""
+    return held if factor == 1.0 else held._replace(get=lambda: held.get() * factor)
+
+
 class Entry(NamedTuple):
     """A tensor of a file, as it lies in one of ours: in this view, less what is `offset`."""
 

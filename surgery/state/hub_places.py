@@ -21,7 +21,7 @@ from ..rules.selector import Where
 from ..structure.anatomy import roles_of
 from ..structure.layers import linear_shape, named_modules
 from ..structure.module_tree import Tree
-from .foreign import FIT, Held, fail
+from .foreign import FIT, Held, fail, times
 from .peft_format import LARGEST
 
 MERGE = "Load it by adapters, merge it there where that can be, and save the model."
@@ -282,11 +282,9 @@ def _product(held: Mapping[str, Held], name: str) -> Held | None:
 
 def _times(held: Held, factor: Held | float | None) -> Held:
     """A tensor by a number, or by one of the file's for each of its rows, or for all."""
-    if factor is None or factor == 1.0:
-        return held
     if isinstance(factor, Held):
         fits = factor.shape in ((1,), held.shape[:1])
         shape = (-1, *[1] * (len(held.shape) - 1))
         own = lambda: held.get() * factor.get().reshape(shape)  # noqa: E731
         return held._replace(get=own, shape=held.shape if fits else factor.shape)
-    return held._replace(get=lambda: held.get() * factor)
+    return times(held, 1.0 if factor is None else factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +35,11 @@ from .foreign import (
     operate,
     read_json,
     rules_of,
+    times,
 )
-from .peft_format import CORES, Config, Target, plain_name, targets_of, widest
-from .peft_layers import edits_of, entries_of
+from .peft_format import CORES, Config, Target, plain_name
+from .peft_layers import edits_of, entries_of, is_principal
+from .peft_targets import targets_of, widest
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,9 +87,12 @@ def read(
     shapes = {key: each.shape for key, each in held.items()}
     layers = targets_of(config, model, shapes)
     words = word_layers(config, model, shapes)
-    if not layers:
+    if config.kind == "TRAINABLE_TOKENS":
+        layers, words = words, layers
+    if not layers and not words:
         config.fail(f"its target_modules mean no layer of this {type(model).__name__}.", FIT)
-    base = base_of(config, model, layers)
+    base, held = base_of(config, model, layers), _scaled(config, held, layers)
+    held = _once(config, model, held, words)
 
     def rules() -> list[Rule]:
         meant = layers if config.kind != "LN_TUNING" else []
@@ -107,6 +113,37 @@ def read(
         return _entries([*layers, *words], joints, base)
 
     operate(model, Content(config.call, rules, entries, check, fill), name, example)
+
+
+def _scaled(config: Config, held: Mapping[str, Held], layers: list[Target]) -> dict[str, Held]:
+    """What a file holds, by LoRA's scale where our parts have none."""
+    found = dict(held)
+    for layer in layers if config.kind == "LORA" else ():
+        name = f"{layer.key}.bias" if layer.bias else f"{layer.key}.lora_B.weight"
+        pissa = config["init_lora_weights"] == "pissa" and is_principal(config, layer)
+        if name in held and (layer.bias or pissa):
+            found[name] = times(held[name], config.scale(layer))
+    alone = config.kind == "TRAINABLE_TOKENS"  # beside LoRA, they have a name more
+    return {k.replace(f".{_ROWS}", f".{_WORDS}") if alone else k: t for k, t in found.items()}
+
+
+def _once(
+    config: Config, model: nn.Module, held: dict[str, Held], words: list[Target]
+) -> dict[str, Held]:
+    """What a file holds, without the rows of a table that is tied to one that has the very same."""
+    tables = {id(layer.weight): layer.path for layer in words}
+    for path, module in named_modules(model):
+        first = tables.get(id(module._parameters.get("weight")), path)
+        one, two = (held.get(f"{each}.{_WORDS}") for each in (first, path))
+        if first != path and one and two:
+            if not torch.equal(one.get(), two.get()):
+                config.fail(f"{first} and {path} have other rows, and are one here.", UNTIE)
+            held = {key: each for key, each in held.items() if each is not two}
+    return held
+
+
+_ROWS = "trainable_tokens_delta"
+_WORDS = f"token_adapter.{_ROWS}"
 
 
 # the files -------------------------------------------------------------------------------------
@@ -185,7 +222,7 @@ def _biases(
 ) -> dict[str, Place]:
     """Those of all modules, or of layers with parts alone, where they are not known already."""
     found: dict[str, Place] = {}
-    inner = {id(layer.module): f"{layer.key}.base_layer" for layer in layers}
+    inner = {id(layer.module): f"{layer.key}.base_layer" for layer in layers if not layer.bias}
     for path, module in named_modules(model):
         own, where = module._parameters.get("bias"), f"{path}.bias".strip(".")
         meant = config["bias"] == "all" or id(module) in inner
@@ -229,9 +266,10 @@ def word_layers(config: Config, model: nn.Module, shapes: Any) -> list[Target]:
     """The tables of words of which a few rows are trained. Raises FileError where there is none."""
     if not config["trainable_token_indices"]:
         return []
-    tail, modules = ".token_adapter.trainable_tokens_delta", dict(named_modules(model))
+    tail, modules = f".{_WORDS}", dict(named_modules(model))
     paths = [key.removesuffix(tail) for key in shapes if key.endswith(tail)]
-    known = [p for p in paths if isinstance(modules.get(p), nn.Embedding) and ids_of(config, p)]
+    tables = (nn.Embedding, nn.Linear)
+    known = [p for p in paths if isinstance(modules.get(p), tables) and ids_of(config, p)]
     if not known:
         config.fail("it has no tensor for its trainable_token_indices in this model.", FIT)
     return [Target(path, modules[path], path, path, "weight") for path in known]
@@ -239,7 +277,7 @@ def word_layers(config: Config, model: nn.Module, shapes: Any) -> list[Target]:
 
 def ids_of(config: Config, path: str) -> list[int]:
     """The rows of a table that are trained."""
-    asked = config["trainable_token_indices"]
+    asked = config["trainable_token_indices"] or config["token_indices"]
     if isinstance(asked, list):
         return asked
     return next((ids for name, ids in asked.items() if path.endswith(name)), [])
