@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
 from .._text import first_few
-from ..engine.activity import activate
-from ..engine.apply import operated, revert
+from ..engine.apply import operated
 from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
 from ..engine.obstacles import dotted
@@ -40,7 +39,7 @@ from ..rules.rule import Rules
 from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
-from .foreign import acting
+from .foreign import acting, made
 from .formats import reader_of
 from .hashes import hash_of, hash_of_base
 from .reading import BASE, FORMAT, PARTS, plan_of, read
@@ -275,7 +274,7 @@ def load(
         reader(model, Path(path), name=name, example=example)
         return model
     contents = read(Path(path))
-    about, earlier = contents.about, len(operations(model))
+    about = contents.about
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
     tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
@@ -286,20 +285,12 @@ def load(
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
     others = acting(model) if about.get("alone") else {}
-    try:
-        if others:  # its values are told from the base
-            activate(model, None)
+    with made(model, name, others):
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
         fill(model, tensors, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
-        return activate(model, {**others, name: 1.0}) if others else model
-    except BaseException:
-        if len(operations(model)) > earlier:
-            revert(model, name=name)
-        if others:
-            activate(model, others)
-        raise
+    return model
 
 
 def _check_base(model: nn.Module, known: Any, call: str) -> None:

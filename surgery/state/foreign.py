@@ -99,7 +99,6 @@ class Content(NamedTuple):
 
 def operate(model: nn.Module, content: Content, name: str, example: Any) -> None:
     """Operate a model by what a file means, all or nothing."""
-    earlier = len(operations(model))
     with nullcontext() if example is not None else _guarded(content.call):  # a model's errors pass
         plan = Plan(model, content.rules(), seed=0, name=name, balance=None, example=example)
         sketch = plan.parts
@@ -108,15 +107,23 @@ def operate(model: nn.Module, content: Content, name: str, example: Any) -> None
     content.check(entries)
     if plan.is_without_memory:
         check_state(model, content.call, MAKING, FILLING)
-    others = acting(model)
-    try:
-        if others:  # its values are told from the base
-            activate(model, None)
+    with made(model, name, acting(model)):
         plan.apply(example)
         operation = operations(model)[-1]
         with torch.no_grad():
             content.fill(operation, content.entries(joints_of(operation)))
         operation.start.given([key for key, _ in operation.named_parameters()])
+
+
+@contextmanager
+def made(model: nn.Module, name: str, others: dict[str, float]) -> Iterator[None]:
+    """An operation is made, all or nothing; others that act do not meanwhile: its values are told
+    from the base."""
+    earlier = len(operations(model))
+    try:
+        if others:
+            activate(model, None)
+        yield
         if others:
             activate(model, {**others, name: 1.0})
     except BaseException:

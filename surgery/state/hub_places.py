@@ -95,16 +95,19 @@ class Hub:
         if not isinstance(self.configs, list) or not all(isinstance(c, dict) for c in self.configs):
             fail(call, "its config is no list of configs.", "Save it again.")
         for each in self.configs:
-            if each.get("architecture") not in (None, "lora"):
-                fact = f"its architecture is {each['architecture']!r:.100}, which is not read here."
-                fail(call, fact, MERGE)
-            for name, value in each.items():
-                if value is None or name in SILENT:
-                    continue
-                if name not in CHECKS and value not in (False, [], ""):
-                    fail(call, f"{name:.100}={value!r:.100} is not known here.", MERGE)
-                if name in CHECKS and not CHECKS[name](value):
-                    fail(call, f"{name}={value!r:.100} makes no sense.", MERGE)
+            self._check(each)
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        if config.get("architecture") not in (None, "lora"):
+            fact = f"its architecture is {config['architecture']!r:.100}, which is not read here."
+            fail(self.call, fact, MERGE)
+        for name, value in config.items():
+            if value is None or name in SILENT:
+                continue
+            if name not in CHECKS and value not in (False, [], ""):
+                fail(self.call, f"{name:.100}={value!r:.100} is not known here.", MERGE)
+            if name in CHECKS and not CHECKS[name](value):
+                fail(self.call, f"{name}={value!r:.100} makes no sense.", MERGE)
 
     def config(self, *architectures: str | None) -> Said:
         """What the one configuration of an architecture says of an option. Raises FileError."""

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,9 @@ from .foreign import (
 )
 from .kohya_names import MERGE, Tensors, modules_in
 from .kohya_weights import BIASES, LOHA, LOKR, LORA, changed, form_of, rank_of
-from .peft_format import LARGEST, Target
+from .peft_format import LARGEST, Config, Target
 from .peft_layers import entries_of
+from .peft_reading import read
 from .reading import RAW
 
 
@@ -59,8 +61,14 @@ class Layer(NamedTuple):
 def load_kohya(model: nn.Module, path: Path, *, name: str, example: Any) -> None:
     """Operate a model by a LoRA file, and fill it. Raises FileError."""
     call = f'load("{path}")'
-    with opened(path, call) as (whole, _):
-        layers = _layers(model, modules_in(model, whole, call), call)
+    with opened(path, call) as (whole, about):
+        modules, words = modules_in(model, whole, call)
+        if said := about.get("lora_adapter_metadata"):
+            config = _config(said, words, call)
+            held = {f"{at}.{k}": t for at, tensors in modules.items() for k, t in tensors.items()}
+            read(model, config, held, name=name, example=example)
+            return
+        layers = _layers(model, modules, call)
         base = {f"{layer.target.key}.{n}": _place(layer, n) for layer in layers
                 for n in layer.values}  # fmt: skip
         held = {f"{layer.target.key}.{n}": each for layer in layers
@@ -81,6 +89,17 @@ def load_kohya(model: nn.Module, path: Path, *, name: str, example: Any) -> None
 
         entries = partial(_entries, layers, base)
         operate(model, Content(call, rules, entries, check, fill), name, example)
+
+
+def _config(text: str, words: list[str], call: str) -> Config:
+    """What diffusers says of a model's adapter: PEFT's configuration, by the word for the model."""
+    try:
+        said = json.loads(text)
+        (word,) = words
+        own = {k.removeprefix(f"{word}."): v for k, v in said.items() if k.startswith(f"{word}.")}
+    except (ValueError, RecursionError, AttributeError):
+        fail(call, "its lora_adapter_metadata is damaged, or for several models.", "Load each.")
+    return Config(call, own, MERGE)
 
 
 def _place(layer: Layer, name: str) -> Place:

@@ -47,33 +47,48 @@ def is_kohya(keys: Iterable[str]) -> bool:
     return any((found := _TENSOR.fullmatch(key)) and found[2] != "weight" for key in keys)
 
 
-def modules_in(model: nn.Module, whole: Mapping[str, Held], call: str) -> dict[str, Tensors]:
-    """The tensors for each module of this model, by its path. Raises FileError; warns of others."""
+class Found(NamedTuple):
+    """The tensors for each module of a model, by its path; and the words for the model."""
+
+    modules: dict[str, Tensors]
+    words: list[str]
+
+
+def modules_in(model: nn.Module, whole: Mapping[str, Held], call: str) -> Found:
+    """What in a file is for the modules of this model. Raises FileError; warns of the others."""
     by_name = _parsed(whole, call)
-    flat: dict[str, list[str]] = {}
-    for path, _ in named_modules(model):
-        flat.setdefault(path.replace(".", "_"), []).append(path)
-    words: dict[str, list[str]] = {}
-    for name in by_name:
-        words.setdefault(_match(name)[1] or "", []).append(name)
+    flat = _grouped((path.replace(".", "_"), path) for path, _ in named_modules(model))
+    words = _grouped((_match(name)[1] or "", name) for name in by_name)
     groups = {word: _group(model, names, flat, by_name) for word, names in words.items()}
     fitting = {word: group for word, group in groups.items() if group}
-    left = [word for word, group in groups.items() if not group]
+    left = {word.strip("_"): len(words[word]) for word, group in groups.items() if not group}
     if not fitting or (left and not all(_is_told(word, g) for word, g in fitting.items())):
         _fail_unknown(model, by_name, flat, call)
-    found: dict[str, Tensors] = {}
-    for group in fitting.values():
-        for name, paths in group.paths.items():
-            if len(paths) > 1:
-                fact = f"{name:.200} may be {paths[0]} or {paths[1]}: dots are underscores there."
-                fail(call, fact, "Rename one.")
-            if paths[0] in found:
-                told = " and for ".join(word.strip("_") for word in fitting)
-                fail(call, f"what it has for {told} fits this {type(model).__name__} alike.", TELL)
-            found[paths[0]] = by_name[name]
+    known = [word.strip("_") for word in fitting]
+    pairs = [pair for group in fitting.values() for pair in group.paths.items()]
+    _check_one(pairs, f"{' and for '.join(known)} fits this {type(model).__name__}", call)
     if left:
-        _warn(model, {word.strip("_"): len(words[word]) for word in left}, call)
+        _warn(model, left, call)
+    return Found({paths[0]: by_name[name] for name, paths in pairs}, known)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
     return found
+
+
+def _check_one(pairs: list[tuple[str, list[str]]], told: str, call: str) -> None:
+    """Raise FileError unless each name is for one module, and each module has one name."""
+    seen = set[str]()
+    for name, paths in pairs:
+        if len(paths) > 1:
+            fact = f"{name:.200} may be {paths[0]} or {paths[1]}: dots are underscores there."
+            fail(call, fact, "Rename one.")
+        if paths[0] in seen:
+            fail(call, f"what it has for {told} alike.", TELL)
+        seen.add(paths[0])
 
 
 def _match(name: str) -> re.Match[str]:

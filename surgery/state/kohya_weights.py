@@ -25,7 +25,7 @@ BIASES = {"diff_b", "b_norm"}  # what is added to a bias
 KNOWN = {
     *LORA, *LOHA, *(name for names in LOKR for name in names), *BIASES, "diff", "w_norm", "alpha",
     "hada_t1", "hada_t2", "lokr_t2", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "weight",
-    "on_input", "oft_blocks", "rescale", "dora_scale",
+    "on_input", "oft_blocks", "rescale", "dora_scale", "lora_magnitude_vector", "lora_B.bias",
 }  # fmt: skip
 
 

@@ -118,20 +118,24 @@ def _low(layer: Target, there: list[Joint]) -> _Low:
 def _pack_lora(layers: Layers, call: str) -> Packed:
     has_lengths = _check_lengths(layers, call)
     facts, tensors, groups = Facts(), dict[str, Tensor](), dict[str, Layers]()
-    for layer, there in layers:
-        low, added = having(there, LoRA, Principal), having(there, Shift)
-        apart = [j for j in there if j not in (*low, *added) or isinstance(j.part, Stack)]
-        tensors |= {} if layer.bias else _tensors(layer, apart)
-        if not layer.bias and (low or not apart):
+    added = [(layer, there) for layer, there in layers if layer.bias]
+    for layer, there in (each for each in layers if not each[0].bias):
+        low, beside = having(there, LoRA, Principal), having(there, Shift)
+        apart = [j for j in there if j not in (*low, *beside) or isinstance(j.part, Stack)]
+        tensors |= _tensors(layer, apart)
+        if low or not apart:
             groups.setdefault(layer.known, []).append((layer, low))
     for known, group in groups.items():
         facts[known], more = _pack_group(group)
         tensors |= more
     if not facts:
         refuse(call, layers[0][0].path, "rows of words", "PEFT has them beside a LoRA")
-    tensors |= _added([(layer, there) for layer, there in layers if layer.bias], facts, call)
-    drops = {j.part.drop.p for _, there in layers for j in there if hasattr(j.part, "drop")
-             and isinstance(j.part.drop, nn.Dropout)}  # fmt: skip
+    tensors |= _added(added, facts, call)
+    drops = {
+        getattr(getattr(joint.part, "drop", None), "p", 0.0)
+        for _, there in layers
+        for joint in there
+    }
     said = {"use_dora": has_lengths, "lora_dropout": max(drops, default=0.0)}
     return {**_patterns(facts, "lora_alpha"), **said}, tensors
 

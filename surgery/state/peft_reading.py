@@ -49,9 +49,10 @@ UNTIE = "Untie them first: give one module a parameter of its own, a clone."
 def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any = None) -> Model:
     """Operate `model` by an adapter that PEFT saved, and fill it; returns the model.
 
-    Read are LoRA (rsLoRA, DoRA, of convolutions, tables of words, nn.MultiheadAttention, single
-    parameters), IA3, OFT, VeRA, LoHa, LoKr and LN tuning, with all that says where; the model
-    then answers as PEFT's. Dropout of PEFT's stays where the part has one: at linear layers.
+    Read are LoRA (rsLoRA, DoRA, PiSSA, OLoRA, of convolutions, tables of words, rows of these,
+    nn.MultiheadAttention, single parameters), IA3, OFT, VeRA, LoHa, LoKr and LN tuning, with all
+    that says where; the model then answers as PEFT's. Dropout of PEFT's stays where the part has
+    one: at linear layers.
 
     folder   with `adapter_config.json` and `adapter_model.safetensors`
     name     of the operation

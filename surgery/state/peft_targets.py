@@ -75,30 +75,36 @@ KERNELS: dict[str, tuple[type[nn.Module], ...]] = {
 }  # fmt: skip
 
 
+TABLES: dict[str, tuple[type[nn.Module], ...]] = {
+    "LORA": (nn.Embedding,), "TRAINABLE_TOKENS": (nn.Embedding, nn.Linear),
+}  # fmt: skip
+
+
 def _layers(config: Config, path: str, module: nn.Module) -> list[Target]:
     """One layer; two, of torch's own attention. Raises FileError where PEFT would not take it."""
-    own, lora = Target(path, module, path, path), config.kind == "LORA"
-    if config.kind == "TRAINABLE_TOKENS" and isinstance(module, (nn.Embedding, nn.Linear)):
-        return [own._replace(name="weight")]
-    linear = isinstance(module, nn.Linear) or (
-        is_turned(module) and config.kind in ("LORA", "IA3", "VERA")
-    )
-    kernel = isinstance(module, KERNELS.get(config.kind, ()))
-    added = [own._replace(key=f"{path}.lora_B", bias=True)] if lora and config["lora_bias"] else []
-    if added and not (linear or kernel):
+    own, kind = Target(path, module, path, path), config.kind
+    whole = kind == "LN_TUNING" or _is_linear(config, module)
+    kernel = isinstance(module, KERNELS.get(kind, ()))
+    table = isinstance(module, TABLES.get(kind, ()))
+    added = [own._replace(key=f"{path}.lora_B", bias=True)] if config["lora_bias"] else []
+    if added and not (whole or kernel):
         config.fail(f"{path} is a {type(module).__name__}, to which lora_bias does not fit.")
-    if lora and linear:
-        return [own, *added]
-    if linear or config.kind == "LN_TUNING" or (kernel and config.kind == "IA3"):
-        return [own]
-    if lora and is_torch_attention(module):
+    if kind == "LORA" and is_torch_attention(module):
         inner, key = module.get_submodule("out_proj"), f"{path}.base_layer.out_proj"
         proj = Target(f"{path}.out_proj", inner, key, path, "weight")
         return [own._replace(name="in_proj_weight"), proj]
-    if not (kernel or (lora and isinstance(module, nn.Embedding))):
-        config.fail(f"{path} is a {type(module).__name__}, which {config.kind} does not fit.")
+    if not (whole or kernel or table):
+        config.fail(f"{path} is a {type(module).__name__}, which {kind} does not fit.")
+    if whole or kind == "IA3":
+        return [own, *added]
     _check_alone(config, path, module)
     return [own._replace(name="weight"), *added]
+
+
+def _is_linear(config: Config, module: nn.Module) -> bool:
+    """Whether a kind takes a module as it is, and not its weight."""
+    turned = is_turned(module) and config.kind in ("LORA", "IA3", "VERA")
+    return turned or (isinstance(module, nn.Linear) and config.kind != "TRAINABLE_TOKENS")
 
 
 def _check_alone(config: Config, path: str, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -174,6 +175,49 @@ def test_half_precision_is_computed_wide(tmp_path: Path) -> None:
     torch.testing.assert_close(
         model.conv_in.weight.float(), want.conv_in.weight, rtol=2**-7, atol=2**-7
     )
+
+
+# with what PEFT says of it, as diffusers writes it ---------------------------------------------
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "scaled": {"r": 2, "lora_alpha": 6, "rank_pattern": {"to_v": 3}},
+    "rs": {"use_rslora": True, "lora_alpha": 3, "alpha_pattern": {"to_q": 1}},
+    "dora": {"use_dora": True, "r": 2},
+    "bias": {"lora_bias": True, "r": 2, "target_modules": ["to_out.0", "conv_in"]},
+}
+
+
+def by_diffusers(options: dict[str, Any], folder: Path, **more: Any) -> tuple[Path, Tensor]:
+    """A file named as diffusers does, and PEFT's answer."""
+    config = peft.LoraConfig(**{"target_modules": ["to_q", "to_v", "conv1"], **options})
+    model = peft.get_peft_model(fresh(), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    names = {"base_model.model.": "unet.", ".lora_A.": ".lora.down.", ".lora_B.w": ".lora.up.w"}
+    given = {}
+    for key, tensor in peft.get_peft_model_state_dict(model).items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        given[key] = tensor
+    said = {f"unet.{k}": v for k, v in config.to_dict().items() if not isinstance(v, set)}
+    said |= {"unet.target_modules": sorted(config.target_modules), **more}
+    text = json.dumps(said, default=lambda value: getattr(value, "value", str(value)))
+    return written(given, folder, lora_adapter_metadata=text), run(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_peft_says_in_a_file_of_diffusers_is_heard(case: str, tmp_path: Path) -> None:
+    path, want = by_diffusers(CONFIGS[case], tmp_path)
+    assert distance(run(surgery.load(fresh(), path)), want) <= 16
+
+
+def test_what_it_says_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    path, _ = by_diffusers({"r": 2}, tmp_path, **{"unet.something_new": 3})
+    refused(fresh(), path, "something_new=3 is an option that is not known here")
+    refused(fresh(), written(tensors(), tmp_path, lora_adapter_metadata="["), "is damaged")
 
 
 # several models in a file ----------------------------------------------------------------------
