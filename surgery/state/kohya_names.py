@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import NamedTuple, NoReturn
 
 from torch import nn
@@ -61,11 +62,11 @@ def modules_in(model: nn.Module, whole: Mapping[str, Held], call: str) -> Found:
     words = _grouped((_match(name)[1] or "", name) for name in by_name)
     groups = {word: _group(model, names, flat, by_name) for word, names in words.items()}
     fitting = {word: group for word, group in groups.items() if group}
-    left = {word.strip("_"): len(words[word]) for word, group in groups.items() if not group}
-    if not fitting or (left and not all(_is_told(word, g) for word, g in fitting.items())):
+    left = {word.strip("_"): len(words[word]) for word in groups.keys() - fitting.keys()}
+    if not fitting or (left and not all(map(_is_told, fitting, fitting.values()))):
         _fail_unknown(model, by_name, flat, call)
     known = [word.strip("_") for word in fitting]
-    pairs = [pair for group in fitting.values() for pair in group.paths.items()]
+    pairs = list(chain.from_iterable(group.paths.items() for group in fitting.values()))
     _check_one(pairs, f"{' and for '.join(known)} fits this {type(model).__name__}", call)
     if left:
         _warn(model, left, call)
