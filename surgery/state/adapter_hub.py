@@ -19,6 +19,7 @@ from ..engine.operation import Operation
 from ..engine.trained import Place
 from ..parts.adapters import Adapter
 from ..parts.low_rank import LoRA
+from ..parts.prefixes import Prefix
 from ..parts.row_lengths import Rescale
 from ..rules.edits import Edit
 from ..rules.rule import Rule, at
@@ -34,6 +35,7 @@ from .foreign import (
     addresses,
     check_held,
     fail,
+    guarded,
     opened,
     operate,
     pickled,
@@ -41,12 +43,17 @@ from .foreign import (
     rules_of,
 )
 from .hub_places import MERGE, Hub, Spot, bottleneck, low_rank
+from .hub_prefixes import prefixes
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter.safetensors", "pytorch_adapter.bin")
 HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 SHARED = "shared_parameters"
-_KEY = re.compile(r"(.+?)\.(adapters|loras|shared_parameters)\.([^.]+)\.(.+)")
+PREFIX = "prefix_tuning.prefix_tunings"  # of the model; each layer has it again
+POOLED = "prefix_tuning.pool.prefix_tunings"
+AT = ("adapters", "loras", POOLED)  # what stands at a module
+_KINDS = "|".join(map(re.escape, (*AT, SHARED, PREFIX)))
+_KEY = re.compile(rf"(.+?)\.({_KINDS})\.([^.]+)\.(.+)")
 
 
 def is_adapter_hub(said: Mapping[str, Any]) -> bool:
@@ -65,7 +72,8 @@ def load_adapters(model: nn.Module, folder: Path, *, name: str, example: Any, he
         whole = _read(folder, FILES, call, stack)
         heads = _read(folder, HEADS, call, stack) if head else {}
         hub = Hub(call, said, model, _start(model, [*whole], call))
-        spots = _spots(hub, whole)
+        with guarded(call):
+            spots = _spots(hub, whole)
         base = _head(hub, heads)
         held = {f"{spot.key}.{k}": each for spot in spots for k, each in spot.tensors.items()}
         held |= {hub.named(key): each for key, each in heads.items()}
@@ -97,7 +105,7 @@ def _read(folder: Path, names: tuple[str, ...], call: str, stack: ExitStack) -> 
 def _start(model: nn.Module, keys: list[str], call: str) -> Callable[[str], str]:
     """How the file's names of modules are this model's: with another start, or the same."""
     paths = {path for path, _ in named_modules(model)}
-    own = {found[1] for key in keys if (found := _KEY.fullmatch(key)) and found[2] != SHARED}
+    own = {found[1] for key in keys if (found := _KEY.fullmatch(key)) and found[2] in AT}
     own = {re.sub(r"\.\w+_adapters$", "", path) for path in own}
     first = {path.partition(".")[0] for path in own}
     starts: list[Callable[[str], str]] = [lambda path: path]
@@ -115,19 +123,19 @@ def _start(model: nn.Module, keys: list[str], call: str) -> Callable[[str], str]
 def _spots(hub: Hub, whole: Mapping[str, Held]) -> list[Spot]:
     """The places that a folder's tensors are for. Raises FileError for what is not known."""
     grouped: dict[tuple[str, str], dict[str, Held]] = {}
-    shared: dict[str, Held] = {}
     for key, each in whole.items():
         found = _KEY.fullmatch(key)
         if found is None or found[3] != hub.said.get("name"):
             fail(hub.call, f"{key:.200} is of a kind that is not known here.", MERGE)
-        if found[2] == SHARED:
-            shared[found[4]] = each
-        else:
-            grouped.setdefault((found[1], found[2]), {})[found[4]] = each
-    spots = []
+        where = ("", found[2]) if found[2] in (SHARED, PREFIX) else (found[1], found[2])
+        grouped.setdefault(where, {})[found[4].removeprefix("self_prefix.")] = each
+    shared, pooled = grouped.pop(("", SHARED), {}), grouped.pop(("", PREFIX), {})
+    layers = {path: tensors for (path, kind), tensors in grouped.items() if kind == POOLED}
+    spots = prefixes(hub, layers, pooled) if layers or pooled else []
     for (path, kind), tensors in grouped.items():
-        make = low_rank if kind == "loras" else bottleneck
-        spots.append(make(hub, path, tensors, shared))
+        if kind != POOLED:
+            make = low_rank if kind == "loras" else bottleneck
+            spots.append(make(hub, path, tensors, shared))
     _check_whole(hub, grouped)
     return spots
 
@@ -208,6 +216,17 @@ def _rescale_tensors(part: Any, spot: Spot) -> dict[str, Entry]:
     return {"lora_B": Entry(part.v, (part.v.numel(), 1))}
 
 
+def _prefix_tensors(part: Any, spot: Spot) -> dict[str, Entry]:
+    parts = (part,) if part.features is None else (part.features, part.up)
+    starts = ("",) if part.features is None else ("", "up.")
+    return {
+        start + name: Entry(tensor, tuple(tensor.shape))
+        for start, module in zip(starts, parts, strict=True)
+        for name, tensor in module.named_parameters()
+    }
+
+
 _TENSORS: dict[type[nn.Module], Callable[[Any, Spot], dict[str, Entry]]] = {
     Adapter: _adapter_tensors, LoRA: _lora_tensors, Rescale: _rescale_tensors,
+    Prefix: _prefix_tensors,
 }  # fmt: skip

@@ -99,7 +99,7 @@ class Content(NamedTuple):
 
 def operate(model: nn.Module, content: Content, name: str, example: Any) -> None:
     """Operate a model by what a file means, all or nothing."""
-    with nullcontext() if example is not None else _guarded(content.call):  # a model's errors pass
+    with nullcontext() if example is not None else guarded(content.call):  # a model's errors pass
         plan = Plan(model, content.rules(), seed=0, name=name, balance=None, example=example)
         sketch = plan.parts
         spots = [(p.site.path, Joint(sketch[p.key], p.edit.place)) for p in plan.placements]
@@ -141,7 +141,7 @@ def acting(model: nn.Module) -> dict[str, float]:
 
 
 @contextmanager
-def _guarded(call: str) -> Iterator[None]:
+def guarded(call: str) -> Iterator[None]:
     """What a file's numbers come to is an error of the file, whatever it is."""
     try:
         yield

@@ -30,15 +30,16 @@ SILENT = {
     "init_weights", "init_weights_seed", "inv_adapter_reduction_factor", "learn_phm", "phm_bias",
     "phm_c_init", "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule",
     "stochastic_depth", "reduction_factor", "mh_adapter", "output_adapter", "selfattn_lora",
-    "intermediate_lora", "output_lora", "architecture",
+    "intermediate_lora", "output_lora", "architecture", "bottleneck_size", "encoder_prefix",
+    "cross_prefix", "shared_gating",
 }  # fmt: skip
 CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(["original_ln_before", "original_ln_after", "is_parallel", "phm_layer"],
+    **dict.fromkeys(["original_ln_before", "original_ln_after", "is_parallel", "phm_layer", "flat"],
                     lambda v: isinstance(v, bool)),
     "residual_before_ln": lambda v: isinstance(v, (bool, str)),
     "scaling": lambda v: v in ("learned", "channel") or (is_number(v) and abs(v) <= LARGEST),
     "non_linearity": lambda v: isinstance(v, str),
-    "r": lambda v: is_integer(v) and v <= LARGEST,
+    **dict.fromkeys(["r", "prefix_length"], lambda v: is_integer(v) and v <= LARGEST),
     "alpha": lambda v: is_number(v) and 0 < v <= LARGEST,
     "composition_mode": lambda v: v in ("add", "scale"),
     "attn_matrices": lambda v: isinstance(v, list) and all(isinstance(m, str) for m in v),
@@ -98,7 +99,7 @@ class Hub:
             self._check(each)
 
     def _check(self, config: Mapping[str, Any]) -> None:
-        if config.get("architecture") not in (None, "lora"):
+        if config.get("architecture") not in (None, "lora", "prefix_tuning"):
             fact = f"its architecture is {config['architecture']!r:.100}, which is not read here."
             fail(self.call, fact, MERGE)
         for name, value in config.items():

@@ -37,6 +37,7 @@ from .foreign import (
     check_held,
     fail,
     folded,
+    guarded,
     opened,
     operate,
     rules_of,
@@ -68,7 +69,8 @@ def load_kohya(model: nn.Module, path: Path, *, name: str, example: Any) -> None
             held = {f"{at}.{k}": t for at, tensors in modules.items() for k, t in tensors.items()}
             read(model, config, held, name=name, example=example)
             return
-        layers = _layers(model, modules, call)
+        with guarded(call):
+            layers = _layers(model, modules, call)
         base = {f"{layer.target.key}.{n}": _place(layer, n) for layer in layers
                 for n in layer.values}  # fmt: skip
         held = {f"{layer.target.key}.{n}": each for layer in layers

@@ -29,11 +29,12 @@ REFUSED = {
     "invertible": "inv_adapter='nice' is not known here",
     "norm_after": "ln_after=True is not known here",
     "odd_sum": "residual_before_ln='post_add' together are not known here",
-    "prefix": "its architecture is 'prefix_tuning'",
+    "unipelt": "use_gating=True is not known here",
     "prompt": "its architecture is 'prompt_tuning'",
     "loreft": "its architecture is 'reft'", "vera": "vera_d=0.1 is not known here",
 }  # fmt: skip
-READ = [key for key in ANSWERS if key.partition("_")[2] not in REFUSED]
+CAUSAL = {"gpt2_prefix", "gpt2_prefix_flat", "llama_prefix_flat"}
+READ = [key for key in ANSWERS if key.partition("_")[2] not in REFUSED and key not in CAUSAL]
 NAMES = {"adapter.safetensors", "pytorch_adapter.bin"}
 
 
@@ -85,6 +86,11 @@ def test_what_adapters_saved_answers_the_same_here(key: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_read_is_refused_by_name(case: str) -> None:
     refused("bert", HERE / f"bert_{case}", REFUSED[case])
+
+
+@pytest.mark.parametrize("key", sorted(CAUSAL))
+def test_prefixes_that_adapters_hides_from_some_queries_are_refused(key: str) -> None:
+    refused(key.partition("_")[0], HERE / key, "adapters hides some of a prefix")
 
 
 def refused(name: str, folder: Path, said: str, **options: Any) -> None:
