@@ -98,7 +98,8 @@ def _config(text: str, words: list[str], call: str) -> Config:
     try:
         said = json.loads(text)
         (word,) = words
-        own = {k.removeprefix(f"{word}."): v for k, v in said.items() if k.startswith(f"{word}.")}
+        start = f"{word}." if word else ""
+        own = {k.removeprefix(start): v for k, v in said.items() if k.startswith(start)}
     except (ValueError, RecursionError, AttributeError):
         fail(call, "its lora_adapter_metadata is damaged, or for several models.", "Load each.")
     return Config(call, own, MERGE)

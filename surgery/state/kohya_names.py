@@ -17,6 +17,7 @@ from torch import nn
 from .._text import first_few
 from ..structure.layers import named_modules
 from .foreign import Held, fail
+from .kohya_original import renamed
 from .kohya_weights import KNOWN
 
 Tensors = dict[str, Held]
@@ -57,8 +58,8 @@ class Found(NamedTuple):
 
 def modules_in(model: nn.Module, whole: Mapping[str, Held], call: str) -> Found:
     """What in a file is for the modules of this model. Raises FileError; warns of the others."""
-    by_name = _parsed(whole, call)
     flat = _grouped((path.replace(".", "_"), path) for path, _ in named_modules(model))
+    by_name = _said_here(_parsed(whole, call), flat)
     words = _grouped((_match(name)[1] or "", name) for name in by_name)
     groups = {word: _group(model, names, flat, by_name) for word, names in words.items()}
     fitting = {word: group for word, group in groups.items() if group}
@@ -71,6 +72,18 @@ def modules_in(model: nn.Module, whole: Mapping[str, Held], call: str) -> Found:
     if left:
         _warn(model, left, call)
     return Found({paths[0]: by_name[name] for name, paths in pairs}, known)
+
+
+def _said_here(by_name: Mapping[str, Tensors], flat: Mapping[str, list[str]]) -> dict[str, Tensors]:
+    """Names of the first UNet as those of this model, where it has these and not those."""
+    say, found = renamed(flat), dict(by_name)
+    for name, tensors in by_name.items():
+        start = _match(name)[0]
+        here = say(name.removeprefix(start))
+        if here in flat and name.removeprefix(start) not in flat and start + here not in found:
+            del found[name]
+            found[start + here] = tensors
+    return found
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

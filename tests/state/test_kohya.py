@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import surgery
 from surgery import at, lora, unfreeze
 from surgery.errors import FileError, SurgeryError
+from surgery.state.kohya_original import renamed
 from tests.data.lycoris.make import CASES, HERE, fresh
 from tests.models import TinyUNet, images
 
@@ -131,6 +132,42 @@ def test_names_that_other_scripts_write_are_the_same(
     assert distance(run(model), run(by_hand(tensors(), fresh()))) <= 16
 
 
+ORIGINAL = {
+    "input_blocks_0_0": "conv_in", "out_2": "conv_out",
+    "input_blocks_1_0_in_layers_2": "down_blocks_0_resnets_0_conv1",
+    "input_blocks_1_1_attn1_to_q": "down_blocks_0_attentions_0_attn1_to_q",
+}  # fmt: skip
+OF_TWO = {  # of a UNet with two residual layers on the way down
+    "input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv",
+    "input_blocks_4_0_emb_layers_1": "down_blocks_1_resnets_0_time_emb_proj",
+    "input_blocks_8_1_proj_in": "down_blocks_2_attentions_1_proj_in",
+    "middle_block_0_out_layers_3": "mid_block_resnets_0_conv2",
+    "middle_block_1_transformer_blocks_9_ff_net_2":
+        "mid_block_attentions_0_transformer_blocks_9_ff_net_2",
+    "middle_block_2_in_layers_2": "mid_block_resnets_1_conv1",
+    "output_blocks_2_2_conv": "up_blocks_0_upsamplers_0_conv",
+    "output_blocks_3_1_proj_out": "up_blocks_1_attentions_0_proj_out",
+    "output_blocks_8_0_skip_connection": "up_blocks_2_resnets_2_conv_shortcut",
+    "label_emb_0_2": "add_embedding_linear_2", "time_embed_0": "time_embedding_linear_1",
+    "something_else": "something_else", "input_blocks_x": "input_blocks_x",
+    "middle_block_1_0_x": "middle_block_1_0_x",
+}  # fmt: skip
+
+
+def test_names_of_the_first_unet_are_those_of_diffusers() -> None:
+    depth = [f"down_blocks_0_resnets_{i}_conv1" for i in range(2)]
+    assert {name: renamed(depth)(name) for name in OF_TWO} == OF_TWO
+
+
+def test_a_file_of_the_first_unets_names_is_read(tmp_path: Path) -> None:
+    given = tensors()
+    for old, new in ORIGINAL.items():
+        given = {key.replace(f"unet_{new}.", f"unet_{old}."): t for key, t in given.items()}
+    assert any("input_blocks_1_1" in key for key in given)
+    model = surgery.load(fresh(), written(given, tmp_path))
+    assert distance(run(model), run(by_hand(tensors(), fresh()))) <= 16
+
+
 def test_no_alpha_or_one_of_0_is_the_rank_and_a_negative_one_takes_away(tmp_path: Path) -> None:
     given = tensors()
     for key in [key for key in given if key.endswith("alpha")]:
@@ -187,22 +224,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def by_diffusers(options: dict[str, Any], folder: Path, **more: Any) -> tuple[Path, Tensor]:
-    """A file named as diffusers does, and PEFT's answer."""
+def by_diffusers(
+    options: dict[str, Any], folder: Path, word: str = "unet.", **more: Any
+) -> tuple[Path, Tensor]:
+    """A file named as diffusers does (of a pipeline, or of one model), and PEFT's answer."""
     config = peft.LoraConfig(**{"target_modules": ["to_q", "to_v", "conv1"], **options})
     model = peft.get_peft_model(fresh(), config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
-    names = {"base_model.model.": "unet.", ".lora_A.": ".lora.down.", ".lora_B.w": ".lora.up.w"}
+    names = {"base_model.model.": word, ".lora_A.": ".lora.down.", ".lora_B.w": ".lora.up.w"}
     given = {}
     for key, tensor in peft.get_peft_model_state_dict(model).items():
         for old, new in names.items():
             key = key.replace(old, new)
         given[key] = tensor
-    said = {f"unet.{k}": v for k, v in config.to_dict().items() if not isinstance(v, set)}
-    said |= {"unet.target_modules": sorted(config.target_modules), **more}
+    said = {f"{word}{k}": v for k, v in config.to_dict().items() if not isinstance(v, set)}
+    said |= {f"{word}target_modules": sorted(config.target_modules), **more}
     text = json.dumps(said, default=lambda value: getattr(value, "value", str(value)))
     return written(given, folder, lora_adapter_metadata=text), run(model)
 
@@ -210,8 +249,9 @@ def by_diffusers(options: dict[str, Any], folder: Path, **more: Any) -> tuple[Pa
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("case", CONFIGS)
 def test_what_peft_says_in_a_file_of_diffusers_is_heard(case: str, tmp_path: Path) -> None:
-    path, want = by_diffusers(CONFIGS[case], tmp_path)
-    assert distance(run(surgery.load(fresh(), path)), want) <= 16
+    for word in ("unet.", ""):
+        path, want = by_diffusers(CONFIGS[case], tmp_path, word)
+        assert distance(run(surgery.load(fresh(), path)), want) <= 16
 
 
 def test_what_it_says_that_is_not_known_is_refused(tmp_path: Path) -> None:
