@@ -150,7 +150,9 @@ def low_rank(hub: Hub, path: str, tensors: dict[str, Held], shared: Mapping[str,
     if said("composition_mode") == "scale":
         return Spot(path, site, Rescale, (append(rescale(rows=rows)),),
                     {k: _times(held, said("alpha")) for k, held in tensors.items()})  # fmt: skip
-    update = lora(rank=rank, alpha=said("alpha") * rank / said("r"), rows=rows)
+    if rank != said("r"):
+        fail(hub.call, f"{site} has a rank of {rank} there, and r={said('r')} is said.", FIT)
+    update = lora(rank=rank, alpha=said("alpha"), rows=rows)
     return Spot(path, site, LoRA, (parallel(update),), tensors)
 
 

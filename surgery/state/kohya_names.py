@@ -134,13 +134,16 @@ def _group(
 ) -> Group | None:
     """Modules of one model where they all are in this one, by one start; the least that does."""
     whole = min((_match(name)[0] for name in names), key=len)
-    for end in [0, *(m.end() for m in re.finditer("_", whole))]:
-        start = whole[:end]
+    for start in _starts(whole):
         paths = {name: _paths(name.removeprefix(start), flat) for name in names}
         if all(name.startswith(start) and _fits(model, paths[name], by_name[name])
                for name in names):  # fmt: skip
             return Group(names, start, paths)
     return None
+
+
+def _starts(whole: str) -> list[str]:
+    return ["", *(whole[: found.end()] for found in re.finditer("_", whole))]
 
 
 def _is_told(word: str, group: Group) -> bool:
@@ -171,7 +174,11 @@ def _outs(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def _fail_unknown(
     model: nn.Module, names: Iterable[str], flat: Mapping[str, list[str]], call: str
 ) -> NoReturn:
-    lost = [n for n in names if not _paths(n[_match(n).end() :], flat) and not _paths(n, flat)]
+    lost = [
+        name
+        for name in names
+        if not any(_paths(name.removeprefix(start), flat) for start in _starts(_match(name)[0]))
+    ]
     told = first_few([f"{name:.200}" for name in lost]) if lost else "modules of other sizes"
     fact = f"it has {told}, and this {type(model).__name__} has no such module."
     fail(call, fact, "Give the very model that it was made for, its modules named as they were.")

@@ -188,6 +188,11 @@ OPTIONS: dict[str, tuple[str, Any, str]] = {
 }
 
 
+def test_a_rank_that_is_another_is_refused(tmp_path: Path) -> None:
+    folder = changed(shutil.copytree(HERE / "bert_lora", tmp_path / "x"), r=4)
+    refused("bert", folder, "has a rank of 2 there, and r=4 is said")
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_that_is_not_understood_is_refused(option: str, tmp_path: Path) -> None:
     case, value, said = OPTIONS[option]

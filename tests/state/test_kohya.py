@@ -329,6 +329,20 @@ def test_what_fits_alike_is_refused_until_the_model_is_named(tmp_path: Path) -> 
     assert len(whole.surgery.default.hooked_sites) == 2
 
 
+def test_what_is_left_of_one_model_is_no_other_models(tmp_path: Path) -> None:
+    """Words that a model's own names begin with tell no models."""
+
+    def build(depth: int) -> nn.ModuleDict:
+        layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(depth)])
+        return nn.ModuleDict({"transformer": layers, "last": nn.Linear(8, 8)})
+
+    names = ["transformer_0", "transformer_1", "last"]
+    given = {f"lycoris_{name}.{k}": t.clone() for name in names for k, t in PAIR.items()}
+    path = written(given, tmp_path)
+    assert len(surgery.load(build(2), path).surgery.default.hooked_sites) == 3
+    refused(build(1), path, "it has lycoris_transformer_1, and this ModuleDict")
+
+
 # what is refused -------------------------------------------------------------------------------
 
 

@@ -201,6 +201,19 @@ def test_it_answers_as_peft_and_goes_back(case: str, tmp_path: Path) -> None:
     assert state_of(surgery.revert(model)) == before
 
 
+def test_what_is_saved_whole_is_whole_whatever_else_acts(tmp_path: Path) -> None:
+    config = Lora(target_modules=["qkv"], modules_to_save=["head"])
+    want = made("timm", config, 0, tmp_path)
+    model = surgery.apply(fresh("timm"), at("head", unfreeze), name="first")
+    with torch.no_grad():
+        model.head.weight += 5
+    load_peft(model, tmp_path, name="second")
+    surgery.activate(model, "second")
+    assert distance(known.run(model, "timm"), want) <= 16
+    surgery.activate(model, "first")
+    torch.testing.assert_close(model.head.weight, base("timm").head.weight + 5)
+
+
 def configs(name: str) -> Any:
     return getattr(__import__("peft.tuners.lora.config", fromlist=[name]), name)
 
