@@ -25,7 +25,7 @@ from ..rules.edits import Edit, append, parallel
 from ..rules.part import shared
 from ..rules.rule import Rule
 from ..rules.selector import where
-from ..structure.layers import is_conv, named_modules
+from ..structure.layers import is_conv, is_torch_attention, named_modules
 from .foreign import (
     FIT,
     FLOATS,
@@ -137,7 +137,16 @@ def _layers(model: nn.Module, found: Mapping[str, Tensors], call: str) -> list[L
         if path in others:
             fact = f"{path} and {others[path]} are one, or share a parameter."
             fail(call, fact, "Untie them first: give one a module, or a parameter, of its own.")
-    return [_layer(path, modules[path], found[path], call) for path in found]
+    return [
+        _layer(Target(path, modules[path], path, path, _name(modules, path)), found[path], call)
+        for path in found
+    ]
+
+
+def _name(modules: Mapping[str, nn.Module], path: str) -> str:
+    """What a part stands at: a linear layer that is called, or the weight of any other."""
+    holder = modules[path.rpartition(".")[0]]
+    return "weight" if is_conv(modules[path]) or is_torch_attention(holder) else ""
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -151,9 +160,9 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _layer(path: str, module: nn.Module, tensors: Tensors, call: str) -> Layer:
+def _layer(target: Target, tensors: Tensors, call: str) -> Layer:
     """What a file's tensors mean at one module. Raises FileError where that is not known."""
-    target = Target(path, module, path, path, "weight" if is_conv(module) else "")
+    path, module = target.path, target.module
     told = ", ".join(sorted(tensors))
     tensors = dict(tensors)
     alpha = _number(tensors.pop("alpha"), call) if "alpha" in tensors else 0.0

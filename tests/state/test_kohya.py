@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 import warnings
@@ -193,6 +194,21 @@ def test_a_bias_and_a_difference_are_added(tmp_path: Path) -> None:
         want.down_blocks[0]["resnets"][0].norm1.bias += 0.25
     model = surgery.load(fresh(), written(given, tmp_path))
     assert distance(run(model), run(want)) <= 16
+
+
+def test_a_projection_that_attention_does_not_call_is_changed_at_its_weight(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    merged = copy.deepcopy(attention)
+    given = {f"lora_te_att_out_proj.{k}": torch.randn_like(t) for k, t in PAIR.items()}
+    down, up = given.values()
+    with torch.no_grad():
+        merged.out_proj.weight += up @ down
+    model = nn.ModuleDict({"att": attention})
+    surgery.load(model, written(given, tmp_path))
+    torch.testing.assert_close(attention(x, x, x)[0], merged(x, x, x)[0])
 
 
 def test_a_base_that_is_operated_already_is_changed_from_what_it_was(tmp_path: Path) -> None:
