@@ -10,14 +10,25 @@ import torch
 
 from .timing import machine
 
-SUBJECTS = ("grouping", "mixture", "operate", "overhead", "parameters")
+SUBJECTS = (
+    "adapters",
+    "grouping",
+    "hostile",
+    "mixture",
+    "operate",
+    "overhead",
+    "parameters",
+    "serving",
+)
 
 
 def main() -> None:
     """Run the named subjects, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
-    parser.add_argument("--rounds", type=int, help="rounds in each of the three runs")
+    parser.add_argument(
+        "--rounds", "--n", type=int, help="rounds in each of the three runs; hostile: files"
+    )
     given = parser.parse_args()
     unknown = [name for name in given.subjects if name not in SUBJECTS]
     if unknown:

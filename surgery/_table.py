@@ -22,7 +22,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return self._rich() if sys.stdout.isatty() else self._plain()
+        return self._rich() if sys.stdout.isatty() else self.plain()
 
     def _cells(self) -> list[list[str]]:
         return [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in self.rows]
@@ -30,7 +30,8 @@ class Table:
     def _numeric(self, column: int) -> bool:
         return bool(self.rows) and all(isinstance(r[column], (int, float)) for r in self.rows)
 
-    def _plain(self) -> str:
+    def plain(self) -> str:
+        """As it is printed where there is no terminal."""
         lines = [list(self.columns), *self._cells()]
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         right = [self._numeric(i) for i in range(len(widths))]

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import TypeGuard
 
+LONGEST = 1200  # characters of a rule, a fact, a remedy
+
 
 class SurgeryError(Exception):
     """Base of every error that Surgery raises on purpose: rule, fact, remedy, a line each.
@@ -22,8 +24,14 @@ class SurgeryError(Exception):
         self.rule, self.fact, self.remedy = rule, fact, remedy
 
     def __str__(self) -> str:
-        first = f"{self.rule}{self.joint}{self.fact}" if self.rule else self.fact
-        return f"{first}\n{self.remedy}"
+        rule, fact, remedy = map(_printed, (self.rule, self.fact, self.remedy))
+        return f"{rule}{self.joint}{fact}\n{remedy}" if rule else f"{fact}\n{remedy}"
+
+
+def _printed(text: str) -> str:
+    """A text as it may be printed: what is in it can be a file's, and a terminal obeys it."""
+    cut = text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in cut)
 
 
 class RuleError(SurgeryError):

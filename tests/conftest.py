@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from surgery.engine.reading import end_interrupted
 from tests import models
 
 torch.set_num_threads(1)
@@ -16,8 +17,12 @@ gc.set_threshold(10_000, 10, 50)  # small models come and go: of many objects fe
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
+    """The same numbers for each test; and none leaves torch's calls looked into for the next."""
     torch.default_generator.manual_seed(0)  # manual_seed writes down the stack for each device
+    yield
+    end_interrupted()
+    assert not torch._C._len_torch_function_stack()
 
 
 @pytest.fixture

@@ -688,3 +688,23 @@ def test_a_head_that_is_missing_names_the_roles_that_are_there():
     check(caught.value, "at(head, ...)", "VisionTransformer", "ffn (3)")
     assert "head" not in caught.value.remedy
     assert surgery.plan(tiny_vit(), at(head, unfreeze)).trainable == 24 * 5 + 5
+
+
+def test_what_is_printed_obeys_nobody_and_is_short() -> None:
+    """Names and rules of a file are in errors: a terminal would do what they say."""
+    error = SurgeryError("at(\x1b[2J)", "a\u202eb\0\ud800 " + "c" * 10**6, "One line.\nTwo.")
+    text = str(error)
+    assert text.replace("\n", "").isprintable()
+    assert text.startswith(r"at(\x1b[2J): a\u202eb\x00\ud800 ccc")
+    assert text.endswith("... (1,000,006 characters)\nOne line.\nTwo.")
+    assert len(text) < 2000
+    assert error.fact.endswith("ccc")
+    assert str(SurgeryError("", "é ü 漢字 \U0001f4a5", "x")) == "é ü 漢字 \U0001f4a5\nx"
+
+
+@pytest.mark.parametrize("value", ["1", None, True, [1.0], torch.nn.ReLU()])
+def test_a_number_of_a_part_is_a_number(value: object) -> None:
+    with pytest.raises(RuleError, match="it must be a number"):
+        surgery.parts.repadapter(scale=value)
+    surgery.parts.repadapter(scale=2)
+    surgery.parts.repadapter(scale=0.5)

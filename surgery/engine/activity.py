@@ -11,6 +11,7 @@ from ..errors import OperationError
 from .apply import named, operated
 from .conditions import DISABLED, WRITING, check_state
 from .journal import Journal
+from .norm_statistics import follow
 from .operation import Operation
 from .owned import claimed_by, put_by, slots_of, switch
 from .tokens import Action
@@ -42,7 +43,7 @@ def activate(model: Model, names: Names) -> Model:
     """
     done = operated(model, "activate(model, ...)")
     check_state(model, "activate(model, ...)", DISABLED)
-    strengths = _strengths(done, names)
+    strengths = _strengths(done, names, f"activate(model, {names!r})")
     if any(op.strength != strengths[op] for op in done):
         if any(op.claims for op in done) or any(True for _ in slots_of(done)):
             check_state(model, "activate(model, ...)", WRITING)
@@ -71,7 +72,8 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
     """
     done = operated(model, "train_only(model, ...)")
     check_state(model, "train_only(model, ...)", DISABLED, WRITING)
-    chosen = {op for op, strength in _strengths(done, names).items() if strength}
+    strengths = _strengths(done, names, f"train_only(model, {names!r})")
+    chosen = {op for op, strength in strengths.items() if strength}
     wanted = claimed_by(chosen)
     if len(done) > 1:
         put_by(done)  # what was learnt until now is of those that learnt it
@@ -83,14 +85,14 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
             tensor = module._parameters.get(name)
             if tensor is not None and tensor.requires_grad != (id(tensor) in wanted):
                 op.journal.train(module, name, tensor, id(tensor) in wanted)
+    follow(done, Journal())
     return model
 
 
-def _strengths(done: list[Operation], names: Names) -> dict[Operation, float]:
+def _strengths(done: list[Operation], names: Names, call: str) -> dict[Operation, float]:
     """How much each is to act. Raises OperationError."""
     asked = _by_name(names)
     known = {op.name: op for op in done}
-    call = f"activate(model, {names!r})"
     named(done, asked, call)
     for name, strength in asked.items():
         if isinstance(strength, bool) or not isinstance(strength, (int, float)):

@@ -27,7 +27,7 @@ from .conditions import (
 from .journal import Journal, Value, completed
 from .obstacles import dotted, refuse
 from .operation import Operation, check_operable, operations
-from .owned import claimed_by, composed, put_by, slots_of
+from .owned import claimed_by, composed, own_parameters, put_by, slots_of
 from .plain import check_kept
 from .planning import Plan
 from .removal import take_out, went_on
@@ -45,6 +45,7 @@ def apply(
     seed: int = 0,
     name: str = "default",
     balance: float | Callable[[], float] | None = None,
+    room: int | None = None,
 ) -> Model:
     """Rewrite `model` in place by `rules`, all or nothing, and return it.
 
@@ -65,6 +66,8 @@ def apply(
              loss is over k accumulated micro-batches: lambda: 0.01 * scaler.get_scale() / k, or
              0.01 / k, which is the mean over these (one large batch has another balance than the
              mean of its parts). None: keep the gates for `balance_loss`
+    room     how many ranks low-rank parts have at most, which files for `swap` may use; what the
+             rules do not use of them is zero, not trained, and not saved
 
     Raises RuleError, MatchError, ConflictError, OperationError or GraftError, model untouched.
 
@@ -77,7 +80,7 @@ def apply(
     check_operable(model)
     check_state(model, "apply(model, ...)", APPLYING)
     check_example(model, example, "apply(model, example=...)")
-    plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
+    plan = Plan(model, rules, seed=seed, name=name, balance=balance, example=example, room=room)
     plan.apply(example)
     return model
 
@@ -209,8 +212,11 @@ def _lend(done: list[Operation], off: list[Operation], journal: Journal) -> None
         journal.write(value.module, value.name, value.value, lent=True)
 
 
-def parameters(model: nn.Module) -> list[nn.Parameter]:
+def parameters(model: nn.Module, names: str | Iterable[str] | None = None) -> list[nn.Parameter]:
     """What to optimise: the trainable parameters of the parts and of what was unfrozen.
+
+    names  operations that batches are to train together, each its own rows (`mixed`): what they
+           unfroze is a parameter of each of them then, which acts, and learns, in `mixed` alone
 
     What only operations that are not active train of the base is not among them. What was
     unfrozen by hand, and the parameters of new modules, are; they are known
@@ -226,6 +232,14 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     done = operated(model, "parameters(model)")
     check_state(model, "parameters(model)", TRAINING)
     adopt(model)
+    if names is not None:
+        asked = [names] if isinstance(names, str) else [*names]
+        chosen = named(done, asked, f"parameters(model, {asked!r})")
+        parts = [p for op in chosen for p in op.parameters() if p.requires_grad]
+        return [
+            *dict.fromkeys(parts),
+            *(p for op in chosen for p in own_parameters(model, done, op)),
+        ]
     idle = claimed_by([op for op in done if not op.strength])
     idle -= claimed_by([op for op in done if op.strength])
     return [p for p in model.parameters() if p.requires_grad and id(p) not in idle]

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._preserve import preserved
 from ..rules.expression import shown
-from ..rules.part import Shared
+from ..rules.part import Maker, Shared
 from ..structure.module_tree import Site
 from .placement import PartNames, Placement
 
@@ -22,21 +22,24 @@ class BuiltParts:
     """What is built for placements, by key; `seed` None: sketches on the meta device.
 
     borrowed  by the key of a part, the keys of the shared parts inside it
+    makers    by the key of a part, what made it
     """
 
     def __init__(self, placements: list[Placement], names: PartNames, seed: int | None) -> None:
         self.names, self.seed = names, seed
         self.parts: dict[str, nn.Module] = {}
+        self.makers: dict[str, Maker] = {}
         self.borrowed: dict[str, list[str]] = {}
         foreign = {id(module) for module in names.tree.model.modules()}
         self._foreign = foreign
         for p in placements:
             p.foreign, p.site.borrow = foreign, partial(self._borrow, p)
             if p.key not in self.parts:
-                self._put(p.key, p.sketch() if seed is None else p.make(seed))
+                self._put(p.key, p.sketch() if seed is None else p.make(seed), p.edit.part)
 
-    def _put(self, key: str, part: nn.Module) -> None:
+    def _put(self, key: str, part: nn.Module, maker: Maker) -> None:
         self.parts[key] = part
+        self.makers[key] = maker.part if isinstance(maker, Shared) else maker
         self._foreign.update(map(id, part.modules()))
 
     def _borrow(self, p: Placement, shared: Shared, site: Site) -> nn.Module:
@@ -46,8 +49,9 @@ class BuiltParts:
         if key not in self.parts:
             build = partial(p.checked_part, shared.part, site)
             if self.seed is None:
-                self._put(key, p.sketch_with(build))
+                self._put(key, p.sketch_with(build), shared)
             else:
                 with preserved():
-                    self._put(key, p.build_with(build, f"{self.seed}|{shown(shared)}|{key}"))
+                    made = p.build_with(build, f"{self.seed}|{shown(shared)}|{key}")
+                self._put(key, made, shared)
         return self.parts[key]

@@ -9,7 +9,6 @@ table) are given what two small matrices add to their output: the sum would be a
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,7 +25,7 @@ from .journal import Journal, owners_of
 from .stack import Stack
 from .switch import Switch
 from .tokens import Action
-from .tracing import CALL
+from .tracing import is_in_call
 
 
 class Read(NamedTuple):
@@ -245,9 +244,4 @@ class Turn:
 
     def _is_inside(self) -> bool:
         """Whether the thread that has the turn is in a call of the module still."""
-        frame = sys._current_frames().get((self.thread and self.thread.ident) or 0)
-        while frame is not None:
-            if frame.f_code is CALL and frame.f_locals.get("self") is self.module:
-                return True
-            frame = frame.f_back
-        return False
+        return is_in_call(self.module, (self.thread and self.thread.ident) or 0)

@@ -20,10 +20,9 @@ from .features import declared, input_of
 from .hooks import HookedSite
 from .kinds import PLAIN, kind_of
 from .operation import Operation
-from .rows import Rows
+from .rows import CLOSE, Rows, mixes_rows, takes_statistics, unseen
 
 Values = dict[tuple[nn.Module, str], Tensor]
-CLOSE = 1e-3  # of the largest number: what a batch in another order may round otherwise
 
 
 class Layer:
@@ -41,10 +40,13 @@ class Layer:
         if not self.rows.on:
             return self.base(*args, **kwargs)
         x, _ = input_of(args, kwargs, self)
-        axis = self.rows.axis(x, self.path)
-        pieces = self.rows.taken(x, axis)
-        outs = [self._run(p, values) for p, values in zip(pieces, self.values, strict=True)]
-        return self.rows.joined(outs, axis, x.shape[axis])
+        if self.rows.all_act:
+            if mixes_rows(self.module):
+                raise takes_statistics(self.path)
+            *outs, rest = [self._run(x, values) for values in self.values]
+            return self.rows.chosen(rest, self.path, [*enumerate(outs)])
+        pieces, join = self.rows.split(x, self.path)
+        return join([self._run(p, values) for p, values in zip(pieces, self.values, strict=True)])
 
     def seen(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook that does nothing: torch's fused layers look for any."""
@@ -74,14 +76,23 @@ class MixedForward:
         by_rows: bool,
     ) -> None:
         self.model, self.done, self.rows, self.values = model, done, rows, values
-        self.used, self.layers, self.by_rows = used, layers, by_rows
+        self.used, self.by_rows = used, by_rows
+        sites: list[HookedSite] = [hooked for op in used for hooked in op.hooked_sites]
+        ends = [end for site in sites for end in (site.entry, site.exit)]
+        self.places = [*dict.fromkeys((*ends, *(layer.module for layer in layers)))]
+        shown = done[0].rows_proven.values()
+        self.proven = any(all(map(known.get, self.places)) for known in shown)
         self.path, self.names = "", declared(type(model).forward)
         self.base = vars(model).get("forward") or type(model).forward.__get__(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x, _ = input_of(args, kwargs, self)
         axis = self.rows.axis(x, "", whole=True)
+        if not torch.compiler.is_compiling():
+            self.rows.begin()
         if not (self.by_rows and self._is_proven(args, kwargs, axis)):
+            if self.rows.all_act:
+                raise unseen("")
             return self._apart(args, kwargs, axis)
         with self._strengths({*self.used}):
             self.rows.on = True
@@ -105,18 +116,16 @@ class MixedForward:
 
     def _is_proven(self, args: Any, kwargs: Any, axis: int) -> bool:
         """Whether rows are rows at all places, as two forwards of two samples showed or show."""
-        known = self.done[0].rows_proven
+        if self.rows.are_tokens:
+            return True  # which are told by as many rows as there are, of as many tokens
         if torch.compiler.is_compiling():
-            return any(known.values())
-        places = frozenset(hooked.path for op in self.used for hooked in op.hooked_sites)
-        layers = frozenset(layer.module for layer in self.layers)
-        key = kind_of(self.model, args, kwargs), places, layers
-        if key not in known:
-            other = self._other_row(args, kwargs, axis)
-            if other is None:
-                return False
-            known[key] = self._prove(args, kwargs, axis, other)
-        return known[key]
+            return self.proven
+        kind = kind_of(self.model, args, kwargs)
+        known = self.done[0].rows_proven.setdefault(kind, {})
+        if not known.keys() >= {*self.places} and not self._prove(args, kwargs, axis, known):
+            return False
+        self.proven = all(known[place] for place in self.places)
+        return self.proven
 
     def _other_row(self, args: Any, kwargs: Any, axis: int) -> int | None:
         """The first sample that is not as the first of all."""
@@ -128,34 +137,31 @@ class MixedForward:
         )
         return next(differ, None)
 
-    def _prove(self, args: Any, kwargs: Any, axis: int, other: int) -> bool:
-        order = torch.tensor([0, other], device=self.rows.rest.device)
-        two = Rows(2, (), order[:0], self.rows.tokens_first)
-        met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
-        if not self._places().keys() == met[0].keys() == met[1].keys():
+    def _prove(self, args: Any, kwargs: Any, axis: int, known: dict[nn.Module, bool]) -> bool:
+        """Note of each place whether rows are rows there; False where these rows cannot tell."""
+        other = self._other_row(args, kwargs, axis)
+        if other is None:
             return False
-        return all(
-            len(met[0][key]) == len(met[1][key])
-            and all(_are_swapped(a, b, two) for a, b in zip(met[0][key], met[1][key], strict=True))
-            for key in met[0]
-        )
+        order = torch.tensor([0, other], device=self.rows.rest.device)
+        two = Rows(torch.tensor([-1, -1]), 0, self.rows.tokens_first, False, order.device)
+        met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
+        if not all(t.isfinite().all() for each in met for pair in each.values() for t in pair):
+            return False
+        for place in self.places:
+            a, b = (each.get(place, []) for each in met)
+            known[place] = 0 < len(a) == len(b) and all(map(_are_swapped, a, b, [two] * len(a)))
+        return True
 
-    def _places(self) -> dict[int, nn.Module]:
-        """The modules that rows are told at, by id."""
-        sites: list[HookedSite] = [hooked for op in self.used for hooked in op.hooked_sites]
-        ends = [end for site in sites for end in (site.entry, site.exit)]
-        return {id(m): m for m in (*ends, *(layer.module for layer in self.layers))}
-
-    def _met(self, given: tuple[Any, Any]) -> dict[int, list[Tensor]]:
+    def _met(self, given: tuple[Any, Any]) -> dict[nn.Module, list[Tensor]]:
         """What places are given and give in a forward of the base, on some rows."""
-        met: dict[int, list[Tensor]] = {}
+        met: dict[nn.Module, list[Tensor]] = {}
 
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             for values in ((args, kwargs), output):
                 tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
-                met.setdefault(id(module), []).extend(tensors[:1])
+                met.setdefault(module, []).extend(tensors[:1])
 
-        hooks = [m.register_forward_hook(see, with_kwargs=True) for m in self._places().values()]
+        hooks = [m.register_forward_hook(see, with_kwargs=True) for m in self.places]
         training = [(m, m.training) for m in self.model.modules()]
         try:
             for m, _ in training:

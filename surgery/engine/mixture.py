@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._preserve import same
 from ..errors import OperationError
@@ -18,8 +18,8 @@ from .hooked_weights import HookedWeight, only_reads
 from .hooks import HookedSite
 from .journal import Journal
 from .mixed_forward import Layer, MixedForward, Values
-from .operation import Operation
-from .owned import Slot, composed, put_by, shows, slots_of
+from .operation import Operation, Own
+from .owned import Slot, composed, learnt, put_by, shows, slots_of
 from .rows import Group, Rows
 from .tokens import Action
 
@@ -27,10 +27,15 @@ BY_ROWS = ("before", "after", "beside")  # what acts on features alone, row by r
 
 
 @contextmanager
-def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+def mixed(
+    model: nn.Module, names: Sequence[str | None], rows: Tensor | None = None
+) -> Iterator[nn.Module]:
     """While it lasts, each row of a batch runs an operation of its own, or none.
 
     names  that of each row, in order; None: the base answers
+    rows   (rows,) or (rows, tokens): the position in names of that of each row, or of each token
+           where several sequences are packed into one row; -1: the base answers. Other numbers may
+           be written into it, also for compiled code, which reads it in each forward
 
     Parts meet their own rows, low-rank ones at a place all at once (Sheng et al. 2023, S-LoRA);
     layers that were unfrozen (norms, heads) have the values that each operation gave them. The
@@ -57,22 +62,50 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     done = operated(model, call)
     check_state(model, call, DISABLED, WRITING)
     used = named(done, {name for name in names if name is not None}, call)
+    if rows is not None:
+        _check_rows(model, rows, names, call)
+        used.sort(key=lambda operation: names.index(operation.name))
     journal = Journal()
+    put_by(done)
+    slots = [slot for slot in slots_of(done, norms=True) if _is_met(slot, used)]
+    values = [_values(slots, op) for op in (*used, None)]
     try:
-        _join(model, done, used, _rows(model, names, used), journal, call)
+        _join(model, done, used, _rows(model, names, used, rows), slots, values, journal, call)
         yield model
     finally:
         journal.undo()
+        _keep_statistics(slots, done, used, values)
 
 
-def _rows(model: nn.Module, names: Sequence[str | None], used: list[Operation]) -> Rows:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    positions = [[i for i, name in enumerate(names) if name == op.name] for op in used]
-    rest = [i for i, name in enumerate(names) if name is None]
-    each, other = [torch.tensor(p, device=device) for p in positions], torch.tensor(rest).long()
+def _check_rows(model: nn.Module, rows: Tensor, names: Sequence[str | None], call: str) -> None:
+    if rows.device != _device(model):
+        fact = f"rows is on {rows.device}, and the model on {_device(model)}."
+        raise OperationError(
+            call, fact, f'Make it there, torch.tensor(..., device="{_device(model)}").'
+        )
+    if rows.is_floating_point() or rows.is_complex() or rows.dim() not in (1, 2):
+        fact = f"rows is {tuple(rows.shape)}, {rows.dtype}."
+        raise OperationError(call, fact, "Give whole numbers, (rows,) or (rows, tokens).")
+    if None in names or len({*names}) != len(names):
+        fact = "with rows=, names are those of operations, each once."
+        raise OperationError(call, fact, "Write -1 into rows where the base is to answer.")
+
+
+def _rows(
+    model: nn.Module, names: Sequence[str | None], used: list[Operation], rows: Tensor | None
+) -> Rows:
     torch_attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     tokens_first = any(not m.batch_first for m in torch_attentions)
-    return Rows(len(names), tuple(each), other.to(device), tokens_first)
+    device = _device(model)
+    if rows is not None:
+        return Rows(rows, len(used), tokens_first, True, device)
+    number = {op.name: k for k, op in enumerate(used)}
+    index = torch.tensor([-1 if name is None else number[name] for name in names])
+    return Rows(index, len(used), tokens_first, False, device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _join(
@@ -80,16 +113,19 @@ def _join(
     done: list[Operation],
     used: list[Operation],
     rows: Rows,
+    slots: list[Slot],
+    values: list[Values],
     journal: Journal,
     call: str,
 ) -> None:
     """Let places and layers act by rows, or the model as a whole."""
-    put_by(done)
-    slots = list(slots_of(done))
-    values = [_values(slots, op) for op in (*used, None)]
     _check_trained(model, slots, used, call)
     layers: list[Layer] = []
     by_rows = all(map(_acts_by_rows, used)) and all(map(_is_layer, slots))
+    if rows.are_tokens and not by_rows:
+        whole = [op.name for op in used if not _acts_by_rows(op)] or [op.name for op in used]
+        fact = f"{whole} do not act on each token by itself (they put tokens in, hear others, ...)."
+        raise OperationError(call, fact, "Give whose each row is, (rows,), and one sequence in it.")
     if by_rows:
         _group(used, rows, journal)
         modules = dict.fromkeys(module for slot in slots for module, _ in slot.places)
@@ -99,8 +135,14 @@ def _join(
         journal.hook(layer.module, layer.seen)  # no fused kernel reads the weights of one
     for op in done:
         journal.set(op, "is_mixed", True)
+        journal.set(op, "has_rows", op in used)
     forward = MixedForward(model, done, used, rows, values, layers, by_rows)
     journal.set(model, "forward", forward.forward)
+
+
+def _is_met(slot: Slot, used: list[Operation]) -> bool:
+    """Whether a tensor is another for some row than it is now, or may be: not by what is off."""
+    return any(claim.operation in used or claim.operation.strength for claim in slot.claims)
 
 
 def _acts_by_rows(op: Operation) -> bool:
@@ -135,8 +177,38 @@ def _values(slots: list[Slot], op: Operation | None) -> Values:
             mine = op is not None and any(claim.operation is op for claim in slot.claims)
             live = same(value, tensor.detach()) and mine and isinstance(tensor, nn.Parameter)
             shown = tensor if live else value.detach().clone()
+            if op is not None and slot.key in op.own_parameters:
+                shown = _own(op, slot.key, value)
             values.update(dict.fromkeys(slot.places, shown))
     return values
+
+
+def _own(op: Operation, key: tuple[nn.Module, str], value: Tensor) -> nn.Parameter:
+    """The parameter that an operation trains of its own, which is now this."""
+    own = op.own_parameters[key].parameter
+    if (own.dtype, own.device) != (value.dtype, value.device):
+        own.data = own.data.to(value)
+    with torch.no_grad():
+        own.copy_(value)
+    op.own_parameters[key] = Own(own, value.detach().clone())
+    own.requires_grad_(op.is_trained)
+    return own
+
+
+def _keep_statistics(
+    slots: list[Slot], done: list[Operation], used: list[Operation], values: list[Values]
+) -> None:
+    """What norms have counted of the rows of an operation is its own."""
+    for slot in slots:
+        mine = [c for c in slot.claims if c.operation in used and not slot.is_parameter]
+        for claim in mine:
+            op = claim.operation
+            value = values[used.index(op)][slot.key]
+            if not same(value, composed(slot, {op: 1.0}).to(value)):
+                op.own[slot.key] = learnt(slot, claim, {op: 1.0}, value.detach().clone())
+        if mine and slot.tensor is not None:
+            now = composed(slot, {op: op.strength for op in done})
+            slot.tensor.copy_(now)
 
 
 def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], call: str) -> None:
@@ -144,16 +216,23 @@ def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], c
     if not (model.training and torch.is_grad_enabled()):
         return
     for slot in slots:
-        asks = slot.tensor is not None and slot.tensor.requires_grad
-        own = [c.operation for c in slot.claims if c.operation in used]
-        shown = [op for op in own if shows(slot, {op: 1.0})]
-        if asks and own and not (own == shown and len(own) == 1):
+        names = [op.name for op in _sharing(slot, used)]
+        if names and slot.tensor is not None and slot.tensor.requires_grad:
             raise OperationError(
                 call,
-                f"{slot.name} of a {type(slot.module).__name__} is trained by "
-                f"{[op.name for op in own]}, and is one tensor: not all of these would be.",
-                "Train each by itself, activate(model, name); or freeze it, train_only(model, b).",
+                f"{slot.name} of a {type(slot.module).__name__} is trained by {names}, and is one "
+                "tensor: not all of these would be.",
+                f"Let the optimizer have surgery.parameters(model, {names}), of which each has its "
+                "own; or train each by itself, activate(model, name).",
             )
+
+
+def _sharing(slot: Slot, used: list[Operation]) -> list[Operation]:
+    """Which would train one tensor: unless it shows what the only one made, or each has its own."""
+    mine = [claim.operation for claim in slot.claims if claim.operation in used]
+    if all(slot.key in op.own_parameters for op in mine if op.is_trained):
+        return []
+    return [] if len(mine) == 1 and shows(slot, {mine[0]: 1.0}) else mine
 
 
 def _group(used: list[Operation], rows: Rows, journal: Journal) -> None:

@@ -17,7 +17,7 @@ from ..structure.dataflow import dataflow_of
 from ..structure.module_tree import Site, Tree
 from .decided import Decided
 from .operation import Operation
-from .summary import places
+from .summary import count_parameters, places
 from .unfreezing import parameters_meant
 
 GUESSED = ("block", "attn", "qkv", "proj", "fused", "head", "embed")  # FFNs show in the modules
@@ -138,8 +138,9 @@ def state_of(operation: Operation) -> str:
     strength = operation.strength
     how = "not active" if not strength else "active" if strength == 1 else f"active {strength:g}"
     base = [module._parameters.get(name) for module, name in operation.claims]
-    tensors = {id(p): p for p in (*operation.parameters(), *base) if p is not None}
+    tensors = {id(p): p for p in base if p is not None}
     trained = sum(p.numel() for p in tensors.values() if p.requires_grad)
+    trained += count_parameters([operation], trainable=True)
     return f"{how}, {f'{trained:,} trained' if trained else 'not trained'}"
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GraftError, OperationError
+from ..parts.room import is_used_alike, room_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import ADDITIONS, Site
 from ..structure.stretches import Stretch
@@ -22,7 +22,7 @@ from ..structure.weights import ParameterSite
 from .frozen import Frozen
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
-from .journal import Journal, owner_of
+from .journal import Journal
 from .passes import Key
 from .registration import register, register_between
 from .routed import routes
@@ -51,50 +51,25 @@ class Additions(StateGuard):
         return [child for child in self.children() if isinstance(child, Operation)]
 
 
-class FrozenStatistics:
-    """Methods in place of a norm's own: it stays in eval mode, and keeps its statistics.
-
-    Of a plain object, so that a copy of the model gets its own.
-    """
-
-    def __init__(self, norm: nn.Module, switch: Switch) -> None:
-        self.norm, self.switch = norm, switch
-        self.own = {name: vars(norm)[name] for name in FROZEN_METHODS if name in vars(norm)}
-
-    def train(self, mode: bool = True) -> nn.Module:
-        if self.switch.undone:
-            trained: nn.Module = self._base("train")(mode)
-            return trained
-        for child in self.norm.children():  # an activation, a dropout (timm's BatchNormAct2d)
-            child.train(mode)
-        self.norm.training = False  # whoever has set it
-        return self.norm
-
-    def reset_running_stats(self) -> None:
-        """Nothing: torch's update_bn would reset what it then cannot count."""
-        if self.switch.undone:
-            self._base("reset_running_stats")()
-
-    def _base(self, name: str) -> Any:
-        """The method that it took the place of."""
-        return self.own.get(name) or MethodType(getattr(type(self.norm), name), self.norm)
-
-
-FROZEN_METHODS = ("train", "reset_running_stats")  # the methods that it takes the place of
-
-
-def is_frozen(norm: nn.Module) -> bool:
-    """Whether an operation keeps it in eval mode."""
-    methods = owner_of(vars(norm).get("train"))
-    return isinstance(methods, FrozenStatistics) and not methods.switch.undone
-
-
 class KnownModule(NamedTuple):
     """A module of the base when rules were applied: its path, and the names of its tensors."""
 
     path: str
     module: nn.Module
     names: frozenset[str]
+
+
+class Own(NamedTuple):
+    """What is trained of the base in mixed batches, a parameter for each operation; and as it was
+    when that was last told."""
+
+    parameter: nn.Parameter
+    seen: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> Own:
+        """A new one of this value."""
+        return cls(nn.Parameter(value.detach().clone()), value.detach().clone())
 
 
 class Operation(Switch):
@@ -109,7 +84,9 @@ class Operation(Switch):
     claims         the parameters of the base that its rules train: a module, and a name there
     trains         the names of those of its parts that are trained
     own            what it has made of tensors of the base, where others are active since
-    rows_proven    of kinds of forwards, whether rows were seen to stay rows
+    own_parameters  what it trains of the base in mixed batches, each a parameter of its own
+    norms          the norms with running statistics that its rules train
+    rows_proven    of kinds of forwards, where rows were seen to stay rows; of all operations
     """
 
     def __init__(self, name: str, balance: Balance, record: Record) -> None:
@@ -126,8 +103,10 @@ class Operation(Switch):
         self.claims: list[tuple[nn.Module, str]] = []
         self.trains: frozenset[str] = frozenset()
         self.own: dict[tuple[nn.Module, str], Tensor] = {}
+        self.norms: list[nn.Module] = []
+        self.own_parameters: dict[tuple[nn.Module, str], Own] = {}
         self.is_trained = True  # unless train_only names others
-        self.rows_proven: dict[Any, bool] = {}
+        self.rows_proven: dict[Any, dict[nn.Module, bool]] = {}
         self.start = MissingStart(self, self.journal)
 
     def open(self, model: nn.Module) -> None:
@@ -137,10 +116,11 @@ class Operation(Switch):
         wholly undone can still be found.
         """
         for earlier in operations(model):
-            self.streams = earlier.streams
+            self.streams, self.rows_proven = earlier.streams, earlier.rows_proven
         self.model.append(model)
-        modules = list(model.modules())
         additions = additions_of(model)
+        theirs = {*additions.modules()} if additions else set()  # which are not ours to bring back
+        modules = [module for module in model.modules() if module not in theirs]
         if additions is None:
             additions, host = Additions(), _host(model)
             if host is not model:
@@ -185,23 +165,6 @@ class Operation(Switch):
                     self.journal.keep_value(module, name)
                 if tensor.requires_grad != wanted:
                     self.journal.train(module, name, tensor, wanted)
-
-    def freeze_norms(self, norms: Iterable[tuple[nn.Module, bool]]) -> None:
-        """Keep norms with running statistics in eval mode, or let them go, whatever train() says.
-
-        Frozen, their statistics would go on drifting, and what is saved would not reproduce.
-        """
-        for norm, frozen in norms:
-            if frozen is is_frozen(norm):
-                continue
-            methods = FrozenStatistics(norm, self)
-            for name in FROZEN_METHODS:
-                if frozen:
-                    self.journal.set(norm, name, getattr(methods, name))
-                else:
-                    self.journal.remove(norm, name)
-            training = not frozen and any(model.training for model in self.model)
-            self.journal.set(norm, "training", training)
 
     def join(self, site: Site, actions: list[Action], stretch: Stretch | None = None) -> None:
         """Hook `actions` to `site`; `stretch`: what it is in a forward, where nobody calls it."""
@@ -271,7 +234,23 @@ class Operation(Switch):
     def _load_from_state_dict(self, state: Any, prefix: str, told: Any, *rest: Any) -> None:
         assigned = bool(told.get("assign_to_params_buffers"))
         self.start.loaded(state, prefix, assigned)
+        errors: list[str] = rest[-1]
+        for path, part in self.named_modules():
+            scale = state.get(f"{prefix}{path}.scale") if room_of(part) is not None else None
+            if scale is not None and not is_used_alike(part, scale):
+                errors.append(
+                    f"{prefix}{path} is of other ranks there, or of another scale, than its rules "
+                    f'say: surgery.swap(model, "{self.name}", file) a file of such rules first.'
+                )
         super()._load_from_state_dict(state, prefix, told, *rest)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept for it: its parts; of the base what was there, and what it made."""
+        before = (value.value for value in self.journal.values)
+        kept = (*self.parameters(), *self.buffers(), *self.own.values(), *before)
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
+        return sum(storage.nbytes() for storage in storages.values())
 
     @property
     def routers(self) -> list[HookedSite]:

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .._preserve import same
 from .journal import Journal, Value
+from .norm_statistics import follow
 from .obstacles import tensor_of
-from .operation import Operation
+from .operation import Operation, Own, operations
 
 
 class Claim(NamedTuple):
@@ -37,9 +39,14 @@ class Slot(NamedTuple):
     tied: list[tuple[nn.Module, str]]
 
     @property
+    def key(self) -> tuple[nn.Module, str]:
+        """Where it is kept, first of all."""
+        return self.module, self.name
+
+    @property
     def places(self) -> list[tuple[nn.Module, str]]:
         """All of its places."""
-        return [(self.module, self.name), *self.tied]
+        return [self.key, *self.tied]
 
     @property
     def tensor(self) -> Tensor | None:
@@ -52,25 +59,31 @@ class Slot(NamedTuple):
 
     def own(self, operation: Operation) -> Tensor | None:
         """What an operation has made of it, if that was ever put by."""
-        return operation.own.get((self.module, self.name))
+        return operation.own.get(self.key)
 
 
-def slots_of(done: Sequence[Operation]) -> Iterator[Slot]:
-    """The tensors of the base that operations train; buffers that have changed, or once had."""
+def slots_of(done: Sequence[Operation], norms: bool = False) -> Iterator[Slot]:
+    """The tensors of the base that operations train; buffers that have changed, or once had.
+
+    norms  also the other buffers of modules of which they train something: statistics
+    """
     found: dict[tuple[int, str], Slot] = {}
     for operation in done:
         for value in _claimed(operation):
             key = id(value.module), value.name
             slot = found.setdefault(key, Slot(value.module, value.name, [], []))
-            if all(claim.operation is not operation for claim in slot.claims):
+            if not slot.claims or slot.claims[-1].operation is not operation:
                 slot.claims.append(Claim(operation, value.value))
+    trained = {id(module) for operation in done for module, _ in operation.claims}
     firsts: dict[int, Slot] = {}
     for slot in found.values():
         first = firsts.setdefault(id(slot.tensor), slot)
         if first is not slot:
             first.tied.append((slot.module, slot.name))
     for slot in firsts.values():
-        if slot.tensor is not None and not slot.tensor.is_meta and _is_in_use(slot):
+        if slot.tensor is None or slot.tensor.is_meta:
+            continue
+        if _is_in_use(slot) or (norms and id(slot.module) in trained):
             yield slot
 
 
@@ -107,6 +120,52 @@ def composed(slot: Slot, strengths: Mapping[Operation, float]) -> Tensor:
     return value
 
 
+def own_parameters(
+    model: nn.Module, done: Sequence[Operation], operation: Operation
+) -> list[nn.Parameter]:
+    """What an operation trains of the base, each a parameter of its own, for mixed batches."""
+    put_by(done)
+    mine = [slot for slot in slots_of(done) if operation in {c.operation for c in slot.claims}]
+    mine = [slot for slot in mine if isinstance(slot.tensor, nn.Parameter)]
+    own = operation.own_parameters
+    if mine and operation.is_trained and not own:
+        operation.journal.hook(model, tell, before=True)
+    for slot in mine if operation.is_trained else ():
+        if slot.key not in own:
+            own[slot.key] = Own.of(composed(slot, {operation: 1.0}).to(slot.tensor))
+    return [own[slot.key].parameter for slot in mine if slot.key in own]
+
+
+def tell(model: nn.Module, args: Any) -> None:
+    """Pre-hook: what optimizers have made of such parameters, operations have made."""
+    if not torch.compiler.is_compiling():
+        pull(operations(model))
+
+
+def pull(done: Sequence[Operation]) -> None:
+    """What parameters of their own have learnt, operations have made of the base."""
+    if not any(operation.own_parameters for operation in done):
+        return
+    now = {operation: operation.strength for operation in done}
+    for slot in slots_of(done):
+        taken = [_take(slot, claim) for claim in slot.claims]
+        if any(taken) and slot.tensor is not None:
+            with torch.no_grad():
+                slot.tensor.copy_(composed(slot, now))
+
+
+def _take(slot: Slot, claim: Claim) -> bool:
+    """Keep what the parameter of a claim has learnt, if it has."""
+    op = claim.operation
+    own = op.own_parameters.get(slot.key)
+    if own is None or slot.tensor is None or same(own.parameter.detach(), own.seen):
+        return False
+    value = own.parameter.detach().clone()
+    op.own[slot.key] = learnt(slot, claim, {op: 1.0}, value.to(slot.tensor))
+    op.own_parameters[slot.key] = own._replace(seen=value)
+    return True
+
+
 def base_values(done: Sequence[Operation]) -> dict[int, Tensor]:
     """What tensors of the base are without any operation, by id; of those that one trains."""
     put_by(done)
@@ -133,11 +192,12 @@ def put_by(done: Sequence[Operation]) -> None:
 
     What was learnt since the last time is of the latest that is active and trained.
     """
+    pull(done)
     now = {operation: operation.strength for operation in done}
     for slot in slots_of(done):
         for (operation, _), later in zip(slot.claims, slot.claims[1:], strict=False):
             if slot.own(operation) is None:  # it was on until the next was applied
-                operation.own[slot.module, slot.name] = later.before
+                operation.own[slot.key] = later.before
         active = [claim for claim in slot.claims if claim.operation.strength]
         if active:
             _put_by(slot, active, now)
@@ -149,14 +209,14 @@ def _put_by(slot: Slot, active: list[Claim], now: Mapping[Operation, float]) -> 
     trained = [claim for claim in active if claim.operation.is_trained]
     last = (trained or active)[-1]
     if slot.own(last.operation) is None or not shows(slot, now):
-        last.operation.own[slot.module, slot.name] = _learnt(slot, last, now)
+        last.operation.own[slot.key] = _learnt(slot, last, now)
 
 
 def _put_by_idle(slot: Slot, now: Mapping[Operation, float]) -> None:
     """Where none that claims a tensor is active. A warning where it was trained all the same."""
     last = slot.claims[-1].operation
     if slot.own(last) is None:
-        last.own[slot.module, slot.name] = _copy(slot)
+        last.own[slot.key] = _copy(slot)
     elif slot.is_parameter and not shows(slot, now):
         names = [claim.operation.name for claim in slot.claims]
         warnings.warn(
@@ -169,10 +229,15 @@ def _put_by_idle(slot: Slot, now: Mapping[Operation, float]) -> None:
 
 def _learnt(slot: Slot, last: Claim, now: Mapping[Operation, float]) -> Tensor:
     """What the latest that is active has made of a tensor, of which it is so much."""
-    below, strength = composed(slot, {**now, last.operation: 0.0}), last.operation.strength
-    if strength == 1 and same(below, last.before):
-        return _copy(slot)
-    return last.before + (_copy(slot) - below) / strength
+    return learnt(slot, last, now, _copy(slot))
+
+
+def learnt(slot: Slot, claim: Claim, now: Mapping[Operation, float], value: Tensor) -> Tensor:
+    """What an operation has made of a tensor that is this where operations are so active."""
+    below, strength = composed(slot, {**now, claim.operation: 0.0}), now[claim.operation]
+    if not value.is_floating_point() or (strength == 1 and same(below, claim.before)):
+        return value
+    return claim.before + (value - below) / strength
 
 
 def shows(slot: Slot, now: Mapping[Operation, float]) -> bool:
@@ -207,6 +272,7 @@ def show(done: Sequence[Operation], strengths: Mapping[Operation, float], journa
     for operation in done:
         journal.set(operation, "strength", strengths[operation])
         operation.frozen.again(written)
+    follow(done, journal)
 
 
 def is_alone(done: Sequence[Operation], operation: Operation) -> bool:

@@ -28,10 +28,12 @@ from .hearing import guessed, sources_of, unheard_asides
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
+from .norm_statistics import guard
 from .notes import beside, frozen_head, frozen_norms, how_found, without_tokens
 from .operation import Operation, check_model, operations, without_parts
 from .placement import PartNames, Placement, Spot, check_conflicts, check_parts, name_all
 from .probe import prove_tokens
+from .ranks import check_room, give_room
 from .streams import Tokens
 from .summary import Record, RuleRecord, count_parameters, summary
 from .switch import Balance
@@ -78,6 +80,7 @@ class Plan:
         balance: Balance,
         example: Any = None,
         decided: Decided | None = None,
+        room: int | None = None,
     ) -> None:
         check_model(model, name)
         if balance is not None and not isinstance(balance, (int, float)) and not callable(balance):
@@ -85,6 +88,7 @@ class Plan:
                 f"balance={balance!r}", "it is no coefficient.", "Give a number such as 0.01."
             )
         self.model, self.seed, self.name, self.balance = model, seed, name, balance
+        self.room = room
         self.rules = flatten_rules(rules)
         check_example(model, example, f"a plan for {type(model).__name__}")
         self.tree = Tree(model)
@@ -171,6 +175,7 @@ class Plan:
             check_parts(self.placements, sketches.parts)
             check_weights(self.placements, sketches.parts)
             check_mixing(self.placements, sketches.parts, self.tree)
+            check_room(self.room, sketches)
             self._sketches = sketches
         return self._sketches
 
@@ -270,7 +275,10 @@ class Plan:
         check_parts(self.placements, parts)
         check_weights(self.placements, parts)
         check_mixing(self.placements, parts, self.tree)
-        operation.freeze_norms((s.module, frozen) for s, frozen in statistics(self.tree, trained))
+        give_room(self.room, built)
+        own = [s.module for s, frozen in statistics(self.tree, self.unfrozen) if not frozen]
+        norms = [(s.module, not frozen) for s, frozen in statistics(self.tree, trained)]
+        guard(operation, norms, own)
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
@@ -359,6 +367,7 @@ def plan(
     name: str = "default",
     balance: Balance = None,
     example: Any = None,
+    room: int | None = None,
 ) -> Plan:
     """Meet rules with a model and touch nothing; works on the meta device too.
 
@@ -371,7 +380,7 @@ def plan(
     >>> len(adapters.sites), adapters.added
     (2, 124)
     """
-    planned = Plan(model, rules, seed=seed, name=name, balance=balance, example=example)
+    planned = Plan(model, rules, seed=seed, name=name, balance=balance, example=example, room=room)
     _ = planned.parts  # what does not suit a site is an error now
     return planned
 

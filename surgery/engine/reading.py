@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -20,8 +21,9 @@ from .fitting import run
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .tokens import Insertions
-from .tracing import CALL
+from .tracing import CALL, is_in_call
 
+INTERRUPTED = nn.Module()
 CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
 OURS = {
     run.__code__,
@@ -36,12 +38,14 @@ class Reading(TorchFunctionMode):
     Only functions that give tensors read; one that asks for a shape, or a dtype, does not.
 
     besides  by the path of a site: ids of its parameters that were read so
+    of       a model whose call this is to end with, also where it is interrupted
     cut_off  sites inside functions with a backward of their own (reentrant checkpoints, reversible
              layers) none of whose inputs asks for a gradient, and the names of these
     """
 
-    def __init__(self, sites: Iterable[HookedSite]) -> None:
+    def __init__(self, sites: Iterable[HookedSite], of: nn.Module | None = None) -> None:
         super().__init__()
+        self.of = of
         self.besides: dict[str, set[int]] = {}
         self.cut_off: dict[str, str] = {}
         self.sites: dict[int, list[HookedSite]] = {}
@@ -51,7 +55,7 @@ class Reading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         copies = func is Tensor.__deepcopy__  # whose memo holds all that was copied so far
-        if copies or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or copies or self.is_over():
             return func(*args, **(kwargs or {}))
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(value, Tensor) and value.is_meta for value in leaves):
@@ -111,6 +115,16 @@ class Reading(TorchFunctionMode):
             "backward never runs: the layers before are frozen."
         ), "Unfreeze the embedding, at(embed, unfreeze), or let its output require grad."
 
+    def is_over(self) -> bool:
+        """Whether the call was interrupted that this is to end with: no hook ran behind it."""
+        if self.of is not None and not is_in_call(self.of, threading.get_ident()):
+            self.of = INTERRUPTED
+            self.sites.clear()
+        return self.of is INTERRUPTED
+
+    def __exit__(self, *error: object) -> None:
+        self.end()  # torch would leave the last mode, which an interrupted call may have left here
+
     def end(self) -> None:
         """Leave the mode, wherever in torch's stack of them it is."""
         above: list[Any] = []
@@ -121,6 +135,14 @@ class Reading(TorchFunctionMode):
             above.append(mode)
         for mode in reversed(above):
             torch._C._push_on_torch_function_stack(mode)
+
+
+def end_interrupted() -> None:
+    """Leave the modes of calls that were interrupted in this thread."""
+    if torch._C._len_torch_function_stack():
+        for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            if isinstance(mode, Reading) and mode.is_over():
+                mode.end()
 
 
 def hinders(model: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 from .._preserve import same
 from .hooks import HookedSite
 from .journal import Entry, Flag, Gradient, Hook, Journal, Key, Value, completed, owner_of
-from .operation import FROZEN_METHODS, FrozenStatistics, Operation
+from .norm_statistics import METHODS, Statistics
+from .operation import Operation
 from .owned import composed, put_by, slots_of
 from .streams import Between
 
@@ -143,7 +144,7 @@ def _take_back_key(entry: Key, chosen: Operation, after: After) -> None:
         entry.undo()
     else:
         methods = owner_of(entry.new)
-        if entry.key in FROZEN_METHODS and isinstance(methods, FrozenStatistics) and after.later:
+        if entry.key in METHODS and isinstance(methods, Statistics) and after.later:
             methods.switch = after.later[0]
         after.move(entry)
 

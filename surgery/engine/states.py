@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -110,6 +110,14 @@ class StateGuard(nn.Module):
                 "what was done to it, and surgery.from_pretrained(folder) brings both back.",
                 stacklevel=2,
             )
+        lost = [s.name for s in self.switches if s.strength != 1 and getattr(s, "own", None)]
+        if lost and not any(module.startswith("surgery.") for module, _ in _callers()):
+            warnings.warn(
+                "model.state_dict() has what tensors of the base are now, and not what "
+                f"{first_few(lost)} made of them, which are not active, or in a mixture: "
+                "surgery.save(model, path, name=...) keeps that of each.",
+                stacklevel=2,
+            )
 
     def _mark(self, model: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
         if self.merged:
@@ -209,14 +217,26 @@ def _says_base(metadata: Mapping[str, Any]) -> bool:
     return "version" in metadata and MERGED not in metadata
 
 
-def _is_saving_pretrained() -> bool:
-    """Whether a state is taken by a model's own `save_pretrained` (transformers)."""
+def _callers() -> Iterator[tuple[str, str]]:
+    """Module and function of each caller, the nearest first; without torch's and this one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "save_pretrained":
-            return str(frame.f_globals.get("__name__", "")).startswith("transformers.")
+        module = str(frame.f_globals.get("__name__", ""))
+        if module != __name__ and not module.startswith("torch."):
+            yield module, frame.f_code.co_name
         frame = frame.f_back
-    return False
+
+
+def _is_saving_pretrained() -> bool:
+    """Whether a state is taken to be saved where others read what they know of it alone.
+
+    The `save_pretrained` of transformers, diffusers and `PyTorchModelHubMixin`, which push_to_hub
+    calls; the `save_model` of transformers' Trainer and of accelerate. That of safetensors is read
+    as a whole.
+    """
+    saving = [module for module, name in _callers() if name in ("save_pretrained", "save_model")]
+    others = [module for module in saving if not module.startswith("safetensors")]
+    return bool(others) and not any(module.startswith("surgery.") for module in others)
 
 
 def _path(model: nn.Module, host: nn.Module, prefix: str) -> str:

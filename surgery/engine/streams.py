@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import GraftError
 from .features import first_tensor, input_of
 from .passes import ByThread, thread_of_execution
-from .tracing import Here, apart
+from .tracing import Here, apart, is_in_call
 
 Shape: TypeAlias = tuple[int, ...]
 Place: TypeAlias = tuple[str, str, int]  # an operation, a site, the number of an action there
@@ -123,13 +123,13 @@ class Stream:
     """What was put into the tokens of one forward, the first first.
 
     aside    the tokens with all that is in them, between two blocks
-    running  whether a forward of the whole model goes on
+    call     of the whole model, which goes on: that, and the thread
     again    that of checkpoints which run again in this thread, and may stop half way
     """
 
     def __init__(self) -> None:
         self.again: Stream | None = None
-        self.running = False
+        self.call: tuple[nn.Module, int] | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -140,6 +140,11 @@ class Stream:
     def opened(self) -> dict[Place, Inserted]:
         """What is in, in the order in which it was put in."""
         return {place: each for place, each in self.inserted.items() if each.open}
+
+    @property
+    def runs(self) -> bool:
+        """Whether a forward of the whole model goes on."""
+        return self.call is not None and is_in_call(*self.call)
 
     @property
     def holds(self) -> bool:
@@ -177,21 +182,21 @@ class Streams(ByThread[Stream]):
             stream.again = Stream()
         return stream.again
 
-    def begin(self) -> None:
+    def begin(self, model: nn.Module) -> None:
         """A forward of the whole model begins."""
         if torch.compiler.is_compiling():
             self.here.note()
         else:
             self.traced.begin()
-            self._go_on()
+            self._go_on(model)
         self.mine().begin()
 
-    def _go_on(self) -> None:
+    def _go_on(self, model: nn.Module) -> None:
         """A forward runs in this thread, once nobody else has paused them."""
         stream, me = super().mine(), thread_of_execution()
         with self.pause:
             self.pause.wait_for(lambda: self.paused_by in (None, me))
-            stream.running = True
+            stream.call = model, threading.get_ident()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -204,7 +209,7 @@ class Streams(ByThread[Stream]):
             self.pause.wait_for(lambda: self.paused_by in (None, me))
             self.paused_by = me
         try:
-            while any(other.running for other in self.all() if other is not stream):
+            while any(other.runs for other in self.all() if other is not stream):
                 time.sleep(0.001)
             yield
         finally:
@@ -220,7 +225,7 @@ class Streams(ByThread[Stream]):
 
     def check_alone(self, path: str) -> None:
         """Raise GraftError where it is not known whose forward compiled code has told of."""
-        running = [stream for stream in self.all() if stream.running]
+        running = [stream for stream in self.all() if stream.runs]
         if len(running) > 1:
             raise GraftError(
                 f"the graft at {path or 'the model'}",

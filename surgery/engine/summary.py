@@ -9,6 +9,7 @@ from typing import TypedDict
 from torch import nn
 
 from .._table import Table
+from ..parts.room import room_of, spare
 from ..structure.path import generalise
 
 
@@ -39,9 +40,12 @@ class Record(TypedDict):
 
 
 def count_parameters(parts: Iterable[nn.Module], trainable: bool = False) -> int:
-    """Parameters of some modules, each tensor once."""
-    tensors = {id(p): p for part in parts for p in part.parameters()}
-    return sum(p.numel() for p in tensors.values() if p.requires_grad or not trainable)
+    """Parameters of some modules, each tensor once; those that are room for ranks are not."""
+    held = [*parts]
+    modules = {id(m): m for part in held for m in part.modules()}
+    tensors = {id(p): p for part in held for p in part.parameters()}
+    numbers = sum(p.numel() for p in tensors.values() if p.requires_grad or not trainable)
+    return numbers - sum(spare(module, trainable) for module in modules.values())
 
 
 def summary(
@@ -85,6 +89,9 @@ def _notes(record: Record, parts: Mapping[str, nn.Module], base: int, unfrozen: 
     of_parts = (getattr(part, "note", None) for part in parts.values())
     texts = [*record["notes"], *(note for note in of_parts if isinstance(note, str))]
     notes = [f"note: {note}" for note in dict.fromkeys(texts)]
+    if most := max((room_of(part) or 0 for part in parts.values()), default=0):
+        more = sum(map(spare, parts.values()))
+        notes.append(f"note: room for {most} ranks: {more:,} more numbers, which nothing trains")
     added = count_parameters(parts.values())
     trained = count_parameters(parts.values(), trainable=True) + unfrozen
     notes.append(

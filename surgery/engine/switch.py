@@ -25,6 +25,7 @@ class Switch(nn.Module):
 
     strength  how much of the change that it makes is made; 0: it is not active
     is_mixed  rows of a batch are several operations', for a while
+    has_rows  some of them are its own
     merged    the parts are merged into the base, which answers for them
     passes    what forwards keep
     streams   the tokens that they put in, of all operations on the model
@@ -36,7 +37,7 @@ class Switch(nn.Module):
         super().__init__()
         self.name, self.balance = name, balance
         self.enabled, self.merged, self.undone = True, False, False
-        self.strength, self.is_mixed = 1.0, False
+        self.strength, self.is_mixed, self.has_rows = 1.0, False, False
         self.passes, self.streams = Passes(), Streams()
         self.seen: set[str] = set()
 

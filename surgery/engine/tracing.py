@@ -1,4 +1,4 @@
-"""What compiled code keeps: whether it was left by the same piece of compiled code that asks.
+"""What runs: calls of modules, and the piece of compiled code that asks, which keeps things.
 
 Where blocks are compiled one by one, or a graph breaks, something else may have run between.
 """
@@ -20,6 +20,16 @@ from ..structure.module_tree import ADDITIONS
 CALL = nn.Module._call_impl.__code__
 COMPILED = os.path.join("_dynamo", "eval_frame.py")  # whose frames run what torch.compile gave
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def is_in_call(module: nn.Module, thread: int) -> bool:
+    """Whether a thread is in a call of a module, which may end without a hook: interrupted."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is CALL and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def while_traced(method: Method) -> Method:

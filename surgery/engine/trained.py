@@ -16,8 +16,9 @@ from .._preserve import same
 from .._text import first_few
 from ..structure.layers import named_modules
 from .journal import Flag, Journal, Key, Value
+from .norm_statistics import METHODS
 from .obstacles import Obstacle, dotted, refuse, tensor_of
-from .operation import FROZEN_METHODS, Operation, operations
+from .operation import Operation, operations
 
 
 class Place(NamedTuple):
@@ -156,7 +157,8 @@ def lost_module(model: nn.Module, operation: Operation) -> nn.Module | None:
     """
     here = {id(module) for module in model.modules()}
     entries = operation.journal.entries
-    frozen = [it.module for it in entries if isinstance(it, Key) and it.key in FROZEN_METHODS]
+    guarded = [it.module for it in entries if isinstance(it, Key) and it.key in METHODS]
+    frozen = [module for module in guarded if module not in operation.norms]
     ends = [end for hooked in operation.hooked_sites for end in (hooked.entry, hooked.exit)]
     held = (*ends, *frozen, *_trained_then(model, operation))
     return next((module for module in held if id(module) not in here), None)

@@ -24,7 +24,7 @@ from .journal import Journal
 from .kinds import kind_of
 from .passes import Key, Pass, Passes
 from .raised import note_tokens
-from .reading import Reading, hinders, why_idle
+from .reading import Reading, end_interrupted, hinders, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
 from .switch import Switch
@@ -38,6 +38,7 @@ class Watched(Protocol):
 
     enabled: bool
     merged: bool
+    has_rows: bool
     record: Record
     hooked_sites: list[HookedSite]
     journal: Journal
@@ -109,7 +110,7 @@ class Watch:
 
     @property
     def _on(self) -> bool:
-        return self.operation.is_on()
+        return self.operation.is_on() or self.operation.has_rows
 
     def _is_alone(self) -> bool:
         """Whether a forward is this one's to be looked into: not another's, nor of mixed rows."""
@@ -127,15 +128,16 @@ class Watch:
         if not self.operation.enabled:
             return
         if torch.compiler.is_compiling():
-            self._begin_traced()
+            self._begin_traced(module)
             return
         self.operation.passes.begin(self.operation.compiled_gates())
-        self.operation.streams.begin()
+        self.operation.streams.begin(module)
         self._tell_anew()
         if not self._on or torch._C._get_tracing_state() is not None:
             return
         kept = self.operation.passes.mine()
-        if kept.reading is not None:  # of a forward that was interrupted
+        end_interrupted()
+        if kept.reading is not None:  # of a call of this model before
             kept.reading.end()
         kept.kind, kept.reading = (self._has_memory(), kind_of(module, args, kwargs)), None
         kept.blind = False
@@ -145,15 +147,15 @@ class Watch:
             return
         kept.blind = hinders(self.model) or holds_compiled(self.model, self.operation.hooked_sites)
         if not kept.blind:
-            kept.reading = Reading(self.operation.hooked_sites)
+            kept.reading = Reading(self.operation.hooked_sites, module)
             kept.reading.__enter__()
 
-    def _begin_traced(self) -> None:
+    def _begin_traced(self, module: nn.Module) -> None:
         """The same where the forward is compiled."""
         if torch.compiler.is_dynamo_compiling():
             self.operation._surgery_begin()
         if any(hooked.inserts for hooked in self.operation.hooked_sites):
-            self.operation.streams.begin()
+            self.operation.streams.begin(module)
 
     def _tell_anew(self) -> None:
         """Forget what compiled code has told."""
@@ -200,7 +202,7 @@ class Watch:
             stream = self.operation.streams.mine()
             if output is None and not self.resting:
                 note_tokens(stream, self.model)
-            stream.aside, stream.running = None, False
+            stream.aside, stream.call = None, None
 
     # what is made of it --------------------------------------------------------------------------
 

@@ -120,6 +120,7 @@ class UniLoRA(LowRank):
         self.pool = pool
         self.register_buffer("A", pool.places(rank, width))
         self.register_buffer("B", pool.places(out, rank))
+        self.indices_below = dict.fromkeys(("A", "B"), len(pool.theta))
 
     def maps(self) -> tuple[Tensor, Tensor]:
         numbers = self.pool.numbers()

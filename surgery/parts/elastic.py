@@ -6,6 +6,8 @@ a file runs whole until sizes are chosen again. At 0 a part adds nothing, and in
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from einops import repeat
 from torch import Tensor, nn
@@ -43,6 +45,8 @@ class ElasticLora(LoRA):
     >>> ElasticLora(768, 2304, rank=10)(torch.randn(2, 197, 768)).shape
     torch.Size([2, 197, 2304])
     """
+
+    ranks: ClassVar = {}  # those that are used are chosen otherwise
 
     def __init__(self, width: int, out: int, rank: int = 10, *, dropout: float = 0.0) -> None:
         super().__init__(width, out, rank, dropout=dropout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class LoRA(LowRank):
     torch.Size([2, 197, 2304])
     """
 
+    ranks: ClassVar = {"A": -2, "B": -1}
     A: Tensor
 
     def __init__(
@@ -116,12 +118,14 @@ class DyLoRA(LoRA):
         self._active = b
 
     def maps(self) -> tuple[Tensor, Tensor]:
-        b: int | Tensor = self.rank if self.active is None else self.active
-        if self.training and self.active is None:
+        if not self.training and self.active is None:
+            return super().maps()
+        b: int | Tensor | None = self.active
+        if b is None:
             b = torch.randint(1, self.rank + 1, (), device=self.A.device)
         A: Tensor = self.A
         B: Tensor = self.B
-        ranks = torch.arange(1, self.rank + 1, device=A.device)
+        ranks = torch.arange(1, A.shape[1] + 1, device=A.device)
         if self.training and self.frozen:
             A = torch.where((ranks == b)[:, None], A, A.detach())
             B = torch.where(ranks == b, B, B.detach())

@@ -6,6 +6,8 @@ al. 2023), DEFT (2025), PEANuT (Zhong et al. 2024).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,11 +25,12 @@ from .low_rank import LowRank, scale_of
 class MiCA(LowRank):
     """scale * B A, B (out, rank) of W and frozen, A (rank, width) trained from zero."""
 
+    ranks: ClassVar = {"A": -2, "B": -1}
     B: Tensor
 
     def __init__(self, B: Tensor, width: int, scale: float = 1.0) -> None:
         super().__init__([slice(0, len(B))], len(B))
-        self.scale = scale
+        self.rank, self.scale = B.shape[1], scale
         self.A = nn.Parameter(B.new_zeros(B.shape[1], width))
         self.register_buffer("B", B.clone())
 

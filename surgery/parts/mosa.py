@@ -52,6 +52,7 @@ class SparseExperts(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(experts, out))
         dealt = torch.randperm(out * rank) % experts
         self.register_buffer("owner", dealt.view(out, rank).byte() if experts > 1 else None)
+        self.indices_below = {"owner": experts}
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.drop(self.act(self.down(self.norm(x))))

@@ -6,6 +6,8 @@ al. 2024).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,12 +44,13 @@ class MoLoRA(nn.Module):
     """
 
     starts_at_zero = routes = True
+    ranks: ClassVar = {"A": -2, "B": -1}
 
     def __init__(
         self, width: int, out: int, rank: int, experts: int, one_A: bool = False, scale: float = 1.0
     ) -> None:
         super().__init__()
-        self.scale = scale
+        self.rank, self.scale = rank, scale
         self.by_expert = ("router", "B") if one_A else ("router", "A", "B")
         self.router = nn.Parameter(kaiming(experts, width))
         self.A = nn.Parameter(kaiming(1 if one_A else experts, rank, width))

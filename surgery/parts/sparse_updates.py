@@ -32,6 +32,7 @@ class Sparse(nn.Module):
         self.width, self.out = width, out
         self.values = nn.Parameter(torch.zeros(entries))
         self.register_buffer("index", torch.randperm(out * width)[:entries].clone())
+        self.indices_below = {"index": out * width}
 
     def aim(self, index: Tensor) -> None:
         """Train the numbers at these flat positions (entries,) of the weight (out, width).
@@ -111,6 +112,7 @@ class Rows(nn.Module):
         self.out = out
         self.values = nn.Parameter(torch.zeros(len(ids), width))
         self.register_buffer("index", torch.tensor(ids))
+        self.indices_below = {"index": out}
 
     def maps(self) -> tuple[Tensor, Tensor]:
         """The rows (n, width), and where each of them goes (out, n)."""

@@ -28,6 +28,7 @@ class Places(nn.Module):
     def __init__(self, width: int, out: int, n: int) -> None:
         super().__init__()
         self.register_buffer("index", torch.randperm(out * width)[:n].clone())
+        self.indices_below = {"index": out * width}
 
 
 class FourierFT(Delta):

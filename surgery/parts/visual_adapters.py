@@ -120,6 +120,7 @@ class Salient(nn.Module):
         super().__init__()
         self.width, self.scale = width, scale
         self.register_buffer("index", torch.randperm(width)[:channels].clone())
+        self.indices_below = {"index": width}
         self.M = nn.Parameter(torch.empty(len(self.index), len(self.index)).normal_(std=0.02))
         self.b = nn.Parameter(torch.zeros(len(self.index)))
 

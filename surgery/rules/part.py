@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Concatenate, Generic, ParamSpec, TypeGuard, TypeVar
 
 from torch import nn
@@ -55,7 +56,15 @@ class _Word(Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Part:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if self.__signature__.parameters[name].annotation in ("float", float):
+                self._check_number(name, value)
         return Part(self._build, tuple(bound.arguments.items()))
+
+    def _check_number(self, name: str, value: object) -> None:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            call = f"{self.__name__}({name}={value!r})"
+            raise RuleError(call, "it must be a number.", "Give one.")
 
 
 def usually(edit: str) -> Callable[[Kind], Kind]:

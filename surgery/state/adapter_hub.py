@@ -5,6 +5,7 @@ Of adapters 1.3. What is silent in its configuration is how training starts and 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -27,7 +28,6 @@ from ..rules.selector import Where
 from ..structure.layers import named_modules
 from ..structure.path import generalise
 from .foreign import (
-    FIT,
     Content,
     Entry,
     Held,
@@ -36,7 +36,7 @@ from .foreign import (
     check_held,
     fail,
     guarded,
-    opened,
+    held_in,
     operate,
     pickled,
     read_json,
@@ -44,6 +44,7 @@ from .foreign import (
 )
 from .hub_places import MERGE, Hub, Spot, bottleneck, low_rank
 from .hub_prefixes import prefixes
+from .reading import FIT
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -93,10 +94,10 @@ def load_adapters(model: nn.Module, folder: Path, *, name: str, example: Any, he
 def _read(folder: Path, names: tuple[str, ...], call: str, stack: ExitStack) -> dict[str, Held]:
     """What is in the first of these files that is there. Raises FileError where it must be."""
     for name in names:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             if name.endswith(".bin"):
                 return pickled(folder / name, call)
-            return stack.enter_context(opened(folder / name, call))[0]
+            return stack.enter_context(held_in(folder / name, call))[0]
     if names is FILES:
         fail(call, f"there is neither {' nor '.join(names)} in it.", "Give a folder of adapters.")
     return {}

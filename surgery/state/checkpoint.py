@@ -35,14 +35,16 @@ from ..engine.trained import (
 )
 from ..engine.watched import check_watched
 from ..errors import FileError, OperationError
+from ..parts.room import can_have_room, room_of, used
 from ..rules.rule import Rules
 from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
+from .fitting import check_alike, check_indices, check_keys
 from .foreign import acting, made
 from .formats import reader_of
 from .hashes import hash_of, hash_of_base
-from .reading import BASE, FORMAT, PARTS, plan_of, read
+from .reading import BASE, FORMAT, PARTS, Contents, Sketch, plan_of, read
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,6 +64,10 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     """
     operation = _operation(model, name)
     parts = {PARTS + key: tensor for key, tensor in operation.state_dict().items()}
+    for path, part in operation.named_modules():
+        if room_of(part) is not None:  # what is room is of no file
+            parts |= {f"{PARTS}{path}.{key}": tensor.detach() for key, tensor in used(part)}
+            del parts[f"{PARTS}{path}.scale"]  # which the rules tell
     own = own_values(operations(model), operation)
     trained = [*trained_of(model, operation), *changed_buffers(model, operation, own)]
     order = {path: i for i, (path, _) in enumerate(named_modules(model))}
@@ -91,21 +97,25 @@ def load_state_dict(
 
 
 def fill(
-    model: nn.Module, tensors: Mapping[str, Tensor], name: str, spared: Collection[str] = ()
+    model: nn.Module,
+    given: Mapping[str, Tensor] | Contents,
+    name: str,
+    spared: Collection[str] = (),
 ) -> None:
-    """As `load_state_dict`; `spared`: the keys of tensors that need not be there."""
+    """As `load_state_dict`; of a file, whose tensors are read where its header fits.
+
+    spared  the keys of tensors that are left out, and need not be there
+    """
+    known: Mapping[str, Tensor | Sketch] = given.sketches if isinstance(given, Contents) else given
+    known = {key: each for key, each in known.items() if key not in spared}
     operation, places = _operation(model, name), _places(model, name)
     check_state(model, "load_state_dict(model, ...)", WRITING)
-    if lost := [key for key in tensors if key in places and places[key].is_meta]:
-        raise FileError(
-            "load",
-            f"this {type(model).__name__} has {first_few(lost)} on the meta device: the values "
-            "would be lost.",
-            'Give it memory first, model.to_empty(device="cpu"), and its base; then load.',
-        )
     required = set(state_dict(model, name=name)) - set(buffers(model)) - set(spared)
-    _check_keys(model, required, tensors, places)
-    _check_alike(tensors, places)
+    check_keys(required, known, places, type(model).__name__)
+    check_alike(known, places)
+    found = given.tensors() if isinstance(given, Contents) else given
+    tensors = {key: found[key] for key in known}
+    check_indices(operation, tensors, PARTS)
     journal, done = Journal(), operations(model)
     put_by = bool(own_values(done, operation))
     own = {**operation.own}
@@ -123,25 +133,6 @@ def fill(
     operation.start.given([key.removeprefix(PARTS) for key in tensors])
 
 
-def _check_keys(
-    model: nn.Module, required: set[str], tensors: Collection[str], places: Collection[str]
-) -> None:
-    """Raise FileError where a key is missing or one too many."""
-    missing, extra = sorted(required - set(tensors)), sorted(set(tensors) - set(places))
-    if missing or extra:
-        facts = [
-            f"{word} {first_few(keys)}"
-            for word, keys in (("lacks", missing), ("has", extra))
-            if keys
-        ]
-        raise FileError(
-            "load",
-            f"the file does not fit this {type(model).__name__}: it {', and '.join(facts)}"
-            + (", which the model has no place for." if extra else "."),
-            "Load it into the model it was made for: the same architecture, depth and head.",
-        )
-
-
 def _own_buffers(
     model: nn.Module, operation: Operation, keys: Collection[str]
 ) -> dict[str, Tensor]:
@@ -153,18 +144,6 @@ def _own_buffers(
             operation.own[where] = operation.own.get(where, place.tensor).detach().clone()
             found[key] = operation.own[where]
     return found
-
-
-def _check_alike(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
-    """Raise FileError where a tensor is of another shape or dtype than its place."""
-    for key, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype) != (places[key].shape, places[key].dtype):
-            raise FileError(
-                "load",
-                f"{key} is {tuple(tensor.shape)} {tensor.dtype} in the file, and "
-                f"{tuple(places[key].shape)} {places[key].dtype} in the model.",
-                "Load it into the model it was made for, in the dtype it was saved in.",
-            )
 
 
 def save(
@@ -244,16 +223,20 @@ def load(
     example: Any = None,
     head: bool = True,
     verify: bool = False,
+    room: int | None = None,
 ) -> Model:
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
     A model that was operated by the same rules under the same name is filled. Read, too: folders
     that PEFT saved (`load_peft`) or adapters, and LoRA files of image models (kohya's, LyCORIS).
 
+    path     of a file; of a folder that `save_pretrained` here wrote; "hf:user/name", such a folder
+             on the Hugging Face Hub, or "hf:user/name@revision/file.safetensors"
     rules    instead of those in the file, which cannot carry code of the user's own
     example  as `apply` takes it; what a forward decided when the file was made, the file knows
     head     False: what is in the file of heads is left out, for other classes than it was made for
     verify   whether the base must be the very one that the file was made for, as its hash tells
+    room     as `apply` takes it: for how many ranks there is to be room for files of `swap`
 
     All or nothing: the model is untouched where anything does not fit. Nothing in the file is ever
     executed. Raises FileError, and what `apply` raises.
@@ -269,26 +252,25 @@ def load(
     """
     check_operable(model)
     check_state(model, f'load("{path}")', APPLYING)
-    ours = {"rules": rules, "balance": balance, "verify": verify}
-    if reader := reader_of(Path(path), head=head, **ours):
+    ours = {"rules": rules, "balance": balance, "verify": verify, "room": room}
+    if reader := reader_of(path, head=head, **ours):
         reader(model, Path(path), name=name, example=example)
         return model
-    contents = read(Path(path))
+    contents = read(path, name)
     about = contents.about
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
-    tensors = {key: t for key, t in contents.tensors.items() if key not in spared}
-    if rules is None and _is_same(model, name, about):
-        fill(model, tensors, name, spared)
+    if rules is None and _is_same(model, name, about, room):
+        fill(model, contents, name, spared)
         return model
-    plan = plan_of(contents, model, rules, name=name, balance=balance, example=example)
+    plan = plan_of(contents, model, rules, name=name, balance=balance, example=example, room=room)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
     others = acting(model) if about.get("alone") else {}
     with made(model, name, others):
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
-        fill(model, tensors, name, spared)
+        fill(model, contents, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
     return model
 
@@ -308,13 +290,18 @@ def _check_base(model: nn.Module, known: Any, call: str) -> None:
         )
 
 
-def _is_same(model: nn.Module, name: str, about: Mapping[str, Any]) -> bool:
-    """Whether a model was operated under this name by the rules of a file, at the same places."""
+def _is_same(model: nn.Module, name: str, about: Mapping[str, Any], room: int | None) -> bool:
+    """Whether a model was operated under this name by the rules of a file, at the same places, and
+    has the room that is asked for, if any is."""
     return any(
         operation.name == name
         and bool(operation.record["data"])
         and operation.record["data"] == about["rules"]
         and [row["paths"] for row in operation.record["rows"]] == about["sites"]
+        and (
+            room is None
+            or all(room_of(p) == room for p in operation.children() if can_have_room(p))
+        )
         for operation in operations(model)
     )
 

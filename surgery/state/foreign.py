@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._text import first_few
@@ -25,15 +25,15 @@ from ..engine.operation import Operation, operations
 from ..engine.planning import Plan
 from ..engine.trained import Place
 from ..errors import FileError, RuleError
+from ..parts.room import without_room
 from ..rules.edits import Edit, unfreeze
 from ..rules.rule import Rule, at
 from ..rules.weights import weight
 from ..structure.layers import named_modules
 from ..structure.path import generalise
-from .reading import RAW
+from .reading import FIT, RAW, opened
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
-FIT = "Load it into the model it was made for: the same architecture, depth and head."
 
 
 class Held(NamedTuple):
@@ -155,7 +155,10 @@ def guarded(call: str) -> Iterator[None]:
 def joints_of(operation: Operation) -> Joints:
     """The parts of an operation, each with the place that it is joined to, without rows."""
     return [
-        (hooked.path.partition("[")[0], Joint(action.part, action.place, action.scale, rows))
+        (
+            hooked.path.partition("[")[0],
+            Joint(without_room(action.part), action.place, action.scale, rows),
+        )
         for hooked in operation.hooked_sites
         for rows in [hooked.rows if isinstance(hooked, HookedWeight) else None]
         for action in hooked.actions
@@ -208,21 +211,15 @@ def fail(call: str, fact: str, remedy: str) -> NoReturn:
 
 
 @contextmanager
-def opened(path: Path, call: str) -> Iterator[tuple[dict[str, Held], dict[str, str]]]:
+def held_in(path: Path, call: str) -> Iterator[tuple[dict[str, Held], dict[str, str]]]:
     """What a safetensors file holds by whole names, and what it says of itself. Raises FileError"""
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            about = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            fact = f"its {path.name} is no whole safetensors file ({error!s:.200})."
-            raise FileError(call, fact, "Save it again.") from error
+    with opened(path, call) as file:
         held = {}
         for key in file.keys():  # noqa: SIM118 (no mapping)
             piece = file.get_slice(key)
             shape = tuple(piece.get_shape())
             held[key] = Held(key, shape, piece.get_dtype(), partial(file.get_tensor, key))
-        yield held, about
+        yield held, file.metadata() or {}
 
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -256,7 +253,7 @@ def pickled(path: Path, call: str) -> dict[str, Held]:
 
 def read_json(path: Path, call: str) -> dict[str, Any]:
     """What a configuration says. Raises FileError where it is none."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileError(call, f"there is no {path.name} in it.", "Give a folder that PEFT saved.")
     try:
         with path.open("rb") as file:

@@ -21,8 +21,9 @@ from ..rules.selector import Where
 from ..structure.anatomy import roles_of
 from ..structure.layers import linear_shape, named_modules
 from ..structure.module_tree import Tree
-from .foreign import FIT, Held, fail, times
+from .foreign import Held, fail, times
 from .peft_format import LARGEST
+from .reading import FIT
 
 MERGE = "Load it by adapters, merge it there where that can be, and save the model."
 SILENT = {

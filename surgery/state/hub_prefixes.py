@@ -10,8 +10,9 @@ from torch import Tensor
 from ..parts.prefixes import Prefix, prefix, prefix_features
 from ..rules.edits import attend
 from ..rules.part import shared
-from .foreign import FIT, Held, fail
+from .foreign import Held, fail
 from .hub_places import MERGE, Hub, Spot
+from .reading import FIT
 
 CAUSAL = {"gpt2", "llama", "mistral"}
 PLAIN = {

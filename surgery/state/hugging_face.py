@@ -1,12 +1,14 @@
-"""Folders of Hugging Face's: the base as they write it, and beside it what was done to it."""
+"""Folders and repositories of Hugging Face's: the base as they write it, and what was done."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,73 +16,156 @@ from torch import Tensor, nn
 from ..engine.activity import activate
 from ..engine.apply import operated
 from ..engine.conditions import DISABLED, READING, check_state
+from ..engine.operation import Operation
 from ..engine.owned import base_values
 from ..errors import FileError
 from ..structure.module_tree import ADDITIONS
 from .checkpoint import load, save
+from .hub import LIST, address, file_name, folder_of, library, listed, pull_card, push
+from .model_card import write_card
+from .reading import UNREADABLE
 
-FILE = "surgery.{}.safetensors"  # of an operation, by its name
+BUILD = "Build the model, and surgery.load(model, folder, name=...) each operation."
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a model's base by its own `save_pretrained`, and each operation to a file beside it.
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base: bool = True,
+    private: bool | None = None,
+) -> Path:
+    """Write each operation to a file of a folder, with a model card, and beside them the base.
 
-    The base is what it was before, as the model would be reverted, so that others may use the
-    folder without what was added. Raises what `save` raises, and FileError for a model that has no
-    `save_pretrained`.
+    The base is written by the model's own `save_pretrained`, where it has one, as it was before:
+    others may use the folder without what was added. "hf:user/name" (or "hf:user/name@branch") is
+    a repository of the Hugging Face Hub, which is made where there is none. A card that is there
+    keeps all that is not ours.
 
-    >>> save_pretrained(nn.Linear(2, 2), "folder")  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    surgery.errors.OperationError: save_pretrained(model, "folder"): this Linear was never ...
+    base     False: the operations alone, for a base that others have, too
+    private  of a repository that is new; None: as its owner's are
+
+    Returns what `from_pretrained` and `load` take. Raises what `save` raises, and FileError where
+    `huggingface_hub` is not installed, or the Hub does not take it.
+
+    >>> from surgery import apply, at, load, lora
+    >>> import tempfile
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(8, 8))
+    >>> folder = save_pretrained(apply(build(), at("0", lora(rank=2))), tempfile.mkdtemp() + "/a")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['README.md', 'surgery.default.safetensors', 'surgery.json']
+    >>> load(build(), folder).surgery.default.get_submodule("0/parallel").A.shape
+    torch.Size([1, 2, 8])
     """
-    call, own = f'save_pretrained(model, "{folder}")', getattr(model, "save_pretrained", None)
-    done = operated(model, call)
+    call = f'save_pretrained(model, "{folder}")'
+    done, where = operated(model, call), address(folder, call)
     check_state(model, call, READING, DISABLED)
-    if own is None:
-        fact = f"a {type(model).__name__} has no save_pretrained of its own."
-        raise FileError(call, fact, "surgery.save(model, path) writes what was added and trained.")
+    library(call)
+    if where is None:
+        _write(model, done, Path(folder), "", base, call)
+        return Path(folder)
+    if where.file:
+        raise FileError(call, "this is a file of a repository.", "Give the repository alone.")
+    with TemporaryDirectory() as made:
+        pull_card(where, Path(made), call)
+        _write(model, done, Path(made), str(folder), base, call)
+        push(Path(made), where, private, call)
+    return Path(folder)
+
+
+def _write(
+    model: nn.Module, done: list[Operation], folder: Path, source: str, base: bool, call: str
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    own = getattr(model, "save_pretrained", None) if base else None
+    if own is not None:
+        with _as_base(model, done):
+            own(folder)
+    for operation in done:
+        save(model, folder / file_name(operation.name), name=operation.name, verify=True)
+    order = {"operations": [[op.name, op.strength] for op in done], "base": own is not None}
+    (folder / LIST).write_text(json.dumps(order))
+    write_card(model, done, folder, source, call, whole=own is not None and _is_whole(folder))
+
+
+@contextmanager
+def _as_base(model: nn.Module, done: list[Operation]) -> Iterator[None]:
+    """While it lasts, the state of a model is that of its base, whoever asks for it."""
     before = base_values(done)
-    base: dict[str, Tensor] = {
+    values: dict[str, Tensor] = {
         key: before.get(id(tensor), tensor).detach()
         for key, tensor in model.state_dict(keep_vars=True).items()
         if f"{ADDITIONS}." not in key
     }
-    target = Path(folder)
-    own(target, state_dict=base)
-    for operation in done:
-        save(model, target / FILE.format(operation.name), name=operation.name)
-    order = {"operations": [[op.name, op.strength] for op in done]}
-    (target / "surgery.json").write_text(json.dumps(order))
-    return target
+
+    def show(module: nn.Module, state: dict[str, Tensor], prefix: str, told: Any) -> None:
+        if not prefix:
+            state.clear()
+            state.update(values)
+
+    root: Any = model  # torch does not type it
+    handle = root.register_state_dict_post_hook(show)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def from_pretrained(
     folder: str | os.PathLike[str], *, options: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """A model of a folder that `save_pretrained` here wrote: base, operations, which are active.
+    """A model of what `save_pretrained` here wrote: base, operations, which are active.
 
+    folder   or "hf:user/name", a repository of the Hugging Face Hub; @revision may follow
     options  to the `from_pretrained` of the class that the folder's config names (transformers):
              dtype, device_map
 
-    Raises FileError where the folder is none of these, and what `load` raises.
+    No code of the folder runs, and no pickle is read. Raises FileError where the folder is none of
+    these, and what `load` raises.
 
     >>> from_pretrained("nowhere")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     surgery.errors.FileError: from_pretrained("nowhere"): there is no surgery.json...
     """
-    call, source = f'from_pretrained("{folder}")', Path(folder)
-    if not (source / "surgery.json").is_file():
+    call = f'from_pretrained("{folder}")'
+    source = folder_of(folder, call)
+    if not os.path.isfile(source / LIST):
         fact = "there is no surgery.json in it, so nothing of surgery's."
         raise FileError(call, fact, "Write it by surgery.save_pretrained(model, folder).")
+    operations = listed(source / LIST, call)
+    if not os.path.isfile(source / "config.json"):
+        raise FileError(call, "it has no config.json, to name a class of transformers.", BUILD)
+    build = _class_of(source, call)
+    given = {"trust_remote_code": False, "use_safetensors": True, **(options or {})}
     try:
-        operations = dict(json.loads((source / "surgery.json").read_text())["operations"])
-        kind = json.loads((source / "config.json").read_text())["architectures"][0]
-        build = getattr(importlib.import_module("transformers"), kind)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        fact = f"its config names no class of transformers ({error!s:.200})."
-        raise FileError(call, fact, "Build the model, and surgery.load each file.") from error
-    model: nn.Module = build.from_pretrained(source, **(options or {}))
+        model: nn.Module = build.from_pretrained(source, **given)
+    except UNREADABLE as error:
+        fact = f"{build.__name__} is not built of it ({error!s:.300})."
+        raise FileError(call, fact, "Save it again.") from error
     for name in operations:
-        load(model, source / FILE.format(name), name=name)
+        load(model, source / file_name(name), name=name)
         activate(model, None)
     return activate(model, operations)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether `from_pretrained` brings back what is in a folder."""
+    try:
+        return _class_of(folder, "") is not None
+    except FileError:
+        return False
+
+
+def _class_of(folder: Path, call: str) -> Any:
+    """The class of transformers that a config names: of a model, and nothing else of there."""
+    try:
+        kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+        library = importlib.import_module("transformers")
+        build = getattr(library, kind)
+        if issubclass(build, library.PreTrainedModel):
+            return build
+        told = f"{kind:.100} is none"
+    except UNREADABLE as error:
+        told = f"{error!s:.200}"
+    raise FileError(call, f"its config names no class of transformers ({told}).", BUILD)

@@ -22,15 +22,17 @@ def inspect(path: str | os.PathLike[str]) -> Table:
     >>> print(inspect(save(model, tempfile.mkdtemp() + "/a.safetensors")).notes[0])
     parts 32 numbers in 2 tensors, of the base 0 in 0; float32
     """
-    about, shapes = read_header(Path(path))
+    about, shapes = read_header(path)
     rows: list[tuple[object, ...]] = list(
         zip(about["text"], map(places, about["sites"]), strict=True)
     )
     count = {
-        word: [n for key, (n, _) in shapes.items() if key.startswith(word)]
+        word: [s.numbers for key, s in shapes.items() if key.startswith(word)]
         for word in (PARTS, BASE)
     }
-    kinds = ", ".join(sorted({kind for _, kind in shapes.values()}))
+    kinds = ", ".join(
+        sorted({str(s.dtype or "unknown").removeprefix("torch.") for s in shapes.values()})
+    )
     notes = [
         f"parts {sum(count[PARTS]):,} numbers in {len(count[PARTS])} tensors, of the base "
         f"{sum(count[BASE]):,} in {len(count[BASE])}; {kinds}",

@@ -27,7 +27,6 @@ from ..rules.rule import Rule
 from ..rules.selector import where
 from ..structure.layers import is_conv, is_torch_attention, named_modules
 from .foreign import (
-    FIT,
     FLOATS,
     Content,
     Entry,
@@ -38,7 +37,7 @@ from .foreign import (
     fail,
     folded,
     guarded,
-    opened,
+    held_in,
     operate,
     rules_of,
 )
@@ -47,7 +46,7 @@ from .kohya_weights import BIASES, LOHA, LOKR, LORA, changed, form_of, rank_of
 from .peft_format import LARGEST, Config, Target
 from .peft_layers import entries_of
 from .peft_reading import read
-from .reading import RAW
+from .reading import FIT, RAW
 
 
 class Layer(NamedTuple):
@@ -62,7 +61,7 @@ class Layer(NamedTuple):
 def load_kohya(model: nn.Module, path: Path, *, name: str, example: Any) -> None:
     """Operate a model by a LoRA file, and fill it. Raises FileError."""
     call = f'load("{path}")'
-    with opened(path, call) as (whole, about):
+    with held_in(path, call) as (whole, about):
         modules, words = modules_in(model, whole, call)
         if said := about.get("lora_adapter_metadata"):
             config = _config(said, words, call)

@@ -18,8 +18,9 @@ from ..errors import FileError, is_integer, is_number
 LARGEST = 2**24  # an integer in a configuration
 LONGEST = 2**16  # characters of one text in it
 MOST = 2**12  # names in one list
-MOST_LOOPS = 6  # in one regular expression: matching takes a path's length to that power at worst
-PATIENCE = 10.0  # seconds that all matching of one configuration may take
+MOST_LOOPS = 6  # in one regular expression
+MOST_WAYS = 2**24  # to divide a path among its loops over any letters: a match may try all of them
+PATIENCE = 4.0  # seconds that all matching of one configuration may take
 BASE = "Load it by PEFT, merge it there, and save the model."
 
 # what is a configuration's own affair, or how training starts, or goes without saying here
@@ -202,6 +203,9 @@ class Config:
         pattern = form.replace("{}", given, 1)
         if pattern not in self._compiled:
             self._compiled[pattern] = self._compile(given, pattern)
+        loops = len(_WIDE.findall(pattern))
+        if math.comb(len(path) + loops, loops) > MOST_WAYS:
+            self.fail(f"matching {given!r:.100} may take for ever.", "Name the modules.")
         start = time.monotonic()
         found = self._compiled[pattern].match(path)
         self._spent += time.monotonic() - start
@@ -266,6 +270,9 @@ class Config:
 
 
 _LOOP = r"(?:[*+?]|\{\d*,?\d*\})[?+]?"
+_WIDE = re.compile(
+    r"(?:(?<!\\)\.|\\[DSWw]|(?<!0-9)(?<!\\d)\]|\))[*+{]"
+)  # of nearly any letter; of groups
 _LETTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")  # escapes and classes
 _OPENING = re.compile(r"\(\?(?:[:=!]|<[=!]|P<\w+>)")
 _GROUP = re.compile(rf"\(([^()]*)\)({_LOOP})?")

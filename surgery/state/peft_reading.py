@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,6 @@ from ..rules.rule import Rule, at
 from ..rules.weights import weight
 from ..structure.layers import named_modules
 from .foreign import (
-    FIT,
     Content,
     Entry,
     Held,
@@ -30,16 +30,18 @@ from .foreign import (
     Joints,
     check_held,
     folded,
+    held_in,
     joints_of,
-    opened,
     operate,
     read_json,
     rules_of,
     times,
 )
+from .hub import folder_of
 from .peft_format import CORES, Config, Target, plain_name
 from .peft_layers import edits_of, entries_of, is_principal
-from .peft_targets import targets_of, widest
+from .peft_targets import inner_key, targets_of, widest
+from .reading import FIT
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,7 +56,7 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
     that says where; the model then answers as PEFT's. Dropout of PEFT's stays where the part has
     one: at linear layers.
 
-    folder   with `adapter_config.json` and `adapter_model.safetensors`
+    folder   with `adapter_config.json` and `adapter_model.safetensors`; or "hf:user/name"
     name     of the operation
     example  as `apply` takes it
 
@@ -75,8 +77,9 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
     call = f'load_peft("{folder}")'
     check_operable(model)
     check_state(model, call, APPLYING)
-    config = Config(call, read_json(Path(folder) / CONFIG, call))
-    with opened(_tensors(Path(folder), call), call) as (whole, _):
+    path = folder_of(folder, call)
+    config = Config(call, read_json(path / CONFIG, call))
+    with held_in(_tensors(path, call), call) as (whole, _):
         read(model, config, folded(_named(whole, model, call)), name=name, example=example)
     return model
 
@@ -151,13 +154,12 @@ _WORDS = f"token_adapter.{_ROWS}"
 
 
 def _tensors(folder: Path, call: str) -> Path:
-    path = folder / TENSORS
-    if not path.is_file():
-        if not (folder / "adapter_model.bin").exists():
+    if not os.path.lexists(folder / TENSORS):
+        if not os.path.lexists(folder / "adapter_model.bin"):
             raise FileError(call, f"there is no {TENSORS} in it.", "Give a folder that PEFT saved.")
         remedy = "Load it by PEFT where you trust it, and save_pretrained it again, as safetensors."
         raise FileError(call, "its tensors are pickled, and a pickle may run code.", remedy)
-    return path
+    return folder / TENSORS
 
 
 def _named(whole: dict[str, Held], model: nn.Module, call: str) -> dict[str, Held]:
@@ -211,7 +213,7 @@ def base_of(config: Config, model: nn.Module, layers: list[Target]) -> dict[str,
     whole = ""
     for path, module in named_modules(model):
         if path and config.saves(path) and not (whole and path.startswith(f"{whole}.")):
-            found, whole = found | _held(module, path, path), path
+            found, whole = found | _held(module, path, inner_key(path, layers)), path
     if config["bias"] != "none":
         found |= _biases(config, model, layers, {place.path for place in found.values()})
     _check_tied(config, model, found)
@@ -228,7 +230,7 @@ def _biases(
         own, where = module._parameters.get("bias"), f"{path}.bias".strip(".")
         meant = config["bias"] == "all" or id(module) in inner
         if own is not None and meant and where not in known:
-            key = f"{inner.get(id(module), path)}.bias".strip(".")
+            key = f"{inner.get(id(module)) or inner_key(path, layers)}.bias".strip(".")
             found[key] = Place(where, module, "bias", own)
     return found
 

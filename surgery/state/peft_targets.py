@@ -33,7 +33,18 @@ def targets_of(config: Config, model: nn.Module, keys: Iterable[str]) -> list[Ta
             found += _layers(config, path, module)
         found += _single(config, path, module)
     _check_once(config, model, found)
-    return found
+    return [layer._replace(key=inner_key(layer.path, found, layer.key)) for layer in found]
+
+
+def inner_key(path: str, layers: list[Target], key: str = "") -> str:
+    """The key of what is at a path: PEFT wraps a module once for each parameter of it that is
+    meant, and what is inside that module is its base_layer's."""
+    key = key or path
+    depths = Counter(layer.path for layer in layers if layer.raw)
+    for outer in sorted(depths, key=len, reverse=True):
+        if path.startswith(f"{outer}."):
+            key = outer + ".base_layer" * depths[outer] + key.removeprefix(outer)
+    return key
 
 
 def _check_once(config: Config, model: nn.Module, found: list[Target]) -> None:

@@ -12,6 +12,7 @@ from ..errors import OperationError
 from ..parts.arguments import positive
 from ..parts.low_rank import LoRA
 from ..parts.qkv_rows import placed
+from ..parts.room import without_room
 from .observed import parts_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,12 +100,13 @@ def _turns(
         )
     for part, path in parts.items():
         base = W = weights[path]
+        scale = without_room(part).scale
         for _ in range(iterations):
             Q = quantise(base)
-            pairs = [_best((W - Q)[rows].double(), part.rank, part.scale) for rows in part.rows]
+            pairs = [_best((W - Q)[rows].double(), part.rank, scale) for rows in part.rows]
             A, B = (torch.stack(each) for each in zip(*pairs, strict=True))
             turn = _Turn(A, B, base, Q)
-            pieces = [*(part.scale * B @ A).mT]
+            pieces = [*(scale * B @ A).mT]
             base = (W.double() - placed(pieces, part.rows, part.out).t()).to(W)
         yield part, path, turn
 

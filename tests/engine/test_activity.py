@@ -120,6 +120,7 @@ def test_each_answers_alone_to_the_bit_in_every_order(name: str) -> None:
 LINEAR = ["lora", "dora", "vera", "ssf", "oft", "hira", "bitfit", "linear_probe", "ia3", "rslora"]
 
 
+@pytest.mark.filterwarnings("ignore:model.state_dict")  # it is compared, not kept
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_mixture_is_of_products(name: str) -> None:
     """At each weight W + sum of strength * (merged - W), not what mixed factors would give."""
@@ -488,3 +489,14 @@ def test_a_cast_model_saves_what_it_can_load(tmp_path: Path) -> None:
     activate(model, "b").bfloat16()
     file = surgery.save(model, tmp_path / "a.safetensors", name="a")
     surgery.load(vit().bfloat16(), file)
+
+
+def test_bytes_are_those_of_all_that_is_kept() -> None:
+    """Parts, what was there before of what is trained, and what was made of it, once put by."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).double()
+    surgery.apply(model, [at("0", lora(rank=2)), at("1", unfreeze)], name="a")
+    (op,) = model.surgery.operations
+    parts, norm, buffers = 2 * (4 + 8), 8 + 8, 8 + 8  # LoRA, weight and bias, mean and variance
+    assert op.nbytes == 8 * (parts + norm + buffers) + 8  # and a count of batches
+    activate(model, None)
+    assert op.nbytes == 8 * (parts + 2 * norm + buffers) + 8

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 import surgery
 from surgery import adapter, append, at, lora, parallel, prepend, replace, unfreeze
@@ -334,3 +337,51 @@ def test_what_is_written_between_forward_and_backward_is_still_seen() -> None:
         model.norm.weight.mul_(2)  # which is not
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         loss.backward()
+
+
+class Interrupted(nn.Module):
+    """Is interrupted in its forward, if asked to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.interrupted = nn.Linear(4, 4), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return y
+
+
+def test_an_interrupted_forward_is_looked_into_no_more_and_holds_nobody_up() -> None:
+    model = surgery.apply(Interrupted(), at("layer", lora(rank=2)))
+    model.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(2, 4))
+    (left,) = _get_current_function_mode_stack()
+    torch.randn(1)
+    assert not left.sites, "every call of torch is looked into, as of a forward that is over"
+    surgery.apply(nn.Linear(4, 4), at("", lora(rank=2)))(torch.randn(2, 4))
+    assert not _get_current_function_mode_stack()
+
+
+def test_what_is_changed_does_not_wait_for_a_thread_that_was_interrupted(tmp_path: Path) -> None:
+    model = surgery.apply(Interrupted(), at("layer", lora(rank=2)), name="a")
+    file = surgery.save(model, tmp_path / "a.safetensors", name="a")
+    model.interrupted = True
+    over, done = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            model(torch.randn(2, 4))
+        over.set()
+        done.wait(60)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    over.wait(60)
+    swapper = threading.Thread(target=lambda: surgery.swap(model, "a", file), daemon=True)
+    swapper.start()
+    swapper.join(20)
+    done.set()
+    assert not swapper.is_alive()

@@ -199,6 +199,32 @@ def test_the_laws_hold(mode: bool) -> None:
 
 
 def test_a_law_sees_statistics_drift(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery.engine.operation.Operation.freeze_norms", lambda self, norms: None)
+    monkeypatch.setattr("surgery.engine.planning.guard", lambda *given: None)
     told = check(Net(), FREEZE, data(), examples=1, only=["freezing_is_exact"])
     assert "training moved statistics of BatchNorm1d" in str(told)
+
+
+@pytest.mark.filterwarnings("ignore:model.state_dict")  # it is compared, not kept
+def test_norms_count_where_what_is_active_trains_them() -> None:
+    model = Net()
+    base = surgery.fingerprint(model)
+    surgery.apply(model, [FREEZE, at("0", unfreeze)], name="a")
+    assert moved(model) == {"0"}
+    surgery.activate(model, None)
+    assert moved(model) == set()
+    surgery.apply(model, [FREEZE, at("2", unfreeze)], name="b")
+    assert moved(model) == {"2.1"}
+    surgery.activate(model, "a")
+    assert moved(model) == {"0"}
+    surgery.activate(model.eval(), ["a", "b"])
+    assert moved(model) == {"0", "2.1"}
+    surgery.train_only(model, "b")
+    assert moved(model) == {"2.1"}
+    surgery.revert(model, name="a")
+    assert moved(model) == {"2.1"}
+    again = copy.deepcopy(model)
+    assert moved(surgery.activate(again, None)) == set()
+    assert moved(model) == {"2.1"}
+    surgery.revert(model)
+    now = surgery.fingerprint(model.train())
+    assert all(now[key] == value for key, value in base.items() if "random" not in key)

@@ -123,7 +123,7 @@ def test_a_fault_at_any_line_of_apply_leaves_a_sequential_as_it_was() -> None:
         return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
 
     rules = [at("0", parallel(adapter(rank=1))), at("1", unfreeze)]
-    laws.apply_is_all_or_nothing(build, rules, proof=True)
+    laws.apply_is_all_or_nothing(build, rules, first=0, proof=True)
 
 
 def test_a_fault_while_stacking_leaves_the_earlier_operation() -> None:
@@ -132,7 +132,7 @@ def test_a_fault_while_stacking_leaves_the_earlier_operation() -> None:
 
     part = adapter(rank=1)
     rules = [at("bn", append(part)), at("mlp", unfreeze), at("first", append(part))]
-    laws.apply_is_all_or_nothing(build, rules, proof=True)
+    laws.apply_is_all_or_nothing(build, rules, first=0, proof=True)
 
 
 def test_a_failing_part_draws_no_random_numbers() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
-from torch import nn
+from accelerate import Accelerator
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import surgery
 from surgery import activate, at, head, lora, qkv, unfreeze
 from surgery.errors import FileError
 from tests.engine.test_activity import train
-from tests.models import hf_bert, hf_gpt2, hf_llama, tiny_vit, words_in
+from tests.models import hf_bert, hf_gpt2, hf_llama, words_in
 
 RULES = [at(qkv, lora(rank=2)), at(head, unfreeze)]
 X = words_in()
@@ -51,21 +57,108 @@ def test_base_and_operations_come_back(build: Any, names: str, tmp_path: Path) -
     assert torch.equal(surgery.revert(again)(X).logits, base)
 
 
-def test_the_base_alone_is_never_taken_for_the_whole(tmp_path: Path) -> None:
+def told() -> Any:
+    return pytest.warns(UserWarning, match=r"surgery\.save_pretrained\(model, folder\)")
+
+
+class Mixed(nn.Module, PyTorchModelHubMixin):
+    """A model of nobody's library, as the Hub's own mixin saves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+def _trainer(model: Any, folder: Path) -> None:
+    settings = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
+    Trainer(model=model, args=settings).save_model(str(folder))
+
+
+SAVERS = {
+    "save_pretrained": lambda m, f: m.save_pretrained(f),
+    "push_to_hub": lambda m, f: m.push_to_hub("user/name"),
+    "Trainer.save_model": _trainer,
+    "Accelerator.save_model": lambda m, f: Accelerator(cpu=True).save_model(m, f),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saver", SAVERS)
+def test_the_base_alone_is_never_taken_for_the_whole(
+    saver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hf_api", "create_and_tag_model_card"):
+        monkeypatch.setattr(f"transformers.utils.hub.{name}", mock.Mock(), raising=False)
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", mock.Mock(), raising=False)
     model, _ = operated(hf_llama, "a")
-    with pytest.warns(UserWarning, match=r"surgery\.save_pretrained\(model, folder\)"):
-        model.save_pretrained(tmp_path)
+    with told():
+        SAVERS[saver](model, tmp_path)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)
+        SAVERS[saver](surgery.merge(model), tmp_path / "merged")
+    assert not [each for each in heard if "surgery" in str(each.message)]
+
+
+def test_what_is_read_as_a_whole_is_saved_without_a_word(tmp_path: Path) -> None:
+    model, _ = operated(hf_llama, "a")
+    want = model(X).logits
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model.state_dict()
-        surgery.merge(model).save_pretrained(tmp_path / "merged")
+        torch.save(model.state_dict(), tmp_path / "a.pt")
+        safetensors.torch.save_model(model, tmp_path / "a.safetensors")
+    plain = hf_llama()
+    with pytest.raises(RuntimeError, match="surgery"):
+        plain.load_state_dict(torch.load(tmp_path / "a.pt"))
+    with pytest.raises(RuntimeError, match="surgery"):
+        safetensors.torch.load_model(plain, tmp_path / "a.safetensors")
+    again = surgery.apply(hf_llama().eval(), RULES, name="a")
+    safetensors.torch.load_model(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(X).logits, want)
+
+
+def test_a_state_tells_what_it_has_not_of_operations_that_are_not_active(tmp_path: Path) -> None:
+    """torch.save(model.state_dict()) has one head, and each operation has trained its own."""
+    model, _ = operated(hf_llama, "ab")
+    with pytest.warns(UserWarning, match="not what a made of them, which are not active"):
+        torch.save(model.state_dict(), tmp_path / "ab.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        surgery.save(model, tmp_path / "a", name="a")
+        surgery.fingerprint(model)
+        surgery.save_pretrained(model, tmp_path / "folder")
+        copy.deepcopy(model)
+        surgery.revert(model, name="a").state_dict()
+
+
+@torch.no_grad()
+def test_any_library_s_own_save_writes_the_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(3, 8)
+    base = model(x)
+    surgery.apply(model, [at("first", lora(rank=2)), at("last", unfreeze)])
+    for p in surgery.parameters(model):
+        nn.init.normal_(p)
+    want = model(x)
+    with told():
+        model.save_pretrained(tmp_path / "told")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        surgery.save_pretrained(model, tmp_path / "a")
+    assert torch.equal(model(x), want)
+    again = Mixed.from_pretrained(tmp_path / "a", strict=True)
+    assert torch.equal(again(x), base)
+    assert torch.equal(surgery.load(again, tmp_path / "a")(x), want)
+    assert "surgery.load(model, " in (tmp_path / "a" / "README.md").read_text()
+    with pytest.raises(FileError, match="to name a class of transformers"):
+        surgery.from_pretrained(tmp_path / "a")
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"no surgery\.json"):
         surgery.from_pretrained(tmp_path)
     (tmp_path / "surgery.json").write_text('{"operations": []}')
-    with pytest.raises(FileError, match="names no class of transformers"):
+    with pytest.raises(FileError, match="no config"):
         surgery.from_pretrained(tmp_path)
-    with pytest.raises(FileError, match="has no save_pretrained of its own"):
-        surgery.save_pretrained(surgery.apply(tiny_vit(), "lora"), tmp_path)

@@ -45,7 +45,7 @@ from surgery import (
 )
 from surgery.errors import FileError, OperationError, SurgeryError
 from surgery.spec.case import stir
-from surgery.state.peft_format import plain_name
+from surgery.state.peft_format import Config, plain_name
 from tests.models import encoder, hf_bert, hf_gpt2, hf_llama, hf_vit, images, tiny_vit, words_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own: of versions, of embeddings
@@ -522,6 +522,18 @@ def test_an_option_that_is_not_understood_is_refused_by_name(option: str, tmp_pa
     refused(tmp_path, name, said)
 
 
+@pytest.mark.parametrize("loops", [".*" * 6, "(.*?)" * 6, "[^x]*" * 6, r"\w+" * 6, ".+?.*" * 3])
+def test_loops_are_weighed_by_the_path_that_they_meet(loops: str) -> None:
+    """Six of them try 300 million ways to divide 75 letters, and nothing can stop that."""
+    config = Config("load", {"peft_type": "LORA", "target_modules": f"{loops}#"})
+    assert not config.names("target_modules", "a" * 15)
+    with pytest.raises(FileError, match="may take for ever"):
+        config.names("target_modules", "a" * 75)
+    said = {"target_modules": r".*\.layers\.(\d+)\.[^.]+\.(q|k|v)_proj\d*", "peft_type": "LORA"}
+    path = f"model.{'language_model.' * 4}layers.11.self_attn.q_proj"
+    assert Config("load", said).names("target_modules", path)
+
+
 def test_what_fits_another_model_is_refused(tmp_path: Path) -> None:
     made("llama", CASES["lora"][1], 0, tmp_path)
     refused(tmp_path, "bert", "mean no layer")
@@ -601,6 +613,47 @@ def test_what_is_tied_here_must_be_the_same_in_the_file(tmp_path: Path) -> None:
     refused(tmp_path, "gpt2", "differ, and are one in this model")
     made("gpt2", LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"]), 0, tmp_path)
     refused(tmp_path, "gpt2", "tied to transformer.wte.weight")
+
+
+class Inner(nn.Module):
+    """A module that has a parameter of its own, which is meant, and layers that are, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.first, self.last = nn.Parameter(torch.randn(8, 8)), *twice(nn.Linear, 8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.first(x) @ self.own)
+        return y
+
+
+def twice(make: Callable[..., nn.Module], *given: int) -> tuple[nn.Module, nn.Module]:
+    return make(*given), make(*given)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@torch.no_grad()
+def test_layers_inside_of_what_peft_wraps_for_a_parameter(bias: Any, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": Inner(), "b": Inner()}).double()
+
+    def run(model: nn.Module) -> torch.Tensor:
+        parts: Any = model
+        return torch.cat([parts["a"](x), parts["b"](x)])
+
+    config = LoraConfig(r=2, target_modules=["first"], target_parameters=["a.own"], bias=bias)
+    theirs: Any = peft.get_peft_model(build(), config, autocast_adapter_dtype=False).eval()
+    for p in theirs.parameters():
+        p.add_(0.05 * torch.randn_like(p)) if p.requires_grad else None
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(3, 8).double()
+    model = load_peft(build(), tmp_path / "theirs")
+    assert distance(run(model), run(theirs.base_model.model)) <= 16
+    save_peft(model, tmp_path / "ours")
+    kept = {"autocast_adapter_dtype": False}
+    again: Any = PeftModel.from_pretrained(build(), tmp_path / "ours", **kept).eval()
+    assert distance(run(again.base_model.model), run(model)) <= 16
 
 
 def test_an_error_while_it_is_filled_undoes_all(

@@ -133,7 +133,7 @@ def test_ranks_go_into_room_without_compiling_anew(tmp_path: Path) -> None:
     assert counter.frame_count == frames
     small = surgery.apply(vit(), at(qkv, lora(rank=2, rows="q _k v")), name="a")
     mark = surgery.fingerprint(small)
-    with pytest.raises(FileError, match=r"the file has \(2, 4, 24\).* room for \(2, 2, 24\)"):
+    with pytest.raises(FileError, match="the file has 4 ranks, and there is room for 2"):
         swap(small, "a", tmp_path / "4")
     assert surgery.fingerprint(small) == mark
 
