@@ -102,3 +102,49 @@ def encoder(**changes: Any) -> nn.TransformerEncoder:
     chosen: dict[str, Any] = {"dim_feedforward": 48, "dropout": 0.0, "batch_first": True}
     layer = nn.TransformerEncoderLayer(24, 3, **{**chosen, **changes})
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class TinyUNet(nn.Module):
+    """Named as diffusers' UNet: a block of a residual with a grouped convolution, and attention."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        block = {"resnets": [ResnetBlock2D(width)], "attentions": [Transformer2DModel(width)]}
+        lists = {name: nn.ModuleList(modules) for name, modules in block.items()}
+        self.down_blocks = nn.ModuleList([nn.ModuleDict(lists)])
+        self.conv_out = nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block["attentions"][0](block["resnets"][0](x))
+        return self.conv_out(x)
+
+
+class ResnetBlock2D(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(2, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(self.conv1(self.norm1(x)).tanh())
+
+
+class Transformer2DModel(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.proj_in = nn.LayerNorm(width), nn.Conv2d(width, width, 1)
+        self.attn1 = nn.ModuleDict(
+            {name: nn.Linear(width, width, bias=False) for name in ("to_q", "to_k", "to_v")}
+        )
+        self.attn1["to_out"] = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.proj_in(x).flatten(2).mT
+        normed = self.norm(h)
+        q, k, v = (self.attn1[name](normed) for name in ("to_q", "to_k", "to_v"))
+        h = h + self.attn1["to_out"][0]((q @ k.mT / 3).softmax(-1) @ v)
+        return x + h.mT.unflatten(2, x.shape[2:])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..errors import RuleError
 from ..rules.part import part
 from ..structure.module_tree import Site
 from .arguments import positive
+from .base_weight import BaseWeight, base_weight
 from .init import kaiming
 
 
@@ -49,6 +54,24 @@ class Adapter(nn.Module):
         return hidden
 
 
+class NormedAdapter(Adapter):
+    """The adapter of what a norm of the base makes of x: up(act(down(norm(x)))).
+
+    >>> norm = nn.LayerNorm(768)
+    >>> part = NormedAdapter(BaseWeight(norm, "weight"), norm.eps, 768, rank=64)
+    >>> part(torch.randn(2, 197, 768)).shape
+    torch.Size([2, 197, 768])
+    """
+
+    def __init__(self, weight: BaseWeight, eps: float, width: int, rank: int, **named: Any) -> None:
+        super().__init__(width, rank, **named)
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight(x), self.weight.bias(x)
+        return super().forward(F.layer_norm(x, weight.shape, weight, bias, self.eps))
+
+
 def with_dropout(activation: type[nn.Module], dropout: float) -> nn.Module:
     """An activation, and dropout on what it gives where there is any."""
     return nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
@@ -70,19 +93,35 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 @part
 def adapter(
-    site: Site, rank: int = 64, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0
+    site: Site,
+    rank: int = 64,
+    activation: type[nn.Module] = nn.ReLU,
+    dropout: float = 0.0,
+    normed: bool = False,
 ) -> nn.Module:
     """A bottleneck adapter of the site's width: up(drop(act(down(x)))).
 
     rank        hidden units
     activation  a module class such as nn.ReLU, nn.GELU or QuickGELU
     dropout     probability, on the hidden units
+    normed      down reads what the LayerNorm at the site makes of x, so that
+                at(norm, prepend(adapter(normed=True), residual=True)) is AdapterFusion's adapter,
+                norm(x + adapter(norm(x)))
 
-    Starts by adding nothing. Parameters: width * rank + rank + rank * out + out.
-    Sources: Houlsby et al. 2019; Chen et al. 2022 (AdaptFormer), Eq. 2.
+    Raises RuleError where `normed` stands at no LayerNorm. Starts by adding nothing.
+    Parameters: width * rank + rank + rank * out + out.
+    Sources: Houlsby et al. 2019; Chen et al. 2022 (AdaptFormer), Eq. 2; Pfeiffer et al. 2021.
 
     >>> adapter(rank=8)
     adapter(rank=8)
     """
     positive("adapter", rank=rank)
+    if normed:
+        weight, layer = base_weight(site, "adapter(normed=True)"), site.module
+        if not isinstance(layer, nn.LayerNorm):
+            kind = type(layer).__name__
+            raise RuleError("adapter(normed=True)", f"a {kind} is no LayerNorm.", "Leave normed=.")
+        return NormedAdapter(
+            weight, layer.eps, site.width, rank, activation=activation, dropout=dropout
+        )
     return Adapter(site.width, rank, out=site.out, activation=activation, dropout=dropout)

@@ -169,6 +169,10 @@ class Principal(Delta):
         for mine, start in ((self.A, A), (self.A0, A), (self.B, B), (self.B0, B)):
             mine.copy_(start)
 
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """Down (2 rank, width) and up (out, 2 rank), as of a LoRA that adds the same."""
+        return torch.cat([self.A, self.A0]), self.scale * torch.cat([self.B, -self.B0], 1)
+
     def delta(self) -> Tensor:
         return self.scale * (self.B @ self.A - self.B0 @ self.A0)
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
 from .._text import first_few
-from ..engine.activity import activate
-from ..engine.apply import operated, revert
+from ..engine.apply import operated
 from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
 from ..engine.journal import Journal
 from ..engine.obstacles import dotted
@@ -42,6 +41,8 @@ from ..structure.anatomy import roles_of
 from ..structure.layers import named_modules
 from ..structure.module_tree import Tree
 from .fitting import check_alike, check_indices, check_keys
+from .foreign import acting, made
+from .formats import reader_of
 from .hashes import hash_of, hash_of_base
 from .reading import BASE, FORMAT, PARTS, Contents, Sketch, plan_of, read
 
@@ -226,7 +227,8 @@ def load(
 ) -> Model:
     """Operate `model` by the rules in a file and fill what they add; returns the model.
 
-    A model that was operated by the same rules under the same name is filled.
+    A model that was operated by the same rules under the same name is filled. Read, too: folders
+    that PEFT saved (`load_peft`) or adapters, and LoRA files of image models (kohya's, LyCORIS).
 
     path     of a file; of a folder that `save_pretrained` here wrote; "hf:user/name", such a folder
              on the Hugging Face Hub, or "hf:user/name@revision/file.safetensors"
@@ -250,8 +252,12 @@ def load(
     """
     check_operable(model)
     check_state(model, f'load("{path}")', APPLYING)
+    ours = {"rules": rules, "balance": balance, "verify": verify, "room": room}
+    if reader := reader_of(path, head=head, **ours):
+        reader(model, Path(path), name=name, example=example)
+        return model
     contents = read(path, name)
-    about, earlier = contents.about, len(operations(model))
+    about = contents.about
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
     if rules is None and _is_same(model, name, about, room):
@@ -260,27 +266,13 @@ def load(
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example, room=room)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
-    acting = _acting(model) if about.get("alone") else {}
-    try:
-        if acting:  # its values are told from the base
-            activate(model, None)
+    others = acting(model) if about.get("alone") else {}
+    with made(model, name, others):
         plan.apply(example)
         _adopt(model, [key for key in about.get("beyond_rules", []) if key not in spared])
         fill(model, contents, name, spared)
         _operation(model, name).read_besides.update(about.get("read_besides", []))
-        return activate(model, {**acting, name: 1.0}) if acting else model
-    except BaseException:
-        if len(operations(model)) > earlier:
-            revert(model, name=name)
-        if acting:
-            activate(model, acting)
-        raise
-
-
-def _acting(model: nn.Module) -> dict[str, float]:
-    """How much each operation acts, if any does."""
-    strengths = {operation.name: operation.strength for operation in operations(model)}
-    return strengths if any(strengths.values()) else {}
+    return model
 
 
 def _check_base(model: nn.Module, known: Any, call: str) -> None:

@@ -8,21 +8,12 @@ import math
 import re
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
 from ..errors import FileError, is_integer, is_number
-from ..structure.layers import (
-    CONVS,
-    is_conv,
-    is_torch_attention,
-    is_turned,
-    linear_shape,
-    named_modules,
-)
 
 LARGEST = 2**24  # an integer in a configuration
 LONGEST = 2**16  # characters of one text in it
@@ -40,12 +31,14 @@ SILENT = {
     "rank_dropout", "rank_dropout_scale", "module_dropout", "revision", "runtime_config",
     "task_type",
 }  # fmt: skip
+PRINCIPAL = ("pissa", "olora")
+STARTS = (*PRINCIPAL, "gaussian", "eva", "orthogonal", "mica")  # of a LoRA
 PLACES = ("target_modules", "exclude_modules", "modules_to_save")
 LAYERS = (*PLACES, "layers_to_transform", "layers_pattern")
 KINDS = {
     "LORA": (*LAYERS, "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias",
              "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices",
-             "init_lora_weights"),
+             "init_lora_weights", "lora_bias"),
     "IA3": (*PLACES, "feedforward_modules"),
     "OFT": (*LAYERS, "r", "oft_block_size", "bias", "block_share", "use_cayley_neumann",
             "num_cayley_neumann_terms"),
@@ -54,6 +47,7 @@ KINDS = {
     "LOKR": (*LAYERS, "r", "alpha", "rank_pattern", "alpha_pattern", "decompose_factor",
              "decompose_both", "use_effective_conv2d"),
     "LN_TUNING": PLACES,
+    "TRAINABLE_TOKENS": ("target_modules", "token_indices"),
 }  # fmt: skip
 DEFAULTS = {
     "r": 8, "alpha": 8, "lora_alpha": 8, "bias": "none", "use_cayley_neumann": True,
@@ -89,6 +83,10 @@ def _alpha(value: object) -> bool:
     return is_number(value) and 0 < value <= LARGEST
 
 
+def _signed(value: object) -> bool:
+    return is_number(value) and _alpha(abs(value))
+
+
 def _flag(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -100,14 +98,16 @@ def _chance(value: object) -> bool:
 CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys([*LAYERS[:2], "feedforward_modules", "layers_pattern"], _listed(_text)),
     **dict.fromkeys(["modules_to_save", "target_parameters"], _listed(_text, alone=False)),
-    **dict.fromkeys(["use_rslora", "use_dora", "block_share"], _flag),
+    **dict.fromkeys(["use_rslora", "use_dora", "lora_bias", "block_share"], _flag),
     **dict.fromkeys(["use_cayley_neumann", "save_projection"], _flag),
     **dict.fromkeys(["decompose_both", "use_effective_conv2d"], _flag),
-    **dict.fromkeys(["alpha", "lora_alpha"], _alpha),
+    "alpha": _alpha,
+    "lora_alpha": _signed,
     **dict.fromkeys(["lora_dropout", "vera_dropout"], _chance),
     "layers_to_transform": _listed(_whole),
     "rank_pattern": _named(_rank),
-    "alpha_pattern": _named(_alpha),
+    "alpha_pattern": _named(_signed),
+    "token_indices": _listed(_whole, alone=False),
     "r": _whole,
     "oft_block_size": _whole,
     "num_cayley_neumann_terms": lambda v: _whole(v, least=3) and v <= 64,
@@ -117,8 +117,9 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
         _listed(_whole, False)(v) or _named(_listed(_whole, False))(v)
     ),
     "bias": lambda v: v in ("none", "all") or (_text(v) and v.endswith("_only")),
-    # of others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) PEFT changes the weights of the base
-    "init_lora_weights": lambda v: _flag(v) or v in ("gaussian", "eva", "orthogonal"),
+    # of PiSSA and OLoRA the base is less what they start from; so it is of others (CorDA, LoftQ,
+    # LoRA-GA, PiSSA by a few rounds), whose start no file tells
+    "init_lora_weights": lambda v: _flag(v) or (_text(v) and v in STARTS),
 }
 
 
@@ -129,6 +130,7 @@ class Target(NamedTuple):
     known   by what the patterns of ranks know it
     name    of the parameter that its parts stand at; "": they stand at the layer, which is linear
     raw     whether the parameter is one of target_parameters
+    bias    whether it is what LoRA adds to all that the layer gives (lora_bias)
     """
 
     path: str
@@ -137,6 +139,7 @@ class Target(NamedTuple):
     known: str
     name: str = ""
     raw: bool = False
+    bias: bool = False
 
     @property
     def place(self) -> str:
@@ -188,6 +191,12 @@ class Config:
             if self.match(r"(.*\.)?({})$", key, target.known):
                 return value
         return self[default]
+
+    def scale(self, target: Target) -> float:
+        """What LoRA's product is multiplied with."""
+        rank = self.of("rank_pattern", "r", target)
+        alpha: float = self.of("alpha_pattern", "lora_alpha", target)
+        return alpha / (math.sqrt(rank) if self["use_rslora"] else rank)
 
     def match(self, form: str, given: str, path: str) -> re.Match[str] | None:
         """How a regular expression of the file, put into a form, fits a path from its start."""
@@ -283,110 +292,6 @@ def _tangled(pattern: str) -> bool:
 
 def _loops(text: str) -> int:
     return max(len(re.findall(_LOOP, branch)) for branch in text.split("|"))
-
-
-# its layers ------------------------------------------------------------------------------------
-
-
-def targets_of(config: Config, model: nn.Module, keys: Iterable[str]) -> list[Target]:
-    """The layers of a model that a configuration means. Raises FileError where PEFT knows none."""
-    if config["target_modules"] is None and config["target_parameters"] is None:
-        config.fail("it names no target_modules.", "Add them, as PEFT writes them.")
-    if str(config["target_modules"]).lower() == "all-linear":  # all but the head, PEFT says
-        config.said["target_modules"] = _linears(model, keys)
-    found: list[Target] = []
-    modules = dict(named_modules(model))
-    for path, module in modules.items():
-        if path and config["target_modules"] and config.targets(path):
-            if is_torch_attention(modules[path.rpartition(".")[0]]) and config.kind != "LN_TUNING":
-                config.fail(f"{path} is inside torch's attention, where PEFT's layers do nothing.")
-            found += _layers(config, path, module)
-        found += _single(config, path, module)
-    _check_once(config, model, found)
-    return [layer._replace(key=inner_key(layer.path, found, layer.key)) for layer in found]
-
-
-def inner_key(path: str, layers: list[Target], key: str = "") -> str:
-    """The key of what is at a path: PEFT wraps a module once for each parameter of it that is
-    meant, and what is inside that module is its base_layer's."""
-    key = key or path
-    depths = Counter(layer.path for layer in layers if layer.raw)
-    for outer in sorted(depths, key=len, reverse=True):
-        if path.startswith(f"{outer}."):
-            key = outer + ".base_layer" * depths[outer] + key.removeprefix(outer)
-    return key
-
-
-def _check_once(config: Config, model: nn.Module, found: list[Target]) -> None:
-    """Raise FileError where a layer is meant twice, or is the model's twice."""
-    keys_of = Counter(layer.key for layer in found)
-    if both := [key for key, times in keys_of.items() if times > 1]:
-        config.fail(f"{both[0]} is meant as a layer, and its parameter by name, too.")
-    names = Counter(id(module) for _, module in named_modules(model, aliases=True))
-    if twice := [layer.path for layer in found if names[id(layer.module)] > 1]:
-        config.fail(f"{twice[0]} has several names, of which PEFT would change one.")
-
-
-def _single(config: Config, path: str, module: nn.Module) -> list[Target]:
-    """The parameters of a module that are meant by name; of several, PEFT wraps one in another."""
-    names, wanted = config["target_parameters"] or [], list[str]()
-    for name, parameter in module._parameters.items():
-        known = f"{path}.{name}"
-        if known in names or any(known.endswith(f".{each}") for each in names):
-            wanted.append(name)
-            if not path or parameter is None or parameter.dim() not in (2, 3):
-                config.fail(f"{known} is no matrix, nor a stack of them, in a module.")
-    return [
-        Target(
-            path, module, ".".join([path, *["base_layer"] * depth]), f"{path}.{name}", name, True
-        )
-        for depth, name in enumerate(reversed(wanted))
-    ]
-
-
-def _linears(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    layers = [p for p, m in named_modules(model) if isinstance(m, nn.Linear) or is_turned(m)]
-    holders = {key.rpartition(".")[0].rpartition(".")[0] for key in keys}
-    return [path for path in layers if path in holders or f"{path}.ia3_l" in keys]
-
-
-# the convolutions that each kind knows
-KERNELS: dict[str, tuple[type[nn.Module], ...]] = {
-    "LORA": CONVS, "IA3": CONVS[1:], "LOHA": CONVS[:2], "LOKR": CONVS[:2],
-}  # fmt: skip
-
-
-def _layers(config: Config, path: str, module: nn.Module) -> list[Target]:
-    """One layer; two, of torch's own attention. Raises FileError where PEFT would not take it."""
-    own, lora = Target(path, module, path, path), config.kind == "LORA"
-    linear = isinstance(module, nn.Linear) or (
-        is_turned(module) and config.kind in ("LORA", "IA3", "VERA")
-    )
-    kernel = isinstance(module, KERNELS.get(config.kind, ()))
-    if linear or config.kind == "LN_TUNING" or (kernel and config.kind == "IA3"):
-        return [own]
-    if lora and is_torch_attention(module):
-        inner, key = module.get_submodule("out_proj"), f"{path}.base_layer.out_proj"
-        proj = Target(f"{path}.out_proj", inner, key, path, "weight")
-        return [own._replace(name="in_proj_weight"), proj]
-    if not (kernel or (lora and isinstance(module, nn.Embedding))):
-        config.fail(f"{path} is a {type(module).__name__}, which {config.kind} does not fit.")
-    if lora and is_conv(module):
-        _check_conv(config, path, module)
-    return [own._replace(name="weight")]
-
-
-def _check_conv(config: Config, path: str, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-    """Raise FileError where PEFT's LoRA runs a convolution that is no change of the weight."""
-    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
-    if not plain:
-        config.fail(f"{path} is a convolution in groups, dilated or padded otherwise.")
-
-
-def widest(layers: list[Target]) -> tuple[int, int]:
-    """The features of the widest layer, and of the one that gives most."""
-    shapes = [shape for layer in layers if (shape := linear_shape(layer.module))]
-    return max(shape.width for shape in shapes), max(shape.out for shape in shapes)
 
 
 # its names -------------------------------------------------------------------------------------

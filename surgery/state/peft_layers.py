@@ -5,52 +5,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.stack import Stack
-from ..parts.deltas import LoHa, LoKr, loha, lokr
+from ..parts.deltas import LoHa, LoKr, Principal, loha, lokr, olora, pissa
 from ..parts.low_rank import LoRA, lora
 from ..parts.rotations import OFT, oft
-from ..parts.row_lengths import Magnitude, Rescale, magnitude, rescale
+from ..parts.row_lengths import Magnitude, Rescale, Shift, magnitude, rescale, shift
 from ..parts.shared_low_rank import SharedLoRA, frozen, vera
 from ..parts.sparse_updates import Rows
 from ..rules.edits import Edit, append, parallel, prepend
-from ..rules.part import shared
+from ..rules.part import Maker, shared
 from ..rules.selector import where
 from ..structure.layers import is_conv
-from .peft_format import Config, Target
+from .foreign import Entry, Joint
+from .peft_format import PRINCIPAL, Config, Target
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Entry(NamedTuple):
-    """A tensor of a file, as it lies in one of ours: in this view, less what is `offset`."""
-
-    view: Tensor
-    shape: tuple[int, ...]
-    offset: Tensor | None = None
-
-    def get(self) -> Tensor:
-        """What the file has."""
-        value = self.view.detach() if self.offset is None else self.view.detach() + self.offset
-        return value.reshape(self.shape)
-
-    def put(self, value: Tensor) -> None:
-        """Take what the file has."""
-        value = value.reshape(self.view.shape).to(self.view)
-        self.view.copy_(value if self.offset is None else value - self.offset)
-
-
-class Joint(NamedTuple):
-    """A part, how it is joined to its place, and to what rows of it."""
-
-    part: nn.Module
-    place: str
-    scale: float | None = None
-    rows: slice | None = None
 
 
 # what a configuration means --------------------------------------------------------------------
@@ -62,18 +36,38 @@ def edits_of(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]
 
 
 def _lora(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
+    if target.bias:
+        return (append(shift()),)
+    rank, alpha = (config.of(f"{name}_pattern", option, target)
+                   for name, option in (("rank", "r"), ("alpha", "lora_alpha")))  # fmt: skip
+    if is_principal(config, target):
+        return (parallel(_principal(config, target, rank)),)
     update = lora(
-        rank=config.of("rank_pattern", "r", target),
-        alpha=config.of("alpha_pattern", "lora_alpha", target),
+        rank=rank,
+        alpha=abs(alpha),
         root=bool(config["use_rslora"]),
         dropout=0.0 if target.name else float(config["lora_dropout"]),
     )
     if not config["use_dora"]:
-        return (parallel(update, scale=target.times),)
+        return (parallel(update, scale=math.copysign(target.times, alpha)),)
+    if alpha < 0:
+        config.fail(f"use_dora at {target.path}, of a negative alpha, is not read here.")
     if isinstance(target.module, nn.Embedding):  # PEFT's lengths there are of columns
         config.fail(f"use_dora at {target.path}, a table of words, is not read here.")
     own = shared(update, by=where("**"))  # of the innermost module: each has its own
     return parallel(own), append(magnitude(own))
+
+
+def is_principal(config: Config, target: Target) -> bool:
+    """Whether PEFT takes from the base what a LoRA starts from. Not of words, whatever is said."""
+    return config["init_lora_weights"] in PRINCIPAL and not isinstance(target.module, nn.Embedding)
+
+
+def _principal(config: Config, target: Target, rank: int) -> Maker:
+    kind, scale = config["init_lora_weights"], config.scale(target)
+    if target.name or config["use_dora"] or config["lora_dropout"] or scale <= 0:
+        config.fail(f"init_lora_weights={kind!r} at {target.place}, so, is not read here.")
+    return pissa(rank=rank) if kind == "pissa" else olora(rank=rank, alpha=scale * rank)
 
 
 def _ia3(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
@@ -97,7 +91,6 @@ def _vera(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
 
 
 def _loha(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
-    _check_kernel(config, target, "hada_t1" in _names(target, shapes))
     rank = config.of("rank_pattern", "r", target)
     scale = single(config.of("alpha_pattern", "alpha", target) / rank)
     return (parallel(loha(rank=rank, alpha=scale * rank)),)
@@ -105,7 +98,6 @@ def _loha(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
 
 def _lokr(config: Config, target: Target, shapes: Shapes) -> tuple[Edit, ...]:
     names = _names(target, shapes)
-    _check_kernel(config, target, "lokr_t2" in names)
     both = "lokr_w1_a" in names
     left = names.get("lokr_w1_a" if both else "lokr_w1", ())
     right = names.get("lokr_w1_b" if both else "lokr_w1", ())
@@ -125,11 +117,6 @@ def _names(target: Target, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {k.removeprefix(start): shape for k, shape in shapes.items() if k.startswith(start)}
 
 
-def _check_kernel(config: Config, target: Target, tucker: bool) -> None:
-    if tucker:
-        config.fail(f"use_effective_conv2d at {target.path} is not read here.")
-
-
 def single(value: float) -> float:
     """A number as PEFT's LoHa keeps its scale: in float32."""
     return float(torch.tensor(value, dtype=torch.float32))
@@ -147,7 +134,10 @@ def entries_of(target: Target, joints: list[Joint]) -> dict[str, Entry]:
     """The tensors of a layer by their names in a file, as they lie in its parts."""
     found: dict[str, Entry] = {}
     for joint in joints:
-        tensors = _TENSORS[kind_of(joint.part)](target, joint)
+        kind = kind_of(joint.part)
+        if (kind is Shift) != target.bias:
+            continue
+        tensors = _TENSORS[kind](target, joint)
         found |= {
             f"{target.key}.{name}": e if isinstance(e, Entry) else Entry(e, tuple(e.shape))
             for name, e in tensors.items()
@@ -183,6 +173,11 @@ def _lora_tensors(target: Target, joint: Joint) -> dict[str, Tensor | Entry]:
         "lora_A.weight": Entry(A, (experts * rank, width)),
         "lora_B.weight": Entry(B.permute(1, 2, 0), (B.shape[1], rank * experts)),
     }
+
+
+def _principal_tensors(target: Target, joint: Joint) -> dict[str, Tensor | Entry]:
+    part: Any = joint.part
+    return matrices(target, part.A, part.B)
 
 
 def _magnitude_tensors(target: Target, joint: Joint) -> dict[str, Tensor | Entry]:
@@ -236,6 +231,8 @@ def _rows_tensors(target: Target, joint: Joint) -> dict[str, Tensor | Entry]:
 
 _TENSORS: dict[type[nn.Module], Callable[[Target, Joint], Mapping[str, Tensor | Entry]]] = {
     LoRA: _lora_tensors,
+    Principal: _principal_tensors,
+    Shift: lambda target, joint: {"bias": joint.part.bias[0]},  # type: ignore[index]
     Magnitude: _magnitude_tensors,
     Rows: _rows_tensors,
     Rescale: _rescale_tensors,

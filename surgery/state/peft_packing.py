@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from ..engine.stack import Stack
 from ..errors import FileError
 from ..parts.arguments import divisors
-from ..parts.deltas import LoHa, LoKr
+from ..parts.deltas import LoHa, LoKr, Principal
 from ..parts.low_rank import LoRA
 from ..parts.qkv_rows import placed
 from ..parts.rotations import OFT
-from ..parts.row_lengths import Magnitude, Rescale
+from ..parts.row_lengths import Magnitude, Rescale, Shift
 from ..parts.shared_low_rank import Factors, SharedLoRA
 from ..parts.sparse_updates import Rows
-from .peft_format import CORES, Target, widest
-from .peft_layers import Joint, entries_of, kind_of, matrices, second, single
+from ..structure.layers import is_turned
+from .foreign import Joint
+from .peft_format import CORES, Target
+from .peft_layers import entries_of, kind_of, matrices, second, single
+from .peft_targets import widest
 
 Layers = list[tuple[Target, list[Joint]]]
 Packed = tuple[dict[str, Any], dict[str, Tensor]]  # options, and tensors by name
 Facts = dict[str, tuple[int, float]]  # rank and alpha of each layer
 KINDS: dict[type[nn.Module], str] = {
     LoRA: "LORA", Magnitude: "LORA", Rows: "LORA", Rescale: "IA3", OFT: "OFT", SharedLoRA: "VERA",
-    LoHa: "LOHA", LoKr: "LOKR",
+    LoHa: "LOHA", LoKr: "LOKR", Shift: "LORA", Principal: "LORA",
 }  # fmt: skip
 AS_LORA = "Make the operation a LoRA first, surgery.as_lora(model, rank=8), and save that."
 
@@ -44,9 +47,9 @@ def packed(kind: str, layers: Layers, call: str) -> Packed:
     return _PACKERS[kind](layers, call)
 
 
-def having(there: list[Joint], kind: type[nn.Module]) -> list[Joint]:
+def having(there: list[Joint], *kinds: type[nn.Module]) -> list[Joint]:
     """Those of some parts that are of a kind."""
-    return [joint for joint in there if kind_of(joint.part) is kind]
+    return [joint for joint in there if kind_of(joint.part) in kinds]
 
 
 def _tensors(layer: Target, there: list[Joint]) -> dict[str, Tensor]:
@@ -99,7 +102,7 @@ def _low(layer: Target, there: list[Joint]) -> _Low:
     for joint in there if len(there) == 1 and there[0].rows is None else ():
         part: Any = joint.part
         scale = part.scale * _times(joint) / layer.times
-        if part.rows == [slice(0, part.out)] and scale > 0:
+        if isinstance(part, LoRA) and part.rows == [slice(0, part.out)] and scale > 0:
             return _Low(part.A[0], part.B[0], scale)
     W, found = layer.weight.detach(), list[tuple[Tensor, Tensor]]()
     for joint in there:
@@ -115,9 +118,10 @@ def _low(layer: Target, there: list[Joint]) -> _Low:
 def _pack_lora(layers: Layers, call: str) -> Packed:
     has_lengths = _check_lengths(layers, call)
     facts, tensors, groups = Facts(), dict[str, Tensor](), dict[str, Layers]()
-    for layer, there in layers:
-        low = having(there, LoRA)
-        apart = [joint for joint in there if joint not in low or isinstance(joint.part, Stack)]
+    added = [(layer, there) for layer, there in layers if layer.bias]
+    for layer, there in (each for each in layers if not each[0].bias):
+        low, beside = having(there, LoRA, Principal), having(there, Shift)
+        apart = [j for j in there if j not in (*low, *beside) or isinstance(j.part, Stack)]
         tensors |= _tensors(layer, apart)
         if low or not apart:
             groups.setdefault(layer.known, []).append((layer, low))
@@ -126,10 +130,28 @@ def _pack_lora(layers: Layers, call: str) -> Packed:
         tensors |= more
     if not facts:
         refuse(call, layers[0][0].path, "rows of words", "PEFT has them beside a LoRA")
-    drops = {j.part.drop.p for _, there in layers for j in there if hasattr(j.part, "drop")
-             and isinstance(j.part.drop, nn.Dropout)}  # fmt: skip
+    tensors |= _added(added, facts, call)
+    drops = {
+        getattr(getattr(joint.part, "drop", None), "p", 0.0)
+        for _, there in layers
+        for joint in there
+    }
     said = {"use_dora": has_lengths, "lora_dropout": max(drops, default=0.0)}
     return {**_patterns(facts, "lora_alpha"), **said}, tensors
+
+
+def _added(layers: Layers, facts: Facts, call: str) -> dict[str, Tensor]:
+    """What is added to all that each layer gives, over the scale of its LoRA."""
+    tensors = dict[str, Tensor]()
+    for layer, there in layers:
+        rank, alpha = facts[layer.known]
+        shifts: list[Any] = [joint.part for joint in having(there, Shift)]
+        if not rank:
+            refuse(call, layer.path, shifts[0], "PEFT has it beside a LoRA")
+        out = len(layer.weight.t() if is_turned(layer.module) else layer.weight)
+        bias = sum((part.affine()[1] for part in shifts), layer.weight.new_zeros(out))
+        tensors[f"{layer.key}.bias"] = bias * (rank / alpha)
+    return tensors
 
 
 def _pack_group(group: Layers) -> tuple[tuple[int, float], dict[str, Tensor]]:
@@ -146,14 +168,17 @@ def _pack_group(group: Layers) -> tuple[tuple[int, float], dict[str, Tensor]]:
         for name, entry in matrices(layer, low.A, low.B).items()
     }
     rank = len(lows[0].A)
-    return (rank, _alpha(lows[0].scale, rank)), tensors
+    return (rank, _alpha(lows[0].scale, rank) if rank else 1.0), tensors
 
 
 def _check_lengths(layers: Layers, call: str) -> bool:
     """Whether all have DoRA's lengths. Raises FileError where some have."""
-    some = [(layer, there) for layer, there in layers if not having(there, Rows)]
+    some = [(layer, there) for layer, there in layers if not layer.bias and not having(there, Rows)]
     with_lengths = [bool(having(there, Magnitude)) for _, there in some]
-    plain = all(len(having(there, LoRA)) == 1 and _times(there[0]) == 1.0 for _, there in some)
+    plain = all(
+        len(having(there, LoRA)) == 1 and not having(there, Shift) and _times(there[0]) == 1.0
+        for _, there in some
+    )
     if any(with_lengths) and not (all(with_lengths) and plain):
         place = some[with_lengths.index(False)][0].place if not all(with_lengths) else "a layer"
         refuse(call, place, "LoRA", "PEFT has DoRA's lengths at all layers, or at none")
@@ -253,6 +278,15 @@ def _pack_vera(layers: Layers, call: str) -> Packed:
     return {"r": rank, "save_projection": True}, tensors
 
 
+def _pack_tokens(layers: Layers, call: str) -> Packed:
+    parts: list[Any] = [there[0].part for _, there in layers]
+    ids = parts[0].index
+    if any(not torch.equal(part.index, ids) for part in parts):
+        refuse(call, layers[0][0].path, "rows of words", "PEFT has the same rows of all tables")
+    tensors = {key.replace(".token_adapter.", "."): t for key, t in _all(layers).items()}
+    return {"token_indices": ids.tolist()}, tensors
+
+
 def _is_slice(core: Factors, A: Tensor, B: Tensor) -> bool:
     same = len(core.A) == len(A) and torch.equal(core.A, A[:, : core.A.shape[1]])
     return same and torch.equal(core.B, B[: len(core.B)])
@@ -260,5 +294,6 @@ def _is_slice(core: Factors, A: Tensor, B: Tensor) -> bool:
 
 _PACKERS: dict[str, Callable[[Layers, str], Packed]] = {
     "LORA": _pack_lora, "IA3": _pack_ia3, "OFT": _pack_oft, "VERA": _pack_vera,
-    "LOHA": _pack_loha, "LOKR": _pack_lokr, "LN_TUNING": lambda layers, call: ({}, {}),
+    "LOHA": _pack_loha, "LOKR": _pack_lokr, "TRAINABLE_TOKENS": _pack_tokens,
+    "LN_TUNING": lambda layers, call: ({}, {}),
 }  # fmt: skip

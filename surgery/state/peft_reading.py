@@ -2,61 +2,59 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._text import first_few
-from ..engine.apply import revert
-from ..engine.conditions import APPLYING, FILLING, MAKING, check_state
-from ..engine.hooked_weights import HookedWeight
-from ..engine.operation import Operation, check_operable, operations
-from ..engine.planning import Plan
+from ..engine.conditions import APPLYING, check_state
+from ..engine.operation import Operation, check_operable
 from ..engine.trained import Place, buffers_of
-from ..errors import FileError, RuleError
-from ..parts.room import without_room
+from ..errors import FileError
 from ..parts.shared_low_rank import SharedLoRA
 from ..parts.sparse_updates import rows
-from ..rules.edits import Edit, parallel, unfreeze
+from ..rules.edits import parallel
 from ..rules.rule import Rule, at
 from ..rules.weights import weight
 from ..structure.layers import named_modules
-from ..structure.path import generalise
+from .foreign import (
+    Content,
+    Entry,
+    Held,
+    Joint,
+    Joints,
+    check_held,
+    folded,
+    held_in,
+    joints_of,
+    operate,
+    read_json,
+    rules_of,
+    times,
+)
 from .hub import folder_of
-from .peft_format import CORES, Config, Target, inner_key, plain_name, targets_of, widest
-from .peft_layers import Entry, Joint, edits_of, entries_of
-from .reading import RAW, opened
+from .peft_format import CORES, Config, Target, plain_name
+from .peft_layers import edits_of, entries_of, is_principal
+from .peft_targets import inner_key, targets_of, widest
+from .reading import FIT
 
 Model = TypeVar("Model", bound=nn.Module)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-LARGEST_CONFIG = 2**22  # bytes
-FLOATS = {"F64", "F32", "F16", "BF16"}
 UNTIE = "Untie them first: give one module a parameter of its own, a clone."
-FIT = "Load it into the model it was made for: the same architecture, depth and head."
-
-
-class Held(NamedTuple):
-    """A tensor in a file, known by its header alone: its whole name there, its shape, its type."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any = None) -> Model:
     """Operate `model` by an adapter that PEFT saved, and fill it; returns the model.
 
-    Read are LoRA (rsLoRA, DoRA, of convolutions, tables of words, nn.MultiheadAttention, single
-    parameters), IA3, OFT, VeRA, LoHa, LoKr and LN tuning, with all that says where; the model
-    then answers as PEFT's. Dropout of PEFT's stays where the part has one: at linear layers.
+    Read are LoRA (rsLoRA, DoRA, PiSSA, OLoRA, of convolutions, tables of words, rows of these,
+    nn.MultiheadAttention, single parameters), IA3, OFT, VeRA, LoHa, LoKr and LN tuning, with all
+    that says where; the model then answers as PEFT's. Dropout of PEFT's stays where the part has
+    one: at linear layers.
 
     folder   with `adapter_config.json` and `adapter_model.safetensors`; or "hf:user/name"
     name     of the operation
@@ -80,114 +78,100 @@ def load_peft(model: Model, folder: Any, *, name: str = "default", example: Any 
     check_operable(model)
     check_state(model, call, APPLYING)
     path = folder_of(folder, call)
-    config = Config(call, _read_config(path / CONFIG, call))
-    earlier = len(operations(model))
-    with _opened(path, call) as file:
-        held = _header(file, model, call)
-        shapes = {key: each.shape for key, each in held.items()}
-        layers = targets_of(config, model, shapes)
-        if not layers:
-            config.fail(f"its target_modules mean no layer of this {type(model).__name__}.", FIT)
-        base = base_of(config, model, layers)
-        with nullcontext() if example is not None else _guarded(call):  # a model's errors pass
-            rules = [*_rules(config, model, layers, base, shapes), *_words(config, model, shapes)]
-            layers += word_layers(config, model, shapes)
-            plan = Plan(model, rules, seed=0, name=name, balance=None, example=example)
-            sketch = plan.parts
-        spots = [(p.site.path, Joint(sketch[p.key], p.edit.place)) for p in plan.placements]
-        entries = _entries(layers, spots, base)
-        _check(config, held, entries, layers)
-        _check_base(config, file, held, layers, base)
-        if plan.is_without_memory:
-            check_state(model, call, MAKING, FILLING)
-        try:
-            plan.apply(example)
-            operation = operations(model)[-1]
-            entries = _entries(layers, joints_of(operation), base)
-            with torch.no_grad():
-                for key, entry in entries.items():
-                    entry.put(file.get_tensor(held[key].key))
-                _fill_cores(config, operation, file, held)
-            operation.start.given([key for key, _ in operation.named_parameters()])
-        except BaseException:
-            if len(operations(model)) > earlier:
-                revert(model, name=name)
-            raise
+    config = Config(call, read_json(path / CONFIG, call))
+    with held_in(_tensors(path, call), call) as (whole, _):
+        read(model, config, folded(_named(whole, model, call)), name=name, example=example)
     return model
+
+
+def read(
+    model: nn.Module, config: Config, held: dict[str, Held], *, name: str, example: Any
+) -> None:
+    """Operate a model by a configuration and tensors, by their names in the model."""
+    shapes = {key: each.shape for key, each in held.items()}
+    layers = targets_of(config, model, shapes)
+    words = word_layers(config, model, shapes)
+    if config.kind == "TRAINABLE_TOKENS":
+        layers, words = words, layers
+    if not layers and not words:
+        config.fail(f"its target_modules mean no layer of this {type(model).__name__}.", FIT)
+    base, held = base_of(config, model, layers), _scaled(config, held, layers)
+    held = _once(config, model, held, words)
+
+    def rules() -> list[Rule]:
+        meant = layers if config.kind != "LN_TUNING" else []
+        edits = [(layer.path, layer.name, edits_of(config, layer, shapes)) for layer in meant]
+        return [*rules_of(model, edits, base.values()), *_words(config, words)]
+
+    def check(entries: dict[str, Entry]) -> None:
+        wanted = {key: entry.shape for key, entry in entries.items()} | _cores(config, layers)
+        check_held(held, wanted, entries, config.fail, lambda key: _is_base(config, key))
+        _check_base(config, held, layers, base)
+
+    def fill(operation: Operation, entries: dict[str, Entry]) -> None:
+        for key, entry in entries.items():
+            entry.put(held[key].get())
+        _fill_cores(config, operation, held)
+
+    def entries(joints: Joints) -> dict[str, Entry]:
+        return _entries([*layers, *words], joints, base)
+
+    operate(model, Content(config.call, rules, entries, check, fill), name, example)
+
+
+def _scaled(config: Config, held: Mapping[str, Held], layers: list[Target]) -> dict[str, Held]:
+    """What a file holds, by LoRA's scale where our parts have none."""
+    found = dict(held)
+    for layer in layers if config.kind == "LORA" else ():
+        name = f"{layer.key}.bias" if layer.bias else f"{layer.key}.lora_B.weight"
+        pissa = config["init_lora_weights"] == "pissa" and is_principal(config, layer)
+        if name in held and (layer.bias or pissa):
+            found[name] = times(held[name], config.scale(layer))
+    alone = config.kind == "TRAINABLE_TOKENS"  # beside LoRA, they have a name more
+    return {k.replace(f".{_ROWS}", f".{_WORDS}") if alone else k: t for k, t in found.items()}
+
+
+def _once(
+    config: Config, model: nn.Module, held: dict[str, Held], words: list[Target]
+) -> dict[str, Held]:
+    """What a file holds, without the rows of a table that is tied to one that has the very same."""
+    tables = {id(layer.weight): layer.path for layer in words}
+    for path, module in named_modules(model):
+        first = tables.get(id(module._parameters.get("weight")), path)
+        one, two = (held.get(f"{each}.{_WORDS}") for each in (first, path))
+        if first != path and one and two:
+            if not torch.equal(one.get(), two.get()):
+                config.fail(f"{first} and {path} have other rows, and are one here.", UNTIE)
+            held = {key: each for key, each in held.items() if each is not two}
+    return held
+
+
+_ROWS = "trainable_tokens_delta"
+_WORDS = f"token_adapter.{_ROWS}"
 
 
 # the files -------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path, call: str) -> dict[str, Any]:
-    """What a configuration says. Raises FileError where it is none."""
-    if not os.path.isfile(path):
-        raise FileError(call, f"there is no {path.name} in it.", "Give a folder that PEFT saved.")
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_CONFIG + 1)
-        said = json.loads(data) if len(data) <= LARGEST_CONFIG else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(
-            call, f"its {path.name} cannot be read ({error!s:.200}).", "Save it again."
-        ) from error
-    if not isinstance(said, dict):
-        raise FileError(call, f"its {path.name} is no configuration.", "Save it again.")
-    return said
-
-
-@contextmanager
-def _opened(folder: Path, call: str) -> Iterator[Any]:
+def _tensors(folder: Path, call: str) -> Path:
     if not os.path.lexists(folder / TENSORS):
         if not os.path.lexists(folder / "adapter_model.bin"):
             raise FileError(call, f"there is no {TENSORS} in it.", "Give a folder that PEFT saved.")
         remedy = "Load it by PEFT where you trust it, and save_pretrained it again, as safetensors."
         raise FileError(call, "its tensors are pickled, and a pickle may run code.", remedy)
-    with opened(folder / TENSORS, call) as file:
-        yield file
+    return folder / TENSORS
 
 
-def _header(file: Any, model: nn.Module, call: str) -> dict[str, Held]:
+def _named(whole: dict[str, Held], model: nn.Module, call: str) -> dict[str, Held]:
     """What is in a file, by plain names."""
     roots, held = set(model._modules), dict[str, Held]()
-    for key in file.keys():  # noqa: SIM118 (no mapping)
-        about, name = file.get_slice(key), plain_name(key, roots)
+    for key, each in whole.items():
+        name = plain_name(key, roots)
         if name in held:
             fact = f"it has {held[name].key:.200} and {key:.200}, which are one to this model."
             raise FileError(call, fact, "Save it again, from one adapter.")
-        held[name] = Held(key, tuple(about.get_shape()), about.get_dtype())
+        held[name] = each
     return held
-
-
-@contextmanager
-def _guarded(call: str) -> Iterator[None]:
-    """What a configuration's numbers come to is an error of the file, whatever it is."""
-    try:
-        yield
-    except RuleError as error:
-        raise FileError(call, f"it makes no part here ({error!s:.500}).", FIT) from error
-    except RAW as error:
-        told = f"{type(error).__name__}: {error!s:.200}"
-        raise FileError(call, f"it makes no part here ({told}).", FIT) from error
-
-
-def _check(
-    config: Config, held: dict[str, Held], entries: dict[str, Entry], layers: list[Target]
-) -> None:
-    """Raise FileError unless the file has just what the model has places for."""
-    wanted = {key: entry.shape for key, entry in entries.items()} | _cores(config, layers)
-    extra = [key for key in held if key not in wanted and not _is_base(config, key)]
-    if lost := [key for key in wanted if key not in held]:
-        config.fail(f"it lacks {first_few(lost)}, which its configuration asks for.", FIT)
-    if extra:
-        told = first_few([f"{key:.200}" for key in extra])
-        config.fail(f"it has {told}, which its configuration gives no place for.", FIT)
-    for key, shape in wanted.items():
-        if held[key].shape != shape:
-            config.fail(f"{key} is {held[key].shape} in it, and {shape} in this model.", FIT)
-        number = key in entries and not entries[key].view.is_floating_point()
-        if not number and held[key].dtype not in FLOATS:
-            config.fail(f"{key} is of {held[key].dtype}, which holds no weights.", "Save floats.")
 
 
 def _is_base(config: Config, key: str) -> bool:
@@ -198,7 +182,7 @@ def _is_base(config: Config, key: str) -> bool:
 
 
 def _check_base(
-    config: Config, file: Any, held: dict[str, Held], layers: list[Target], base: dict[str, Place]
+    config: Config, held: dict[str, Held], layers: list[Target], base: dict[str, Place]
 ) -> None:
     """Raise FileError where the base was another (its table of words had other rows, say), or
     tensors that are tied here are not the same in the file."""
@@ -206,14 +190,14 @@ def _check_base(
     for key, each in held.items():
         if key.endswith(".base_layer.weight") and key not in base:
             own = tables.get(key)
-            if own is None or not torch.equal(file.get_tensor(each.key).to(own), own):
+            if own is None or not torch.equal(each.get().to(own), own):
                 remedy = "Load that table into the model first: it is in the file."
                 config.fail(f"{key} is another than this model's.", remedy)
     first: dict[int, str] = {}
     for key, place in base.items():
         one = first.setdefault(id(place.tensor), key)
         if one != key:
-            two = (file.get_tensor(held[name].key) for name in (one, key))
+            two = (held[name].get() for name in (one, key))
             if not torch.equal(*two):
                 config.fail(f"{one} and {key} differ, and are one in this model.", UNTIE)
 
@@ -241,7 +225,7 @@ def _biases(
 ) -> dict[str, Place]:
     """Those of all modules, or of layers with parts alone, where they are not known already."""
     found: dict[str, Place] = {}
-    inner = {id(layer.module): f"{layer.key}.base_layer" for layer in layers}
+    inner = {id(layer.module): f"{layer.key}.base_layer" for layer in layers if not layer.bias}
     for path, module in named_modules(model):
         own, where = module._parameters.get("bias"), f"{path}.bias".strip(".")
         meant = config["bias"] == "all" or id(module) in inner
@@ -281,48 +265,14 @@ def _check_tied(config: Config, model: nn.Module, found: dict[str, Place]) -> No
         )
 
 
-def _rules(
-    config: Config, model: nn.Module, layers: list[Target], base: dict[str, Place], shapes: Any
-) -> list[Rule]:
-    """A rule for each kind of layer, and for what is saved of the base."""
-    grouped: dict[tuple[str, str], tuple[tuple[Edit, ...], list[str]]] = {}
-    for layer in layers if config.kind != "LN_TUNING" else ():
-        edits = edits_of(config, layer, shapes)
-        grouped.setdefault((layer.name, repr(edits)), (edits, []))[1].append(layer.path)
-    trained: dict[str, list[str]] = {}
-    for place in base.values():
-        if isinstance(place.tensor, nn.Parameter):
-            trained.setdefault(place.path.rpartition(".")[0], []).append(place.name)
-    for path, names in trained.items():
-        whole = set(names) >= {name for name, _ in model.get_submodule(path).named_parameters()}
-        edit = unfreeze if whole else unfreeze(*names)
-        grouped.setdefault(("", repr(edit)), ((edit,), []))[1].append(path)
-    return [
-        at(weight(f"{address}.{name}", tied=False) if name else address, *edits)
-        for (name, _), (edits, paths) in grouped.items()
-        for address in _addresses(model, dict.fromkeys(paths))
-    ]
-
-
-def _addresses(model: nn.Module, paths: Any) -> list[str]:
-    """Paths, those that differ by numbers alone as one address, where it means no others."""
-    alike: dict[str, list[str]] = {}
-    for path, _ in named_modules(model):
-        alike.setdefault(generalise(path), []).append(path)
-    found: dict[str, None] = {}
-    for path in paths:
-        address = generalise(path)
-        found[address if all(other in paths for other in alike[address]) else path] = None
-    return list(found)
-
-
 def word_layers(config: Config, model: nn.Module, shapes: Any) -> list[Target]:
     """The tables of words of which a few rows are trained. Raises FileError where there is none."""
     if not config["trainable_token_indices"]:
         return []
-    tail, modules = ".token_adapter.trainable_tokens_delta", dict(named_modules(model))
+    tail, modules = f".{_WORDS}", dict(named_modules(model))
     paths = [key.removesuffix(tail) for key in shapes if key.endswith(tail)]
-    known = [p for p in paths if isinstance(modules.get(p), nn.Embedding) and ids_of(config, p)]
+    tables = (nn.Embedding, nn.Linear)
+    known = [p for p in paths if isinstance(modules.get(p), tables) and ids_of(config, p)]
     if not known:
         config.fail("it has no tensor for its trainable_token_indices in this model.", FIT)
     return [Target(path, modules[path], path, path, "weight") for path in known]
@@ -330,35 +280,17 @@ def word_layers(config: Config, model: nn.Module, shapes: Any) -> list[Target]:
 
 def ids_of(config: Config, path: str) -> list[int]:
     """The rows of a table that are trained."""
-    asked = config["trainable_token_indices"]
+    asked = config["trainable_token_indices"] or config["token_indices"]
     if isinstance(asked, list):
         return asked
     return next((ids for name, ids in asked.items() if path.endswith(name)), [])
 
 
-def _words(config: Config, model: nn.Module, shapes: Any) -> list[Rule]:
-    return [
-        at(weight(layer.place), parallel(rows(ids_of(config, layer.path))))
-        for layer in word_layers(config, model, shapes)
-    ]
+def _words(config: Config, words: list[Target]) -> list[Rule]:
+    return [at(weight(layer.place), parallel(rows(ids_of(config, layer.path)))) for layer in words]
 
 
-def joints_of(operation: Operation) -> list[tuple[str, Joint]]:
-    """The parts of an operation, each with the place that it is joined to, without rows."""
-    return [
-        (
-            hooked.path.partition("[")[0],
-            Joint(without_room(action.part), action.place, action.scale, rows),
-        )
-        for hooked in operation.hooked_sites
-        for rows in [hooked.rows if isinstance(hooked, HookedWeight) else None]
-        for action in hooked.actions
-    ]
-
-
-def _entries(
-    layers: list[Target], joints: list[tuple[str, Joint]], base: dict[str, Place]
-) -> dict[str, Entry]:
+def _entries(layers: list[Target], joints: Joints, base: dict[str, Place]) -> dict[str, Entry]:
     by_path: dict[str, list[Joint]] = {}
     for path, joint in joints:
         by_path.setdefault(path, []).append(joint)
@@ -379,14 +311,14 @@ def _cores(config: Config, layers: list[Target]) -> dict[str, tuple[int, ...]]:
     return {CORES[0]: (config["r"], width), CORES[1]: (out, config["r"])}
 
 
-def _fill_cores(config: Config, operation: Operation, file: Any, held: dict[str, Held]) -> None:
+def _fill_cores(config: Config, operation: Operation, held: dict[str, Held]) -> None:
     """Give each size of layers its slice of them; drawn as PEFT draws them where not saved."""
     parts: list[Any] = [joint.part for _, joint in joints_of(operation)]
     cores = [part.core for part in parts if isinstance(part, SharedLoRA)]
     if not cores:
         return
     if config["save_projection"]:
-        A, B = (file.get_tensor(held[name].key) for name in CORES)
+        A, B = (held[name].get() for name in CORES)
     else:
         width, out = max(c.A.shape[1] for c in cores), max(len(c.B) for c in cores)
         draw = torch.Generator("cpu").manual_seed(config["projection_prng_key"])

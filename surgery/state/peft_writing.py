@@ -19,16 +19,18 @@ from ..engine.owned import own_values
 from ..engine.trained import changed_buffers, trained_of
 from ..errors import FileError
 from ..parts.rotations import OFT
-from ..parts.row_lengths import Magnitude, Rescale
+from ..parts.row_lengths import Magnitude, Rescale, Shift
 from ..parts.sparse_updates import Rows
 from ..structure.layers import is_conv, is_torch_attention, named_modules
 from .checkpoint import state_dict
-from .peft_format import CORES, PREFIX, Config, Target, targets_of
-from .peft_layers import Joint, kind_of
+from .foreign import Joint, joints_of
+from .peft_format import CORES, PREFIX, Config, Target
+from .peft_layers import kind_of
 from .peft_packing import AS_LORA, KINDS, Layers, Packed, having, packed, refuse
-from .peft_reading import CONFIG, TENSORS, base_of, joints_of
+from .peft_reading import CONFIG, TENSORS, base_of
+from .peft_targets import targets_of
 
-JOINED = {Magnitude: ("after",), Rescale: ("before", "after"), OFT: ("before",)}
+JOINED = {Magnitude: ("after",), Shift: ("after",), Rescale: ("before", "after"), OFT: ("before",)}
 BIASED = ("LORA", "OFT", "VERA")  # the kinds that may train biases of their layers
 KEEP = "Freeze it; or keep all there is by surgery.save(model, path)."
 
@@ -86,15 +88,45 @@ def _described(model: nn.Module, operation: Operation, call: str) -> Packed:
     kind = _kind(joints, call)
     said = {"peft_type": kind, **_places(model, joints)}
     saved, biases = _trained(model, operation, call)
+    if kind == "TRAINABLE_TOKENS":
+        said["target_modules"] = sorted(said.pop("trainable_token_indices"))
+    if any(having(there, Shift) for there in joints.values()):
+        said["lora_bias"] = True
+    _check_names(saved, call)
     said["target_modules" if kind == "LN_TUNING" else "modules_to_save"] = saved
     layers = _layers(model, joints, said, call)
     if biases and kind not in BIASED:
         refuse(call, biases[0], "a trained bias", f"{kind} saves none of a layer that has a part")
     said |= {"bias": f"{kind.lower()}_only"} if biases else {}
     options, tensors = packed(kind, layers, call)
+    if kind == "TRAINABLE_TOKENS":
+        tensors |= _again(model, [layer for layer, _ in layers], tensors)
     said = {name: value for name, value in {**said, **options}.items() if value != {}}
     base = base_of(Config(call, said, AS_LORA), model, [layer for layer, _ in layers])
     return said, {**tensors, **{key: place.tensor for key, place in base.items()}}
+
+
+def _again(
+    model: nn.Module, tables: list[Target], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The rows of tables once more, by the names of what is tied to them."""
+    first = {id(table.weight): table.path for table in tables}
+    own = {path: first.get(id(m._parameters.get("weight"))) for path, m in named_modules(model)}
+    name = "trainable_tokens_delta"
+    return {f"{path}.{name}": tensors[f"{table}.{name}"] for path, table in own.items() if table}
+
+
+# what PEFT puts into a model, by the ends of whose names it would take it for a module to save
+OWN = ("base_layer", "default", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A",
+       "lora_embedding_B", "lora_magnitude_vector", "vera_dropout", "oft_dropout")  # fmt: skip
+
+
+def _check_names(saved: list[str], call: str) -> None:
+    """Raise FileError where PEFT would save a part of its own by a module's name."""
+    for name in saved:
+        if meant := [own for own in OWN if own.endswith(name)]:
+            fact = f"{name} is trained, and PEFT would take its own {meant[0]} for it."
+            raise FileError(call, fact, KEEP)
 
 
 def _by_place(model: nn.Module, operation: Operation, call: str) -> dict[str, list[Joint]]:
@@ -107,7 +139,7 @@ def _by_place(model: nn.Module, operation: Operation, call: str) -> dict[str, li
         if place in tied and kind_of(joint.part) is not Rows:
             refuse(call, place, joint.part, "modules share this weight, and PEFT would change one")
         plain = isinstance(module, nn.Linear) and name == "weight" and not _inner(modules, holder)
-        own = holder if plain else place
+        own = holder if plain and kind_of(joint.part) is not Rows else place
         found.setdefault(own, []).append(joint)
     return found
 
@@ -133,6 +165,8 @@ def _kind(joints: dict[str, list[Joint]], call: str) -> str:
             kinds.setdefault(KINDS[own], place)
     if len(kinds) > 1:
         refuse(call, " and ".join(kinds.values()), " and ".join(kinds), "PEFT has one kind in all")
+    if joints and all(len(having(there, Rows)) == len(there) for there in joints.values()):
+        return "TRAINABLE_TOKENS"
     return next(iter(kinds), "LN_TUNING")
 
 
@@ -196,7 +230,7 @@ def _layers(
     layers = targets_of(Config(call, said, AS_LORA), model, ())
     places = {layer.place for layer in layers if not layer.raw or layer.place in joints}
     words = [Target(path, modules[path], path, path, "weight")
-             for path in said["trainable_token_indices"]]  # fmt: skip
+             for path in said.get("trainable_token_indices", ())]  # fmt: skip
     if lost := {*joints} - places - {layer.place for layer in words}:
         refuse(call, min(lost), "a part", "PEFT's names do not tell it from others")
     return [(layer, joints.get(layer.place, [])) for layer in [*layers, *words]]

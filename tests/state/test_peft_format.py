@@ -485,7 +485,7 @@ def refused(folder: Path, name: str, said: str = "") -> None:
 
 OPTIONS: dict[str, tuple[str, Any, str]] = {
     "init_lora_weights": ("lora", "pissa_niter_16", "init_lora_weights='pissa_niter_16'"),
-    "lora_bias": ("lora", True, "lora_bias=True"),
+    "lora_bias": ("lora", True, "it lacks"),
     "alora_invocation_tokens": ("lora", [1, 2], "alora_invocation_tokens=[1, 2]"),
     "use_qalora": ("lora", True, "use_qalora=True"),
     "layer_replication": ("lora", [[0, 2], [1, 3]], "layer_replication"),
