@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 
 from .._text import first_few
-from ..engine.operation import Operation
 from ..engine.trained import Place
 from ..parts.adapters import Adapter
 from ..parts.low_rank import LoRA
@@ -83,12 +82,8 @@ def load_adapters(model: nn.Module, folder: Path, *, name: str, example: Any, he
             wanted = {key: entry.shape for key, entry in entries.items()}
             check_held(held, wanted, entries, partial(fail, call))
 
-        def fill(operation: Operation, entries: dict[str, Entry]) -> None:
-            for key, entry in entries.items():
-                entry.put(held[key].get())
-
         rules, entries = partial(_rules, hub, spots, base), partial(_entries, spots, base)
-        operate(model, Content(call, rules, entries, check, fill), name, example)
+        operate(model, Content(call, rules, entries, check, held), name, example)
 
 
 def _read(folder: Path, names: tuple[str, ...], call: str, stack: ExitStack) -> dict[str, Held]:

@@ -87,14 +87,16 @@ class Content(NamedTuple):
     rules    made when they are asked for: what is wrong with them is an error of the file
     entries  where its tensors lie, by their names, in parts that are joined so
     check    raises FileError where these are not what the file has
-    fill     puts the tensors in
+    held     the file's tensors, by their names
+    last     what else is filled, where there is any
     """
 
     call: str
     rules: Callable[[], list[Rule]]
     entries: Callable[[Joints], dict[str, Entry]]
     check: Callable[[dict[str, Entry]], None]
-    fill: Callable[[Operation, dict[str, Entry]], None]
+    held: Mapping[str, Held]
+    last: Callable[[Operation], None] = lambda operation: None
 
 
 def operate(model: nn.Module, content: Content, name: str, example: Any) -> None:
@@ -111,8 +113,17 @@ def operate(model: nn.Module, content: Content, name: str, example: Any) -> None
         plan.apply(example)
         operation = operations(model)[-1]
         with torch.no_grad():
-            content.fill(operation, content.entries(joints_of(operation)))
+            _fill(content, content.entries(joints_of(operation)))
+            content.last(operation)
         operation.start.given([key for key, _ in operation.named_parameters()])
+
+
+def _fill(content: Content, entries: Mapping[str, Entry]) -> None:
+    """Put what a file has where it lies. Raises FileError where its numbers make no such tensor."""
+    for key, entry in entries.items():
+        with guarded(content.call):
+            value = content.held[key].get().reshape(entry.shape)
+        entry.put(value)
 
 
 @contextmanager

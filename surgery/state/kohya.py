@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.operation import Operation
 from ..engine.trained import Place
 from ..parts.deltas import loha, lokr
 from ..parts.low_rank import lora
@@ -84,12 +83,8 @@ def load_kohya(model: nn.Module, path: Path, *, name: str, example: Any) -> None
             wanted = {key: entry.shape for key, entry in entries.items()}
             check_held(held, wanted, entries, partial(fail, call))
 
-        def fill(operation: Operation, entries: dict[str, Entry]) -> None:
-            for key, entry in entries.items():
-                entry.put(held[key].get())
-
         entries = partial(_entries, layers, base)
-        operate(model, Content(call, rules, entries, check, fill), name, example)
+        operate(model, Content(call, rules, entries, check, held), name, example)
 
 
 def _config(text: str, words: list[str], call: str) -> Config:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,15 +109,11 @@ def read(
         check_held(held, wanted, entries, config.fail, lambda key: _is_base(config, key))
         _check_base(config, held, layers, base)
 
-    def fill(operation: Operation, entries: dict[str, Entry]) -> None:
-        for key, entry in entries.items():
-            entry.put(held[key].get())
-        _fill_cores(config, operation, held)
-
     def entries(joints: Joints) -> dict[str, Entry]:
         return _entries([*layers, *words], joints, base)
 
-    operate(model, Content(config.call, rules, entries, check, fill), name, example)
+    cores = partial(_fill_cores, config, held)
+    operate(model, Content(config.call, rules, entries, check, held, cores), name, example)
 
 
 def _scaled(config: Config, held: Mapping[str, Held], layers: list[Target]) -> dict[str, Held]:
@@ -311,7 +308,7 @@ def _cores(config: Config, layers: list[Target]) -> dict[str, tuple[int, ...]]:
     return {CORES[0]: (config["r"], width), CORES[1]: (out, config["r"])}
 
 
-def _fill_cores(config: Config, operation: Operation, held: dict[str, Held]) -> None:
+def _fill_cores(config: Config, held: dict[str, Held], operation: Operation) -> None:
     """Give each size of layers its slice of them; drawn as PEFT draws them where not saved."""
     parts: list[Any] = [joint.part for _, joint in joints_of(operation)]
     cores = [part.core for part in parts if isinstance(part, SharedLoRA)]

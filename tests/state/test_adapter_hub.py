@@ -226,6 +226,14 @@ def test_a_tensor_that_is_not_known_or_lost_is_named(tmp_path: Path) -> None:
     refused("bert", folder, "in this model")
 
 
+def test_factors_that_make_no_matrix_are_an_error_of_the_file(tmp_path: Path) -> None:
+    folder = shutil.copytree(HERE / "gpt2_compacter_pp", tmp_path / "x")
+    held = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+    name = next(name for name in held if name.endswith("phm_rule_left"))
+    torch.save({**held, name: held[name][:0].clone()}, folder / "pytorch_adapter.bin")
+    refused("gpt2", folder, "it makes no part here (RuntimeError")
+
+
 class Harm:
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("it ran",)
