@@ -10,6 +10,7 @@ from ._preserve import fingerprint
 from .engine.activity import activate, train_only
 from .engine.apply import apply, disabled, parameters, revert
 from .engine.losses import Routing, balance_loss, penalty, routing
+from .engine.materialise import materialise
 from .engine.merging import merge, unmerge
 from .engine.mixture import mixed
 from .engine.planning import Plan, plan
@@ -77,10 +78,10 @@ __all__ = [
     "anatomy", "append", "apply", "as_lora", "at", "attend", "attn", "balance_loss", "block",
     "disabled", "draw_loads", "embed", "fc1", "fc2", "ffn", "fingerprint", "freeze",
     "from_pretrained", "fused", "groups", "head", "holding", "insert", "inside", "inspect",
-    "key", "load", "load_peft", "load_state_dict", "lora", "merge", "methods", "mixed", "moa",
-    "nearest", "norm", "ops", "parallel", "parameters", "part", "parts", "penalty", "plan",
-    "prepend", "proj", "prompt", "prompt_generator", "qkv", "query", "replace", "report",
-    "revert", "routing", "rulesets", "save", "save_peft", "save_pretrained", "scale_shift",
-    "shared", "side", "span", "state_dict", "swap", "token", "train_only", "unfreeze",
-    "unmerge", "until", "value", "weight", "where",
+    "key", "load", "load_peft", "load_state_dict", "lora", "materialise", "merge", "methods",
+    "mixed", "moa", "nearest", "norm", "ops", "parallel", "parameters", "part", "parts",
+    "penalty", "plan", "prepend", "proj", "prompt", "prompt_generator", "qkv", "query",
+    "replace", "report", "revert", "routing", "rulesets", "save", "save_peft",
+    "save_pretrained", "scale_shift", "shared", "side", "span", "state_dict", "swap", "token",
+    "train_only", "unfreeze", "unmerge", "until", "value", "weight", "where",
 ]  # fmt: skip

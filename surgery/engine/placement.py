@@ -49,6 +49,10 @@ class Placement:
     foreign: Collection[int] = ()  # ids of modules that are no part's own: of the base, borrowed
 
     def __post_init__(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Where the part will be, and in which dtype: as the base is now."""
         self.device, self.dtype = _surroundings(self.site)
 
     @property

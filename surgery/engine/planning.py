@@ -282,6 +282,7 @@ class Plan:
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
+        operation.start.plan = self if operation.start.names else None
         maps = attach(self.model, operation, operation.journal, self.placements, parts, self.tree)
         spots: dict[Spot, list[Placement]] = {}
         for p in self.placements:

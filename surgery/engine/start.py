@@ -17,17 +17,21 @@ from .journal import Journal, Value
 from .switch import Switch
 
 REMEDY = (
-    "Give them values, model.load_state_dict(state) with all its surgery.* keys; or revert, give "
-    "the model memory and its base, and apply the rules (or load the file) then."
+    "Give them values: surgery.materialise(model), once the base has its own, those of apply; "
+    "model.load_state_dict(state) with all its surgery.* keys, others."
 )
 
 
 class MissingStart:
-    """The tensors of an operation's parts that were made on meta and have no value yet, by name."""
+    """The tensors of an operation's parts that were made on meta and have no value yet, by name.
+
+    plan  what they were made by, which knows their seed
+    """
 
     def __init__(self, operation: Switch, journal: Journal) -> None:
         self.operation, self.journal = operation, journal
         self.names = {name for name, tensor in tensors_of(operation) if tensor.is_meta}
+        self.plan: Any = None
         self.waits = True  # for values of the base that were kept
         self.writes = 0  # that a tensor has seen though nobody gave it a value
 
@@ -90,7 +94,7 @@ class MissingStart:
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows, too, what was written by hand: its tensors are all new."""
         self.lost()
-        return {**vars(self), "writes": 1}  # unpickling is one
+        return {**vars(self), "plan": None, "writes": 1}  # unpickling is one
 
 
 def tensors_of(operation: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -86,6 +86,7 @@ OPERATED: dict[str, Call] = {
     "disabled": _disabled,
     "groups": lambda m, f: surgery.groups(m, lr=1e-3),
     "load_state_dict": lambda m, f: surgery.load_state_dict(m, STATE),
+    "materialise": lambda m, f: surgery.materialise(m),
     "merge": lambda m, f: surgery.merge(m),
     "mixed": lambda m, f: _mixed(m),
     "parameters": lambda m, f: surgery.parameters(m),
@@ -195,7 +196,9 @@ def _in_inference(model: nn.Module) -> nn.Module:
 
 CPU = torch.device("cpu")
 PURE = {"anatomy", "fingerprint", "plan"}
-RUNNING = {"balance_loss", "groups", "parameters", "penalty", "report", "routing"}  # it goes on
+RUNNING = {  # it goes on
+    "balance_loss", "groups", "materialise", "parameters", "penalty", "report", "routing",
+}  # fmt: skip
 ALL = {*BARE, *OPERATED, *MERGED}
 NEW = {"apply", "apply, a second time", "Plan.apply", "load", "load_peft", "as_lora"}
 
@@ -219,12 +222,12 @@ STATES = {
     "tensor parallel": State(_tensor_parallel, "tensor parallel", PURE | RUNNING, False),
     "in DDP": State(lambda m: _ddp(m).module, "DistributedDataParallel", ALL - NEW, False),
     "replicated": State(_replicated, "DistributedDataParallel", ALL - NEW, False),
-    "offloaded": State(_offloaded, "offload", PURE | RUNNING),
+    "offloaded": State(_offloaded, "offload", PURE | RUNNING - {"materialise"}),
     "on meta": State(
         lambda m: m.to("meta"),
         "meta",
         PURE
-        | RUNNING
+        | RUNNING - {"materialise"}
         | NEW - {"load", "load_peft", "as_lora"}
         | {"activate", "disabled", "mixed", "revert", "state_dict", "train_only", "unmerge"},
     ),
