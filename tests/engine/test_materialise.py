@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery import OperationError, at, lora, materialise, qkv
@@ -124,3 +126,20 @@ def test_shards(tmp_path: Path) -> None:
         assert model.eval()(images(batch=1)).isfinite().all()
     finally:
         dist.destroy_process_group()
+
+
+def test_a_model_of_70_billion_is_planned_and_operated_in_seconds() -> None:
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    start = time.process_time()
+    assert surgery.plan(model, "lora").added == 80 * 8 * (2 * 8192 + 2 * (8192 + 1024))
+    assert time.process_time() - start < 1
+    surgery.apply(model, "lora")
+    assert all(p.is_meta for p in model.parameters())
+    assert len(surgery.parameters(model)) == 2 * 240 + 1
+    surgery.revert(model)
+    assert time.process_time() - start < 10
