@@ -19,15 +19,17 @@ from .conditions import (
     APPLYING,
     DISABLED,
     MIXED,
+    OWN,
     TRAINING,
     WRITING,
     check_example,
     check_state,
 )
 from .journal import Journal, Value, completed
+from .norm_statistics import follow
 from .obstacles import dotted, refuse
 from .operation import Operation, check_operable, operations
-from .owned import claimed_by, composed, own_parameters, put_by, slots_of
+from .owned import claimed_by, composed, own_parameters, pull, put_by, slots_of
 from .plain import check_kept
 from .planning import Plan
 from .removal import take_out, went_on
@@ -119,6 +121,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
         completed(lambda: _take_off(done, chosen, own))
     else:
         _take_out(done, chosen[0])
+    follow([op for op in done if op not in chosen], Journal())
     if left:
         warnings.warn(f"surgery.revert(model) left some as they are. {left}.", stacklevel=2)
     return model
@@ -233,6 +236,7 @@ def parameters(model: nn.Module, names: str | Iterable[str] | None = None) -> li
     check_state(model, "parameters(model)", TRAINING)
     adopt(model)
     if names is not None:
+        check_state(model, "parameters(model, names)", MIXED, OWN)
         asked = [names] if isinstance(names, str) else [*names]
         chosen = named(done, asked, f"parameters(model, {asked!r})")
         parts = [p for op in chosen for p in op.parameters() if p.requires_grad]
@@ -273,6 +277,7 @@ def operated(
             f"the parts of this {type(model).__name__} are {'not ' * merged}merged.",
             "Call surgery.merge(model) first." if merged else "Call surgery.unmerge(model) first.",
         )
+    pull(done)
     return done
 
 

@@ -342,6 +342,11 @@ TRAINING: Table = {
     holds_ddp: "Parts are outside of it, and no one would reduce their gradients: unwrap it, and "
     "wrap the whole model.",
 }
+# parameters that are in no module
+OWN: Table = {
+    held_by_ddp: "Parameters that each operation has of its own would not be: train each by "
+    "itself, activate(model, name), or without DistributedDataParallel."
+}
 # members of the model, and not of its base
 MIXED: Table = {inside_mixed: "Call it outside of mixed(model, ...)."}
 DISABLED: Table = {inside_disabled: "Call it outside of disabled(model).", **MIXED}

@@ -27,7 +27,7 @@ from .journal import owner_of
 from .passes import Key, Pass
 from .routed import routed
 from .rows import Group
-from .streams import Inserted
+from .streams import Inserted, refuse_checkpoints
 from .switch import Switch
 from .tokens import ASIDE, ENTERING, ON_OUTPUT, WRAPPING, Action, Fits, Insertions
 from .tracing import Traced, apart
@@ -145,6 +145,8 @@ class HookedSite:
             self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
             return None
+        if self.switch.is_mixed:
+            refuse_checkpoints(self.path)
         acts = None if (group := self.group) is None else group.acts(self)
         if acts is False:
             return None
@@ -184,6 +186,8 @@ class HookedSite:
                 check_caches(beside, output, self.path)
         if not (self.leaves and self.active()):
             return None
+        if self.switch.is_mixed:
+            refuse_checkpoints(self.path)
         acts = None if (group := self.group) is None else group.acts(self)
         if acts is None or group is None:
             return self._left(args, kwargs, output)

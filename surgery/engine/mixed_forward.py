@@ -6,12 +6,15 @@ change them there, too.
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .._inputs import tensors_in
@@ -19,8 +22,10 @@ from ..errors import GraftError
 from .features import declared, input_of
 from .hooks import HookedSite
 from .kinds import PLAIN, kind_of
+from .norm_statistics import is_guarded
 from .operation import Operation
-from .rows import CLOSE, Rows, mixes_rows, takes_statistics, unseen
+from .rows import CLOSE, Rows, not_of_tokens, takes_statistics, unseen
+from .streams import refuse_checkpoints
 
 Values = dict[tuple[nn.Module, str], Tensor]
 
@@ -28,8 +33,12 @@ Values = dict[tuple[nn.Module, str], Tensor]
 class Layer:
     """The forward of a layer whose tensors are others for each of the rows."""
 
-    def __init__(self, module: nn.Module, rows: Rows, values: Sequence[Values]) -> None:
+    def __init__(
+        self, module: nn.Module, rows: Rows, values: Sequence[Values], used: Sequence[Operation]
+    ) -> None:
         self.module, self.rows, self.path = module, rows, type(module).__name__
+        self.models = used[0].model if used else []
+        self.counts = [counts(module, op) for op in (*used, None)]
         self.values = [
             {name: v for (holder, name), v in each.items() if holder is module} for each in values
         ]
@@ -39,27 +48,60 @@ class Layer:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.rows.on:
             return self.base(*args, **kwargs)
+        refuse_checkpoints(self.path)
         x, _ = input_of(args, kwargs, self)
         if self.rows.all_act:
-            if mixes_rows(self.module):
+            if any(self.counts) and self._in_training():
                 raise takes_statistics(self.path)
-            *outs, rest = [self._run(x, values) for values in self.values]
+            *outs, rest = map(self._run, [x] * len(self.values), self.values, self.counts)
             return self.rows.chosen(rest, self.path, [*enumerate(outs)])
         pieces, join = self.rows.split(x, self.path)
-        return join([self._run(p, values) for p, values in zip(pieces, self.values, strict=True)])
+        return join([*map(self._run, pieces, self.values, self.counts)])
 
     def seen(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook that does nothing: torch's fused layers look for any."""
 
-    def _run(self, x: Tensor, values: dict[str, Tensor]) -> Tensor:
-        own = vars(self.module)
+    def _in_training(self) -> bool:
+        return any(model.training for model in self.models)
+
+    def _run(self, x: Tensor, values: dict[str, Tensor], count: bool | None) -> Tensor:
+        """What it gives; for no rows, no gradient is asked: they were not there."""
+        own, training = vars(self.module), self.module.training
         try:
             own.update(values)
-            y: Tensor = self.base(x)
+            if count is not None:
+                own["training"] = count and self._in_training()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(x.numel())):
+                y: Tensor = self.base(x)
         finally:
+            own["training"] = training
             for name in values:
                 own.pop(name, None)
         return y
+
+
+class Shapes(TorchFunctionMode):
+    """Sees whether how many there are of something depends on what it is: tokens of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_data = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func is Tensor.__getitem__ and any(map(_is_mask, pytree.tree_leaves(args[1:])))
+        by_where = func is torch.where and len(args) + len(kwargs or {}) == 1
+        self.of_data |= func in OF_DATA or by_mask or by_where
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+OF_DATA = {
+    torch.nonzero, Tensor.nonzero, torch.argwhere, torch.masked_select, Tensor.masked_select,
+    torch.unique, Tensor.unique, torch.bincount, Tensor.bincount, Tensor.tolist,
+}  # fmt: skip
 
 
 class MixedForward:
@@ -84,12 +126,19 @@ class MixedForward:
         self.proven = any(all(map(known.get, self.places)) for known in shown)
         self.path, self.names = "", declared(type(model).forward)
         self.base = vars(model).get("forward") or type(model).forward.__get__(model)
+        self.__signature__ = inspect.signature(self.base)  # transformers asks what it takes
+        self.lock = threading.RLock()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._forward(args, kwargs)
+        with self.lock:  # whose rows a place is given is one for all threads
+            self.rows.begin()
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
         x, _ = input_of(args, kwargs, self)
         axis = self.rows.axis(x, "", whole=True)
-        if not torch.compiler.is_compiling():
-            self.rows.begin()
         if not (self.by_rows and self._is_proven(args, kwargs, axis)):
             if self.rows.all_act:
                 raise unseen("")
@@ -112,17 +161,29 @@ class MixedForward:
             for operation, strength in zip(self.done, was, strict=True):
                 operation.strength = strength
 
+    @contextmanager
+    def _norms(self, active: set[Operation]) -> Iterator[None]:
+        """Norms count where one that is active trains them."""
+        norms = dict.fromkeys(norm for op in self.done for norm in op.norms)
+        was = [norm.training for norm in norms]
+        try:
+            for norm in norms:
+                norm.training = self.model.training and any(counts(norm, op) for op in active)
+            yield
+        finally:
+            for norm, training in zip(norms, was, strict=True):
+                norm.training = training
+
     # whether rows stay rows ----------------------------------------------------------------------
 
     def _is_proven(self, args: Any, kwargs: Any, axis: int) -> bool:
         """Whether rows are rows at all places, as two forwards of two samples showed or show."""
-        if self.rows.are_tokens:
-            return True  # which are told by as many rows as there are, of as many tokens
         if torch.compiler.is_compiling():
             return self.proven
         kind = kind_of(self.model, args, kwargs)
         known = self.done[0].rows_proven.setdefault(kind, {})
-        if not known.keys() >= {*self.places} and not self._prove(args, kwargs, axis, known):
+        prove = self._see_tokens if self.rows.are_tokens else self._prove
+        if not known.keys() >= {*self.places} and not prove(args, kwargs, axis, known):
             return False
         self.proven = all(known[place] for place in self.places)
         return self.proven
@@ -144,12 +205,26 @@ class MixedForward:
             return False
         order = torch.tensor([0, other], device=self.rows.rest.device)
         two = Rows(torch.tensor([-1, -1]), 0, self.rows.tokens_first, False, order.device)
-        met = [self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))]
+        with Shapes() as shapes:
+            met = [
+                self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))
+            ]
         if not all(t.isfinite().all() for each in met for pair in each.values() for t in pair):
             return False
         for place in self.places:
             a, b = (each.get(place, []) for each in met)
-            known[place] = 0 < len(a) == len(b) and all(map(_are_swapped, a, b, [two] * len(a)))
+            swapped = 0 < len(a) == len(b) and all(map(_are_swapped, a, b, [two] * len(a)))
+            known[place] = swapped and not shapes.of_data
+        return True
+
+    def _see_tokens(self, args: Any, kwargs: Any, axis: int, known: dict[nn.Module, bool]) -> bool:
+        """Raise GraftError where a place is not given, or does not give, the tokens as they lie."""
+        met = self._met((args, kwargs))
+        for place in self.places:
+            there = met.get(place, [])
+            if not there or any(t.shape[:2] != self.rows.index.shape for t in there):
+                raise not_of_tokens(type(place).__name__, there[0] if there else None)
+            known[place] = True
         return True
 
     def _met(self, given: tuple[Any, Any]) -> dict[nn.Module, list[Tensor]]:
@@ -194,7 +269,7 @@ class MixedForward:
     def _run(self, k: int, given: tuple[Any, Any]) -> Any:
         """The answer for some rows, where one operation alone is active."""
         try:
-            with self._strengths({*self.used[k : k + 1]}):
+            with self._strengths({*self.used[k : k + 1]}), self._norms({*self.used[k : k + 1]}):
                 for (module, name), value in self.values[k].items():
                     vars(module)[name] = value
                 return self.base(*given[0], **given[1])
@@ -230,6 +305,13 @@ class MixedForward:
         if sizes[0] == self.rows.of:
             return tensor.index_select(0, index)
         return tensor.index_select(1, index) if self.rows.tokens_first else tensor
+
+
+def counts(norm: nn.Module, op: Operation | None) -> bool | None:
+    """Whether a norm counts the rows of an operation, in training; None: no operation says so."""
+    if not is_guarded(norm):
+        return None
+    return op is not None and op.is_trained and norm in op.norms
 
 
 def _joined(outs: list[Any], sizes: list[int], back: Tensor, axis: int) -> Any:

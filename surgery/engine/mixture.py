@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..errors import OperationError
 from ..rules.layout import map_readers
 from ..structure.layers import CONVS, is_norm
 from .apply import named, operated
-from .conditions import DISABLED, WRITING, check_state
+from .conditions import DISABLED, OWN, WRITING, check_state
 from .hooked_weights import HookedWeight, only_reads
 from .hooks import HookedSite
 from .journal import Journal
@@ -42,8 +43,12 @@ def mixed(
     first forward of a kind shows whether rows stay rows at all these places: two samples of it run
     twice, in either order. Where they do not, and where an operation puts tokens in, replaces
     modules, hears others or stands at weights that are read by what is no linear layer, the model
-    runs once for each operation, on its rows. Parts are trained so; what was unfrozen is not, where
-    more than one made something of it.
+    runs once for each operation, on its rows. Parts are trained so, and what was unfrozen where an
+    optimizer has `parameters(model, names)`. Threads take turns; checkpoints are refused; compiled
+    code does not look whether numbers in rows are right, nor at what an optimizer has just made of
+    parameters that each operation has of its own.
+
+    Tokens of packed sequences are told by where they lie: (rows, tokens, ...) at each place.
 
     Raises OperationError where there is no such operation, inside `disabled` or `mixed`, and where
     unfrozen tensors would have to be trained; GraftError, in a forward, where rows are not to be
@@ -68,7 +73,7 @@ def mixed(
     journal = Journal()
     put_by(done)
     slots = [slot for slot in slots_of(done, norms=True) if _is_met(slot, used)]
-    values = [_values(slots, op) for op in (*used, None)]
+    values = [_values(slots, op, used) for op in (*used, None)]
     try:
         _join(model, done, used, _rows(model, names, used, rows), slots, values, journal, call)
         yield model
@@ -78,14 +83,18 @@ def mixed(
 
 
 def _check_rows(model: nn.Module, rows: Tensor, names: Sequence[str | None], call: str) -> None:
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32):
+        kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        remedy = "Give a tensor of whole numbers, torch.tensor([...])."
+        raise OperationError(call, f"rows is {kind}, no tensor of int64 or int32.", remedy)
     if rows.device != _device(model):
         fact = f"rows is on {rows.device}, and the model on {_device(model)}."
         raise OperationError(
             call, fact, f'Make it there, torch.tensor(..., device="{_device(model)}").'
         )
-    if rows.is_floating_point() or rows.is_complex() or rows.dim() not in (1, 2):
-        fact = f"rows is {tuple(rows.shape)}, {rows.dtype}."
-        raise OperationError(call, fact, "Give whole numbers, (rows,) or (rows, tokens).")
+    if rows.dim() not in (1, 2):
+        fact = f"rows is {tuple(rows.shape)}."
+        raise OperationError(call, fact, "Give (rows,) or (rows, tokens).")
     if None in names or len({*names}) != len(names):
         fact = "with rows=, names are those of operations, each once."
         raise OperationError(call, fact, "Write -1 into rows where the base is to answer.")
@@ -129,7 +138,7 @@ def _join(
     if by_rows:
         _group(used, rows, journal)
         modules = dict.fromkeys(module for slot in slots for module, _ in slot.places)
-        layers = [Layer(module, rows, values) for module in modules]
+        layers = [Layer(module, rows, values, used) for module in modules]
     for layer in layers:
         journal.set(layer.module, "forward", layer.forward)
         journal.hook(layer.module, layer.seen)  # no fused kernel reads the weights of one
@@ -137,7 +146,7 @@ def _join(
         journal.set(op, "is_mixed", True)
         journal.set(op, "has_rows", op in used)
     forward = MixedForward(model, done, used, rows, values, layers, by_rows)
-    journal.set(model, "forward", forward.forward)
+    journal.set(model, "forward", forward)
 
 
 def _is_met(slot: Slot, used: list[Operation]) -> bool:
@@ -167,7 +176,7 @@ def _is_layer(slot: Slot) -> bool:
     return all(isinstance(module, layers) or is_norm(module) for module, _ in slot.places)
 
 
-def _values(slots: list[Slot], op: Operation | None) -> Values:
+def _values(slots: list[Slot], op: Operation | None, used: list[Operation]) -> Values:
     """What tensors are where one operation alone is active; themselves, where it made them."""
     values: Values = {}
     for slot in slots:
@@ -177,10 +186,35 @@ def _values(slots: list[Slot], op: Operation | None) -> Values:
             mine = op is not None and any(claim.operation is op for claim in slot.claims)
             live = same(value, tensor.detach()) and mine and isinstance(tensor, nn.Parameter)
             shown = tensor if live else value.detach().clone()
+            if mine and tensor.requires_grad and (names := [o.name for o in _sharing(slot, used)]):
+                shown = _untrained(value, slot, names)
             if op is not None and slot.key in op.own_parameters:
                 shown = _own(op, slot.key, value)
             values.update(dict.fromkeys(slot.places, shown))
     return values
+
+
+def _untrained(value: Tensor, slot: Slot, names: list[str]) -> Tensor:
+    """A value that is trained by several, and would be one tensor: an error where it is trained."""
+    shown: Any = value.detach().clone().requires_grad_(torch.is_grad_enabled())
+
+    def refuse(gradient: Tensor) -> None:
+        raise _shared("mixed(model, ...)", slot, names)
+
+    if shown.requires_grad:
+        shown.register_hook(refuse)
+    own: Tensor = shown
+    return own
+
+
+def _shared(call: str, slot: Slot, names: list[str]) -> OperationError:
+    return OperationError(
+        call,
+        f"{slot.name} of a {type(slot.module).__name__} is trained by {names}, and is one tensor: "
+        "not all of these would be.",
+        f"Let the optimizer have surgery.parameters(model, {names}), of which each has its own; or "
+        "train each by itself, activate(model, name).",
+    )
 
 
 def _own(op: Operation, key: tuple[nn.Module, str], value: Tensor) -> nn.Parameter:
@@ -188,8 +222,9 @@ def _own(op: Operation, key: tuple[nn.Module, str], value: Tensor) -> nn.Paramet
     own = op.own_parameters[key].parameter
     if (own.dtype, own.device) != (value.dtype, value.device):
         own.data = own.data.to(value)
-    with torch.no_grad():
-        own.copy_(value)
+    if not same(own.detach(), value):
+        with torch.no_grad():
+            own.copy_(value)
     op.own_parameters[key] = Own(own, value.detach().clone())
     own.requires_grad_(op.is_trained)
     return own
@@ -213,18 +248,14 @@ def _keep_statistics(
 
 def _check_trained(model: nn.Module, slots: list[Slot], used: list[Operation], call: str) -> None:
     """Raise OperationError where what only one tensor can be would have to be trained."""
+    if torch.is_grad_enabled() and any(op.own_parameters for op in used):
+        check_state(model, call, OWN)
     if not (model.training and torch.is_grad_enabled()):
         return
     for slot in slots:
         names = [op.name for op in _sharing(slot, used)]
         if names and slot.tensor is not None and slot.tensor.requires_grad:
-            raise OperationError(
-                call,
-                f"{slot.name} of a {type(slot.module).__name__} is trained by {names}, and is one "
-                "tensor: not all of these would be.",
-                f"Let the optimizer have surgery.parameters(model, {names}), of which each has its "
-                "own; or train each by itself, activate(model, name).",
-            )
+            raise _shared(call, slot, names)
 
 
 def _sharing(slot: Slot, used: list[Operation]) -> list[Operation]:

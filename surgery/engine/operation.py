@@ -103,6 +103,7 @@ class Operation(Switch):
         self.claims: list[tuple[nn.Module, str]] = []
         self.trains: frozenset[str] = frozenset()
         self.own: dict[tuple[nn.Module, str], Tensor] = {}
+        self.told: Any = None  # what is called before a state is taken
         self.norms: list[nn.Module] = []
         self.own_parameters: dict[tuple[nn.Module, str], Own] = {}
         self.is_trained = True  # unless train_only names others

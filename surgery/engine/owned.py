@@ -74,7 +74,7 @@ def slots_of(done: Sequence[Operation], norms: bool = False) -> Iterator[Slot]:
             slot = found.setdefault(key, Slot(value.module, value.name, [], []))
             if not slot.claims or slot.claims[-1].operation is not operation:
                 slot.claims.append(Claim(operation, value.value))
-    trained = {id(module) for operation in done for module, _ in operation.claims}
+    counting = _counting(done) if norms else set()
     firsts: dict[int, Slot] = {}
     for slot in found.values():
         first = firsts.setdefault(id(slot.tensor), slot)
@@ -83,8 +83,14 @@ def slots_of(done: Sequence[Operation], norms: bool = False) -> Iterator[Slot]:
     for slot in firsts.values():
         if slot.tensor is None or slot.tensor.is_meta:
             continue
-        if _is_in_use(slot) or (norms and id(slot.module) in trained):
+        if _is_in_use(slot) or id(slot.module) in counting:
             yield slot
+
+
+def _counting(done: Sequence[Operation]) -> set[int]:
+    """Modules of which operations train something, and which may count what runs."""
+    trained = {id(module) for operation in done for module, _ in operation.claims}
+    return trained | {id(norm) for operation in done for norm in operation.norms}
 
 
 def _claimed(operation: Operation) -> Iterator[Value]:
@@ -130,14 +136,15 @@ def own_parameters(
     own = operation.own_parameters
     if mine and operation.is_trained and not own:
         operation.journal.hook(model, tell, before=True)
+        operation.told = tell
     for slot in mine if operation.is_trained else ():
         if slot.key not in own:
             own[slot.key] = Own.of(composed(slot, {operation: 1.0}).to(slot.tensor))
     return [own[slot.key].parameter for slot in mine if slot.key in own]
 
 
-def tell(model: nn.Module, args: Any) -> None:
-    """Pre-hook: what optimizers have made of such parameters, operations have made."""
+def tell(model: nn.Module, args: Any = ()) -> None:
+    """Before a forward, and a state, what optimizers made of such parameters is told."""
     if not torch.compiler.is_compiling():
         pull(operations(model))
 
@@ -161,7 +168,8 @@ def _take(slot: Slot, claim: Claim) -> bool:
     if own is None or slot.tensor is None or same(own.parameter.detach(), own.seen):
         return False
     value = own.parameter.detach().clone()
-    op.own[slot.key] = learnt(slot, claim, {op: 1.0}, value.to(slot.tensor))
+    made = learnt(slot, claim, {op: 1.0}, value.to(slot.tensor))
+    op.own[slot.key] = made.clone()  # a file is filled into it, and the other tells what changed
     op.own_parameters[slot.key] = own._replace(seen=value)
     return True
 
@@ -176,6 +184,7 @@ def own_values(
     done: Sequence[Operation], operation: Operation
 ) -> dict[tuple[nn.Module, str], Tensor]:
     """What an operation has made of tensors that now show, or may show, what others made."""
+    pull(done)
     alone = all(other.strength == 1 for other in done)
     if alone and all(len(slot.claims) == 1 for slot in slots_of(done)):
         return {}

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import GraftError
 from ..rules.affine import factors
 from .features import first_tensor, input_of
+from .streams import refuse_checkpoints
 
 Join: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 CLOSE = 1e-3  # of the largest number: what a batch of another size or order may round otherwise
@@ -34,15 +35,15 @@ class Rows:
     ) -> None:
         self.told, self.index, self.count = index, index.to(device), count
         self.tokens_first = tokens_first
-        self.is_read, self.on, self.version = is_read, False, -1
+        self.is_read, self.on = is_read, False
+        self.seen: Tensor | None = None
         self.begin()
 
     def begin(self) -> None:
         """Where the rows of each are now, and those of nobody. Raises GraftError."""
-        version = -1 if self.told.is_inference() else self.told._version
-        if version == self.version != -1:
-            return
-        self.version, index = version, self.told.flatten()
+        if self.seen is not None and torch.equal(self.seen, self.told):
+            return  # (numpy writes into what it shares, and torch does not count that)
+        self.seen, index = self.told.clone(), self.told.flatten()
         if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < self.count:
             raise GraftError(
                 "mixed(model, names, rows=...)",
@@ -94,13 +95,12 @@ class Rows:
         return 0 if rows and (rows == n if whole else not rows % max(n, 1)) else None
 
     def _axis_of_tokens(self, x: Tensor, whole: bool) -> int | None:
-        in_a_row = not whole and [*x.shape[:1]] == [self.index.numel()]
-        return 0 if in_a_row or x.shape[:2] == self.index.shape else None
+        return 0 if x.shape[:2] == self.index.shape and not self.tokens_first else None
 
     def split(self, x: Tensor, path: str) -> tuple[list[Tensor], Join]:
         """The rows of each, and the rest; and what joins such, as they were."""
         axis = self.axis(x, path)
-        lies = self.are_tokens and x.shape[:2] == self.index.shape
+        lies = self.are_tokens
         flat = x.flatten(0, 1) if lies else x
         indices = [self._spread(i, flat.shape[axis]) for i in (*self.each, self.rest)]
         back = torch.cat(indices).argsort()
@@ -126,7 +126,7 @@ class Rows:
     def chosen(self, x: Tensor, path: str, others: Sequence[tuple[int, Tensor]]) -> Tensor:
         """x, and in rows of a number another for it."""
         axis = self.axis(x, path)
-        whose = self.index if x.shape[:2] == self.index.shape else self.index.flatten()
+        whose = self.index
         if not self.are_tokens:
             whose = self.index.repeat_interleave(x.shape[axis] // self.of)
         shape = (1,) * axis + tuple(whose.shape)
@@ -158,6 +158,7 @@ class Group:
         first = self.members[0]
         y, put = first_tensor(output, first.path)
         x, _ = input_of(args, kwargs, first)
+        refuse_checkpoints(first.path)
         if (low := self._low_rank(x)) is not None:
             axis, axis_in = self.rows.axis(y, first.path), self.rows.axis(x, first.path)
             if axis == axis_in == 0 and not self.rows.are_tokens:
@@ -173,8 +174,11 @@ class Group:
             return self.rows.chosen(x, path, [(k, act(member, x, *came)) for member, k in acting])
         pieces, join = self.rows.split(x, path)
         given = [pieces, *(self.rows.split(each, path)[0] for each in came)]
+        refuse_checkpoints(path)
         for member, k in acting:
             mine = [each[k] for each in given]
+            if not mine[0].numel():
+                continue  # it has no rows here
             if self.rows.are_tokens:
                 self._see_apart(member, *mine)
             pieces[k] = act(member, *mine)
@@ -213,7 +217,7 @@ class Group:
         if not x.is_floating_point() or x.dim() < 3 or len(self.members) < 2:
             return None
         found = []
-        for member in self.members:
+        for member, k in zip(self.members, self.whose, strict=True):
             action = member.actions[0]
             if len(member.actions) > 1 or action.place != "beside" or _drops(action.part):
                 return None
@@ -222,9 +226,13 @@ class Group:
             pair = factors(action.part)
             if pair is None:
                 return None
-            down, up = pair
+            down, up = pair if self._has_rows(k) else (each.detach() for each in pair)
             found.append((down, up * (action.scale or 1.0) * member.switch.strength))
         return found
+
+    def _has_rows(self, k: int) -> bool:
+        """Whether any row is its own: without, no gradient is asked for it."""
+        return self.rows.all_act or bool(len(self.rows.each[k]))
 
     def _with_products(self, low: list[tuple[Tensor, Tensor]], x: Tensor, y: Tensor) -> Tensor:
         """All at once: each row by matrices of its own, of the largest rank (Sheng et al. 2023)."""
@@ -260,6 +268,16 @@ def takes_statistics(path: str) -> GraftError:
         f"mixed(model, names, rows=...) at {path}",
         "a norm takes the statistics of a batch, and compiled code lets it act on all rows.",
         "Let it run in eval mode, or do not compile.",
+    )
+
+
+def not_of_tokens(name: str, given: Tensor | None) -> GraftError:
+    """The error of a place at which tokens do not lie as in rows."""
+    what = f"meets {tuple(given.shape)}" if given is not None else "is not called"
+    return GraftError(
+        "mixed(model, names, rows=...)",
+        f"a {name} {what}, and not the tokens as they lie in rows.",
+        "Give whose each row is, (rows,), and one sequence in each.",
     )
 
 

@@ -103,6 +103,8 @@ class StateGuard(nn.Module):
 
     def _before_taking(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         self._check_enabled("model.state_dict()")
+        for tell in [each.told for each in self.switches if getattr(each, "told", None)][:1]:
+            tell(model)
         if not self.merged and _is_saving_pretrained():
             warnings.warn(
                 "save_pretrained writes what was added under surgery.* keys, which from_pretrained "

@@ -380,6 +380,24 @@ def is_recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def refuse_checkpoints(path: str) -> None:
+    """Raise GraftError in a checkpoint: it runs again where nobody knows whose rows are whose."""
+    if torch.compiler.is_compiling() or not (_in_reentrant_checkpoint() or _in_checkpoint()):
+        return
+    raise GraftError(
+        f"mixed(model, ...) at {path or 'the model'}",
+        "it runs in a checkpoint (torch.utils.checkpoint), and again in backward, when it is not "
+        "known any more whose rows are whose.",
+        "Switch checkpointing off where rows are mixed (gradient_checkpointing_disable()).",
+    )
+
+
+def _in_checkpoint() -> bool:
+    """Whether what is kept for backward is thrown away, and made again then."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "checkpoint" in str(getattr(hooks[0], "__qualname__", ""))
+
+
 def _in_reentrant_checkpoint() -> bool:
     """Whether a reentrant checkpoint runs this, or runs it again.
 

@@ -145,7 +145,6 @@ def from_pretrained(
         raise FileError(call, fact, "Save it again.") from error
     for name in operations:
         load(model, source / file_name(name), name=name)
-        activate(model, None)
     return activate(model, operations)
 
 

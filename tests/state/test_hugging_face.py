@@ -162,3 +162,18 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "surgery.json").write_text('{"operations": []}')
     with pytest.raises(FileError, match="no config"):
         surgery.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_operations_on_top_of_one_another_come_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = hf_llama().eval()
+    for name in "ab":
+        surgery.apply(model, [at(qkv, lora(rank=2)), at(head, unfreeze)], name=name)
+        model.lm_head.weight.add_(0.2 * torch.randn_like(model.lm_head.weight))
+    surgery.save_pretrained(model, tmp_path)
+    again = surgery.from_pretrained(tmp_path).eval()
+    for names in ("ab", "b", "a", ""):
+        surgery.activate(again, [*names])
+        surgery.activate(model, [*names])
+        assert torch.equal(again(words_in(2)).logits, model(words_in(2)).logits), names
