@@ -1,8 +1,8 @@
 """Claim: timm's way to train takes an operated model as any other, and goes on where it was killed.
 
 Its optimiser, schedule, gradient scaler, mean of weights and checkpoints; rates that fall by layers
-are of `surgery.groups`. Run it, kill it (-9) whenever you like, run it again: at the end the weights
-are those of a run that nobody killed, to the bit. Tiny, seconds, no download.
+are of `surgery.groups`. Run it, kill it (-9) whenever you like, run it again: the weights at
+the end are those of a run that nobody killed, to the bit. Tiny, seconds, no download.
 
     python examples/timm_loop.py FOLDER
 """

@@ -22,8 +22,8 @@ class OperatedModule:
 
     Checkpoints of the Trainer hold of these what `surgery.save` writes, in place of all their
     weights, and, of one process, the random numbers, so that dropout goes on, too. Going on
-    (`fit(ckpt_path=...)`) and `load_from_checkpoint` fill what is operated, or operate it. Those that
-    are whole are read as before.
+    (`fit(ckpt_path=...)`) and `load_from_checkpoint` fill what is operated, or operate it. Whole
+    checkpoints are read as before.
 
     >>> from surgery import apply, at, lora
     >>> class Plain(nn.Module):

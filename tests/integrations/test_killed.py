@@ -50,6 +50,7 @@ TWO = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "processes"), [*((name, 1) for name in RUNS), *TWO])
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
     name: str, processes: int, tmp_path: Path
