@@ -30,6 +30,7 @@ ROOMS = {
     "engine": set(),
     "state": set(),
     "training": set(),
+    "integrations": set(),
     "survey": set(),
     "spec": set(),
     "demo": set(),
@@ -227,7 +228,7 @@ def test_strings_know_nothing_of_torch(name):
 
 
 HEAVY = ["timm", "torch_geometric", "matplotlib", "hypothesis", "sklearn", "transformers"]
-HEAVY += ["peft", "rich", "pytest", "torchvision", "pandas", "scipy"]
+HEAVY += ["accelerate", "lightning", "peft", "rich", "pytest", "torchvision", "pandas", "scipy"]
 
 
 def fresh(code: str) -> str:
