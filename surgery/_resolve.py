@@ -20,8 +20,8 @@ RULES = "the name of a rule set, or package.module:NAME (or file.py:NAME) of rul
 INPUTS = "package.module:function (or file.py:function) that returns inputs of one forward"
 
 
-def build(name: str, device: str = "meta") -> nn.Module:
-    """The model that the command line names; timm's without its weights, on the device.
+def build(name: str, device: str = "meta", pretrained: bool = False) -> nn.Module:
+    """The model that the command line names; timm's without its weights, or pretrained.
 
     Raises RuleError where there is no such model, with the nearest names.
 
@@ -30,7 +30,7 @@ def build(name: str, device: str = "meta") -> nn.Module:
     """
     kind, _, what = name.partition(":")
     if kind == "timm" and what:
-        return _timm(what, device)
+        return _timm(what, device, pretrained)
     target = _object(name, "MODEL", MODEL)
     model = target if isinstance(target, nn.Module) else _called(target, name)
     if not isinstance(model, nn.Module):
@@ -80,7 +80,7 @@ def inputs_of(name: str, model: nn.Module) -> Any:
         ) from error
 
 
-def _timm(name: str, device: str) -> nn.Module:
+def _timm(name: str, device: str, pretrained: bool) -> nn.Module:
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -95,7 +95,7 @@ def _timm(name: str, device: str) -> nn.Module:
             else 'See python -c "import timm; print(timm.list_models())".',
         )
     with torch.device(device):
-        model: nn.Module = timm.create_model(name)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The command line: surgery demo | anatomy | plan | check | show | rulesets | survey."""
+"""The command line: surgery demo | anatomy | plan | check | show | export | rulesets | survey."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import anatomy, inspect, plan, rulesets
+from . import anatomy, inspect, load, merge, plan, rulesets
 from ._resolve import INPUTS, MODEL, RULES, build, inputs_of, missing, rules_of
-from .errors import SurgeryError
+from .errors import RuleError, SurgeryError
 from .survey import SOURCES, is_package
 
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _plan_arguments(command("plan", "show what rules would do to a model", _plan))
     _check_arguments(command("check", "try the specification suite on a model and rules", _check))
     _file_argument(command("show", "show what is in a file of surgery.save", _show))
+    _export_arguments(command("export", "write a model for ONNX, or torch.export", _export))
     command("rulesets", "list the named rule sets", lambda a: print(rulesets()))
     _survey_arguments(command("survey", "try every model of timm, torchvision, ...", _survey))
     return parser
@@ -69,6 +70,16 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
 
 def _file_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="as surgery.save wrote it")
+
+
+def _export_arguments(export: argparse.ArgumentParser) -> None:
+    _model_argument(export)
+    _file_argument(export)
+    export.add_argument("--to", choices=["onnx", "pt2"], default="onnx", help="pt2: torch.export")
+    export.add_argument("--out", type=Path, default=None, help="default: FILE.onnx, or FILE.pt2")
+    export.add_argument("--inputs", metavar="INPUTS", help=f"{INPUTS}; else guessed", default="")
+    export.add_argument("--merge", action="store_true", help="merge the parts into the base first")
+    export.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded")
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +136,23 @@ def _anatomy(arguments: argparse.Namespace) -> None:
 
 def _show(arguments: argparse.Namespace) -> None:
     print(inspect(arguments.file))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ._export import export
+
+    name = arguments.model
+    if name.startswith("timm:") and not arguments.pretrained:
+        raise RuleError(
+            name,
+            "it would be made with random weights.",
+            "Give --pretrained, or my.py:function that returns the model with its weights.",
+        )
+    model = load(build(name, "cpu", arguments.pretrained), arguments.file)
+    out = arguments.out or arguments.file.with_suffix(f".{arguments.to}")
+    inputs = inputs_of(arguments.inputs, model)
+    off = export(merge(model) if arguments.merge else model, inputs, out, arguments.to)
+    print(f"{out}: its answers are within {off:.1e} of the model's, for batches of any size")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

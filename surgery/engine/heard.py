@@ -90,8 +90,9 @@ class Heard:
 
         Raises GraftError where it is one row for all samples (an FFN of tokens in a row).
         """
-        rows, samples = tokens.rows(heard) if heard.dim() == 3 else heard, len(tokens.rows(x))
-        if len(rows) == samples:
+        rows = tokens.rows(heard) if heard.dim() == 3 else heard
+        samples = tokens.rows(x).shape[0]  # len() would be a number, where it is exported for any
+        if rows.shape[0] == samples:
             return rows
         raise GraftError(
             f"the graft at {self.path}",

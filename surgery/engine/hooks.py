@@ -25,7 +25,7 @@ from .fitting import check_one_shape, feature_axis, fitting, run
 from .heard import Heard
 from .journal import owner_of
 from .passes import Key, Pass
-from .routed import routed
+from .routed import Left, routed
 from .rows import Group
 from .streams import Inserted, refuse_checkpoints
 from .switch import Switch
@@ -80,7 +80,8 @@ class HookedSite:
         self.marks = frozenset({self.path, self.begin_mark} if self.begin_mark else {self.path})
 
         self.compiled, self.compiled_begin = Traced(), Traced()
-        self.traced = Pass()  # what compiled code keeps, by the number of an action alone
+        # what compiled code keeps, and leaves, by the number of an action alone
+        self.traced, self.left = Pass(), Left()
         self.ends, self.fits = self._ends(stretch), self._fits(stretch)
 
     def _ends(self, stretch: Stretch | None) -> list[EndHook]:
@@ -121,7 +122,7 @@ class HookedSite:
         return self.compiled.now and (self.compiled_begin.now or not self.begin_mark)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "traced": Pass()}
+        return {**self.__dict__, "traced": Pass(), "left": Left()}
 
     def _is_apart(self, *places: str) -> bool:
         """Whether this is compiled code, and goes on with what was left outside of it."""
@@ -342,7 +343,7 @@ class HookedSite:
             x, heard = x.detach() if action.place == "aside" else x, heard or [None]
         out = run(action.part, x, heard, width, self.path)
         if isinstance(out, routing.Routed):
-            out = routed(self.switch, self.traced, (self.path, i), out, x)
+            out = routed(self.switch, self.left, (self.path, i), out, x)
         for j, listener, k in self.listeners:
             if i == j and isinstance(out, Tensor):
                 listener.tell(self.switch.passes, k, out)

@@ -16,6 +16,7 @@ from ..errors import GraftError
 from ..parts.conv import MOST
 from ..rules.layout import Layout
 from .streams import is_recomputing
+from .tracing import Here
 
 
 class Seen(NamedTuple):
@@ -65,8 +66,10 @@ class PatchMap:
 
     def begin(self) -> None:
         """As if no forward had been."""
-        self.last: dict[int, dict[int, Seen]] = {}  # by thread (0: any, for compiled code), by
-        # the number of the convolution, the last that ran first
+        # by thread; by the number of the convolution, the last that ran first
+        self.last: dict[int, dict[int, Seen]] = {}
+        self.compiled: dict[int, Seen] = {}  # of any thread, for compiled code
+        self.here = Here()
         self.trained: set[Seen] = set()
         self.told: dict[tuple[int, ...], set[Seen]] = {}  # by the shape of what came
         self.recomputed = False
@@ -81,11 +84,14 @@ class PatchMap:
         """A convolution gave (b, c, h, w), that of this number."""
         samples, channels, rows, columns = output.shape
         seen = Seen(samples, rows, columns, channels)
-        for thread in {0, _thread()}:
-            others = {i: old for i, old in self.last.get(thread, {}).items() if i != conv}
-            self.last[thread] = {conv: seen, **others}
         if torch.compiler.is_compiling():
+            # not what an earlier forward left: compiled code would be made again where it differs
+            self.compiled = _first(conv, seen, self.compiled if self.here.noted() else {})
+            self.here.note()
             return None
+        thread = threading.get_ident()
+        self.last[thread] = _first(conv, seen, self.last.get(thread, {}))
+        self.compiled = _first(conv, seen, self.compiled)
         if is_recomputing() or self.recomputed:
             self.trained, self.told, self.recomputed = set(), {}, False
         if torch.is_grad_enabled():
@@ -107,7 +113,7 @@ class PatchMap:
     def _check_map(self, x: Tensor, seen: Seen | None) -> None:
         """Raise GraftError where x are as many as the patches, and no map of them (NesT's rows)."""
         size = tuple(x.shape[1:3])
-        grids = [] if seen is None or seen.samples != len(x) else list(_merged(seen))
+        grids = [] if seen is None or seen.samples != x.shape[0] else list(_merged(seen))
         if size not in grids and size[0] * size[1] in {rows * columns for rows, columns in grids}:
             raise self._error(
                 f"it was given {tuple(x.shape)}, and maps of the patches would be "
@@ -119,7 +125,7 @@ class PatchMap:
         """What the convolution gave that made tokens x."""
         shape = tuple(x.shape[:2])
         if not is_recomputing():
-            seen = self._made(list(self.last.get(_thread(), {}).values()), shape)
+            seen = self._made(self._given(), shape)
             if seen is not None and not torch.compiler.is_compiling():
                 self.told.setdefault(shape, set()).add(seen)
             return seen
@@ -133,6 +139,12 @@ class PatchMap:
                 "Call backward after each forward, or use no checkpoints.",
             )
         return next(iter(fitting), None)
+
+    def _given(self) -> list[Seen]:
+        """What convolutions gave in this forward, the last first."""
+        if torch.compiler.is_compiling():
+            return list(self.compiled.values())
+        return list(self.last.get(threading.get_ident(), {}).values())
 
     def _made(self, given: list[Seen], shape: tuple[int, ...]) -> Seen | None:
         """Of what convolutions gave, the last that fits: others make positions (XCiT), or the
@@ -154,9 +166,10 @@ class PatchMap:
         if seen is None:
             return Layout(None, self.axis)
         axis, (a, b) = self.axis, x.shape[:2]
-        if seen.samples not in (a, b):
-            return Layout(self._part_of(a, b, seen), self.axis)
-        if a != b and seen.samples == (a, b)[axis]:
+        samples = (b, a)[axis]  # compared first: an exported batch of any size is compared no more
+        if seen.samples != samples:
+            if seen.samples != (a, b)[axis]:
+                return Layout(self._part_of(a, b, seen), self.axis)
             axis = 1 - axis
         n = (a, b)[axis]
         return Layout(self._grid(n, seen), axis)
@@ -205,5 +218,6 @@ class ConvNote:
         return self.patches.note(self.number, output) if is_map else None
 
 
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+def _first(conv: int, seen: Seen, others: dict[int, Seen]) -> dict[int, Seen]:
+    """What one convolution gave, before what the others gave."""
+    return {conv: seen, **{i: old for i, old in others.items() if i != conv}}

@@ -230,7 +230,7 @@ class Operation(Switch):
     def compiled_gates(self) -> dict[Key, Tensor]:
         """Those that compiled code has left."""
         sites = self.hooked_sites
-        return {(s.path, i): gates for s in sites for (_, i), gates in s.traced.gates.items()}
+        return {(s.path, i): gates for s in sites for i, gates in s.left.gates().items()}
 
     def _load_from_state_dict(self, state: Any, prefix: str, told: Any, *rest: Any) -> None:
         assigned = bool(told.get("assign_to_params_buffers"))

@@ -7,22 +7,35 @@ from torch import Tensor
 
 from ..errors import GraftError
 from ..rules import routing
-from .passes import Key, Pass
+from .passes import Key
 from .switch import Switch
 from .tokens import Action
+from .tracing import is_exporting
 
 
-def routed(switch: Switch, traced: Pass, key: Key, answer: routing.Routed, x: Tensor) -> Tensor:
-    """The output of a router, its gates kept for `balance_loss` and `routing`, or its loss sent.
+class Left:
+    """The gates that compiled code has left at one site, an attribute for each action.
 
-    traced  what compiled code keeps, by the number of an action alone
+    (Compiled code is made again once a dict that it writes to has other keys than it had.)
     """
+
+    def leave(self, i: int, gates: Tensor) -> None:
+        """Those of action i."""
+        setattr(self, f"of_{i}", gates)
+
+    def gates(self) -> dict[int, Tensor]:
+        """All of them, by the number of the action."""
+        return {int(name.removeprefix("of_")): gates for name, gates in vars(self).items()}
+
+
+def routed(switch: Switch, left: Left, key: Key, answer: routing.Routed, x: Tensor) -> Tensor:
+    """The output of a router, its gates kept for `balance_loss` and `routing`, or its loss sent."""
     balance = switch.balance
     if balance is None:
-        _keep(switch, traced, key, answer.gates)
+        _keep(switch, left, key, answer.gates)
         return answer.output
     if not torch.compiler.is_compiling():
-        _keep(switch, traced, key, answer.gates.detach())
+        _keep(switch, left, key, answer.gates.detach())
     if not callable(balance) and _in_half_autocast(x):
         raise GraftError(
             f"apply(..., balance={balance})",
@@ -32,12 +45,13 @@ def routed(switch: Switch, traced: Pass, key: Key, answer: routing.Routed, x: Te
     return routing.with_balance(answer.output, answer.gates, balance)
 
 
-def _keep(switch: Switch, traced: Pass, key: Key, gates: Tensor) -> None:
-    own = "", key[1]
+def _keep(switch: Switch, left: Left, key: Key, gates: Tensor) -> None:
+    if is_exporting():
+        return  # nobody asks a graph that is written down what its routers said
     if torch.compiler.is_compiling():
-        traced.gates[own] = gates
+        left.leave(key[1], gates)
     else:
-        switch.passes.keep_gates(key, gates, traced.gates.get(own))
+        switch.passes.keep_gates(key, gates, left.gates().get(key[1]))
 
 
 def routes(action: Action) -> bool:

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import GraftError
 from .features import first_tensor, input_of
 from .passes import ByThread, thread_of_execution
-from .tracing import Here, apart, is_in_call
+from .tracing import Here, apart, is_exporting, is_in_call
 
 Shape: TypeAlias = tuple[int, ...]
 Place: TypeAlias = tuple[str, str, int]  # an operation, a site, the number of an action there
@@ -137,6 +137,11 @@ class Stream:
         self.inserted: dict[Place, Inserted] = {}
         self.aside: Tensor | None = None
 
+    def begin_anew(self) -> None:
+        """The same, but that what is empty is not written to in an export, which warns of that."""
+        if self.inserted or self.aside is not None or not is_exporting():
+            self.begin()
+
     def opened(self) -> dict[Place, Inserted]:
         """What is in, in the order in which it was put in."""
         return {place: each for place, each in self.inserted.items() if each.open}
@@ -189,7 +194,7 @@ class Streams(ByThread[Stream]):
         else:
             self.traced.begin()
             self._go_on(model)
-        self.mine().begin()
+        self.mine().begin_anew()
 
     def _go_on(self, model: nn.Module) -> None:
         """A forward runs in this thread, once nobody else has paused them."""

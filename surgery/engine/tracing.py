@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch._guards import TracingContext
 
@@ -19,6 +20,7 @@ from ..structure.module_tree import ADDITIONS
 
 CALL = nn.Module._call_impl.__code__
 COMPILED = os.path.join("_dynamo", "eval_frame.py")  # whose frames run what torch.compile gave
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 cannot tell
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

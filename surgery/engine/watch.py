@@ -179,7 +179,7 @@ class Watch:
                 raise error
         if torch.compiler.is_compiling():
             self._tell_anew()
-            stream.begin()
+            stream.begin_anew()
         if torch.compiler.is_dynamo_compiling():
             self.operation._surgery_check()
             return None

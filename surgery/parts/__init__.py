@@ -1,5 +1,8 @@
 """The small trainable modules, one family a file. Each word here makes a part for a rule."""
 
+import einops
+import torch
+
 from .adapter_sum import coefficients, combined, fusion, scaled
 from .adapters import Adapter, QuickGELU, adapter
 from .arc_adapters import arc, projection
@@ -56,6 +59,11 @@ __all__ = [
     "tied", "tied_lora", "tiny_vector", "tinylora", "tk_factors", "toplora", "track",
     "tt_factors", "unilora", "vblora", "vera", "vida", "waveft",
 ]  # fmt: skip
+
+# einops keeps the types that it has met: if compiled code were the first to use it, its first call
+# would add some, and it would be compiled again at the second
+for _met in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
+    einops.rearrange(_met, "n -> n")
 
 # what rules, and files of them, may call
 WORDS = [name for name in __all__ if name == "QuickGELU" or not isinstance(globals()[name], type)]

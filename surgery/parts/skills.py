@@ -71,7 +71,7 @@ class Skills(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.mixed(self.gates(sampled=self.training))
         if A.dim() == 3:
-            times = self._times(len(x))
+            times = self._times(x.shape[0])
             A, B = (repeat(matrix, "b i o -> (b n) i o", n=times) for matrix in (A, B))
             hidden = torch.einsum("b...i,bir->b...r", x, A)
             return torch.einsum("b...r,bro->b...o", hidden, B) * self.scale

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import surgery
 from surgery import at, norm, parallel, prepend, replace
@@ -21,7 +25,7 @@ from tests.engine.balanced import (
 )
 from tests.laws import checks as laws
 from tests.laws.checks import raised
-from tests.models import tiny_vit
+from tests.models import images, tiny_vit
 
 # two blocks: a compiler takes as long as a model is deep
 operated = partial(balanced.operated, depth=2)
@@ -38,6 +42,48 @@ def test_compile_whole_graph(way: str, top_k: int | None) -> None:
     run_compiled = compiled(model)
     assert_close(run(model, run_compiled), reference(top_k))
     assert_close({"y": run_compiled(inputs())}, {"y": want})
+
+
+def forwards(model: torch.nn.Module, times: int = 3) -> int:
+    """How often it is compiled for so many forwards, of one kind."""
+    counter = CompileCounter()
+    run = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(times):
+        run(images()).sum().backward()
+    return counter.frame_count
+
+
+# what leaves something behind in each forward: gates, a map of patches, tokens, what is heard
+LEAVING = ["adapterx_ffn", "molora", "adapterx", "convpass", "scalearn"]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", LEAVING)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_second_forward_compiles_nothing(name: str, train: bool) -> None:
+    model = surgery.apply(tiny_vit(depth=2), name)
+    assert forwards(model.train(train)) == 1
+    model(images())  # what an eager forward leaves is another matter
+    torch.compiler.reset()
+    assert forwards(model) == 1
+
+
+def test_the_first_program_that_compiles_compiles_once() -> None:
+    program = """
+        import torch, surgery
+        from surgery import at, moa, parallel
+        from torch import nn
+        from torch._dynamo.testing import CompileCounter
+        rule = at("0", parallel(moa(heads=2, rank=2)))
+        model = surgery.apply(nn.Sequential(nn.Linear(4, 4)), rule)
+        counter = CompileCounter()
+        run = torch.compile(model, backend=counter)
+        for _ in range(2):
+            run(torch.ones(2, 4))
+        print(counter.frame_count)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -88,7 +134,6 @@ def test_inductor(way: str) -> None:
 
 @BOTH_KINDS
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_export(strict: bool, top_k: int | None) -> None:
     model, x = operated(top_k=top_k).eval(), inputs()
@@ -97,3 +142,23 @@ def test_export(strict: bool, top_k: int | None) -> None:
     assert_close({"y": exported(x)}, {"y": want})
     other = torch.flip(x, (0,))
     assert_close({"y": exported(other)}, {"y": model(other)})
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_export_for_batches_of_any_size(name: str) -> None:
+    model = surgery.apply(tiny_vit(depth=2), name).eval()
+    laws.stir(model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},)).module()
+    for x in (images(1), images(5), images(7)):  # as many as the tokens, too
+        assert_close({"y": exported(x)}, {"y": model(x)}, 1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_export_leaves_nothing_in_the_model(strict: bool) -> None:
+    model = operated().eval()
+    torch.export.export(model, (inputs(),), strict=strict)
+    raised(surgery.GraftError, lambda: surgery.balance_loss(model))
+    model(inputs())
+    assert type(surgery.balance_loss(model)) is torch.Tensor
