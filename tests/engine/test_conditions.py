@@ -196,6 +196,9 @@ def _in_inference(model: nn.Module) -> nn.Module:
 CPU = torch.device("cpu")
 PURE = {"anatomy", "fingerprint", "plan"}
 RUNNING = {"balance_loss", "groups", "parameters", "penalty", "report", "routing"}  # it goes on
+GATHERED = {  # what is in shards is gathered, one by one
+    "disabled", "load_state_dict", "merge", "revert", "save", "state_dict", "unmerge",
+}  # fmt: skip
 ALL = {*BARE, *OPERATED, *MERGED}
 NEW = {"apply", "apply, a second time", "Plan.apply", "load", "load_peft", "as_lora"}
 
@@ -214,9 +217,9 @@ def _wrapped(name: str, put: Callable[[nn.Module], nn.Module], alone: bool = Fal
 
 
 STATES = {
-    "fully_shard": State(_fsdp2, "shards", PURE | RUNNING, False),
+    "fully_shard": State(_fsdp2, "shards", PURE | RUNNING | GATHERED - {"unmerge"}, False),
     "in FSDP1": State(lambda m: _fsdp1(m).module, "shards", PURE | RUNNING, False),
-    "tensor parallel": State(_tensor_parallel, "tensor parallel", PURE | RUNNING, False),
+    "tensor parallel": State(_tensor_parallel, "tensor parallel", PURE | RUNNING | GATHERED, False),
     "in DDP": State(lambda m: _ddp(m).module, "DistributedDataParallel", ALL - NEW, False),
     "replicated": State(_replicated, "DistributedDataParallel", ALL - NEW, False),
     "offloaded": State(_offloaded, "offload", PURE | RUNNING),
