@@ -25,6 +25,8 @@ def is_distributed(tensor: Tensor) -> bool:
     >>> is_distributed(torch.ones(2))
     False
     """
+    if type(tensor) is Tensor:  # nothing else is looked at in code that is traced
+        return False
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(tensor, kind)
 
@@ -49,21 +51,61 @@ def cut(value: Tensor, like: Tensor) -> Tensor:
     >>> cut(torch.ones(2), torch.zeros(2))
     tensor([1., 1.])
     """
+    mine: Any = value
     there: Any = like
     if not is_distributed(like):
         return whole(value)
-    mine: Any = value.detach()
     if is_distributed(value):
         if (mine.device_mesh, mine.placements) == (there.device_mesh, there.placements):
             return value
         mine = whole(value)
+    return laid(mine.detach().to(there.device), like)
+
+
+def laid(value: Tensor, like: Tensor) -> Tensor:
+    """What all have alike, as another tensor lies; a gradient comes back to all.
+
+    >>> laid(torch.ones(2), torch.zeros(2))
+    tensor([1., 1.])
+    """
+    there: Any = like
+    if not is_distributed(like) or is_distributed(value):
+        return value
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = there.device_mesh
-    kept = [Replicate()] * mesh.ndim
-    all_of_it = DTensor.from_local(mine.to(there.device), mesh, kept, run_check=False)
-    piece: Tensor = all_of_it.redistribute(mesh, there.placements)
+    alike = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    piece: Tensor = alike.redistribute(mesh, there.placements)
     return piece
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Of terms that each process has one of the sum, in all; others are as they lie.
+
+    >>> summed(torch.ones(2))
+    tensor([1., 1.])
+    """
+    terms: Any = tensor
+    if not is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    lies = [Replicate() if placed.is_partial() else placed for placed in terms.placements]
+    total: Tensor = terms.redistribute(terms.device_mesh, lies)
+    return total
+
+
+def met(tensor: Tensor) -> Tensor:
+    """As `whole`; a gradient comes back to all.
+
+    >>> met(torch.ones(2))
+    tensor([1., 1.])
+    """
+    made: Any = tensor
+    if not is_distributed(tensor):
+        return tensor
+    full: Tensor = made.full_tensor()
+    return full
 
 
 def into_shards(model: nn.Module) -> None:

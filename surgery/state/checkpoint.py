@@ -211,7 +211,8 @@ def save(
     def header(full: Mapping[str, Tensor]) -> dict[str, str]:
         return {"surgery": json.dumps({**about, "hash": hash_of(sorted(full.items()))})}
 
-    write(tensors, header, Path(path), f'save("{path}")')
+    mesh = mesh_of([*tensors.values(), *model.parameters()])
+    write(tensors, header, Path(path), f'save("{path}")', mesh)
     return Path(path)
 
 

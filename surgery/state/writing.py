@@ -12,19 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._files import check_folder, write_whole
-from .._shards import is_distributed, mesh_of, together, told_by_all, whole
+from .._shards import is_distributed, together, told_by_all, whole
 from ..errors import FileError
 
 Header = Callable[[Mapping[str, Tensor]], dict[str, str]]  # of the tensors, made whole
 
 
-def write(tensors: Mapping[str, Tensor], header: Header, path: Path, call: str) -> None:
+def write(
+    tensors: Mapping[str, Tensor], header: Header, path: Path, call: str, mesh: Any = None
+) -> None:
     """Write tensors to a file; of those in pieces one after the other is gathered, by all.
 
     Of the processes that give one path the first alone writes, and the others keep nothing. Where
     one fails, all do. Raises FileError, OSError.
+
+    mesh  the processes; None: this one alone
     """
-    mesh = mesh_of(tensors.values())
     if mesh is None:
         _write(tensors, header, path, call)
         return

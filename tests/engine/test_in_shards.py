@@ -1,4 +1,4 @@
-"""What works on models in shards (fully_shard), on two processes: the same as on one."""
+"""What works on models in shards, or tensor parallel, on two processes: the same as on one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import at, lora, unfreeze
+from surgery import adapter, at, ffn, lora, parallel, scale_shift, unfreeze
 
 RULES = [at("layers.*.linear1", lora(rank=3)), at("layers.*.norm2", unfreeze)]
 SETS: dict[str, Any] = {"at modules": RULES, "at weights": "lora", "experts": "adapterx_ffn"}
@@ -33,12 +33,16 @@ def build() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
-def trained(rules: Any = RULES) -> nn.Module:
-    """Where each forward gives the same."""
-    model = surgery.apply(build(), rules)
+def still(model: nn.Module) -> nn.Module:
+    """Each forward gives the same."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model
+
+
+def trained(rules: Any = RULES) -> nn.Module:
+    model = still(surgery.apply(build(), rules))
     with torch.no_grad():
         for i, parameter in enumerate(surgery.parameters(model)):
             parameter.add_(0.01 * (i % 7 + 1))
@@ -53,8 +57,35 @@ def fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
+def columns(model: nn.Module) -> nn.Module:
+    """Tensor parallel: the first linear by columns, the second by rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"linear1": ColwiseParallel(), "linear2": RowwiseParallel()}
+    for layer in model.layers:
+        parallelize_module(layer, mesh, plan)
+    return model
+
+
 def ddp(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
+
+
+COLUMNS: dict[str, Any] = {
+    "a linear by columns": at("layers.*.linear1", lora(rank=3)),
+    "a linear by rows": at("layers.*.linear2", lora(rank=3)),
+    "what follows it": at("layers.*.{linear1,linear2}", scale_shift()),
+    "beside both": at(ffn, parallel(adapter(rank=3))),
+    "shared experts": "adapterx_ffn",
+    "the weights": at("layers.*.{linear1,linear2}", unfreeze),
+}
+MERGES = [*COLUMNS][:3]
 
 
 def three_steps(model: nn.Module, run: nn.Module, x: Tensor, goal: Tensor) -> None:
@@ -99,6 +130,26 @@ def stepped(wrap: Wrap, rank: int, rules: Any) -> float:
     three_steps(one, one, X, GOAL)
     three_steps(many, wrap(many), X[rank::2], GOAL[rank::2])
     return off(surgery.state_dict(one), surgery.state_dict(many))
+
+
+def in_columns(folder: str, kind: str) -> Any:
+    """Parts that are whole in all processes, at linears that are not: all of the above."""
+    one, many = trained(rules := COLUMNS[kind]), columns(trained(rules))
+    three_steps(one, one, X, GOAL)
+    three_steps(many, many, X, GOAL)
+    far = [off(surgery.state_dict(one), surgery.state_dict(many))]
+    again = still(surgery.load(build(), surgery.save(many, f"{folder}/columns")))
+    want = many(X).detach()
+    far.append((again(X) - want).abs().max().item() / 4)
+    with surgery.disabled(many):
+        far.append((many(X) - build()(X)).abs().max().item() / 4)
+    if kind in MERGES:
+        assert off(surgery.merge(again).state_dict(), whole(surgery.merge(many))) == 0
+        far.append((many(X) - want).abs().max().item() / 4)
+        surgery.unmerge(many)
+    assert torch.equal(many(X), want)
+    assert is_same(whole(surgery.revert(many)), build().state_dict())
+    return max(far)
 
 
 def loaded(folder: str) -> Any:
@@ -208,6 +259,10 @@ def trials(folder: str, rank: int) -> dict[str, Callable[[], Any]]:
             "stepped": lambda r=rules: stepped(fsdp2, rank, r),
             "stepped in DDP": lambda r=rules: stepped(ddp, rank, r),
         }.items()
+    }
+    by_set |= {
+        f"in columns, {kind}": lambda k=kind: in_columns(_folder(folder, k, rank), k)
+        for kind in COLUMNS
     }
     return by_set | {
         "loaded": lambda: loaded(_folder(folder, f"of-{rank}", 0)),
