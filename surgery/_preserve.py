@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _rng
+from ._shards import cut, is_distributed
 
 Marks = dict[str, Any]
 
@@ -264,6 +265,8 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Equal to the bit, in dtype and in place."""
     if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
         return False
+    if is_distributed(a) or is_distributed(b):  # of the piece that this process holds
+        a, b = (a, cut(b, a)) if is_distributed(a) else (cut(a, b), b)
     if inner := _inner(a):
         return type(a) is type(b) and all(map(same, inner, _inner(b)))
     return torch.equal(_as_bytes(a), _as_bytes(b))

@@ -22,7 +22,7 @@ ROOT = Path(surgery.__file__).parents[1]
 
 # from the ground up; a file of the package itself stands in the room that lists it
 ROOMS = {
-    "ground": {"errors", "_table", "_rng", "_inputs", "_text", "_files", "_preserve"},
+    "ground": {"errors", "_table", "_rng", "_inputs", "_text", "_files", "_preserve", "_shards"},
     "structure": set(),
     "rules": set(),
     "parts": set(),

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import OperationError
 from .apply import named, operated
-from .conditions import DISABLED, WRITING, check_state
+from .conditions import DISABLED, UNCUT, WRITING, check_state
 from .journal import Journal
 from .norm_statistics import follow
 from .operation import Operation
@@ -46,7 +46,7 @@ def activate(model: Model, names: Names) -> Model:
     strengths = _strengths(done, names, f"activate(model, {names!r})")
     if any(op.strength != strengths[op] for op in done):
         if any(op.claims for op in done) or any(True for _ in slots_of(done)):
-            check_state(model, "activate(model, ...)", WRITING)
+            check_state(model, "activate(model, ...)", UNCUT, WRITING)
             check_undoable(model, [op.journal for op in done], call="activate(model, ...)")
         journal = Journal()
         try:
@@ -71,7 +71,7 @@ def train_only(model: Model, names: str | Iterable[str]) -> Model:
     (4, 2)
     """
     done = operated(model, "train_only(model, ...)")
-    check_state(model, "train_only(model, ...)", DISABLED, WRITING)
+    check_state(model, "train_only(model, ...)", DISABLED, UNCUT, WRITING)
     strengths = _strengths(done, names, f"train_only(model, {names!r})")
     chosen = {op for op, strength in strengths.items() if strength}
     wanted = claimed_by(chosen)

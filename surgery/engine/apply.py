@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._preserve import same
+from .._shards import into_shards
 from .._text import first_few
 from ..errors import OperationError
 from ..rules.rule import Rules
@@ -25,7 +26,7 @@ from .conditions import (
     check_example,
     check_state,
 )
-from .journal import Journal, Value, completed
+from .journal import InShards, Journal, Value, completed
 from .norm_statistics import follow
 from .obstacles import dotted, refuse
 from .operation import Operation, check_operable, operations
@@ -109,6 +110,7 @@ def revert(model: Model, *, name: str | None = None) -> Model:
     """
     done = operated(model, "revert(model)", merged=None)
     check_state(model, "revert(model)", WRITING, DISABLED)
+    into_shards(model)
     chosen = done if name is None else named(done, [name], f'revert(model, name="{name}")')
     journals = [*(op.merge_journal for op in done), *(op.journal for op in chosen)]
     check_undoable(model, journals, call="revert(model)")
@@ -177,6 +179,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     """
     done = operated(model, "disabled(model)")
     check_state(model, "disabled(model)", WRITING, MIXED)
+    into_shards(model)
     check_undoable(model, [operation.journal for operation in done], call="disabled(model)")
     off = named(done, names, "disabled(model, ...)") if names else done
     if theirs := by_hand(model):
@@ -190,6 +193,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     journal = Journal()
     try:
         _lend(done, off, journal)
+        journal.entries.append(InShards(model))
         with torch.no_grad():
             yield model
         obstacles = journal.undo()
@@ -234,6 +238,7 @@ def parameters(model: nn.Module, names: str | Iterable[str] | None = None) -> li
     """
     done = operated(model, "parameters(model)")
     check_state(model, "parameters(model)", TRAINING)
+    into_shards(model)
     adopt(model)
     if names is not None:
         check_state(model, "parameters(model, names)", MIXED, OWN)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._inputs import tensors_in
+from .._shards import is_distributed
 from .._text import first_few
 from ..errors import OperationError
 from ..structure.module_tree import ADDITIONS
@@ -40,22 +41,33 @@ def check_state(model: nn.Module, call: str, *tables: Table) -> None:
 
 
 def in_shards(model: nn.Module) -> str:
-    """By torch's fully_shard, or FullyShardedDataParallel, whose marks are on the parameters.
+    """By fully_shard, which gathers and cuts them around each forward; or past finding."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    modules = modules_of(model) if kind is not None else []
+    if any(isinstance(module, kind) for module in modules if kind is not None):
+        held = {id(p) for m in modules if _is_managed(m) for p in m._parameters.values()}
+        name = _named(model, lambda p: id(p) in held)
+        return f"{name or 'what is in it'} {IN_SHARDS}"
+    return out_of_reach(model)
+
+
+def out_of_reach(model: nn.Module) -> str:
+    """In pieces that have no shape: FullyShardedDataParallel's, which are marked.
 
     A linear whose weight was emptied is looked after by a library that torch does not know of.
     """
+    if name := _named(model, lambda p: hasattr(p, "_fsdp_flattened")):
+        return f"{name} {IN_SHARDS}"
     modules = modules_of(model)
-    managed = {id(p) for m in modules if _is_managed(m) for p in m._parameters.values()}
-    if name := _named(
-        model, lambda p: hasattr(p, "_fsdp_flattened") or (_is_distributed(p) and id(p) in managed)
-    ):
-        return f"{name} is in shards: each process holds a piece of it."
     if any(isinstance(module, nn.Linear) and _was_emptied(module) for module in modules):
         emptied = next(
             n for n, m in model.named_modules() if isinstance(m, nn.Linear) and _was_emptied(m)
         )
         return f"{emptied}.weight was emptied: a library keeps it elsewhere, perhaps in shards."
     return ""
+
+
+IN_SHARDS = "is in shards: each process holds a piece of it."
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -77,21 +89,22 @@ def _named(model: nn.Module, test: Callable[[Tensor], bool]) -> str:
     return next(name for name, p in model.named_parameters() if test(p))
 
 
+def merged_in_shards(model: nn.Module) -> str:
+    """It was merged first, and sharded then: its parts were aside, and are not in shards."""
+    parts = [p for operation in operations(model) for p in operation.parameters()]
+    fact = in_shards(model) if parts and not any(map(is_distributed, parts)) else ""
+    return f"its parts were merged when it was sharded, and are not: {fact}" if fact else ""
+
+
 def in_columns(model: nn.Module) -> str:
     """By tensor parallelism: distributed tensors that nothing gathers around a forward."""
-    name = _named(model, _is_distributed)
+    name = _named(model, is_distributed)
     told = "is a distributed tensor (tensor parallel): the features there are split."
     return f"{name} {told}" if name else ""
 
 
 def _is_managed(module: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in vars(module)
-
-
-def _is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked without importing what makes them."""
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and isinstance(tensor, kind)
 
 
 def _was_emptied(linear: nn.Linear) -> bool:
@@ -329,10 +342,16 @@ ALONE: Table = {
 }
 # new parts, or others that are trained, where a weight is on meta
 MAKING: Table = {offloaded: _BRING_BACK}
-# values that are read of what is trained
-READING: Table = {in_shards: _GATHER, in_columns: _GATHER, trained_offloaded: _BRING_BACK}
+# values that are read of what is trained: of what is in pieces, gathered one by one
+READING: Table = {out_of_reach: _GATHER, trained_offloaded: _BRING_BACK}
 # values that are written, too
 WRITING: Table = {**READING, in_inference: _CLONE}
+# parts that act again
+UNMERGING: Table = {
+    merged_in_shards: "Nobody would reduce their gradients: unmerge it first, and shard it then.",
+}
+# values that must be here as a whole
+UNCUT: Table = {in_shards: _GATHER, in_columns: _GATHER}
 # values that must be there
 FILLING: Table = {
     on_meta: 'Give it memory first, model.to_empty(device="cpu"), and load the base.',

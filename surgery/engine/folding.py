@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .._shards import cut, gathered, is_distributed, whole
 from .._text import first_few
 from ..errors import OperationError
 from ..rules.affine import Affine, affine, joined
@@ -96,26 +97,49 @@ def _folded_modules(
     hooked_sites: list[HookedSite], here: set[int], memory: Memory, read_besides: set[str]
 ) -> list[tuple[HookedSite, Fold]]:
     """What modules become that parts stand at."""
-    targets = {hooked: _target(hooked, here) for hooked in hooked_sites}
-    for hooked, target in targets.items():
-        _check_memory(hooked, target.module.weight, "weight", memory)
+    actions: dict[int, list[tuple[HookedSite, Action]]] = {}
+    for hooked in hooked_sites:
+        module: Any = hooked.entry
+        with gathered([module]):
+            _target(hooked, here)
+        _check_memory(hooked, module.weight, "weight", memory)
         if hooked.path in read_besides:
             raise _refused(hooked, "weight", ": the model reads it without calling the module")
-    actions = [(hooked, action) for hooked in hooked_sites for action in hooked.actions]
-    actions.sort(key=lambda pair: pair[1].place != "instead")  # what replaces first, others around
-    done: dict[int, tuple[HookedSite, MergeTarget]] = {}
-    with Fine():
-        for hooked, action in actions:
-            module = id(targets[hooked].module)
-            _, target = done.get(module, (hooked, targets[hooked]))
-            map = _with(target, action, hooked)
-            done[module] = hooked, target._replace(map=map)
-    folds = [_rounded(target, hooked) for hooked, target in done.values()]
-    for (hooked, _), fold in zip(done.values(), folds, strict=True):
-        now, bias = tensor_of(fold.module, "bias"), fold.tensors.get("bias")
-        if now is not None and bias is not None and not torch.equal(bias, now):
-            _check_memory(hooked, now, "bias", memory)
-    return [(hooked, fold) for (hooked, _), fold in zip(done.values(), folds, strict=True)]
+        there = actions.setdefault(id(module), [])
+        there += [(hooked, action) for action in hooked.actions]
+    return [_folded_module(there, here, memory) for there in actions.values()]
+
+
+def _folded_module(
+    actions: list[tuple[HookedSite, Action]], here: set[int], memory: Memory
+) -> tuple[HookedSite, Fold]:
+    """What one module becomes; the last site there. What is in pieces is whole for that long."""
+    actions = sorted(actions, key=lambda pair: pair[1].place != "instead")  # what replaces first
+    hooked = actions[-1][0]
+    module: Any = hooked.entry
+    was = {name: tensor_of(module, name) for name in ("weight", "bias")}
+    with gathered([module, *_inner(actions)]):
+        target = _target(hooked, here)
+        with Fine():
+            for site, action in actions:
+                target = target._replace(map=_with(target, action, site))
+        fold = _rounded(target, hooked)
+        now, bias = tensor_of(module, "bias"), fold.tensors.get("bias")
+        moved = now is not None and bias is not None and not torch.equal(bias, now)
+    if moved and was["bias"] is not None:
+        _check_memory(hooked, was["bias"], "bias", memory)
+    return hooked, fold._replace(tensors=_cut(fold.tensors, was))
+
+
+def _inner(actions: Iterable[tuple[HookedSite, Action]]) -> Iterator[nn.Module]:
+    """The modules that their parts are made of."""
+    return (module for _, action in actions for module in action.part.modules())
+
+
+def _cut(new: Mapping[str, Tensor], was: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """New values, each as the tensor lies that it is for."""
+    pairs = {name: (tensor, was.get(name)) for name, tensor in new.items()}
+    return {name: new if old is None else cut(new, old) for name, (new, old) in pairs.items()}
 
 
 def _folded_weights(
@@ -129,9 +153,11 @@ def _folded_weights(
             raise _gone(hooked, read.holder)
         names = [name for name in (read.name, read.bias) if name]
         known = folds.get((id(read.holder), read.name))
-        now = {name: hooked.kept(name) for name in names} | (known.tensors if known else {})
+        kept = {name: hooked.kept(name) for name in names}
+        now = {name: whole(t) for name, t in (kept | (known.tensors if known else {})).items()}
         _check_shared(hooked, memory)
-        made = hooked.made(now)
+        with gathered(_inner((hooked, action) for action in hooked.actions)):
+            made = _cut(hooked.made(now), kept)
         for holder, *names in (each[1:] for each in hooked.reads):
             renamed = dict(zip(names, made.values(), strict=False))
             folds[id(holder), names[0]] = Fold(hooked.path, holder, renamed, 1.0)
@@ -219,7 +245,8 @@ def _hidden(module: nn.Module) -> tuple[str, str] | None:
         undo = [f" by torch.nn.utils.{undo}" for mark, undo in COMPUTED if mark in names]
         remedy = f"Make it plain first{''.join(undo[:1])}, or leave the model unmerged."
         return f"whose weight is computed from its {', '.join(names)} at each call.", remedy
-    if kind := own_form(weight) or ("" if weight.is_floating_point() else str(weight.dtype)):
+    form = "" if is_distributed(weight) else own_form(weight)
+    if kind := form or ("" if weight.is_floating_point() else str(weight.dtype)):
         fact = f"whose weight is a {kind}, which holds no numbers to add to."
         return fact, "Merge first; quantise or shard what comes out."
     return None

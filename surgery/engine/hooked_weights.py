@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._shards import laid, met, summed
 from ..errors import GraftError
 from ..rules.affine import Affine, affine, factors, joined
 from ..structure.layers import forward_of
@@ -119,6 +120,7 @@ class HookedWeight(HookedSite):
 
     def _with_products(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """What a linear layer or a table gives, with what the two matrices of each part add."""
+        x, y = met(x), summed(y)
         for action in self.actions:
             down, up = factors(action.part)  # type: ignore[misc]
             if isinstance(module, nn.Embedding):
@@ -127,7 +129,7 @@ class HookedWeight(HookedSite):
                     out = torch.where((x == padding)[..., None], out.detach(), out)
             else:
                 out = F.linear(F.linear(x, down), up)
-            y = mixed(y, out.to(y.dtype), action.scale, self.switch.strength)
+            y = mixed(y, laid(out.to(y.dtype), y), action.scale, self.switch.strength)
         return y
 
     def _read_by(self, module: nn.Module) -> list[Read]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._shards import laid, met, summed
 from ..errors import GraftError
 from ..rules import routing
 from ..structure.module_tree import Site, elements_of
@@ -322,6 +323,7 @@ class HookedSite:
         came  what the site was given, by which it is known again when a checkpoint runs again
         """
         check_one_shape(x, base, self.path)
+        x, base = met(x), summed(base)  # tensor parallel: parts are whole, and see all features
         on_output = action.place == "after" or action.place in ASIDE
         taken = (self.axis_out, self.out) if on_output else (self.axis_in, self.width)
         given = (
@@ -334,7 +336,7 @@ class HookedSite:
         if isinstance(out, Tensor) and axis_out != -1:
             out = out.movedim(-1, axis_out)
         out = fitting(action.part, out, base, (self.entry, self.exit), self.path)
-        return mixed(base, out, action.scale, self.switch.strength)
+        return mixed(base, laid(out, base), action.scale, self.switch.strength)
 
     def _answer(self, i: int, action: Action, x: Tensor, came: Tensor, width: int) -> Any:
         """What a part gives, told to those that hear it."""

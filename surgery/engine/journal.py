@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._preserve import same
+from .._shards import cut, into_shards
 from .obstacles import Obstacle, in_the_way, tensor_of
 
 Kind = TypeVar("Kind")
@@ -97,7 +98,8 @@ class Gradient(NamedTuple):
     def undo(self) -> None:
         parameter = self.module._parameters.get(self.name)
         if parameter is not None:  # it may have been moved or cast since
-            parameter.grad = None if self.grad is None else self.grad.to(parameter)
+            grad = self.grad
+            parameter.grad = None if grad is None else cut(grad, parameter).to(parameter)
 
     def obstacle(self) -> None:
         return None
@@ -141,6 +143,18 @@ class Numbers(NamedTuple):
 
     def undo(self) -> None:
         _write(self.tensor, self.value)
+
+    def obstacle(self) -> None:
+        return None
+
+
+class InShards(NamedTuple):
+    """What is sharded goes back to its pieces first: what came before was written to these."""
+
+    model: nn.Module
+
+    def undo(self) -> None:
+        into_shards(self.model)
 
     def obstacle(self) -> None:
         return None
@@ -346,5 +360,5 @@ def _write(tensor: Tensor, value: Tensor) -> None:
 def _copy(tensor: Tensor, value: Tensor) -> None:
     """Write numbers; autocast, which keeps what it has cast of a parameter, casts it anew."""
     with torch.no_grad():
-        tensor.copy_(value)
+        tensor.copy_(cut(value, tensor))
     torch.clear_autocast_cache()

@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .._shards import into_shards
 from .._text import first_few
 from ..errors import OperationError
 from .apply import named, operated
-from .conditions import DISABLED, MAKING, WRITING, check_state
+from .conditions import DISABLED, MAKING, UNMERGING, WRITING, check_state
 from .folding import Fold, acting_between, folded, written
 from .journal import Journal, completed
 from .operation import Operation, additions_of
@@ -59,6 +60,7 @@ def merge(model: Model, *, name: str | None = None, keep: bool = True) -> Model:
     """
     done = operated(model, "merge(model)", merged=False if keep else None)
     check_state(model, "merge(model)", WRITING, MAKING, DISABLED)
+    into_shards(model)
     strengths = {operation: operation.strength for operation in done}
     if name is not None:
         one = named(done, [name], f'merge(model, name="{name}")')
@@ -145,7 +147,8 @@ def unmerge(model: Model) -> Model:
     surgery.errors.OperationError: unmerge(model): this Linear was never operated...
     """
     done = operated(model, "unmerge(model)", merged=True)
-    check_state(model, "unmerge(model)", WRITING, MAKING, DISABLED)
+    into_shards(model)
+    check_state(model, "unmerge(model)", UNMERGING, WRITING, MAKING, DISABLED)
     journals = [operation.merge_journal for operation in reversed(done)]
     check_undoable(model, journals, call="unmerge(model)")
     check_kept(journals, "unmerge(model)")

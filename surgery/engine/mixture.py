@@ -14,7 +14,7 @@ from ..errors import OperationError
 from ..rules.layout import map_readers
 from ..structure.layers import CONVS, is_norm
 from .apply import named, operated
-from .conditions import DISABLED, OWN, WRITING, check_state
+from .conditions import DISABLED, OWN, UNCUT, WRITING, check_state
 from .hooked_weights import HookedWeight, only_reads
 from .hooks import HookedSite
 from .journal import Journal
@@ -65,7 +65,7 @@ def mixed(
     """
     call = f"mixed(model, {[*names]!r})" if len(names) < 5 else "mixed(model, ...)"
     done = operated(model, call)
-    check_state(model, call, DISABLED, WRITING)
+    check_state(model, call, DISABLED, UNCUT, WRITING)
     used = named(done, {name for name in names if name is not None}, call)
     if rows is not None:
         _check_rows(model, rows, names, call)

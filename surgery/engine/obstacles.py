@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .._shards import is_distributed
 from .._text import first_few
 from ..errors import OperationError
 
@@ -46,15 +47,15 @@ def in_the_way(module: nn.Module, name: str, value: Tensor) -> Obstacle | None:
     if any(n > 1 and step == 0 for n, step in zip(now.shape, now.stride(), strict=True)):
         fact = "is expanded now: many of its numbers share one place in memory"
         return Obstacle(module, name, fact, "Give it memory of its own, by .data.clone()")
-    kind = type(now.detach()).__name__
+    kinds = {type(each.detach()) for each in (now, value) if not is_distributed(each)}
     if now.shape != value.shape:
         fact = f"is {(*now.shape,)}, and was {(*value.shape,)}"
         return Obstacle(module, name, fact, "Give it the shape that it had")
     if now.dtype != value.dtype and not (now.is_floating_point() and value.is_floating_point()):
         fact = f"is {now.dtype} now, and was {value.dtype}"
         return Obstacle(module, name, fact, "Give it the dtype that it had")
-    if kind != type(value).__name__:
-        fact = f"is a {kind} now, and was a {type(value).__name__}"
+    if len(kinds) > 1:
+        fact = f"is a {type(now.detach()).__name__} now, and was a {type(value).__name__}"
         return Obstacle(module, name, fact, "Make it again what it was")
     if now.is_meta and not value.is_meta:
         fact = "has no memory now (it is on the meta device; offloaded?)"

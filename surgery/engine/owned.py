@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._preserve import same
+from .._shards import cut
 from .journal import Journal, Value
 from .norm_statistics import follow
 from .obstacles import tensor_of
@@ -59,7 +60,13 @@ class Slot(NamedTuple):
 
     def own(self, operation: Operation) -> Tensor | None:
         """What an operation has made of it, if that was ever put by."""
-        return operation.own.get(self.key)
+        own = operation.own.get(self.key)
+        return None if own is None else self.cut(own)
+
+    def cut(self, value: Tensor) -> Tensor:
+        """A value as the tensor lies: that may have been sharded since."""
+        now = self.tensor
+        return value if now is None else cut(value, now)
 
 
 def slots_of(done: Sequence[Operation], norms: bool = False) -> Iterator[Slot]:
@@ -73,7 +80,7 @@ def slots_of(done: Sequence[Operation], norms: bool = False) -> Iterator[Slot]:
             key = id(value.module), value.name
             slot = found.setdefault(key, Slot(value.module, value.name, [], []))
             if not slot.claims or slot.claims[-1].operation is not operation:
-                slot.claims.append(Claim(operation, value.value))
+                slot.claims.append(Claim(operation, slot.cut(value.value)))
     counting = _counting(done) if norms else set()
     firsts: dict[int, Slot] = {}
     for slot in found.values():

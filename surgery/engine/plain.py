@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .._shards import is_distributed
 from .._text import first_few
 from ..errors import OperationError
 from ..structure.memory import own_form
@@ -117,7 +118,7 @@ class Followed(NamedTuple):
             weight, kind = tensor_of(module, name), type(module).__name__
             if id(module) not in here:
                 return f"a {kind} was replaced by another module since"
-            if weight is None or own_form(weight):
+            if weight is None or (own_form(weight) and not is_distributed(weight)):
                 now = "gone" if weight is None else f"a {own_form(weight)}"
                 return f"{name} of a {kind} is {now} since"
         return ""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._preserve import same
+from .._shards import cut
 from .hooks import HookedSite
 from .journal import Entry, Flag, Gradient, Hook, Journal, Key, Value, completed, owner_of
 from .norm_statistics import METHODS, Statistics
@@ -125,7 +126,8 @@ def _rebase(operation: Operation, theirs: Value, before: Tensor) -> None:
     """What an operation made of a tensor, as much away from what that was before another's."""
     own = operation.own.get((theirs.module, theirs.name))
     if own is not None and own.is_floating_point() and not same(theirs.value, before):
-        operation.own[theirs.module, theirs.name] = before + (own - theirs.value)
+        moved = own - cut(theirs.value, own)
+        operation.own[theirs.module, theirs.name] = cut(before, own) + moved
 
 
 def _take_back_key(entry: Key, chosen: Operation, after: After) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._preserve import same
+from .._shards import mesh_of
 from .._text import first_few
 from ..errors import OperationError
 from ..structure.layers import named_modules
@@ -280,6 +281,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 @torch.no_grad()
 def _moved(model: nn.Module, switches: list[Any], told: dict[tuple[int, str], str]) -> list[str]:
     """The sites with parts that would change the weights there, which a state does too."""
+    if mesh_of(model.parameters()) is not None:  # one process may ask alone
+        return []
     hooked = [hooked for switch in switches for hooked in switch.hooked_sites]
     try:
         folds = [fold for fold in folded(model, hooked) if fold.moves]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._inputs import call, copied
 from ..engine.apply import operated
+from ..engine.conditions import UNCUT, check_state
 from ..engine.journal import Journal
 from ..errors import FileError, OperationError, RuleError, is_number
 from ..parts.adapter_sum import Copies
@@ -88,6 +89,7 @@ def swapped(model: nn.Module, state: State, *, name: str = "default") -> Iterato
     >>> model(torch.ones(1, 2)).item() == 0
     False
     """
+    check_state(model, "swapped(model, ...)", UNCUT)
     journal = Journal()
     for tensor in state_dict(model, name=name).values():
         journal.keep_numbers(tensor, lent=True)

@@ -9,11 +9,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import check_folder, write_whole
+from .._shards import into_shards, mesh_of, together, told_by_all, whole
 from .._text import first_few
 from ..engine.apply import operated
 from ..engine.conditions import APPLYING, DISABLED, FILLING, MAKING, READING, WRITING, check_state
@@ -45,16 +43,24 @@ from .foreign import acting, made
 from .formats import reader_of
 from .hashes import hash_of, hash_of_base
 from .reading import BASE, FORMAT, PARTS, Contents, Sketch, plan_of, read
+from .writing import write
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
+def state_dict(
+    model: nn.Module, *, name: str = "default", sharded: bool = False
+) -> dict[str, Tensor]:
     """The tensors that make an operated model what it is beyond its base.
+
+    sharded  of a model in shards (fully_shard, tensor parallel) the DTensors as they lie, which
+             torch.distributed.checkpoint saves, and loads into; else they are gathered, one after
+             the other, and all processes must call it
 
     `parts.<key>` are those of the parts, each stored once; `base.<key>` those of the base that
     were unfrozen, and buffers that have changed since (running statistics). What is trained without
-    a rule (unfrozen by hand, of a new module) is of the last operation. Tensors are views.
+    a rule (unfrozen by hand, of a new module) is of the last operation. Tensors are views, but for
+    those that were gathered.
     Raises OperationError where nothing was done under that name, and inside `disabled`.
 
     >>> from surgery import apply, at, unfreeze
@@ -62,6 +68,12 @@ def state_dict(model: nn.Module, *, name: str = "default") -> dict[str, Tensor]:
     >>> sorted(state_dict(model))
     ['base.0.bias', 'base.0.weight']
     """
+    found = _held(model, name)
+    return found if sharded else {key: whole(tensor) for key, tensor in found.items()}
+
+
+def _held(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """As `state_dict`, the tensors as they lie: what is written to them is written to the model."""
     operation = _operation(model, name)
     parts = {PARTS + key: tensor for key, tensor in operation.state_dict().items()}
     for path, part in operation.named_modules():
@@ -110,10 +122,10 @@ def fill(
     known = {key: each for key, each in known.items() if key not in spared}
     operation, places = _operation(model, name), _places(model, name)
     check_state(model, "load_state_dict(model, ...)", WRITING)
-    required = set(state_dict(model, name=name)) - set(buffers(model)) - set(spared)
+    required = set(_held(model, name)) - set(buffers(model)) - set(spared)
     check_keys(required, known, places, type(model).__name__)
     check_alike(known, places)
-    found = given.tensors() if isinstance(given, Contents) else given
+    found = _read(given, places) if isinstance(given, Contents) else given
     tensors = {key: found[key] for key in known}
     check_indices(operation, tensors, PARTS)
     journal, done = Journal(), operations(model)
@@ -131,6 +143,11 @@ def fill(
         journal.undo()
         raise
     operation.start.given([key.removeprefix(PARTS) for key in tensors])
+
+
+def _read(contents: Contents, places: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a file, which each process reads."""
+    return together(mesh_of(places.values()), contents.tensors, contents.call)
 
 
 def _own_buffers(
@@ -157,7 +174,8 @@ def save(
 
     verify  also a hash of the base, for load(..., verify=True); all of it is read
 
-    The file appears whole or not at all. Rules that hold code of the user's own (a lambda, say)
+    The file appears whole or not at all. Of a model in shards all processes call it, and the first
+    writes. Rules that hold code of the user's own (a lambda, say)
     are kept as text only, and `load` must be given them. Raises OperationError, FileError, OSError.
 
     >>> from surgery import apply, at, unfreeze
@@ -166,8 +184,7 @@ def save(
     >>> save(model, tempfile.mkdtemp() + "/tuned.safetensors").name
     'tuned.safetensors'
     """
-    operation = _operation(model, name)
-    tensors = {k: t.contiguous() for k, t in state_dict(model, name=name).items()}
+    operation, tensors = _operation(model, name), _held(model, name)
     if operation.start.lost() or any(tensor.is_meta for tensor in tensors.values()):
         raise FileError(
             f'save("{path}")',
@@ -187,19 +204,22 @@ def save(
         "roles": record.get("roles", {}),
         "read_besides": sorted(operation.read_besides),
         "beyond_rules": [*_keyed(model, beyond_rules(model, operation))],
-        "hash": hash_of(sorted(tensors.items())),
-        "alone": is_alone(operations(model), operation),
+        "alone": _is_alone(model, operation),
         **({"base": hash_of_base(model)} if verify else {}),
     }
-    target, metadata = Path(path), {"surgery": json.dumps(about)}
-    check_folder(target, f'save("{path}")')
-    try:
-        write_whole(target, lambda half: save_file(_unshared(tensors), half, metadata=metadata))
-    except SafetensorError as error:
-        raise FileError(
-            f'save("{path}")', f"it could not be written ({error}).", "Look at the disk's room."
-        ) from error
-    return target
+
+    def header(full: Mapping[str, Tensor]) -> dict[str, str]:
+        return {"surgery": json.dumps({**about, "hash": hash_of(sorted(full.items()))})}
+
+    mesh = mesh_of([*tensors.values(), *model.parameters()])
+    write(tensors, header, Path(path), f'save("{path}")', mesh)
+    return Path(path)
+
+
+def _is_alone(model: nn.Module, operation: Operation) -> bool:
+    """As `is_alone`: each process sees its pieces."""
+    alone = is_alone(operations(model), operation)
+    return all(told_by_all(mesh_of(model.parameters()), alone))
 
 
 def _tell_changed(model: nn.Module, call: str) -> None:
@@ -251,18 +271,22 @@ def load(
     True
     """
     check_operable(model)
-    check_state(model, f'load("{path}")', APPLYING)
+    if not operations(model):
+        check_state(model, f'load("{path}")', APPLYING)
+    into_shards(model)
     ours = {"rules": rules, "balance": balance, "verify": verify, "room": room}
     if reader := reader_of(path, head=head, **ours):
         reader(model, Path(path), name=name, example=example)
         return model
-    contents = read(path, name)
+    mesh = mesh_of(model.parameters())
+    contents = together(mesh, lambda: read(path, name), f'load("{path}")')
     about = contents.about
     _check_base(model, about.get("base") if verify else "", contents.call)
     spared = _of_heads(model, head, contents.call)
     if rules is None and _is_same(model, name, about, room):
         fill(model, contents, name, spared)
         return model
+    check_state(model, contents.call, APPLYING)
     plan = plan_of(contents, model, rules, name=name, balance=balance, example=example, room=room)
     if plan.is_without_memory:
         check_state(model, f'load("{path}")', MAKING, FILLING)
@@ -329,7 +353,9 @@ def _operation(model: nn.Module, name: str) -> Operation:
             f'name="{name}"', f"this {type(model).__name__} was not operated under it.", known
         )
     check_state(model, "state_dict(model)", READING, DISABLED)
+    into_shards(model)
     operated(model, "state_dict(model)")  # what is merged is not what was trained
+    _check_room(model, done[name])
     check_watched(done[name], "state_dict(model)")
     if lost := lost_module(model, done[name]):
         raise OperationError(
@@ -339,6 +365,19 @@ def _operation(model: nn.Module, name: str) -> Operation:
             "Convert the model first, and apply the rules then.",
         )
     return done[name]
+
+
+def _check_room(model: nn.Module, operation: Operation) -> None:
+    """Raise OperationError where ranks that are not used lie in pieces: no view leaves them out."""
+    if mesh_of(operation.parameters()) is None or all(
+        room_of(part) is None for part in operation.children()
+    ):
+        return
+    raise OperationError(
+        "state_dict(model)",
+        f"parts of this {type(model).__name__} have room for more ranks, and are in shards.",
+        "Apply the rules without room= before it is sharded.",
+    )
 
 
 def _adopt(model: nn.Module, keys: list[str]) -> None:
@@ -368,13 +407,4 @@ def _keyed(model: nn.Module, places: Iterable[Place]) -> dict[str, Place]:
 
 def _places(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Every tensor of the model that a file may fill, by its key in the file."""
-    return {**buffers(model), **state_dict(model, name=name)}
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors takes no two tensors in one storage: those that share one are copied."""
-    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
-    return {
-        key: tensor.clone() if storages.count(tensor.untyped_storage().data_ptr()) > 1 else tensor
-        for key, tensor in tensors.items()
-    }
+    return {**buffers(model), **_held(model, name)}

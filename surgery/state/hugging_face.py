@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..engine.activity import activate
 from ..engine.apply import operated
-from ..engine.conditions import DISABLED, READING, check_state
+from ..engine.conditions import DISABLED, READING, UNCUT, check_state
 from ..engine.operation import Operation
 from ..engine.owned import base_values
 from ..errors import FileError
@@ -60,7 +60,7 @@ def save_pretrained(
     """
     call = f'save_pretrained(model, "{folder}")'
     done, where = operated(model, call), address(folder, call)
-    check_state(model, call, READING, DISABLED)
+    check_state(model, call, UNCUT, READING, DISABLED)
     library(call)
     if where is None:
         _write(model, done, Path(folder), "", base, call)

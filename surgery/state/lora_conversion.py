@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._table import Table
 from .._text import first_few
 from ..engine.apply import apply, operated, revert
-from ..engine.conditions import APPLYING, DISABLED, MAKING, WRITING, check_state
+from ..engine.conditions import APPLYING, DISABLED, MAKING, UNCUT, WRITING, check_state
 from ..engine.folding import folded, written
 from ..engine.hooked_weights import HookedWeight
 from ..engine.hooks import HookedSite
@@ -65,7 +65,7 @@ def as_lora(
     """
     _check(rank, share)
     (operation, *others) = operated(model, "as_lora(model, ...)", merged=False)
-    check_state(model, "as_lora(model, ...)", APPLYING, WRITING, MAKING, DISABLED)
+    check_state(model, "as_lora(model, ...)", APPLYING, UNCUT, WRITING, MAKING, DISABLED)
     if others:
         raise OperationError(
             "as_lora(model, ...)",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import check_folder, write_whole
+from ..engine.conditions import UNCUT, check_state
 from ..engine.operation import Operation, operations
 from ..errors import FileError, OperationError
 from ..parts.binary import QuantisedLinear
@@ -106,6 +107,7 @@ def load(model: Model, path: str | os.PathLike[str], *, name: str = "default") -
 
 def _contents(model: nn.Module, name: str, rule: str) -> _Contents:
     """The quantised weights and the tensors of the base, in their order. Raises OperationError."""
+    check_state(model, rule, UNCUT)
     tensors = state_dict(model, name=name)
     keys = _quantised(next(op for op in operations(model) if op.name == name))
     trained = {key for key in tensors if key.startswith(BASE)} - set(buffers(model))

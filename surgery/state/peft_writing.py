@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .._files import check_folder, write_whole
+from ..engine.conditions import UNCUT, check_state
 from ..engine.hooked_weights import HookedWeight
 from ..engine.operation import Operation, operations
 from ..engine.owned import own_values
@@ -61,6 +62,7 @@ def save_peft(
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     target, call = Path(folder), f'save_peft("{folder}")'
+    check_state(model, call, UNCUT)
     own = state_dict(model, name=name)
     operation = next(op for op in operations(model) if op.name == name)
     if operation.start.lost() or any(tensor.is_meta for tensor in own.values()):

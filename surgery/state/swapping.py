@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.apply import named, operated
+from ..engine.conditions import UNCUT, check_state
 from ..engine.journal import Journal
 from ..engine.operation import Operation
 from ..engine.planning import Plan
@@ -43,6 +44,7 @@ def swap(model: Model, name: str, path: str | os.PathLike[str]) -> Model:
     """
     call = f'swap(model, "{name}", "{path}")'
     (operation,) = named(operated(model, call), [name], call)
+    check_state(model, call, UNCUT)
     contents = read(path, name)
     plan = plan_of(contents, model, None, name=f"{name}_of_file", balance=None, example=None)
     sketches: dict[str, Any] = _own(plan.parts)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .._shards import is_distributed
 from .layers import named_modules
 
 
@@ -37,8 +38,9 @@ class Memory:
         self.near: dict[int, dict[int, Tensor]] = {}  # by the start of a storage: those in it
         for path, module in named_modules(model):
             for name, tensor in _own(module):
-                if _has_memory(tensor):
+                if _has_memory(tensor) or is_distributed(tensor):
                     self.names.setdefault(id(tensor), []).append(f"{path}.{name}".strip("."))
+                if _has_memory(tensor):
                     storage = tensor.untyped_storage().data_ptr()
                     self.near.setdefault(storage, {})[id(tensor)] = tensor
 

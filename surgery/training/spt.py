@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._preserve import preserved
 from ..engine.apply import operated
-from ..engine.conditions import FILLING, MAKING, WRITING, check_state
+from ..engine.conditions import FILLING, MAKING, UNCUT, WRITING, check_state
 from ..engine.operation import check_operable, operations
 from ..errors import OperationError, RuleError
 from ..parts.adapters import adapter
@@ -61,7 +61,7 @@ def measure(model: nn.Module, batches: Iterable[Any], loss: Loss) -> dict[str, T
     (tensor([[1., 1.]]), tensor([1.]))
     """
     _check_bare(model, "measure(model, ...)")
-    check_state(model, "measure(model, ...)", WRITING, MAKING, FILLING)
+    check_state(model, "measure(model, ...)", UNCUT, WRITING, MAKING, FILLING)
     named = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     scores = {name: torch.zeros_like(p, requires_grad=False) for name, p in named.items()}
     count = 0

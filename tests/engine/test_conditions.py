@@ -199,6 +199,9 @@ PURE = {"anatomy", "fingerprint", "plan"}
 RUNNING = {  # it goes on
     "balance_loss", "groups", "materialise", "parameters", "penalty", "report", "routing",
 }  # fmt: skip
+GATHERED = {  # what is in shards is gathered, one by one
+    "disabled", "load_state_dict", "merge", "revert", "save", "state_dict", "unmerge",
+}  # fmt: skip
 ALL = {*BARE, *OPERATED, *MERGED}
 NEW = {"apply", "apply, a second time", "Plan.apply", "load", "load_peft", "as_lora"}
 
@@ -217,9 +220,9 @@ def _wrapped(name: str, put: Callable[[nn.Module], nn.Module], alone: bool = Fal
 
 
 STATES = {
-    "fully_shard": State(_fsdp2, "shards", PURE | RUNNING, False),
+    "fully_shard": State(_fsdp2, "shards", PURE | RUNNING | GATHERED - {"unmerge"}, False),
     "in FSDP1": State(lambda m: _fsdp1(m).module, "shards", PURE | RUNNING, False),
-    "tensor parallel": State(_tensor_parallel, "tensor parallel", PURE | RUNNING, False),
+    "tensor parallel": State(_tensor_parallel, "tensor parallel", PURE | RUNNING | GATHERED, False),
     "in DDP": State(lambda m: _ddp(m).module, "DistributedDataParallel", ALL - NEW, False),
     "replicated": State(_replicated, "DistributedDataParallel", ALL - NEW, False),
     "offloaded": State(_offloaded, "offload", PURE | RUNNING - {"materialise"}),

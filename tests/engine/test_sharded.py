@@ -75,6 +75,10 @@ def calls(folder: str) -> dict[str, Callable[[nn.Module], Any]]:
     }
 
 
+# fully_shard gathers around each forward what has a shape: the rest works (test_in_shards)
+REFUSED = {"FSDP2": {"apply"}, "FSDP1": {*calls("")}}
+
+
 def ddp(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
@@ -109,7 +113,8 @@ def outcomes(kind: str, folder: str) -> dict[str, Any]:
     with torch.no_grad():
         want = wrapped(X)
     done: dict[str, Any] = {}
-    for name, call in calls(folder).items():
+    for name in sorted(REFUSED[kind]):
+        call = calls(folder)[name]
         try:
             call(model)
             done[name] = "no error"
@@ -181,8 +186,7 @@ def test_weights_that_nobody_calls_are_changed_in_shards_too(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("kind", SHARDED)
-@pytest.mark.parametrize("name", calls(""))
+@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in REFUSED for name in REFUSED[k]])
 def test_refused_on_all_ranks_alike(ranks: list[dict[str, Any]], kind: str, name: str) -> None:
     texts = {rank[kind][name] for rank in ranks}
     assert len(texts) == 1

@@ -20,7 +20,7 @@ import surgery
 from surgery import adapter, append, at, ffn, moa, norm, parallel, shared, unfreeze
 from surgery.engine.vocabulary import vocabulary
 from surgery.rules.expression import decode, encode
-from surgery.state import checkpoint
+from surgery.state import writing
 from tests.laws import checks as laws
 from tests.laws.checks import ADAPTERX, Toy, plain, raised
 from tests.models import images, tiny_vit
@@ -256,7 +256,7 @@ def test_a_fault_during_save_leaves_the_old_file_and_no_litter(
     old = path.read_bytes()
     laws.stir(model, seed=2)
     for error in (laws.Fault, KeyboardInterrupt):
-        for module, name in ((checkpoint, "save_file"), (os, "replace")):
+        for module, name in ((writing, "save_file"), (os, "replace")):
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, failing(error, getattr(module, name)))
                 raised(error, lambda: surgery.save(model, path))
