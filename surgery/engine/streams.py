@@ -139,7 +139,8 @@ class Stream:
 
     def begin_anew(self) -> None:
         """The same, but that what is empty is not written to in an export, which warns of that."""
-        if self.inserted or self.aside is not None or not is_exporting():
+        # asked first: what compiled code has read, it is made again for
+        if not is_exporting() or self.inserted or self.aside is not None:
             self.begin()
 
     def opened(self) -> dict[Place, Inserted]:

@@ -266,8 +266,11 @@ class Reversible(nn.Module):
 
 
 def _is_traced() -> bool:
-    tracing = torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
-    return torch.compiler.is_compiling() or tracing
+    return (
+        torch.compiler.is_compiling()  # first: the others cannot be compiled
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _attention(block: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def forwards(model: torch.nn.Module, times: int = 3) -> int:
 
 
 # what leaves something behind in each forward: gates, a map of patches, tokens, what is heard
-LEAVING = ["adapterx_ffn", "molora", "adapterx", "convpass", "scalearn"]
+LEAVING = ["adapterx_ffn", "molora", "adapterx", "convpass", "scalearn", "meft"]
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -66,6 +67,18 @@ def test_a_second_forward_compiles_nothing(name: str, train: bool) -> None:
     model(images())  # what an eager forward leaves is another matter
     torch.compiler.reset()
     assert forwards(model) == 1
+
+
+@pytest.mark.parametrize("name", LEAVING)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_batch_of_another_size_compiles_nothing(name: str) -> None:
+    model = surgery.apply(tiny_vit(depth=2), name).eval()
+    laws.stir(model)
+    run = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    run(images(2))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x in (images(3), images(8)):
+            assert_close({"y": run(x)}, {"y": model(x)}, 1e-5)
 
 
 def test_the_first_program_that_compiles_compiles_once() -> None:
@@ -130,6 +143,45 @@ def test_inductor(way: str) -> None:
     for block in model.blocks:
         block.attn.fused_attn = False  # of which torch 2.11 has no backward in float64
     assert_close(run(model, torch.compile(model, fullgraph=True)), reference())
+
+
+@pytest.mark.slow
+@BOTH_KINDS
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_inductor_compiles_once(train: bool, top_k: int | None) -> None:
+    model, x = operated(top_k=top_k, dtype=torch.float32).train(train), images()
+    run = torch.compile(model, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            y = run(x)
+            (y.square().sum() + surgery.balance_loss(model)).backward()
+    assert_close({"y": y}, {"y": model(x)}, 1e-5)
+
+
+@pytest.mark.slow
+@BOTH_KINDS
+@pytest.mark.usefixtures("fresh_compiler")
+def test_aot_inductor(top_k: int | None, tmp_path: Path) -> None:
+    model = operated(top_k=top_k, dtype=torch.float32).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "x.pt2")
+        )
+        run = torch._inductor.aoti_load_package(path)
+        for x in (images(1), images(5)):
+            assert_close({"y": run(x)}, {"y": model(x)}, 1e-5)
+
+
+@BOTH_KINDS
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_jit_trace(top_k: int | None) -> None:
+    model = operated(top_k=top_k).eval()
+    traced = torch.jit.trace(model, (inputs(),))
+    for x in (inputs(), inputs().flip(0)[:1]):
+        assert_close({"y": traced(x)}, {"y": model(x)})
 
 
 @BOTH_KINDS
