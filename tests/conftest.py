@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 from surgery.engine.reading import end_interrupted
 from tests import models
@@ -22,7 +23,8 @@ def _seeded() -> Iterator[None]:
     torch.default_generator.manual_seed(0)  # manual_seed writes down the stack for each device
     yield
     end_interrupted()
-    assert not torch._C._len_torch_function_stack()
+    left = [torch._C._pop_torch_function_stack() for _ in _get_current_function_mode_stack()]
+    assert not left
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ all tokens, as it must be in the loop, and none behind it (a mean as the sum ove
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ def check_counting(hooked_sites: list[HookedSite], run: Callable[[], Any], answe
     sites = [hooked for hooked in hooked_sites if hooked.inserts and hooked.ends]
     if not sites:
         return
-    with Reading(()):  # as the answer came
+    with Reading((), sys._getframe()):  # as the answer came
         if _counts(sites, run, answer) and not apart(answer, run()) and _counts_behind(sites, run):
             raise GraftError(
                 f"insert(...) at {first_few(hooked.path for hooked in sites)}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -21,9 +20,8 @@ from .fitting import run
 from .hooked_weights import HookedWeight
 from .hooks import HookedSite
 from .tokens import Insertions
-from .tracing import CALL, is_in_call
+from .tracing import CALL
 
-INTERRUPTED = nn.Module()
 CHECKPOINT = CheckpointFunction.__name__  # of reentrant checkpoints
 OURS = {
     run.__code__,
@@ -38,14 +36,14 @@ class Reading(TorchFunctionMode):
     Only functions that give tensors read; one that asks for a shape, or a dtype, does not.
 
     besides  by the path of a site: ids of its parameters that were read so
-    of       a model whose call this is to end with, also where it is interrupted
+    of       the frame of the call that this is to end with, also where that is interrupted
     cut_off  sites inside functions with a backward of their own (reentrant checkpoints, reversible
              layers) none of whose inputs asks for a gradient, and the names of these
     """
 
-    def __init__(self, sites: Iterable[HookedSite], of: nn.Module | None = None) -> None:
+    def __init__(self, sites: Iterable[HookedSite], of: FrameType | None = None) -> None:
         super().__init__()
-        self.of = of
+        self.of, self.interrupted = of, False
         self.besides: dict[str, set[int]] = {}
         self.cut_off: dict[str, str] = {}
         self.sites: dict[int, list[HookedSite]] = {}
@@ -117,16 +115,20 @@ class Reading(TorchFunctionMode):
 
     def is_over(self) -> bool:
         """Whether the call was interrupted that this is to end with: no hook ran behind it."""
-        if self.of is not None and not is_in_call(self.of, threading.get_ident()):
-            self.of = INTERRUPTED
+        frame: FrameType | None = sys._getframe(1) if self.of is not None else None
+        while frame is not None and frame is not self.of:
+            frame = frame.f_back
+        if self.of is not None and frame is None:
+            self.of, self.interrupted = None, True
             self.sites.clear()
-        return self.of is INTERRUPTED
+        return self.interrupted
 
     def __exit__(self, *error: object) -> None:
         self.end()  # torch would leave the last mode, which an interrupted call may have left here
 
     def end(self) -> None:
         """Leave the mode, wherever in torch's stack of them it is."""
+        self.of = None
         above: list[Any] = []
         while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             mode = torch._C._pop_torch_function_stack()

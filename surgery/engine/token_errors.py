@@ -5,6 +5,7 @@ It comes of tokens that were put in; or the model takes a path that cannot be lo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -63,7 +64,8 @@ def _runs_without_parts(operation: Operation, run: Run) -> bool:
     """Whether the model takes the example where parts are off."""
     operation.enabled = False
     try:
-        with torch.no_grad(), Reading(()):  # which keeps torch from paths that take other inputs
+        # a mode keeps torch from paths that take other inputs
+        with torch.no_grad(), Reading((), sys._getframe()):
             run()
     except Exception:
         return False

@@ -26,12 +26,20 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def is_in_call(module: nn.Module, thread: int) -> bool:
     """Whether a thread is in a call of a module, which may end without a hook: interrupted."""
-    frame = sys._current_frames().get(thread)
+    return _call_in(sys._current_frames().get(thread), module) is not None
+
+
+def call_of(module: nn.Module) -> FrameType | None:
+    """The frame of the call of a module that this thread is in."""
+    return _call_in(sys._getframe(1), module)
+
+
+def _call_in(frame: FrameType | None, module: nn.Module) -> FrameType | None:
     while frame is not None:
         if frame.f_code is CALL and frame.f_locals.get("self") is module:
-            return True
+            return frame
         frame = frame.f_back
-    return False
+    return None
 
 
 def while_traced(method: Method) -> Method:

@@ -5,6 +5,7 @@ No silent nothing: models read weights without calling modules, skip and detach,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -117,7 +118,7 @@ def _proved(operation: Operation, run: Run) -> tuple[Any, Reading, list[HookedSi
 
 def _answer(operation: Operation, run: Run) -> tuple[Any, Reading]:
     """The answer of a forward, and what it read. Tells a model's error of what surgery makes it."""
-    reading = Reading(operation.hooked_sites)
+    reading = Reading(operation.hooked_sites, sys._getframe())
     try:
         with reading:
             return run(), reading
@@ -215,7 +216,7 @@ def _without_parts(operation: Operation) -> Iterator[None]:
     """Parts are off, and torch takes the paths by which answers came (see Reading)."""
     operation.enabled = False
     try:
-        with Reading(()):
+        with Reading((), sys._getframe(2)):  # of who entered this
             yield
     finally:
         operation.enabled = True

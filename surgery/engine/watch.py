@@ -28,6 +28,7 @@ from .reading import Reading, end_interrupted, hinders, why_idle
 from .streams import Streams, is_recomputing
 from .summary import Record
 from .switch import Switch
+from .tracing import call_of
 
 KINDS = 1000  # of forwards that are looked into at most: a bound, where every input has other sizes
 PATIENCE = 30  # training forwards in which a layer may be dropped at random before its first run
@@ -147,7 +148,7 @@ class Watch:
             return
         kept.blind = hinders(self.model) or holds_compiled(self.model, self.operation.hooked_sites)
         if not kept.blind:
-            kept.reading = Reading(self.operation.hooked_sites, module)
+            kept.reading = Reading(self.operation.hooked_sites, call_of(module))
             kept.reading.__enter__()
 
     def _begin_traced(self, module: nn.Module) -> None:

@@ -186,7 +186,9 @@ def test_weights_that_nobody_calls_are_changed_in_shards_too(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in REFUSED for name in REFUSED[k]])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, name) for k in REFUSED for name in sorted(REFUSED[k])]
+)
 def test_refused_on_all_ranks_alike(ranks: list[dict[str, Any]], kind: str, name: str) -> None:
     texts = {rank[kind][name] for rank in ranks}
     assert len(texts) == 1
