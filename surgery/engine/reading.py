@@ -128,7 +128,6 @@ class Reading(TorchFunctionMode):
 
     def end(self) -> None:
         """Leave the mode, wherever in torch's stack of them it is."""
-        self.of = None
         above: list[Any] = []
         while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             mode = torch._C._pop_torch_function_stack()
@@ -137,6 +136,7 @@ class Reading(TorchFunctionMode):
             above.append(mode)
         for mode in reversed(above):
             torch._C._push_on_torch_function_stack(mode)
+        self.of = None  # the last: an interrupt before it leaves what ends with its frame
 
 
 def end_interrupted() -> None:
