@@ -37,12 +37,8 @@ def whole(tensor: Tensor) -> Tensor:
     >>> whole(torch.ones(2))
     tensor([1., 1.])
     """
-    made: Any = tensor
-    if not is_distributed(tensor):
-        return tensor
     with torch.no_grad():
-        full: Tensor = made.detach().full_tensor()
-    return full
+        return met(tensor)
 
 
 def cut(value: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._preserve import preserved
+from .._shards import cut
 from .._text import first_few
 from ..errors import OperationError
 from .apply import operated
@@ -101,9 +102,5 @@ def _put(operation: Operation, name: str, value: Tensor) -> None:
     if tensor.is_meta:
         is_parameter = isinstance(tensor, nn.Parameter)
         table[attribute] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
-    elif hasattr(tensor, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor  # which costs more than all of ours
-
-        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
     else:
-        tensor.copy_(value)
+        tensor.copy_(cut(value, tensor))

@@ -191,7 +191,6 @@ def own_values(
     done: Sequence[Operation], operation: Operation
 ) -> dict[tuple[nn.Module, str], Tensor]:
     """What an operation has made of tensors that now show, or may show, what others made."""
-    pull(done)
     alone = all(other.strength == 1 for other in done)
     if alone and all(len(slot.claims) == 1 for slot in slots_of(done)):
         return {}
@@ -208,7 +207,6 @@ def put_by(done: Sequence[Operation]) -> None:
 
     What was learnt since the last time is of the latest that is active and trained.
     """
-    pull(done)
     now = {operation: operation.strength for operation in done}
     for slot in slots_of(done):
         for (operation, _), later in zip(slot.claims, slot.claims[1:], strict=False):

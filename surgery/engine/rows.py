@@ -100,12 +100,11 @@ class Rows:
     def split(self, x: Tensor, path: str) -> tuple[list[Tensor], Join]:
         """The rows of each, and the rest; and what joins such, as they were."""
         axis = self.axis(x, path)
-        lies = self.are_tokens
-        flat = x.flatten(0, 1) if lies else x
+        flat = x.flatten(0, 1) if self.are_tokens else x
         indices = [self._spread(i, flat.shape[axis]) for i in (*self.each, self.rest)]
         back = torch.cat(indices).argsort()
         pieces = [flat.index_select(axis, index) for index in indices]
-        if not lies:
+        if not self.are_tokens:
             return pieces, lambda outs: torch.cat([*outs], axis).index_select(axis, back)
         return (
             [piece[None] for piece in pieces],
@@ -174,7 +173,6 @@ class Group:
             return self.rows.chosen(x, path, [(k, act(member, x, *came)) for member, k in acting])
         pieces, join = self.rows.split(x, path)
         given = [pieces, *(self.rows.split(each, path)[0] for each in came)]
-        refuse_checkpoints(path)
         for member, k in acting:
             mine = [each[k] for each in given]
             if not mine[0].numel():
