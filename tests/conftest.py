@@ -19,12 +19,12 @@ gc.set_threshold(10_000, 10, 50)  # small models come and go: of many objects fe
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """The same numbers for each test; and torch's calls are looked into for none of the next."""
+    """The same numbers for each test; and none leaves torch's calls looked into for the next."""
     torch.default_generator.manual_seed(0)  # manual_seed writes down the stack for each device
     yield
     end_interrupted()
-    for _ in _get_current_function_mode_stack():  # of a fault in the line that would leave one
-        torch._C._pop_torch_function_stack()
+    left = [torch._C._pop_torch_function_stack() for _ in _get_current_function_mode_stack()]
+    assert not left
 
 
 @pytest.fixture
