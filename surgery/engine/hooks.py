@@ -28,7 +28,7 @@ from .journal import owner_of
 from .passes import Key, Pass
 from .routed import Left, routed
 from .rows import Group
-from .streams import Inserted, refuse_checkpoints
+from .streams import Inserted
 from .switch import Switch
 from .tokens import ASIDE, ENTERING, ON_OUTPUT, WRAPPING, Action, Fits, Insertions
 from .tracing import Traced, apart
@@ -147,8 +147,6 @@ class HookedSite:
             self.switch.mark(self.begin_mark, self.compiled_begin)
         if not ((self.enters or self.remembers) and self.active()):
             return None
-        if self.switch.is_mixed:
-            refuse_checkpoints(self.path)
         acts = None if (group := self.group) is None else group.acts(self)
         if acts is False:
             return None
@@ -188,8 +186,6 @@ class HookedSite:
                 check_caches(beside, output, self.path)
         if not (self.leaves and self.active()):
             return None
-        if self.switch.is_mixed:
-            refuse_checkpoints(self.path)
         acts = None if (group := self.group) is None else group.acts(self)
         if acts is None or group is None:
             return self._left(args, kwargs, output)
@@ -308,6 +304,7 @@ class HookedSite:
         """Whether the parts run. While disabled no gradient may be asked for: it would be wrong."""
         if self.switch.merged or self.switch.undone or not self.switch.strength:
             return False
+        self.switch.streams.refuse_checkpoints(self.path)
         if not self.switch.enabled and torch.is_grad_enabled():
             raise GraftError(
                 "disabled(model)",

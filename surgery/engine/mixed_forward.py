@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,9 @@ from ..errors import GraftError
 from .features import declared, input_of
 from .hooks import HookedSite
 from .kinds import PLAIN, kind_of
-from .norm_statistics import is_guarded
+from .norm_statistics import is_guarded, is_live
 from .operation import Operation
 from .rows import CLOSE, Rows, not_of_tokens, takes_statistics, unseen
-from .streams import refuse_checkpoints
 
 Values = dict[tuple[nn.Module, str], Tensor]
 
@@ -37,10 +36,9 @@ class Layer:
         self, module: nn.Module, rows: Rows, values: Sequence[Values], used: Sequence[Operation]
     ) -> None:
         self.module, self.rows, self.path = module, rows, type(module).__name__
-        self.models = used[0].model if used else []
-        self.counts = [counts(module, op) for op in (*used, None)]
+        self.used, self.norms = used, [module] if is_guarded(module) else []
         self.values = [
-            {name: v for (holder, name), v in each.items() if holder is module} for each in values
+            {place: value for place, value in each.items() if place[0] is module} for each in values
         ]
         self.names: tuple[str, ...] = ()
         self.base = vars(module).get("forward") or type(module).forward.__get__(module)
@@ -48,49 +46,61 @@ class Layer:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.rows.on:
             return self.base(*args, **kwargs)
-        refuse_checkpoints(self.path)
+        for op in self.used[:1]:
+            op.streams.refuse_checkpoints(self.path)  # of all operations
         x, _ = input_of(args, kwargs, self)
+        each = [*zip(self.values, (*self.used, None), strict=True)]
         if self.rows.all_act:
-            if any(self.counts) and self._in_training():
+            if any(is_live(norm, self.used) and _in_training(self.used) for norm in self.norms):
                 raise takes_statistics(self.path)
-            *outs, rest = map(self._run, [x] * len(self.values), self.values, self.counts)
+            *outs, rest = [self._run(x, values, op) for values, op in each]
             return self.rows.chosen(rest, self.path, [*enumerate(outs)])
         pieces, join = self.rows.split(x, self.path)
-        return join([*map(self._run, pieces, self.values, self.counts)])
+        return join([self._run(x, *its) for x, its in zip(pieces, each, strict=True)])
 
     def seen(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook that does nothing: torch's fused layers look for any."""
 
-    def _in_training(self) -> bool:
-        return any(model.training for model in self.models)
-
-    def _run(self, x: Tensor, values: dict[str, Tensor], count: bool | None) -> Tensor:
+    def _run(self, x: Tensor, values: Values, op: Operation | None) -> Tensor:
         """What it gives; for no rows, no gradient is asked: they were not there."""
-        own, training = vars(self.module), self.module.training
-        try:
-            own.update(values)
-            if count is not None:
-                own["training"] = count and self._in_training()
-            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(x.numel())):
-                y: Tensor = self.base(x)
-        finally:
-            own["training"] = training
-            for name in values:
-                own.pop(name, None)
+        asks = torch.is_grad_enabled() and bool(x.numel())
+        with standing(values, self.norms, op), torch.set_grad_enabled(asks):
+            y: Tensor = self.base(x)
         return y
 
 
-class Shapes(TorchFunctionMode):
+@contextmanager
+def standing(values: Values, norms: Iterable[nn.Module], op: Operation | None) -> Iterator[None]:
+    """While it lasts tensors are these, and norms count where an operation trains them."""
+    was = [(norm, norm.training) for norm in norms]
+    try:
+        for norm, _ in was:
+            norm.training = op is not None and is_live(norm, [op]) and _in_training([op])
+        for (module, name), value in values.items():
+            vars(module)[name] = value
+        yield
+    finally:
+        for module, name in values:
+            vars(module).pop(name, None)
+        for norm, training in was:
+            norm.training = training
+
+
+def _in_training(used: Sequence[Operation]) -> bool:
+    return any(model.training for op in used for model in op.model)
+
+
+class SizedByData(TorchFunctionMode):
     """Sees whether how many there are of something depends on what it is: tokens of experts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of_data = False
+        self.seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         by_mask = func is Tensor.__getitem__ and any(map(_is_mask, pytree.tree_leaves(args[1:])))
         by_where = func is torch.where and len(args) + len(kwargs or {}) == 1
-        self.of_data |= func in OF_DATA or by_mask or by_where
+        self.seen |= func in OF_DATA or by_mask or by_where
         return func(*args, **(kwargs or {}))
 
 
@@ -132,9 +142,14 @@ class MixedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._forward(args, kwargs)
+        streams = self.done[0].streams
         with self.lock:  # whose rows a place is given is one for all threads
             self.rows.begin()
-            return self._forward(args, kwargs)
+            streams.mixes = torch.is_grad_enabled()
+            try:
+                return self._forward(args, kwargs)
+            finally:
+                streams.mixes = False
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
         x, _ = input_of(args, kwargs, self)
@@ -160,19 +175,6 @@ class MixedForward:
         finally:
             for operation, strength in zip(self.done, was, strict=True):
                 operation.strength = strength
-
-    @contextmanager
-    def _norms(self, active: set[Operation]) -> Iterator[None]:
-        """Norms count where one that is active trains them."""
-        norms = dict.fromkeys(norm for op in self.done for norm in op.norms)
-        was = [norm.training for norm in norms]
-        try:
-            for norm in norms:
-                norm.training = self.model.training and any(counts(norm, op) for op in active)
-            yield
-        finally:
-            for norm, training in zip(norms, was, strict=True):
-                norm.training = training
 
     # whether rows stay rows ----------------------------------------------------------------------
 
@@ -205,7 +207,7 @@ class MixedForward:
             return False
         order = torch.tensor([0, other], device=self.rows.rest.device)
         two = Rows(torch.tensor([-1, -1]), 0, self.rows.tokens_first, False, order.device)
-        with Shapes() as shapes:
+        with SizedByData() as sizes:
             met = [
                 self._met(self._some(args, kwargs, index, axis)) for index in (order, order.flip(0))
             ]
@@ -214,7 +216,7 @@ class MixedForward:
         for place in self.places:
             a, b = (each.get(place, []) for each in met)
             swapped = 0 < len(a) == len(b) and all(map(_are_swapped, a, b, [two] * len(a)))
-            known[place] = swapped and not shapes.of_data
+            known[place] = swapped and not sizes.seen
         return True
 
     def _see_tokens(self, args: Any, kwargs: Any, axis: int, known: dict[nn.Module, bool]) -> bool:
@@ -267,15 +269,11 @@ class MixedForward:
         return pytree.tree_unflatten(joined, spec)
 
     def _run(self, k: int, given: tuple[Any, Any]) -> Any:
-        """The answer for some rows, where one operation alone is active."""
-        try:
-            with self._strengths({*self.used[k : k + 1]}), self._norms({*self.used[k : k + 1]}):
-                for (module, name), value in self.values[k].items():
-                    vars(module)[name] = value
-                return self.base(*given[0], **given[1])
-        finally:
-            for module, name in self.values[k]:
-                vars(module).pop(name, None)
+        """The answer for some rows, where one operation alone, or none, is active."""
+        op = self.used[k] if k < len(self.used) else None
+        norms = dict.fromkeys(norm for op in self.done for norm in op.norms)
+        with self._strengths({*self.used[k : k + 1]}), standing(self.values[k], norms, op):
+            return self.base(*given[0], **given[1])
 
     def _some(self, args: Any, kwargs: Any, index: Tensor, axis: int) -> tuple[Any, Any]:
         """What is given, of some rows. Raises GraftError where that is not to be told."""
@@ -305,13 +303,6 @@ class MixedForward:
         if sizes[0] == self.rows.of:
             return tensor.index_select(0, index)
         return tensor.index_select(1, index) if self.rows.tokens_first else tensor
-
-
-def counts(norm: nn.Module, op: Operation | None) -> bool | None:
-    """Whether a norm counts the rows of an operation, in training; None: no operation says so."""
-    if not is_guarded(norm):
-        return None
-    return op is not None and op.is_trained and norm in op.norms
 
 
 def _joined(outs: list[Any], sizes: list[int], back: Tensor, axis: int) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from ..structure.layers import keeps_statistics
+from ..structure.module_tree import Site, Tree
 from .journal import Journal, owner_of
 from .operation import Operation, operations
 from .switch import Switch
@@ -55,21 +57,38 @@ def is_live(norm: nn.Module, done: Iterable[Operation]) -> bool:
     return any(op.strength and op.is_trained and norm in op.norms for op in done)
 
 
-def guard(
-    operation: Operation, norms: Sequence[tuple[nn.Module, bool]], own: Iterable[nn.Module]
-) -> None:
+def statistics(tree: Tree, trained: Collection[int]) -> list[tuple[Site, bool]]:
+    """The norms with running statistics, and whether each is frozen: none of its parameters is
+    among the trained, by id; or, where it has none, not all of those around it are."""
+    return [
+        (site, not _is_trained(site, trained))
+        for site in tree.sites
+        if keeps_statistics(site.module)
+    ]
+
+
+def _is_trained(norm: Site, trained: Collection[int]) -> bool:
+    if parameters := list(norm.module.parameters()):
+        return any(id(p) in trained for p in parameters)
+    around = (list(site.module.parameters()) for site in norm.above())
+    nearest = next(filter(None, around), [])
+    return bool(nearest) and all(id(p) in trained for p in nearest)
+
+
+def guard(operation: Operation, tree: Tree, trained: Collection[int], own: Collection[int]) -> None:
     """Let norms count, or not, whatever train() says, from the application of an operation.
 
     Frozen, their statistics would go on drifting, and what is saved would not reproduce.
 
-    norms  those of a model, and whether each is trained
-    own    those that rules of this operation train
+    trained  the parameters of the model, by id, that are; own: those that its rules name
     """
     (model,) = operation.model
     done = operations(model)
     theirs = [norm for op in done for norm in op.norms]
-    by_hand = [norm for norm, is_trained in norms if is_trained and norm not in theirs]
-    operation.norms = [*dict.fromkeys([*own, *by_hand])]
+    mine = [site.module for site, frozen in statistics(tree, own) if not frozen]
+    norms = [(site.module, frozen) for site, frozen in statistics(tree, trained)]
+    by_hand = [norm for norm, frozen in norms if not frozen and norm not in theirs]
+    operation.norms = [*dict.fromkeys([*mine, *by_hand])]
     for norm, _ in norms:
         if not is_guarded(norm):
             methods = Statistics(norm, operation)

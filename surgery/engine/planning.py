@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from ..rules.edits import Insert, Joined
 from ..rules.expression import encode
 from ..rules.rule import Rule, Rules
 from ..structure.dataflow import attach_dataflow
-from ..structure.layers import keeps_statistics, named_modules, own_parameters
+from ..structure.layers import named_modules, own_parameters
 from ..structure.module_tree import Site, Tree
 from .build import BuiltParts
 from .conditions import APPLYING, DISABLED, MAKING, check_example, check_state
@@ -28,7 +28,7 @@ from .hearing import guessed, sources_of, unheard_asides
 from .maps import PatchMap
 from .matching import check_written, flatten_rules, match_rule
 from .mixing import attach, check_mixing
-from .norm_statistics import guard
+from .norm_statistics import guard, statistics
 from .notes import beside, frozen_head, frozen_norms, how_found, without_tokens
 from .operation import Operation, check_model, operations, without_parts
 from .placement import PartNames, Placement, Spot, check_conflicts, check_parts, name_all
@@ -276,9 +276,7 @@ class Plan:
         check_weights(self.placements, parts)
         check_mixing(self.placements, parts, self.tree)
         give_room(self.room, built)
-        own = [s.module for s, frozen in statistics(self.tree, self.unfrozen) if not frozen]
-        norms = [(s.module, not frozen) for s, frozen in statistics(self.tree, trained)]
-        guard(operation, norms, own)
+        guard(operation, self.tree, trained, self.unfrozen)
         if built.borrowed:
             operation.record = self._record(built)
         operation.add_parts(parts)
@@ -391,24 +389,6 @@ def _data(rules: list[Rule]) -> str:
         return json.dumps(encode(rules, vocabulary()))
     except FileError:
         return ""
-
-
-def statistics(tree: Tree, trained: Collection[int]) -> list[tuple[Site, bool]]:
-    """The norms with running statistics, and whether each is frozen: none of its parameters is
-    among the trained, by id; or, where it has none, not all of those around it are."""
-    return [
-        (site, not _is_trained(site, trained))
-        for site in tree.sites
-        if keeps_statistics(site.module)
-    ]
-
-
-def _is_trained(norm: Site, trained: Collection[int]) -> bool:
-    if parameters := list(norm.module.parameters()):
-        return any(id(p) in trained for p in parameters)
-    around = (list(site.module.parameters()) for site in norm.above())
-    nearest = next(filter(None, around), [])
-    return bool(nearest) and all(id(p) in trained for p in nearest)
 
 
 def tokens_of(

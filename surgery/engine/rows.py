@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from ..errors import GraftError
 from ..rules.affine import factors
 from .features import first_tensor, input_of
-from .streams import refuse_checkpoints
 
 Join: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 CLOSE = 1e-3  # of the largest number: what a batch of another size or order may round otherwise
@@ -157,7 +156,6 @@ class Group:
         first = self.members[0]
         y, put = first_tensor(output, first.path)
         x, _ = input_of(args, kwargs, first)
-        refuse_checkpoints(first.path)
         if (low := self._low_rank(x)) is not None:
             axis, axis_in = self.rows.axis(y, first.path), self.rows.axis(x, first.path)
             if axis == axis_in == 0 and not self.rows.are_tokens:

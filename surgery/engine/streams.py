@@ -173,6 +173,7 @@ class Streams(ByThread[Stream]):
     known  what is among tokens, where other than the model's own are
     here   whether compiled code that asks has put in itself what is in
     pause  held by who changes what forwards of others would meet
+    mixes  whether rows are several operations' in a forward that gradients are asked of
     """
 
     def make(self) -> Stream:
@@ -229,6 +230,17 @@ class Streams(ByThread[Stream]):
             self.here.note()
         return self.mine()
 
+    def refuse_checkpoints(self, path: str) -> None:
+        """Raise GraftError where rows are mixed in a checkpoint: it runs again when nobody knows
+        whose they are."""
+        if self.mixes and (_in_reentrant_checkpoint() or _in_checkpoint()):
+            raise GraftError(
+                f"mixed(model, ...) at {path or 'the model'}",
+                "it runs in a checkpoint (torch.utils.checkpoint), and again in backward, when it "
+                "is not known any more whose rows are whose.",
+                "Switch checkpointing off where rows are mixed (gradient_checkpointing_disable()).",
+            )
+
     def check_alone(self, path: str) -> None:
         """Raise GraftError where it is not known whose forward compiled code has told of."""
         running = [stream for stream in self.all() if stream.runs]
@@ -251,6 +263,7 @@ class Streams(ByThread[Stream]):
     def forget(self) -> None:
         super().forget()
         self.pause, self.paused_by = threading.Condition(), None
+        self.mixes = False
         self.here = Here()
         self.aside: Any = WeakTensorKeyDictionary()
         self.known: Any = WeakTensorKeyDictionary()
@@ -384,18 +397,6 @@ def is_recomputing() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def refuse_checkpoints(path: str) -> None:
-    """Raise GraftError in a checkpoint: it runs again where nobody knows whose rows are whose."""
-    if torch.compiler.is_compiling() or not (_in_reentrant_checkpoint() or _in_checkpoint()):
-        return
-    raise GraftError(
-        f"mixed(model, ...) at {path or 'the model'}",
-        "it runs in a checkpoint (torch.utils.checkpoint), and again in backward, when it is not "
-        "known any more whose rows are whose.",
-        "Switch checkpointing off where rows are mixed (gradient_checkpointing_disable()).",
-    )
 
 
 def _in_checkpoint() -> bool:

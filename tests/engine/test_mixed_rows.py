@@ -341,6 +341,34 @@ def test_rows_of_other_kinds_are_told(kind: Any) -> None:
         pass
 
 
+@torch.no_grad()
+def test_rows_that_are_all_of_the_base() -> None:
+    model = operated(vit(), HEADS)
+    with mixed(model, [None] * 5):
+        got = model(X)
+    close(got, activate(model, None)(X))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_compiled_norms_that_count_are_told() -> None:
+    torch.manual_seed(0)
+    model, x = Norms().eval(), torch.randn(4, 8)
+    for name in AB:
+        activate(model, None) if name == "b" else None
+        surgery.apply(model, [at("fc", lora(rank=2)), at("bn", unfreeze)], name=name)
+        model.bn.weight.add_(1.0)
+    run = torch.compile(model, backend="eager")
+    with mixed(model, AB, rows=torch.tensor([0, 1, -1, 0])):
+        want = model(x)
+        torch.testing.assert_close(run(x), want)
+    with (
+        mixed(model.train(), AB, rows=torch.tensor([0, 1, -1, 0])),
+        pytest.raises(Exception, match="a norm takes the statistics of a batch"),
+    ):
+        run(x)
+
+
 def test_who_has_no_rows_is_not_trained() -> None:
     model = surgery.train_only(operated(vit(), HEADS), AB).train()
     parameters(model, AB)
