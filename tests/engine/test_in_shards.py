@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import adapter, at, ffn, lora, parallel, scale_shift, unfreeze
+from tests.ranks import results_of
 
 NORMS = at("layers.*.norm2", unfreeze), at("norm", unfreeze)
 RULES = [at("layers.*.linear1", lora(rank=3)), *NORMS]
@@ -301,25 +300,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-P", __file__]
-    root = str(Path(surgery.__file__).parents[1])
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(port), str(folder)], env={**os.environ, "PYTHONPATH": root}
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in started:
-            process.wait(timeout=120)
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    return results_of(__file__, tmp_path_factory.mktemp("ranks"), seconds=120)
 
 
 @pytest.mark.processes

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 import surgery
 from surgery import at, lora, unfreeze
 from surgery.spec.case import stir
+from tests.ranks import results_of
 
 RULES = [at("layers.*.linear1", lora(rank=2)), at("layers.*.norm2", unfreeze)]
 X = torch.linspace(-1, 1, 160).view(2, 5, 16)
@@ -153,25 +151,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = str(Path(surgery.__file__).parents[1])
-    command = [sys.executable, "-P", __file__]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(port), str(folder)], env={**os.environ, "PYTHONPATH": root}
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in started:
-            process.wait(timeout=100)
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    return results_of(__file__, tmp_path_factory.mktemp("ranks"), seconds=100)
 
 
 @pytest.mark.processes
