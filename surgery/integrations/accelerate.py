@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engine.operation import operations
-from .folders import bring_back, is_here, write
+from ..state.folders import bring_back, is_here, write
 
 
 def adapters_alone(accelerator: Any) -> None:

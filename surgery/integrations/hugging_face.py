@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.losses import penalty
+from ..state.folders import bring_back, is_here, write
 from ..state.hugging_face import save_pretrained
-from .folders import bring_back, is_here, write
 
 
 class OperatedTrainer:

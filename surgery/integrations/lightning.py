@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _rng
 from ..engine.operation import operations
-from .folders import bring_back, write
+from ..state.folders import bring_back, write
 
 KEY = "surgery"
 

@@ -13,15 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.activity import activate
 from ..engine.apply import operated
 from ..engine.conditions import DISABLED, READING, UNCUT, check_state
 from ..engine.operation import Operation
 from ..engine.owned import base_values
 from ..errors import FileError
 from ..structure.module_tree import ADDITIONS
-from .checkpoint import load, save
-from .hub import LIST, address, file_name, folder_of, library, listed, pull_card, push
+from .folders import bring_back, is_here, write
+from .hub import LIST, address, folder_of, library, listed, pull_card, push
 from .model_card import write_card
 from .reading import UNREADABLE
 
@@ -82,10 +81,7 @@ def _write(
     if own is not None:
         with _as_base(model, done):
             own(folder)
-    for operation in done:
-        save(model, folder / file_name(operation.name), name=operation.name, verify=True)
-    order = {"operations": [[op.name, op.strength] for op in done], "base": own is not None}
-    (folder / LIST).write_text(json.dumps(order))
+    write(model, folder, has_base=own is not None, verify=True)
     write_card(model, done, folder, source, call, whole=own is not None and _is_whole(folder))
 
 
@@ -130,10 +126,10 @@ def from_pretrained(
     """
     call = f'from_pretrained("{folder}")'
     source = folder_of(folder, call)
-    if not os.path.isfile(source / LIST):
+    if not is_here(source):
         fact = "there is no surgery.json in it, so nothing of surgery's."
         raise FileError(call, fact, "Write it by surgery.save_pretrained(model, folder).")
-    operations = listed(source / LIST, call)
+    listed(source / LIST, call)  # which is told before a model is built
     if not os.path.isfile(source / "config.json"):
         raise FileError(call, "it has no config.json, to name a class of transformers.", BUILD)
     build = _class_of(source, call)
@@ -143,9 +139,8 @@ def from_pretrained(
     except UNREADABLE as error:
         fact = f"{build.__name__} is not built of it ({error!s:.300})."
         raise FileError(call, fact, "Save it again.") from error
-    for name in operations:
-        load(model, source / file_name(name), name=name)
-    return activate(model, operations)
+    bring_back(model, source, call)
+    return model
 
 
 def _is_whole(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import surgery
 from surgery import activate, at, head, lora, qkv, unfreeze
 from surgery.errors import FileError
+from surgery.state import folders
 from tests.engine.test_activity import train
 from tests.models import hf_bert, hf_gpt2, hf_llama, words_in
 
@@ -177,3 +178,23 @@ def test_operations_on_top_of_one_another_come_back(tmp_path: Path) -> None:
         surgery.activate(again, [*names])
         surgery.activate(model, [*names])
         assert torch.equal(again(words_in(2)).logits, model(words_in(2)).logits), names
+
+
+@torch.no_grad()
+def test_a_checkpoint_brings_back_what_stands_on_what(tmp_path: Path) -> None:
+    """Into the base, and into a model that has some of it, at rest."""
+    torch.manual_seed(0)
+    model = hf_llama().eval()
+    base, some = copy.deepcopy(model), copy.deepcopy(model)
+    for name in "ab":
+        surgery.apply(model, [at(qkv, lora(rank=2)), at(head, unfreeze)], name=name)
+        model.lm_head.weight.add_(0.2 * torch.randn_like(model.lm_head.weight))
+    folders.write(model, tmp_path)
+    surgery.load(some, tmp_path, name="a")
+    activate(some, None)
+    for other in (base, some):
+        folders.bring_back(other, tmp_path)
+        for names in ("ab", "b", "a", ""):
+            activate(other, [*names])
+            activate(model, [*names])
+            assert torch.equal(other(words_in(2)).logits, model(words_in(2)).logits), names
